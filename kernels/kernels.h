@@ -1,0 +1,557 @@
+/*
+ * The one C interface to every operation.
+ *
+ * An operation is an entry of enum operation, an argument struct, and one or
+ * more kernels (implementations, each from a provider: cpu, portable, hopper,
+ * cudnn, cublas). kernel_run() picks the kernel: the provider the user asked
+ * for with --provider, else the first in the backend's list that supports the
+ * arguments. Adding a kernel is one file and one line in that list.
+ *
+ * Conventions
+ *   B batch, T sequence length, N = B*T tokens (token n = b*T + t), D model
+ *   width, H heads, d = D/H head width, L chunk length, c(t) = t/L rounded down.
+ *   `act` is the backend's activation element: fp32 on the CPU, bf16 on CUDA.
+ *   Pointers to void are act; float pointers are always fp32; int32_t * are
+ *   tokens or positions. All live in the backend's memory; the caller owns them.
+ *   A weight [N, K] maps K inputs to N outputs: y = x W^T, row-major.
+ *   Head h owns columns h*d .. (h+1)*d of a D-wide tensor.
+ *   Gradients OVERWRITE their destination (they do not accumulate).
+ *   A pointer marked "or NULL" is optional; nothing is computed for it.
+ *   Equations: the README's section "Mathematics" and arXiv 2507.04416 (RAT),
+ *   2312.06635 (GLA).
+ *
+ * Every run() returns STATUS_OK, STATUS_UNSUPPORTED, STATUS_OOM or
+ * STATUS_CUDA, with a message. None allocates memory: workspace is planned by
+ * kernel_workspace() and handed over by the context.
+ */
+#ifndef KERNELS_KERNELS_H
+#define KERNELS_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/backend.h"
+#include "kernels/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum operation {
+	OP_NORM_LINEAR,
+	OP_NORM_LINEAR_BACKWARD,
+	OP_LINEAR_RESIDUAL,
+	OP_LINEAR_RESIDUAL_BACKWARD,
+	OP_ROTATE,
+	OP_ROTATE_BACKWARD,
+	OP_ATTENTION,
+	OP_ATTENTION_BACKWARD,
+	OP_ATTENTION_STEP,
+	OP_RAT_SCAN,
+	OP_RAT_SCAN_BACKWARD,
+	OP_RAT_STEP,
+	OP_RECURRENCE,
+	OP_RECURRENCE_BACKWARD,
+	OP_RECURRENCE_STEP,
+	OP_MATRIX_RECURRENCE,
+	OP_MATRIX_RECURRENCE_BACKWARD,
+	OP_MATRIX_RECURRENCE_STEP,
+	OP_DECAY_GATE,
+	OP_DECAY_GATE_BACKWARD,
+	OP_NORM_GATE,
+	OP_NORM_GATE_BACKWARD,
+	OP_GELU,
+	OP_GELU_BACKWARD,
+	OP_EMBEDDING,
+	OP_EMBEDDING_BACKWARD,
+	OP_CROSS_ENTROPY,
+	OP_ARGMAX,
+	OP_COUNT
+};
+
+/* "norm_linear", "attention", "rat_scan_backward", ...: the name in CSV and --provider. */
+const char *operation_name(enum operation operation);
+
+/* Work an operation must do, whoever does it. One multiply-add is 2 FLOPs;
+ * bytes count every input read once and every output written once. */
+struct cost {
+	double flops, bytes_read, bytes_written;
+};
+
+/*
+ * y = RMSNorm(x; eps) * norm_weight, times weight^T.
+ * norm_weight NULL: no norm at all, y = x W^T, and x_norm must equal x.
+ */
+struct norm_linear_args {
+	int64_t n_tokens, d_in, d_out;
+	float eps;
+	const void *x;            /* [n_tokens, d_in] */
+	const float *norm_weight; /* [d_in] or NULL */
+	const void *weight;       /* [d_out, d_in] */
+	void *x_norm;             /* out [n_tokens, d_in]: normalised x times norm_weight */
+	float *rstd;              /* out [n_tokens]: 1/sqrt(mean(x^2)+eps), or NULL */
+	void *y;                  /* out [n_tokens, d_out] */
+};
+
+/* dweight = dy^T x_norm; d(x_norm) = dy W; then through the norm. */
+struct norm_linear_backward_args {
+	int64_t n_tokens, d_in, d_out;
+	const void *x, *x_norm, *weight; /* as in the forward */
+	const float *norm_weight, *rstd;
+	const void *dy;        /* [n_tokens, d_out] */
+	const void *dresidual; /* [n_tokens, d_in] added to dx, or NULL */
+	void *dx_norm;         /* scratch [n_tokens, d_in] */
+	void *dx;              /* out [n_tokens, d_in]; may alias dresidual */
+	float *dnorm_weight;   /* out [d_in]; NULL iff norm_weight is */
+	float *dweight;        /* out [d_out, d_in], fp32 on every backend */
+};
+
+/* y = residual + x W^T; residual NULL: y = x W^T. */
+struct linear_residual_args {
+	int64_t n_tokens, d_in, d_out;
+	const void *x;        /* [n_tokens, d_in] */
+	const void *weight;   /* [d_out, d_in] */
+	const void *residual; /* [n_tokens, d_out] or NULL */
+	void *y;              /* out [n_tokens, d_out]; may alias residual */
+};
+
+/* dx = dy W; dweight = dy^T x. The residual's gradient is dy itself. */
+struct linear_residual_backward_args {
+	int64_t n_tokens, d_in, d_out;
+	const void *x, *weight, *dy;
+	void *dx;       /* out [n_tokens, d_in] */
+	float *dweight; /* out [d_out, d_in] */
+};
+
+/* A [B, T, H, d] tensor inside a larger one; the last dimension is contiguous.
+ * Strides in elements. */
+struct view {
+	void *data;
+	int64_t batch, token, head;
+};
+
+/* Element pointer of view v at (b, t, h), for fp32 (CPU) tensors. */
+static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t h)
+{
+	return (float *)v->data + b * v->batch + t * v->token + h * v->head;
+}
+
+/*
+ * Rotary position embedding at positions 0..T-1, rotate-half:
+ * theta_i = 10000^(-2i/d), (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+ * k and v of tokens from first_kv on are written to slot t % kv_slots of
+ * k_out, v_out (the token stride of these views is the slot's); q to q_out.
+ * Outputs may alias inputs. rope false: a copy (skipped where aliased).
+ */
+struct rotate_args {
+	int64_t batch, seq_len, n_heads, d_head;
+	bool rope;
+	int64_t first_kv, kv_slots;      /* 0 and seq_len, or a ring's tail and its size */
+	struct view q, k, v;             /* [B, T, H, d] */
+	struct view q_out, k_out, v_out; /* v_out.data NULL: v is left where it is;
+	                                    likewise q_out.data NULL: q, k_out.data NULL: k */
+};
+
+/* Rotates dq, dk back, in place. */
+struct rotate_backward_args {
+	int64_t batch, seq_len, n_heads, d_head;
+	bool rope;
+	struct view dq, dk;
+};
+
+enum mask {
+	MASK_CAUSAL, /* key s visible to query t iff s <= t */
+	MASK_WINDOW, /* iff 0 <= t-s <= window */
+	MASK_CHUNK,  /* iff s < t/chunk (keys are chunks; RAT) */
+	MASK_FULL
+};
+
+/* "causal", "window", "chunk", "full". */
+const char *mask_name(enum mask mask);
+
+/*
+ * Softmax attention, one query per token t and head, online softmax:
+ *   o_t = sum_s p_ts v_s, p_t = softmax(scale * q_t.k_s over visible s,
+ *         and own_score[t] where given, whose value is own_value[t]);
+ *   out_t = sigmoid(gate_t) * o_t where a gate is given, else o_t.
+ * Query head h reads column group h % q_heads of q (RAT shares q over groups;
+ * q_heads = n_heads otherwise). MASK_CHUNK requires own_score (chunk 0 sees
+ * no key).
+ */
+struct attention_args {
+	int64_t batch, n_heads, q_heads, d_head;
+	int64_t seq_len, kv_len; /* queries, keys per sequence */
+	enum mask mask;
+	int64_t window, chunk; /* of MASK_WINDOW, MASK_CHUNK */
+	float scale;
+	struct view q;           /* [B, T, q_heads, d] */
+	struct view k, v;        /* [B, kv_len, H, d] */
+	const float *own_score;  /* [B, T, H], already scaled; or NULL */
+	struct view own_value;   /* [B, T, H, d]; used iff own_score */
+	struct view gate;        /* [B, T, H, d] logits; data NULL: none */
+	struct view out;         /* out [B, T, H, d] */
+	struct view out_ungated; /* out: o before the gate, for training; data NULL: not stored */
+	float *lse;              /* out [B, H, T] natural log of the softmax denominator, own
+	                            score included; or NULL */
+};
+
+/*
+ * Gradients of attention. do = dout * sigmoid(gate);
+ * delta = sum_d do*o; P = exp(s - lse); dS = P (do.v - delta);
+ * dgate = dout * o * sigmoid'(gate).
+ */
+struct attention_backward_args {
+	struct attention_args forward; /* as it was run; lse and out_ungated (or, without a
+	                                  gate, out) hold the forward's results */
+	struct view dout;              /* [B, T, H, d] */
+	struct view dq;         /* out [B, T, q_heads, d], summed over the heads of a group */
+	struct view dk, dv;     /* out [B, kv_len, H, d] */
+	struct view dgate;      /* out [B, T, H, d] iff gate */
+	float *down_score;      /* out [B, T, H] iff own_score */
+	struct view down_value; /* out [B, T, H, d] iff own_score */
+};
+
+/*
+ * One token per sequence: rotates q and k at position *position, stores k and
+ * v in slot *position % kv_slots, attends to the slots of the last
+ * min(*position, window) + 1 tokens (window < 0: all). kv_slots must be at
+ * least window + 1, or the largest position + 1.
+ */
+struct attention_step_args {
+	int64_t batch, n_heads, d_head;
+	int64_t kv_slots, window;
+	bool rope;
+	float scale;
+	const int32_t *position;      /* one, in device memory, the same for all sequences */
+	int64_t position_hint;        /* its value where the host knows it, for cost(); else -1 */
+	struct view q, k, v;          /* [B, 1, H, d] of the projection */
+	struct view k_cache, v_cache; /* [B, kv_slots, H, d] */
+	struct view out;              /* out [B, 1, H, d] */
+};
+
+/*
+ * RAT inside a chunk. g = sigmoid(gate + gate_bias), channel by channel, from zero at
+ * the first token of each chunk:
+ *   vt_t = g*vt_{t-1} + (1-g)*v_t,  kt_t = g*kt_{t-1} + (1-g)*k_t
+ * (k tiled: head h reads group h % groups). own_score = scale * q_t.kt_t,
+ * unrotated. q_out = q rotated at position t/chunk. The last kt, vt of every
+ * chunk (the ragged last one included) go to slot t/chunk of k_chunk, v_chunk, k rotated at
+ * t/chunk.
+ */
+struct rat_scan_args {
+	int64_t batch, seq_len, n_heads, groups, d_head, chunk;
+	bool rope;
+	float scale;
+	struct view v, gate;          /* [B, T, H, d]; gate: logits */
+	struct view q, k;             /* [B, T, groups, d] */
+	const float *gate_bias;       /* [H*d] */
+	struct view v_scan;           /* out [B, T, H, d]: vt */
+	float *own_score;             /* out [B, T, H] */
+	struct view q_out;            /* out [B, T, groups, d]; may alias q */
+	struct view k_chunk, v_chunk; /* out [B, ceil(T/chunk), H, d] */
+	float *k_state, *v_state; /* out [B, H*d]: running kt, vt after the last token, or NULL */
+};
+
+/* Gradients of rat_scan; recomputes the recurrence from v, k, gate. q here is
+ * the unrotated projection, so a training forward must not alias q_out to q. */
+struct rat_scan_backward_args {
+	struct rat_scan_args forward;
+	struct view dv_scan;            /* [B, T, H, d] */
+	const float *down_score;        /* [B, T, H] */
+	struct view dq_out;             /* [B, T, groups, d]: gradient of the rotated q */
+	struct view dk_chunk, dv_chunk; /* [B, C, H, d] */
+	struct view dv, dgate;          /* out [B, T, H, d] */
+	struct view dq, dk;             /* out [B, T, groups, d] */
+	float *dgate_bias;              /* out [H*d] */
+};
+
+/*
+ * Generation at position p = *position: running state reset when p % chunk == 0,
+ * updated, attention over the p/chunk stored chunks plus the running pair,
+ * out = sigmoid(z) * o; when p % chunk == chunk-1 the running pair is stored
+ * (k rotated at p/chunk) in slot p/chunk.
+ */
+struct rat_step_args {
+	int64_t batch, n_heads, groups, d_head, chunk, chunk_slots;
+	bool rope;
+	float scale;
+	const int32_t *position;
+	int64_t position_hint;
+	struct view z, v, gate;       /* [B, 1, H, d] */
+	struct view q, k;             /* [B, 1, groups, d] */
+	const float *gate_bias;       /* [H*d] */
+	float *k_state, *v_state;     /* in, out [B, H*d] */
+	struct view k_chunk, v_chunk; /* in, out [B, chunk_slots, H, d] */
+	struct view out;              /* out [B, 1, H, d] */
+};
+
+enum gate_form {
+	GATE_SIGMOID,  /* g = sigmoid(gate + gate_bias); h = g h + (1-g) x */
+	GATE_LOG_DECAY /* h = exp(gate) h + x (HGRN's vector form); gate_bias must be NULL */
+};
+
+/*
+ * Linear recurrence, channel by channel:  h_t = a_t h_{t-1} + u_t.
+ * out_t = sigmoid(z_t) h_t where z is given, else h_t. Views have one head of width d_model.
+ */
+struct recurrence_args {
+	int64_t batch, seq_len, d_model;
+	enum gate_form form;
+	struct view x, gate;    /* [B, T, 1, D] */
+	struct view z;          /* [B, T, 1, D] logits; data NULL: none */
+	const float *gate_bias; /* [D] or NULL */
+	const float *h0;        /* [B, D] or NULL: zero */
+	struct view h;   /* out [B, T, 1, D]: the states, for training; data NULL: not stored */
+	struct view out; /* out [B, T, 1, D] */
+	float *h_final;  /* out [B, D] or NULL */
+};
+
+struct recurrence_backward_args {
+	struct recurrence_args forward; /* h (or, without z, out) holds the forward's states */
+	struct view dout;               /* [B, T, 1, D] */
+	struct view dx, dgate;          /* out */
+	struct view dz;                 /* out iff z */
+	float *dgate_bias;              /* out [D] iff gate_bias */
+	float *dh0;                     /* out [B, D] or NULL */
+};
+
+/* One token; h is updated in place. */
+struct recurrence_step_args {
+	int64_t batch, d_model;
+	enum gate_form form;
+	struct view x, gate, z; /* [B, 1, 1, D]; z.data NULL: none */
+	const float *gate_bias; /* [D] or NULL */
+	float *h;               /* in, out [B, D] */
+	struct view out;        /* out [B, 1, 1, D] */
+};
+
+enum decay {
+	DECAY_NONE,     /* A_t = 1 (linear attention) */
+	DECAY_CONSTANT, /* A_t = 1 - 2^(-5-h), h from 0 (RetNet) */
+	DECAY_SCALAR,   /* exp(log_decay[b,t,h]) (Mamba-2) */
+	DECAY_DIAGONAL  /* Diag(exp(log_decay[b,t,h,:])) (GLA, RWKV-6) */
+};
+
+enum rule {
+	RULE_PLAIN, /* S_t = A_t S_{t-1} + k_t^T v_t; o_t = scale * q_t S_t */
+	RULE_BONUS, /* the same S; o_t = scale * q_t (S_{t-1} + bonus * k_t^T v_t) (RWKV-6) */
+	RULE_DELTA  /* S <- A_t S; v' = beta_t (v_t - k_t S); S <- S + k_t^T v'; o_t = scale * q_t S
+	             */
+};
+
+/* "none", "constant", "scalar", "diagonal"; "plain", "bonus", "delta". */
+const char *decay_name(enum decay decay);
+const char *rule_name(enum rule rule);
+
+/* Matrix-state recurrence; S [d_k, d_v] per sequence and head. */
+struct matrix_recurrence_args {
+	int64_t batch, seq_len, n_heads, d_k, d_v;
+	enum decay decay;
+	enum rule rule;
+	int64_t chunk; /* chunk length of the chunkwise form; 1: the plain recurrence; 0: the kernel
+	                  picks */
+	float scale;
+	struct view q, k;      /* [B, T, H, d_k] */
+	struct view v;         /* [B, T, H, d_v] */
+	struct view log_decay; /* [B, T, H, d_k] (diagonal) or [B, T, H, 1] (scalar), natural log,
+	                          <= 0; data NULL otherwise */
+	const float *bonus;    /* [H, d_k] iff RULE_BONUS */
+	struct view beta;      /* [B, T, H, 1] iff RULE_DELTA */
+	const float *h0;       /* [B, H, d_k, d_v] or NULL: zero */
+	struct view out;       /* out [B, T, H, d_v] */
+	float *final_state;    /* out [B, H, d_k, d_v] or NULL */
+};
+
+struct matrix_recurrence_backward_args {
+	struct matrix_recurrence_args forward;
+	struct view dout;       /* [B, T, H, d_v] */
+	struct view dq, dk, dv; /* out */
+	struct view dlog_decay; /* out, shaped as log_decay, iff the decay is data-dependent */
+	struct view dbeta;      /* out iff RULE_DELTA */
+	float *dbonus;          /* out [H, d_k] iff RULE_BONUS */
+	float *dh0;             /* out [B, H, d_k, d_v] or NULL */
+};
+
+/* One token; views have T = 1; state [B, H, d_k, d_v] updated in place. */
+struct matrix_recurrence_step_args {
+	int64_t batch, n_heads, d_k, d_v;
+	enum decay decay;
+	enum rule rule;
+	float scale;
+	struct view q, k, v, log_decay, beta;
+	const float *bonus;
+	float *state;
+	struct view out;
+};
+
+/* GLA's gate: log_decay = logsigmoid(x W^T + bias) / normalizer. x is rank-wide, with a row stride.
+ */
+struct decay_gate_args {
+	int64_t n_tokens, rank, d_out, x_stride;
+	float normalizer;
+	const void *x;      /* [n_tokens, rank], rows x_stride apart */
+	const void *weight; /* [d_out, rank] */
+	const float *bias;  /* [d_out] */
+	void *log_decay;    /* out [n_tokens, d_out] */
+};
+
+struct decay_gate_backward_args {
+	struct decay_gate_args forward; /* log_decay holds the forward's result */
+	const void *dlog_decay;         /* [n_tokens, d_out] */
+	void *dx;                       /* out, rows x_stride apart */
+	void *dlogit;                   /* scratch [n_tokens, d_out] */
+	float *dweight, *dbias;         /* out */
+};
+
+/* GLA's output: per-head RMSNorm with one weight [d_head] shared by the heads, times silu(gate). */
+struct norm_gate_args {
+	int64_t n_tokens, n_heads, d_head, gate_stride;
+	float eps;
+	const void *x;       /* [n_tokens, H*d] */
+	const float *weight; /* [d] */
+	const void *gate;    /* [n_tokens, H*d], rows gate_stride apart */
+	float *rstd;         /* out [n_tokens, H] or NULL */
+	void *out;           /* out [n_tokens, H*d] */
+};
+
+struct norm_gate_backward_args {
+	struct norm_gate_args forward; /* rstd holds the forward's result */
+	const void *dout;              /* [n_tokens, H*d] */
+	void *dx;                      /* out [n_tokens, H*d] */
+	void *dgate;                   /* out, rows gate_stride apart */
+	float *dweight;                /* out [d] */
+};
+
+/* gelu(x) = x * (1 + erf(x/sqrt(2))) / 2. */
+struct gelu_args {
+	int64_t count;
+	const void *x;
+	void *y; /* out; may alias x outside training */
+};
+
+struct gelu_backward_args {
+	int64_t count;
+	const void *x, *dy;
+	void *dx; /* out; may alias dy */
+};
+
+/* y_n = table[tokens[n]]. A token outside 0..vocab-1 is the caller's error. */
+struct embedding_args {
+	int64_t n_tokens, vocab, d_model;
+	const int32_t *tokens; /* [n_tokens] */
+	const void *table;     /* [vocab, d_model] */
+	void *y;               /* out [n_tokens, d_model] */
+};
+
+struct embedding_backward_args {
+	int64_t n_tokens, vocab, d_model;
+	const int32_t *tokens;
+	const void *dy;
+	float *dtable; /* out [vocab, d_model] */
+};
+
+/* Mean over n with targets[n] >= 0 of -log softmax(logits_n)[targets[n]]; its gradient replaces the
+ * logits if wanted. */
+struct cross_entropy_args {
+	int64_t n_tokens, vocab;
+	void *logits; /* in [n_tokens, vocab]; out: the gradient if want_gradient */
+	bool want_gradient;
+	const int32_t *targets; /* [n_tokens]; negative: ignored */
+	float *loss;            /* out [1] */
+	float *losses;          /* scratch [n_tokens] */
+};
+
+/* tokens[n] = argmax of logits_n (the lowest index among equals); then *position += 1 if not NULL.
+ */
+struct argmax_args {
+	int64_t n_tokens, vocab;
+	const void *logits;
+	int32_t *tokens;   /* out [n_tokens] */
+	int32_t *position; /* in, out, or NULL */
+};
+
+/* One implementation of one operation. */
+struct kernel {
+	enum operation operation;
+	const char *provider;
+	/* NULL if it can take these arguments, else why not, in a few words. NULL pointer: takes
+	 * all. */
+	const char *(*unsupported)(const void *args);
+	/* Bytes of workspace it wants for these arguments. NULL pointer: none. */
+	size_t (*workspace)(const void *args);
+	enum status (*run)(const void *args, void *workspace);
+};
+
+enum { MAX_PROVIDER_CHOICES = 16 };
+
+/* What the user asked for with --provider: "portable", or "attention=cudnn". */
+struct provider_choice {
+	int count;
+	struct {
+		int operation; /* -1: every operation */
+		char provider[24];
+	} choice[MAX_PROVIDER_CHOICES];
+};
+
+/*
+ * Parses a comma-separated --provider list into *choice. STATUS_INVALID with a
+ * message on an unknown operation or a provider that no kernel of `backend` has.
+ */
+enum status provider_choice_parse(struct provider_choice *choice, const struct backend *backend,
+                                  const char *text);
+
+/* One line of a plan: `count` runs of the same operation at the same cost. */
+struct planned_operation {
+	enum operation operation;
+	const char *provider;
+	struct cost cost; /* of one run */
+	int64_t count;
+};
+
+enum { MAX_PLANNED_OPERATIONS = 128 };
+
+/*
+ * What a sequence of operations would do. With context.plan set, kernel_run()
+ * runs nothing: it selects the kernel and adds to the plan, so the code that
+ * runs a layer is also the code that counts its work and its workspace. The
+ * pointers in the arguments are then never dereferenced.
+ */
+struct kernel_plan {
+	size_t workspace_bytes; /* the largest of all */
+	struct cost total;
+	int n_operations;
+	struct planned_operation operations[MAX_PLANNED_OPERATIONS];
+};
+
+/* Where and how operations run: passed down, never stored. */
+struct context {
+	const struct backend *backend;
+	struct provider_choice choice;
+	void *workspace; /* shared by all operations, which run one after another */
+	size_t workspace_bytes;
+	struct kernel_plan *plan;  /* non-NULL: plan, do not run */
+	bool ranges;               /* wrap each operation in a profiler range */
+	const char *ran[OP_COUNT]; /* provider of the last run (or plan) of each operation */
+};
+
+/*
+ * The kernel that kernel_run() would take, or NULL with a message saying why
+ * none does. An explicit "operation=provider" choice is binding; a bare
+ * provider is a preference that falls back where it has no kernel.
+ */
+const struct kernel *kernel_select(const struct context *ctx, enum operation operation,
+                                   const void *args);
+
+/* Selects and runs (or plans); `args` must be the struct of that operation. */
+enum status kernel_run(struct context *ctx, enum operation operation, const void *args);
+
+/* FLOPs and bytes of an operation: causal attention counts visible pairs only,
+ * its backward 2.5 times the forward. */
+struct cost kernel_cost(const struct backend *backend, enum operation operation, const void *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,160 @@
+/*
+ * A layer: its parameters, its state, forward, backward and step. A stack of
+ * layers (layers/stack.h) plans the memory; a layer only lists what it needs
+ * and runs operations of kernels/kernels.h on it. It knows no backend.
+ *
+ * The temporal-mixing layers are y = x + OutProj(Mix(InProj(RMSNorm(x)))).
+ */
+#ifndef LAYERS_LAYER_H
+#define LAYERS_LAYER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "kernels/kernels.h"
+
+enum { MAX_TENSORS = 24, MAX_LAYERS = 128 };
+
+/* Where a parameter's first value comes from. */
+enum init {
+	INIT_NORMAL, /* normal(0, 0.02) */
+	INIT_ONES,
+	INIT_ZEROS,
+	INIT_GATE_BIAS /* log(uniform(1, max(L-1, 1))); L the chunk, for recurrence the training
+	                  length */
+};
+
+/* One tensor that a layer wants. */
+struct tensor_spec {
+	const char *name;
+	enum storage { STORAGE_ACTIVATION, STORAGE_FP32 } storage;
+	int n_dims;
+	int64_t dims[4]; /* row-major */
+	enum init init;  /* of parameters */
+};
+
+/* Elements of a tensor. */
+int64_t tensor_count(const struct tensor_spec *spec);
+
+/* Names a golden file (the reference implementations) gives to rows of our parameters. */
+struct golden_name {
+	const char *name;    /* e.g. "q_proj.weight" */
+	int parameter;       /* index into the layer's parameters */
+	int64_t row, n_rows; /* of the parameter's first dimension */
+};
+
+struct layer_class;
+
+/* One layer of a stack. Filled by layer_configure(); plain data. */
+struct layer_config {
+	const struct layer_class *class;
+	int64_t d_model, n_heads;
+	int64_t chunk;  /* RAT: L; GLA: chunk length of the chunkwise form; 0: the kernel picks */
+	int64_t window; /* swa: W (W+1 keys) */
+	int64_t groups; /* RAT: groups that share q and k */
+	int64_t train_len;      /* L of the recurrence's gate-bias initialisation */
+	bool rope;              /* --position rope */
+	bool prenorm, residual; /* true but for layer_gla's golden file */
+	float norm_eps;         /* of the pre-norm: 1e-6 */
+};
+
+/* Memory of one layer, in the order of its spec lists. */
+struct layer_memory {
+	void *param[MAX_TENSORS];
+	float *grad[MAX_TENSORS]; /* fp32, shaped as param; training only */
+	void *state[MAX_TENSORS]; /* caches; NULL entries in training */
+	void *saved[MAX_TENSORS]; /* forward activations; kept per layer in training, else shared */
+	void *scratch[MAX_TENSORS]; /* of the backward pass; shared by all layers */
+};
+
+/* Which of a layer's saved tensors a check looks at. */
+enum { SAVED_PROJ = 0, SAVED_MIX = 1 };
+
+enum pass { PASS_PREFILL, PASS_TRAIN, PASS_GENERATION, PASS_THROUGHPUT, PASS_KERNEL };
+
+/* "prefill", "train", "generation", "throughput", "kernel". */
+const char *pass_name(enum pass pass);
+
+/* Sizes a layer is planned for. */
+struct layer_shape {
+	enum pass pass;
+	int64_t batch;
+	int64_t seq_len;  /* tokens of prefill or training; 1 while generating */
+	int64_t capacity; /* positions the state must be able to hold; 0: no state */
+};
+
+struct layer_class {
+	const char *name; /* "attention", "rat", ... as in the CSV */
+	const char *
+	        tunables; /* which options matter to it: subset of "chunk,window,groups,position" */
+
+	/* STATUS_INVALID with one line naming the option and what is allowed. */
+	enum status (*check)(const struct layer_config *config);
+
+	/*
+	 * The tensors it wants; each returns how many. For temporal-mixing
+	 * layers saved[SAVED_PROJ] is the output of InProj [N, P] (before any
+	 * in-place rotation if `shape->pass` is train; rotated in place is
+	 * allowed otherwise) and saved[SAVED_MIX] the input of OutProj [N, D].
+	 */
+	int (*parameters)(const struct layer_config *config, struct tensor_spec *specs);
+	int (*state)(const struct layer_config *config, const struct layer_shape *shape,
+	             struct tensor_spec *specs);
+	int (*saved)(const struct layer_config *config, const struct layer_shape *shape,
+	             struct tensor_spec *specs);
+	int (*scratch)(const struct layer_config *config, const struct layer_shape *shape,
+	               struct tensor_spec *specs);
+
+	/* y [N, D] from x [N, D]; fills the state if there is one. y must not alias x. */
+	enum status (*forward)(struct context *ctx, const struct layer_config *config,
+	                       const struct layer_shape *shape, struct layer_memory *memory,
+	                       const void *x, void *y);
+	/* dx and every parameter's gradient. dx may alias dy. */
+	enum status (*backward)(struct context *ctx, const struct layer_config *config,
+	                        const struct layer_shape *shape, struct layer_memory *memory,
+	                        const void *x, const void *dy, void *dx);
+	/* One token per sequence, at *position; x, y [B, D]. */
+	enum status (*step)(struct context *ctx, const struct layer_config *config,
+	                    const struct layer_shape *shape, struct layer_memory *memory,
+	                    const int32_t *position, int64_t position_hint, const void *x, void *y);
+
+	/*
+	 * The fp64 reference, independent of the kernels, on the host; NULL for
+	 * layers that mix no tokens. Parameters and states are doubles in the
+	 * order and shape of the spec lists.
+	 *
+	 * reference_mix: rows of the tensor that enters OutProj, from all of
+	 * InProj's output. proj [n_seq, T, P] (unrotated), rows: indices into n_seq*T.
+	 */
+	enum status (*reference_mix)(const struct layer_config *config, const double *const *param,
+	                             int64_t n_seq, int64_t seq_len, const double *proj,
+	                             int64_t n_rows, const int64_t *rows, double *mix);
+	/* The same tensor for one generated token of n_seq sequences; state as before the step.
+	 * proj [n_seq, P], state[i] [n_seq, ...]. */
+	enum status (*reference_step)(const struct layer_config *config,
+	                              const struct layer_shape *shape, const double *const *param,
+	                              int64_t n_seq, int64_t position, const double *proj,
+	                              const double *const *state, double *mix);
+	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, D]; and of the parameters that act
+	 * inside Mix (others are left alone). grad[i] shaped as param[i]. */
+	enum status (*reference_mix_backward)(const struct layer_config *config,
+	                                      const double *const *param, int64_t batch,
+	                                      int64_t seq_len, const double *proj,
+	                                      const double *dmix, double *dproj,
+	                                      double *const *grad);
+
+	/* Names of the parameters in golden files; ends with a NULL name. */
+	const struct golden_name *(*golden_names)(const struct layer_config *config);
+};
+
+/* The list of layers (layers/registry.c); ends with NULL. */
+extern const struct layer_class *const layer_classes[];
+
+/* The class called `name`, or NULL. */
+const struct layer_class *layer_class_find(const char *name);
+
+/* Every temporal-mixing layer: parameter 0 is norm_weight [D] (fp32), parameter 1 in_proj [P, D],
+ * parameter 2 out_proj [D, D]; others follow. ffn: 0 norm_weight, 1 fc1 [4D, D], 2 fc2 [D, 4D]. */
+enum { PARAM_NORM = 0, PARAM_IN_PROJ = 1, PARAM_OUT_PROJ = 2, PARAM_OTHER = 3 };
+
+#endif
