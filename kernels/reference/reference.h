@@ -1,0 +1,249 @@
+/*
+ * Slow, obvious fp64 versions of every operation of kernels/kernels.h, on the
+ * host. They share no code with any kernel: tests compare kernels with them,
+ * and layers use them to verify what a timed run has left in its buffers.
+ *
+ * All tensors are contiguous arrays of double in the order of the shape given
+ * ([B, T, H, d]: element ((b*T + t)*H + h)*d + i), owned by the caller, never
+ * aliased. Outputs and gradients are overwritten. A pointer marked "or NULL"
+ * is optional. Equations and symbols are those of kernels/kernels.h.
+ *
+ * Functions that need scratch memory return STATUS_OOM, with a message, if
+ * there is none; the others cannot fail. They use OpenMP and must not be
+ * called from inside a parallel region.
+ */
+#ifndef KERNELS_REFERENCE_REFERENCE_H
+#define KERNELS_REFERENCE_REFERENCE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "kernels/kernels.h"
+
+/* to [n_rows, count] = columns first .. first+count of from [n_rows, width]. */
+void reference_get_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
+                           const double *from, double *to);
+/* Columns first .. first+count of to [n_rows, width] = from [n_rows, count]. */
+void reference_set_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
+                           const double *from, double *to);
+
+/* sigmoid(x), accurate at both ends. */
+double reference_sigmoid(double x);
+
+/* y [n, d_out] = x [n, d_in] W^T, W [d_out, d_in]. */
+void reference_linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, const double *weight,
+                      double *y);
+/* dx [n, d_in] or NULL, dweight [d_out, d_in] or NULL, from dy [n, d_out]. */
+void reference_linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double *x,
+                               const double *weight, const double *dy, double *dx, double *dweight);
+
+/* y = x / sqrt(mean(x^2) + eps) * weight, rows of length d; rstd [n] or NULL. */
+void reference_rms_norm(int64_t n, int64_t d, double eps, const double *x, const double *weight,
+                        double *y, double *rstd);
+/* dx [n, d] or NULL, dweight [d] or NULL. */
+void reference_rms_norm_backward(int64_t n, int64_t d, double eps, const double *x,
+                                 const double *weight, const double *dy, double *dx,
+                                 double *dweight);
+
+/*
+ * Rotary embedding: y = x rotated, [batch, seq_len, n_heads, d_head]; token t
+ * has the position (first + t) / period, rounded down: first 0 and period 1
+ * in attention, period L for RAT's chunk index. y may be x.
+ */
+void reference_rotate(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
+                      int64_t first, int64_t period, const double *x, double *y);
+/* The inverse rotation, which is also the gradient: dx from dy. dx may be dy. */
+void reference_rotate_backward(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
+                               int64_t first, int64_t period, const double *dy, double *dx);
+
+/* Softmax attention; see struct attention_args. q and k come rotated. */
+struct reference_attention {
+	int64_t batch, n_heads, q_heads, d_head;
+	int64_t seq_len, kv_len;
+	enum mask mask;
+	int64_t window, chunk;
+	double scale;
+	const double *q;         /* [B, T, q_heads, d] */
+	const double *k, *v;     /* [B, kv_len, H, d] */
+	const double *own_score; /* [B, T, H], already scaled, or NULL */
+	const double *own_value; /* [B, T, H, d] iff own_score */
+	const double *gate;      /* [B, T, H, d] logits, or NULL */
+};
+
+struct reference_attention_grads {
+	double *dq;         /* [B, T, q_heads, d] */
+	double *dk, *dv;    /* [B, kv_len, H, d] */
+	double *dgate;      /* [B, T, H, d] iff gate */
+	double *down_score; /* [B, T, H] iff own_score */
+	double *down_value; /* [B, T, H, d] iff own_score */
+};
+
+/*
+ * The rows named (indices b*T + t; rows NULL: all B*T of them, n_rows is then
+ * ignored): out [n_rows, H, d] with the gate applied, out_ungated [n_rows, H,
+ * d] or NULL, lse [n_rows, H] or NULL (not the kernels' [B, H, T]).
+ */
+enum status reference_attention_forward(const struct reference_attention *a, int64_t n_rows,
+                                        const int64_t *rows, double *out, double *out_ungated,
+                                        double *lse);
+/* All gradients from dout [B, T, H, d]; recomputes the forward. */
+enum status reference_attention_backward(const struct reference_attention *a, const double *dout,
+                                         const struct reference_attention_grads *grads);
+
+/* One generated token; see struct attention_step_args. q, k, v [B, H, d] unrotated, as
+ * projected; the caches as they were before the step. */
+struct reference_attention_step {
+	int64_t batch, n_heads, d_head;
+	int64_t kv_slots, window; /* window < 0: all */
+	bool rope;
+	double scale;
+	int64_t position;
+	const double *q, *k, *v;         /* [B, H, d] */
+	const double *k_cache, *v_cache; /* [B, kv_slots, H, d] */
+};
+
+/* out [B, H, d]; k_stored [B, H, d] or NULL: the key that goes to slot position % kv_slots. */
+enum status reference_attention_step(const struct reference_attention_step *s, double *out,
+                                     double *k_stored);
+
+/* RAT inside a chunk; see struct rat_scan_args. C = ceil(T/L) chunks. */
+struct reference_rat_scan {
+	int64_t batch, seq_len, n_heads, groups, d_head, chunk;
+	bool rope;
+	double scale;
+	const double *v, *gate;  /* [B, T, H, d]; gate: logits */
+	const double *q, *k;     /* [B, T, groups, d] */
+	const double *gate_bias; /* [H*d] */
+};
+
+/* Any of them may be NULL but k_chunk and v_chunk. */
+struct reference_rat_scan_out {
+	double *k_scan, *v_scan;   /* [B, T, H, d]: kt (unrotated), vt */
+	double *own_score;         /* [B, T, H] */
+	double *q_out;             /* [B, T, groups, d], rotated at t/L */
+	double *k_chunk, *v_chunk; /* [B, C, H, d], k rotated at its chunk */
+	double *k_state, *v_state; /* [B, H, d]: kt, vt after the last token */
+};
+
+struct reference_rat_scan_grads {
+	const double *dv_scan;             /* in [B, T, H, d] */
+	const double *down_score;          /* in [B, T, H] */
+	const double *dq_out;              /* in [B, T, groups, d] */
+	const double *dk_chunk, *dv_chunk; /* in [B, C, H, d] */
+	double *dv, *dgate;                /* out [B, T, H, d] */
+	double *dq, *dk;                   /* out [B, T, groups, d] */
+	double *dgate_bias;                /* out [H*d] */
+};
+
+enum status reference_rat_scan_forward(const struct reference_rat_scan *s,
+                                       const struct reference_rat_scan_out *out);
+enum status reference_rat_scan_backward(const struct reference_rat_scan *s,
+                                        const struct reference_rat_scan_grads *grads);
+
+/* One generated token; see struct rat_step_args. States and chunks as before the step. */
+struct reference_rat_step {
+	int64_t batch, n_heads, groups, d_head, chunk, chunk_slots;
+	bool rope;
+	double scale;
+	int64_t position;
+	const double *z, *v, *gate;      /* [B, H, d] */
+	const double *q, *k;             /* [B, groups, d] */
+	const double *gate_bias;         /* [H*d] */
+	const double *k_state, *v_state; /* [B, H, d] */
+	const double *k_chunk, *v_chunk; /* [B, chunk_slots, H, d] */
+};
+
+/* out [B, H, d]; k_state, v_state [B, H, d] after the step, or both NULL. (At the end of a chunk
+ * v_state, and k_state rotated at position/chunk, are also stored in that slot.) */
+enum status reference_rat_step(const struct reference_rat_step *s, double *out, double *k_state,
+                               double *v_state);
+
+/* Linear recurrence; see struct recurrence_args. A step is T = 1 from h0. */
+struct reference_recurrence {
+	int64_t batch, seq_len, d_model;
+	enum gate_form form;
+	const double *x, *gate;  /* [B, T, D] */
+	const double *z;         /* [B, T, D] logits, or NULL */
+	const double *gate_bias; /* [D] or NULL */
+	const double *h0;        /* [B, D] or NULL: zero */
+};
+
+struct reference_recurrence_grads {
+	double *dx, *dgate; /* [B, T, D] */
+	double *dz;         /* [B, T, D] iff z */
+	double *dgate_bias; /* [D] iff gate_bias */
+	double *dh0;        /* [B, D] or NULL */
+};
+
+/* out [B, T, D]; h [B, T, D] or NULL: the states; h_final [B, D] or NULL. */
+void reference_recurrence_forward(const struct reference_recurrence *r, double *out, double *h,
+                                  double *h_final);
+enum status reference_recurrence_backward(const struct reference_recurrence *r, const double *dout,
+                                          const struct reference_recurrence_grads *grads);
+
+/* Matrix-state recurrence, token by token; see struct matrix_recurrence_args. A step is T = 1
+ * from h0. */
+struct reference_matrix {
+	int64_t batch, seq_len, n_heads, d_k, d_v;
+	enum decay decay;
+	enum rule rule;
+	double scale;
+	const double *q, *k;     /* [B, T, H, d_k] */
+	const double *v;         /* [B, T, H, d_v] */
+	const double *log_decay; /* [B, T, H, d_k] (diagonal), [B, T, H] (scalar), else NULL */
+	const double *bonus;     /* [H, d_k] iff RULE_BONUS */
+	const double *beta;      /* [B, T, H] iff RULE_DELTA */
+	const double *h0;        /* [B, H, d_k, d_v] or NULL: zero */
+};
+
+struct reference_matrix_grads {
+	double *dq, *dk, *dv;
+	double *dlog_decay; /* shaped as log_decay, iff the decay is data-dependent */
+	double *dbonus;     /* [H, d_k] iff RULE_BONUS */
+	double *dbeta;      /* [B, T, H] iff RULE_DELTA */
+	double *dh0;        /* [B, H, d_k, d_v] or NULL */
+};
+
+/* out [B, T, H, d_v]; final_state [B, H, d_k, d_v] or NULL. */
+enum status reference_matrix_forward(const struct reference_matrix *m, double *out,
+                                     double *final_state);
+/* Keeps the states of about 2 sqrt(T) tokens per thread. */
+enum status reference_matrix_backward(const struct reference_matrix *m, const double *dout,
+                                      const struct reference_matrix_grads *grads);
+
+/* log_decay [n, d_out] = logsigmoid(x W^T + bias) / normalizer; x [n, rank], W [d_out, rank]. */
+void reference_decay_gate(int64_t n, int64_t rank, int64_t d_out, double normalizer,
+                          const double *x, const double *weight, const double *bias,
+                          double *log_decay);
+/* dx [n, rank], dweight [d_out, rank], dbias [d_out] from dlog_decay [n, d_out]. */
+enum status reference_decay_gate_backward(int64_t n, int64_t rank, int64_t d_out, double normalizer,
+                                          const double *x, const double *weight, const double *bias,
+                                          const double *dlog_decay, double *dx, double *dweight,
+                                          double *dbias);
+
+/* out [n, H, d] = RMSNorm of each head of x [n, H, d], times weight [d], times silu(gate); rstd
+ * [n, H] or NULL. */
+void reference_norm_gate(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
+                         const double *weight, const double *gate, double *out, double *rstd);
+/* dx, dgate [n, H, d], dweight [d]. */
+enum status reference_norm_gate_backward(int64_t n, int64_t n_heads, int64_t d_head, double eps,
+                                         const double *x, const double *weight, const double *gate,
+                                         const double *dout, double *dx, double *dgate,
+                                         double *dweight);
+
+/* y = x * (1 + erf(x/sqrt(2))) / 2. */
+void reference_gelu(int64_t count, const double *x, double *y);
+void reference_gelu_backward(int64_t count, const double *x, const double *dy, double *dx);
+
+/* y [n, d] = table[tokens]; dtable [vocab, d] = the sum of dy over the tokens that read a row. */
+void reference_embedding(int64_t n, int64_t d, const int32_t *tokens, const double *table,
+                         double *y);
+void reference_embedding_backward(int64_t n, int64_t vocab, int64_t d, const int32_t *tokens,
+                                  const double *dy, double *dtable);
+
+/* Mean over targets >= 0 of -log softmax(logits [n, vocab])[target]; dlogits [n, vocab] or NULL.
+ * No such target: loss and gradient 0. */
+double reference_cross_entropy(int64_t n, int64_t vocab, const double *logits,
+                               const int32_t *targets, double *dlogits);
+
+#endif
