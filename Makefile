@@ -1,0 +1,199 @@
+# How efficient are RAT, attention and the linear recurrences? `make help` lists the targets.
+#
+# Everything is built into $(BUILD) by wildcard: a new file in a folder below needs no line here.
+
+BUILD ?= build
+CC := gcc
+MARCH ?= native
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA ?= $(if $(and $(NVCC),$(wildcard /dev/nvidia0 /dev/nvidiactl)),1,0)
+SAN ?=
+FUZZ_SECONDS ?= 30
+ARGS ?=
+
+ifeq ($(SAN),)
+OPTIMIZE := -O3 -march=$(MARCH) -g
+else
+OPTIMIZE := -O1 -march=$(MARCH) -g -fno-omit-frame-pointer -fsanitize=$(SAN) \
+	-fno-sanitize-recover=all
+endif
+CPPFLAGS := -I. -I$(BUILD) $(if $(filter 1,$(CUDA)),-DWITH_CUDA)
+CFLAGS := -std=c11 $(OPTIMIZE) -Wall -Wextra -Werror -Wshadow -fopenmp \
+	-fno-math-errno -fno-trapping-math -ffp-contract=fast
+LDFLAGS := $(if $(SAN),-fsanitize=$(SAN)) -fopenmp
+LDLIBS := -lopenblas -lm
+
+# bench/foo.c is a program unless there is a bench/foo.h: then it is shared by programs.
+SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
+SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*.c \
+	bench/harness/*.c) $(SHARED)
+PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
+TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
+TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
+
+ifeq ($(CUDA),1)
+ifeq ($(NVCC),)
+$(error CUDA=1 needs nvcc, which was found neither in PATH nor in /usr/local/cuda/bin)
+endif
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CPPFLAGS += -isystem $(CUDA_HOME)/include
+LDFLAGS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64
+LDLIBS += -lcublasLt -lcublas -lcudart_static -lstdc++ -ldl -lrt -lpthread
+SOURCES += $(wildcard kernels/cuda/*.c kernels/cuda/*.cu kernels/portable/*.cu \
+	kernels/hopper/*.cu baselines/*/*.c baselines/*/*.cu)
+GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
+NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Werror
+SM90A := -gencode arch=compute_90a,code=sm_90a
+PTX80 := -gencode arch=compute_80,code=compute_80
+endif
+
+LIBRARY := $(BUILD)/libblocks.a
+OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
+	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
+
+.PHONY: all programs tests help bench-latency bench-generation table2 plots test test-gpu \
+	check asan fuzz golden clean run-latency FORCE
+.DEFAULT_GOAL := all
+.SECONDARY:
+.DELETE_ON_ERROR:
+
+# Nothing else may run beside a measurement; the builds below it are parallel all the same.
+ifneq ($(filter bench-% table2 run-latency,$(MAKECMDGOALS)),)
+.NOTPARALLEL:
+endif
+
+all: programs tests
+programs: $(PROGRAMS)
+tests: $(TESTS) $(GPU_TESTS)
+
+$(BUILD)/%.o: %.c $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/kernels/hopper/%.cu.o: kernels/hopper/%.cu $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.cu.o: %.cu $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -c -o $@ $<
+
+$(LIBRARY): $(OBJECTS)
+	@rm -f $@
+	@ar rcs $@ $^
+
+$(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_SUPPORT) $(LIBRARY)
+	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka $(LDLIBS)
+
+# The two files below are rewritten only when what they say changes.
+define replace_if_changed
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+endef
+
+$(BUILD)/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(CC) $(CPPFLAGS) $(CFLAGS) $(NVCC) $(NVCCFLAGS)' > $@.new
+	$(replace_if_changed)
+
+# The commit, and whether the tree differs from it anywhere but in results and pictures.
+$(BUILD)/version.h: FORCE
+	@mkdir -p $(@D)
+	@{ echo "#define GIT_SHA \"$$(git rev-parse HEAD 2>/dev/null || echo unknown)\""; \
+	   git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
+		|| echo unknown > $@.dirty; \
+	   test -s $@.dirty && echo "#define GIT_DIRTY 1" || echo "#define GIT_DIRTY 0"; } > $@.new
+	$(replace_if_changed)
+
+$(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
+
+-include $(OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
+	$(GPU_TESTS:=.d) $(TEST_SUPPORT:.o=.d)
+
+# Targets a newcomer types. They fetch what is missing first, then build in parallel.
+PARALLEL := $(shell nproc 2>/dev/null || echo 1)
+SUBMAKE = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(PARALLEL))
+
+bench-latency:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) programs
+	@bench/latency.sh $(BUILD) $(ARGS)
+
+bench-generation:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) programs
+	@bench/latency.sh $(BUILD) --pass generation $(ARGS)
+
+table2:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) programs
+	@$(BUILD)/throughput $(ARGS)
+
+plots:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) programs
+	@plots/draw.sh $${RESULTS:-$$($(BUILD)/attention --list | sed -n 's/^output: //p')}
+
+test:
+	@scripts/bootstrap.sh test
+	@$(SUBMAKE) tests programs
+	@tests/run.sh $(TESTS)
+
+test-gpu:
+	@$(SUBMAKE) CUDA=1 tests programs
+	@$(MAKE) --no-print-directory CUDA=1 run-gpu-tests
+
+.PHONY: run-gpu-tests
+run-gpu-tests:
+	@tests/run.sh $(GPU_TESTS)
+	@$(BUILD)/golden --backend cuda tests/golden/*.safetensors
+
+asan:
+	@scripts/bootstrap.sh test
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/asan SAN=address,undefined test
+
+golden:
+	@$(SUBMAKE) programs
+	@$(BUILD)/golden tests/golden/*.safetensors
+
+C_FILES = $(shell git ls-files '*.c' '*.h' '*.cu' '*.cuh')
+CPU_FILES = $(filter-out kernels/cuda/% baselines/% tests/gpu/% tests/fuzz/%,$(filter %.c,$(C_FILES)))
+
+check:
+	@scripts/bootstrap.sh check
+	clang-format --dry-run -Werror $(C_FILES)
+	@$(MAKE) --no-print-directory $(BUILD)/version.h
+	clang-tidy --quiet $(CPU_FILES) -- -std=c11 -I. -I$(BUILD) -fopenmp
+	cppcheck --quiet --error-exitcode=1 --std=c11 --inline-suppr -I. -I$(BUILD) \
+		--enable=warning,performance,portability \
+		--suppress=missingIncludeSystem $(CPU_FILES)
+
+# Each fuzz target is linked with the parsers it feeds, built by clang with coverage.
+FUZZ_SOURCES = $(wildcard bench/harness/*.c kernels/status.c kernels/kernels.c) $(SHARED)
+fuzz:
+	@scripts/bootstrap.sh check
+	@$(MAKE) --no-print-directory $(BUILD)/version.h
+	@tests/fuzz/run.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
+
+help:
+	@echo 'make bench-latency      latency of every block: prefill, training, generation; then plots'
+	@echo 'make bench-generation   generation alone'
+	@echo 'make table2             maximum throughput of whole models'
+	@echo 'make plots              pictures of the results (RESULTS=file.csv picks another file)'
+	@echo 'make test               every test that needs no GPU'
+	@echo 'make test-gpu           the tests of the CUDA backend'
+	@echo 'make golden             other projects'"'"' reference tensors, compared'
+	@echo 'make check              format, clang-tidy, cppcheck'
+	@echo 'make asan               the tests under AddressSanitizer and UBSan'
+	@echo 'make fuzz               the fuzz targets, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
+	@echo 'make all                build everything into $(BUILD)/'
+	@echo 'make clean              remove $(BUILD)/'
+	@echo
+	@echo 'ARGS="--preset tiny"    options handed to the programs; build/attention --help lists them'
+	@echo 'CUDA=1 | CUDA=0         with or without the CUDA backend (now $(CUDA))'
+	@echo 'MARCH=x86-64-v3         processor to compile for (now $(MARCH))'
+
+clean:
+	rm -rf $(BUILD)
