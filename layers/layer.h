@@ -13,7 +13,7 @@
 
 #include "kernels/kernels.h"
 
-enum { MAX_TENSORS = 24, MAX_LAYERS = 128 };
+enum { MAX_TENSORS = 24, MAX_LAYERS = 128, MAX_GOLDEN_NAMES = 16 };
 
 /* Where a parameter's first value comes from. */
 enum init {
@@ -24,10 +24,13 @@ enum init {
 	                  length */
 };
 
-/* One tensor that a layer wants. */
+enum storage { STORAGE_ACTIVATION, STORAGE_FP32 };
+
+/* One tensor that a layer wants. With a dimension of 0 it takes no memory and its pointer is
+ * NULL; so an index means the same tensor in every pass. */
 struct tensor_spec {
 	const char *name;
-	enum storage { STORAGE_ACTIVATION, STORAGE_FP32 } storage;
+	enum storage storage;
 	int n_dims;
 	int64_t dims[4]; /* row-major */
 	enum init init;  /* of parameters */
@@ -35,8 +38,11 @@ struct tensor_spec {
 
 /* Elements of a tensor. */
 int64_t tensor_count(const struct tensor_spec *spec);
+/* Its element type on a backend, and its bytes there. */
+enum dtype tensor_dtype(const struct tensor_spec *spec, const struct backend *backend);
+size_t tensor_bytes(const struct tensor_spec *spec, const struct backend *backend);
 
-/* Names a golden file (the reference implementations) gives to rows of our parameters. */
+/* The name a golden file (the reference implementations) gives to rows of one of our parameters. */
 struct golden_name {
 	const char *name;    /* e.g. "q_proj.weight" */
 	int parameter;       /* index into the layer's parameters */
@@ -45,7 +51,7 @@ struct golden_name {
 
 struct layer_class;
 
-/* One layer of a stack. Filled by layer_configure(); plain data. */
+/* One layer of a stack. Filled by stack_configure(); plain data. */
 struct layer_config {
 	const struct layer_class *class;
 	int64_t d_model, n_heads;
@@ -61,14 +67,15 @@ struct layer_config {
 /* Memory of one layer, in the order of its spec lists. */
 struct layer_memory {
 	void *param[MAX_TENSORS];
-	float *grad[MAX_TENSORS]; /* fp32, shaped as param; training only */
-	void *state[MAX_TENSORS]; /* caches; NULL entries in training */
-	void *saved[MAX_TENSORS]; /* forward activations; kept per layer in training, else shared */
+	float *grad[MAX_TENSORS];   /* fp32, shaped as param; training only */
+	void *state[MAX_TENSORS];   /* caches; NULL entries if capacity is 0 */
+	void *saved[MAX_TENSORS];   /* forward activations */
 	void *scratch[MAX_TENSORS]; /* of the backward pass; shared by all layers */
 };
 
-/* Which of a layer's saved tensors a check looks at. */
-enum { SAVED_PROJ = 0, SAVED_MIX = 1 };
+/* Saved tensors of every layer: InProj's output, OutProj's input, and what the backward of InProj
+ * needs (empty outside training). A layer's own follow. */
+enum { SAVED_PROJ = 0, SAVED_MIX = 1, SAVED_X_NORM = 2, SAVED_RSTD = 3, SAVED_OTHER = 4 };
 
 enum pass { PASS_PREFILL, PASS_TRAIN, PASS_GENERATION, PASS_THROUGHPUT, PASS_KERNEL };
 
@@ -79,23 +86,25 @@ const char *pass_name(enum pass pass);
 struct layer_shape {
 	enum pass pass;
 	int64_t batch;
-	int64_t seq_len;  /* tokens of prefill or training; 1 while generating */
-	int64_t capacity; /* positions the state must be able to hold; 0: no state */
+	int64_t seq_len;     /* tokens of prefill or training; 1 while generating */
+	int64_t capacity;    /* positions the state must be able to hold; 0: no state */
+	int64_t micro_batch; /* sequences that a model's prefill takes at a time (its activations
+	                        are for these, its caches for batch); 0: all */
 };
 
 struct layer_class {
 	const char *name; /* "attention", "rat", ... as in the CSV */
-	const char *
-	        tunables; /* which options matter to it: subset of "chunk,window,groups,position" */
+	/* Which options matter to it: a subset of "chunk,window,groups,position". A number in a
+	 * pattern ("rat:16", "swa:1024") sets the first of them. */
+	const char *tunables;
 
 	/* STATUS_INVALID with one line naming the option and what is allowed. */
 	enum status (*check)(const struct layer_config *config);
 
 	/*
 	 * The tensors it wants; each returns how many. For temporal-mixing
-	 * layers saved[SAVED_PROJ] is the output of InProj [N, P] (before any
-	 * in-place rotation if `shape->pass` is train; rotated in place is
-	 * allowed otherwise) and saved[SAVED_MIX] the input of OutProj [N, D].
+	 * layers saved[SAVED_PROJ] is the output of InProj [N, P] (q and k
+	 * possibly rotated in place) and saved[SAVED_MIX] the input of OutProj [N, D].
 	 */
 	int (*parameters)(const struct layer_config *config, struct tensor_spec *specs);
 	int (*state)(const struct layer_config *config, const struct layer_shape *shape,
@@ -129,22 +138,23 @@ struct layer_class {
 	enum status (*reference_mix)(const struct layer_config *config, const double *const *param,
 	                             int64_t n_seq, int64_t seq_len, const double *proj,
 	                             int64_t n_rows, const int64_t *rows, double *mix);
-	/* The same tensor for one generated token of n_seq sequences; state as before the step.
-	 * proj [n_seq, P], state[i] [n_seq, ...]. */
+	/* The same tensor for one generated token of n_seq sequences. proj [n_seq, P];
+	 * state[i] [n_seq, ...] as before the step in, as after it out. */
 	enum status (*reference_step)(const struct layer_config *config,
 	                              const struct layer_shape *shape, const double *const *param,
 	                              int64_t n_seq, int64_t position, const double *proj,
-	                              const double *const *state, double *mix);
-	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, D]; and of the parameters that act
-	 * inside Mix (others are left alone). grad[i] shaped as param[i]. */
+	                              double *const *state, double *mix);
+	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, D]; those of the parameters that act
+	 * inside Mix are added to grad[i] (others are left alone), shaped as param[i]. */
 	enum status (*reference_mix_backward)(const struct layer_config *config,
 	                                      const double *const *param, int64_t batch,
 	                                      int64_t seq_len, const double *proj,
 	                                      const double *dmix, double *dproj,
 	                                      double *const *grad);
 
-	/* Names of the parameters in golden files; ends with a NULL name. */
-	const struct golden_name *(*golden_names)(const struct layer_config *config);
+	/* Names of the parameters in golden files, into names[MAX_GOLDEN_NAMES]; returns how many.
+	 */
+	int (*golden_names)(const struct layer_config *config, struct golden_name *names);
 };
 
 /* The list of layers (layers/registry.c); ends with NULL. */
