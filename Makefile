@@ -68,15 +68,15 @@ tests: $(TESTS) $(GPU_TESTS)
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(BUILD)/kernels/hopper/%.cu.o: kernels/hopper/%.cu $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -c -o $@ $<
+	$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(BUILD)/%.cu.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -c -o $@ $<
+	$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(LIBRARY): $(OBJECTS)
 	@rm -f $@
