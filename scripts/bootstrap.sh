@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Makes sure that the tools and libraries of one purpose are installed.
+#
+#   scripts/bootstrap.sh run     what building, measuring and plotting need
+#   scripts/bootstrap.sh test    and the tests
+#   scripts/bootstrap.sh check   and the fuzz targets, formatter and linters
+#
+# Silent when nothing is missing. Otherwise installs it where it may (root on a
+# Debian-like system), or says in one line what is missing and exits with 1.
+set -u
+
+usage()
+{
+	echo "usage: ${0##*/} run|test|check" >&2
+	exit 2
+}
+
+has_program()
+{
+	command -v "$1" >/dev/null 2>&1
+}
+
+# Whether the C compiler finds header $1 and, unless it is empty, library $2.
+has_library()
+{
+	printf '#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <stdint.h>
+		#include <%s>\nint main(void) { return 0; }\n' "$1" |
+		cc -x c - ${2:+-l"$2"} -o /dev/null >/dev/null 2>&1
+}
+
+has_fonts()
+{
+	find /usr/share/fonts /usr/local/share/fonts "${HOME:-/}/.fonts" \
+		\( -name '*.ttf' -o -name '*.otf' \) -print -quit 2>/dev/null | grep -q .
+}
+
+has_fuzzer()
+{
+	printf '%s\n' '#include <stddef.h>' '#include <stdint.h>' \
+		'int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);' \
+		'int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)' \
+		'{ (void)data; (void)size; return 0; }' |
+		clang -x c - -fsanitize=fuzzer,address -o /dev/null >/dev/null 2>&1
+}
+
+# need PACKAGES COMMAND...: notes the packages unless the command succeeds.
+missing=()
+need()
+{
+	local packages=$1
+	shift
+	# shellcheck disable=SC2206 # one word per package
+	"$@" || missing+=($packages)
+}
+
+find_missing()
+{
+	missing=()
+	if ! has_program cc || ! has_program make; then
+		missing+=(build-essential)
+	fi
+	# Without a compiler the libraries cannot be looked for: ask for them all.
+	need libopenblas-dev has_library cblas.h openblas
+	need gnuplot-nox has_program gnuplot
+	need fonts-dejavu-core has_fonts
+	[ "$1" = run ] && return
+	need libcmocka-dev has_library cmocka.h cmocka
+	need libcjson-dev has_library cjson/cJSON.h cjson
+	[ "$1" = test ] && return
+	need "clang libclang-rt-dev" has_fuzzer
+	need clang-format has_program clang-format
+	need clang-tidy has_program clang-tidy
+	need cppcheck has_program cppcheck
+}
+
+install_missing()
+{
+	export DEBIAN_FRONTEND=noninteractive
+	echo "installing: ${missing[*]}" >&2
+	local log
+	log=$(mktemp)
+	if ! { apt-get -q update && apt-get -qy install --no-install-recommends "${missing[@]}"; } \
+		>"$log" 2>&1 </dev/null; then
+		tail -n 5 "$log" >&2
+	fi
+	rm -f "$log"
+}
+
+[ $# -eq 1 ] || usage
+case $1 in
+run | test | check) ;;
+*) usage ;;
+esac
+
+find_missing "$1"
+if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" -eq 0 ] && has_program apt-get; then
+	install_missing
+	find_missing "$1"
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+	echo "missing: ${missing[*]} (Debian package names; install them and try again)" >&2
+	exit 1
+fi
