@@ -1,0 +1,298 @@
+/* The CPU backend: the process's own memory, the monotonic clock, and the kernels of this folder.
+ */
+#define _GNU_SOURCE
+#include "kernels/backend.h"
+
+#include <cblas.h>
+#include <inttypes.h>
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/utsname.h>
+#include <time.h>
+
+#include "kernels/cpu/kernels_cpu.h"
+
+enum { PAGE_BYTES = 4096, HUGE_PAGE_BYTES = 2 << 20, LINE_BYTES = 64 };
+
+static double stopwatch_started;
+static char *flush_buffer;
+static size_t flush_bytes;
+
+/*
+ * The kernels call BLAS from inside OpenMP regions, each thread on its own block: BLAS's own
+ * threads would spin against OpenMP's on the same cores.
+ */
+static enum status cpu_open(int index)
+{
+	if (index != 0)
+		return status_set(STATUS_INVALID, "backend cpu has one device, 0, not %d", index);
+	openblas_set_num_threads(1);
+	return STATUS_OK;
+}
+
+static void cpu_close(void)
+{
+	free(flush_buffer);
+	flush_buffer = NULL;
+}
+
+/* The first unsigned number after `key` in a file of lines; false if there is none. */
+static bool read_number(const char *path, const char *key, uint64_t *number)
+{
+	FILE *file = fopen(path, "r");
+	char line[256];
+	bool found = false;
+
+	if (!file)
+		return false;
+	while (!found && fgets(line, sizeof line, file))
+		found = strncmp(line, key, strlen(key)) == 0 &&
+		        sscanf(line + strlen(key), "%" SCNu64, number) == 1;
+	fclose(file);
+	return found;
+}
+
+/*
+ * Lowers *total and *available to what the control group in `directory` allows. The files are
+ * named limit_name and usage_name; its page cache can be reclaimed and does not count as used.
+ */
+static void apply_group_limit(const char *directory, const char *limit_name, const char *usage_name,
+                              size_t *total, size_t *available)
+{
+	char path[512];
+	uint64_t limit, used, cache = 0;
+
+	snprintf(path, sizeof path, "%s/%s", directory, limit_name);
+	if (!read_number(path, "", &limit))
+		return;
+	snprintf(path, sizeof path, "%s/%s", directory, usage_name);
+	if (!read_number(path, "", &used))
+		return;
+	snprintf(path, sizeof path, "%s/memory.stat", directory);
+	if (!read_number(path, "total_inactive_file ", &cache))
+		read_number(path, "inactive_file ", &cache);
+	used -= cache < used ? cache : used;
+	size_t left = used < limit ? (size_t)(limit - used) : 0;
+	*total = limit < *total ? (size_t)limit : *total;
+	*available = left < *available ? left : *available;
+}
+
+/* Applies the limits of the control group `path` below `root` and of all its ancestors. */
+static void apply_group_limits(const char *root, const char *path, const char *limit_name,
+                               const char *usage_name, size_t *total, size_t *available)
+{
+	char directory[384];
+	int length = snprintf(directory, sizeof directory, "%s%s", root, path);
+
+	if (length < 0 || (size_t)length >= sizeof directory)
+		return;
+	for (char *end = directory + length; end && (size_t)(end - directory) >= strlen(root);
+	     end = strrchr(directory, '/')) {
+		*end = '\0';
+		apply_group_limit(directory, limit_name, usage_name, total, available);
+	}
+}
+
+/* Memory that can be taken without the kernel killing somebody for it. */
+static void memory_sizes(size_t *total, size_t *available)
+{
+	uint64_t kib = 0;
+	char line[320];
+	FILE *groups = fopen("/proc/self/cgroup", "r");
+
+	*total = read_number("/proc/meminfo", "MemTotal:", &kib) ? (size_t)kib * 1024 : SIZE_MAX;
+	*available =
+	        read_number("/proc/meminfo", "MemAvailable:", &kib) ? (size_t)kib * 1024 : *total;
+	while (groups && fgets(line, sizeof line, groups)) {
+		char *controller = strchr(line, ':');
+		char *path = controller ? strchr(controller + 1, ':') : NULL;
+
+		if (!path)
+			continue;
+		*path++ = '\0';
+		path[strcspn(path, "\n")] = '\0';
+		if (strcmp(controller, ":memory") == 0)
+			apply_group_limits("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
+			                   "memory.usage_in_bytes", total, available);
+		else if (strcmp(controller, ":") == 0)
+			apply_group_limits("/sys/fs/cgroup", path, "memory.max", "memory.current",
+			                   total, available);
+	}
+	if (groups)
+		fclose(groups);
+}
+
+static void cpu_model(char *name, size_t size)
+{
+	FILE *file = fopen("/proc/cpuinfo", "r");
+	struct utsname system;
+	char line[256];
+
+	snprintf(name, size, "%s", uname(&system) == 0 ? system.machine : "cpu");
+	while (file && fgets(line, sizeof line, file)) {
+		const char *colon = strchr(line, ':');
+
+		if (strncmp(line, "model name", strlen("model name")) != 0 || !colon)
+			continue;
+		line[strcspn(line, "\n")] = '\0';
+		snprintf(name, size, "%s", colon + 1 + strspn(colon + 1, " "));
+		break;
+	}
+	if (file)
+		fclose(file);
+}
+
+static enum status cpu_info(struct device_info *info)
+{
+	struct utsname system;
+
+	*info = (struct device_info){.n_threads = omp_get_max_threads()};
+	cpu_model(info->name, sizeof info->name);
+	if (uname(&system) == 0)
+		snprintf(info->driver, sizeof info->driver, "%.63s", system.release);
+	snprintf(info->runtime, sizeof info->runtime, "%s", openblas_get_config());
+	memory_sizes(&info->memory_total, &info->memory_free);
+	return STATUS_OK;
+}
+
+/*
+ * Every page is touched at once, by all threads: what was granted is then really there, the next
+ * request sees it as used, and no timed region pays for page faults.
+ */
+static void touch_pages(char *memory, size_t bytes)
+{
+#pragma omp parallel for schedule(static)
+	for (size_t i = 0; i < bytes; i += PAGE_BYTES)
+		memory[i] = 0;
+}
+
+static enum status cpu_allocate(size_t bytes, void **memory)
+{
+	size_t total, available;
+	size_t alignment = bytes >= 2 * HUGE_PAGE_BYTES ? HUGE_PAGE_BYTES : PAGE_BYTES;
+
+	*memory = NULL;
+	memory_sizes(&total, &available);
+	/* What is left over keeps the page tables and everybody else alive. */
+	if (bytes > available - available / 32)
+		return status_set(STATUS_OOM, "%zu bytes wanted, %zu available", bytes, available);
+	size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+	char *taken = aligned_alloc(alignment, rounded ? rounded : alignment);
+	if (!taken)
+		return status_set(STATUS_OOM, "%zu bytes wanted, the allocator refuses", bytes);
+	if (alignment == HUGE_PAGE_BYTES)
+		madvise(taken, rounded, MADV_HUGEPAGE);
+	touch_pages(taken, rounded);
+	*memory = taken;
+	return STATUS_OK;
+}
+
+static void cpu_release(void *memory)
+{
+	free(memory);
+}
+
+static enum status cpu_copy(void *to, const void *from, size_t bytes)
+{
+	if (bytes > 0)
+		memmove(to, from, bytes);
+	return STATUS_OK;
+}
+
+static enum status cpu_fill(void *device, int byte, size_t bytes)
+{
+	if (bytes > 0)
+		memset(device, byte, bytes);
+	return STATUS_OK;
+}
+
+static enum status cpu_synchronize(void)
+{
+	return STATUS_OK;
+}
+
+static double seconds_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static enum status cpu_stopwatch_start(void)
+{
+	stopwatch_started = seconds_now();
+	return STATUS_OK;
+}
+
+static enum status cpu_stopwatch_stop(double *milliseconds)
+{
+	*milliseconds = 1e3 * (seconds_now() - stopwatch_started);
+	return STATUS_OK;
+}
+
+/* Bytes of the largest cache that the first CPU sees; 32 MiB where the system does not say. */
+static size_t last_level_cache_bytes(void)
+{
+	size_t largest = 0;
+
+	for (int i = 0; i < 8; i++) {
+		char path[96];
+		uint64_t kib;
+
+		snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", i);
+		if (read_number(path, "", &kib) && kib * 1024 > largest)
+			largest = (size_t)kib * 1024;
+	}
+	return largest ? largest : (size_t)32 << 20;
+}
+
+/* Streams over twice the last-level cache; every thread a part, to clear its private caches too. */
+static enum status cpu_flush_cache(void)
+{
+	if (!flush_buffer) {
+		void *memory;
+		flush_bytes = 2 * last_level_cache_bytes();
+		enum status status = cpu_allocate(flush_bytes, &memory);
+
+		if (status != STATUS_OK)
+			return status;
+		flush_buffer = memory;
+	}
+#pragma omp parallel for schedule(static)
+	for (size_t i = 0; i < flush_bytes; i += LINE_BYTES)
+		flush_buffer[i]++;
+	return STATUS_OK;
+}
+
+static void cpu_range_push(const char *name)
+{
+	(void)name;
+}
+
+static void cpu_range_pop(void)
+{
+}
+
+const struct backend cpu_backend = {
+        .name = "cpu",
+        .activation = DTYPE_F32,
+        .open = cpu_open,
+        .close = cpu_close,
+        .info = cpu_info,
+        .allocate = cpu_allocate,
+        .release = cpu_release,
+        .upload = cpu_copy,
+        .download = cpu_copy,
+        .fill = cpu_fill,
+        .synchronize = cpu_synchronize,
+        .stopwatch_start = cpu_stopwatch_start,
+        .stopwatch_stop = cpu_stopwatch_stop,
+        .flush_cache = cpu_flush_cache,
+        .range_push = cpu_range_push,
+        .range_pop = cpu_range_pop,
+        .kernels = cpu_kernels,
+};
