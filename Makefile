@@ -21,7 +21,7 @@ CPPFLAGS := -I. -I$(BUILD) $(if $(filter 1,$(CUDA)),-DWITH_CUDA)
 CFLAGS := -std=c11 $(OPTIMIZE) -Wall -Wextra -Werror -Wshadow -fopenmp \
 	-fno-math-errno -fno-trapping-math -ffp-contract=fast
 LDFLAGS := $(if $(SAN),-fsanitize=$(SAN)) -fopenmp
-LDLIBS := -lopenblas -lm
+LDLIBS := -lopenblas -lcjson -lm
 
 # bench/foo.c is a program unless there is a bench/foo.h: then it is shared by programs.
 SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
