@@ -1,0 +1,263 @@
+/* The safetensors reader on sound, truncated and hostile files. */
+#define _POSIX_C_SOURCE 200809L
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "bench/safetensors.h"
+
+/* An exact-size heap copy of length, header and `data_size` bytes 0, 1, 2, ...: an address
+ * sanitizer sees any read past its end. */
+static unsigned char *make_file(const char *header, size_t data_size, size_t *size)
+{
+	size_t length = strlen(header);
+	unsigned char *bytes = malloc(8 + length + data_size);
+
+	assert_non_null(bytes);
+	for (int i = 0; i < 8; i++)
+		bytes[i] = (unsigned char)((uint64_t)length >> (8 * i));
+	for (size_t i = 0; i < length; i++)
+		bytes[8 + i] = (unsigned char)header[i];
+	for (size_t i = 0; i < data_size; i++)
+		bytes[8 + length + i] = (unsigned char)i;
+	*size = 8 + length + data_size;
+	return bytes;
+}
+
+static enum status parse(const char *header, size_t data_size, struct safetensors *file)
+{
+	size_t size;
+	unsigned char *bytes = make_file(header, data_size, &size);
+	enum status status = safetensors_parse(bytes, size, file);
+
+	free(bytes);
+	return status;
+}
+
+/* The header must be refused with a message that says `reason`, and leave nothing behind. */
+static void refuse(const char *header, size_t data_size, const char *reason)
+{
+	struct safetensors file;
+
+	assert_int_equal(parse(header, data_size, &file), STATUS_INVALID);
+	if (!strstr(status_message(), reason))
+		fail_msg("'%s' does not say '%s'", status_message(), reason);
+	assert_int_equal(file.n_tensors, 0);
+	assert_null(file.tensors);
+	assert_null(file.data);
+}
+
+#define ENTRY(shape, begin, end)                                                                   \
+	"{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
+
+static void test_sound_file(void **state)
+{
+	const char *header = "{\"__metadata__\":{\"block\":\"rat\",\"chunk_size\":\"16\"},"
+	                     "\"b\":{\"dtype\":\"I64\",\"shape\":[2,1],\"data_offsets\":[24,40]},"
+	                     "\"a\":" ENTRY("[3,2]", "0", "24") "}   ";
+	struct safetensors file;
+	float second;
+	int64_t last;
+
+	(void)state;
+	assert_int_equal(parse(header, 40, &file), STATUS_OK);
+	assert_int_equal(file.n_tensors, 2);
+	assert_string_equal(safetensors_metadata(&file, "chunk_size"), "16");
+	assert_null(safetensors_metadata(&file, "absent"));
+	assert_null(safetensors_find(&file, "absent"));
+
+	const struct safetensor *a = safetensors_find(&file, "a"),
+	                        *b = safetensors_find(&file, "b");
+	assert_int_equal(a->n_dims, 2);
+	assert_int_equal(a->dims[0], 3);
+	assert_int_equal(a->dims[1], 2);
+	assert_int_equal(a->count, 6);
+	memcpy(&second, (unsigned char[]){4, 5, 6, 7}, sizeof second);
+	assert_memory_equal(&a->data.f32[1], &second, sizeof second);
+	assert_int_equal(b->dtype, SAFETENSORS_I64);
+	memcpy(&last, (unsigned char[]){32, 33, 34, 35, 36, 37, 38, 39}, sizeof last);
+	assert_int_equal(b->data.i64[1], last);
+	safetensors_close(&file);
+	assert_int_equal(file.n_tensors, 0);
+}
+
+static void test_scalars_and_empty_tensors(void **state)
+{
+	struct safetensors file;
+
+	(void)state;
+	assert_int_equal(
+	        parse("{\"a\":" ENTRY("[]", "0", "4") ",\"b\":" ENTRY("[0,7]", "4", "4") "}", 4,
+	              &file),
+	        STATUS_OK);
+	assert_int_equal(safetensors_find(&file, "a")->count, 1);
+	assert_int_equal(safetensors_find(&file, "b")->count, 0);
+	safetensors_close(&file);
+	assert_int_equal(parse("{}", 0, &file), STATUS_OK);
+	safetensors_close(&file);
+}
+
+static void test_hostile_headers(void **state)
+{
+	(void)state;
+	refuse("", 0, "not a JSON object");
+	refuse("[1]", 0, "not a JSON object");
+	refuse("{\"a\":", 0, "not a JSON object");
+	refuse("{} {}", 0, "not a JSON object");
+	refuse("{\"a\":3}", 0, "describes no tensor");
+	refuse("{\"\":" ENTRY("[1]", "0", "4") "}", 4, "describes no tensor");
+	refuse("{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "no dtype");
+	refuse("{\"a\":{\"dtype\":\"F16\",\"shape\":[1],\"data_offsets\":[0,2]}}", 2, "F16");
+	refuse("{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "shape");
+	refuse("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, "data_offsets");
+	refuse("{\"a\":" ENTRY("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "at most 8");
+	refuse("{\"a\":" ENTRY("[-1]", "0", "4") "}", 4, "no integer");
+	refuse("{\"a\":" ENTRY("[1.5]", "0", "4") "}", 4, "no integer");
+	refuse("{\"a\":" ENTRY("[1e300]", "0", "4") "}", 4, "no integer");
+	refuse("{\"a\":" ENTRY("[\"1\"]", "0", "4") "}", 4, "no integer");
+	refuse("{\"a\":" ENTRY("[4294967296,4294967296]", "0", "4") "}", 4, "overflows");
+	/* 2^62 elements of 4 bytes: 2^64, which wraps to 0 bytes. */
+	refuse("{\"a\":" ENTRY("[2147483648,2147483648]", "0", "0") "}", 0, "elements");
+	refuse("{\"__metadata__\":[]}", 0, "not an object");
+	refuse("{\"__metadata__\":{\"a\":1}}", 0, "not a string");
+	refuse("{\"__metadata__\":{\"a\":\"1\"},\"__metadata__\":{}}", 0, "two entries");
+}
+
+static void test_hostile_offsets(void **state)
+{
+	(void)state;
+	refuse("{\"a\":" ENTRY("[2]", "0", "8") "}", 4, "ends at byte 8");
+	refuse("{\"a\":" ENTRY("[1]", "9007199254740988", "9007199254740992") "}", 4, "ends at");
+	refuse("{\"a\":" ENTRY("[1]", "0", "99999999999999999999") "}", 4, "data_offsets");
+	refuse("{\"a\":" ENTRY("[1]", "-4", "0") "}", 4, "data_offsets");
+	refuse("{\"a\":" ENTRY("[1]", "4", "0") "}", 4, "data_offsets");
+	refuse("{\"a\":" ENTRY("[2]", "0", "4") "}", 4, "its shape 2");
+	refuse("{\"a\":" ENTRY("[1]", "0", "5") "}", 5, "has 5 bytes");
+	refuse("{\"a\":" ENTRY("[1]", "2", "6") "}", 6, "not aligned");
+	refuse("{\"a\":" ENTRY("[2]", "0", "8") ",\"b\":" ENTRY("[2]", "4", "12") "}", 12,
+	       "overlaps");
+	refuse("{\"a\":" ENTRY("[1]", "0", "4") ",\"b\":" ENTRY("[1]", "8", "12") "}", 12, "gap");
+	refuse("{\"a\":" ENTRY("[1]", "0", "4") "}", 8, "4 bytes follow");
+	refuse("{\"a\":" ENTRY("[1]", "0", "4") ",\"a\":" ENTRY("[1]", "4", "8") "}", 8,
+	       "two tensors");
+}
+
+static void test_deep_nesting(void **state)
+{
+	enum { DEPTH = 100000 };
+	char *header = malloc(2 * DEPTH + 6);
+
+	(void)state;
+	assert_non_null(header);
+	memcpy(header, "{\"a\":", 5);
+	memset(header + 5, '[', DEPTH);
+	header[5 + DEPTH] = '\0';
+	refuse(header, 0, "nested deeper");
+	free(header);
+	/* Brackets inside a string are no nesting. */
+	refuse("{\"[[[[[[\\\"[[[[\":3}", 0, "describes no tensor");
+}
+
+/* Every proper prefix of a sound file is refused. */
+static void test_truncation(void **state)
+{
+	const char *header = "{\"__metadata__\":{\"k\":\"v\"},\"a\":" ENTRY("[4]", "0", "16") "}";
+	struct safetensors file;
+	size_t size;
+	unsigned char *bytes = make_file(header, 16, &size);
+
+	(void)state;
+	for (size_t length = 0; length < size; length++) {
+		unsigned char *prefix = malloc(length ? length : 1);
+
+		assert_non_null(prefix);
+		memcpy(prefix, bytes, length);
+		assert_int_equal(safetensors_parse(prefix, length, &file), STATUS_INVALID);
+		free(prefix);
+	}
+	assert_int_equal(safetensors_parse(bytes, size, &file), STATUS_OK);
+	safetensors_close(&file);
+	free(bytes);
+}
+
+static void test_header_longer_than_the_file(void **state)
+{
+	struct safetensors file;
+	unsigned char bytes[16] = {9, 0, 0, 0, 0, 0, 0, 0, '{', '}'};
+
+	(void)state;
+	assert_int_equal(safetensors_parse(bytes, 16, &file), STATUS_INVALID);
+	assert_non_null(strstr(status_message(), "9 bytes in a file of 16"));
+	memset(bytes, 0xff, 8);
+	assert_int_equal(safetensors_parse(bytes, 16, &file), STATUS_INVALID);
+	assert_non_null(strstr(status_message(), "more than"));
+}
+
+/* Flips each byte of a sound file's head in turn: whatever comes out, nothing is read outside. */
+static void test_flipped_bytes(void **state)
+{
+	const char *header = "{\"__metadata__\":{\"k\":\"v\"},\"a\":" ENTRY("[4]", "0", "16") "}";
+	size_t size;
+	unsigned char *bytes = make_file(header, 16, &size);
+
+	(void)state;
+	for (size_t i = 0; i < 8 * size; i++) {
+		struct safetensors file;
+
+		bytes[i / 8] ^= (unsigned char)(1u << i % 8);
+		if (safetensors_parse(bytes, size, &file) == STATUS_OK)
+			safetensors_close(&file);
+		bytes[i / 8] ^= (unsigned char)(1u << i % 8);
+	}
+	free(bytes);
+}
+
+static void test_files(void **state)
+{
+	char path[] = "/tmp/safetensors-test-XXXXXX";
+	int descriptor = mkstemp(path);
+	struct safetensors file;
+	size_t size;
+	unsigned char *bytes = make_file("{\"a\":" ENTRY("[4]", "0", "16") "}", 16, &size);
+
+	(void)state;
+	assert_true(descriptor >= 0);
+	assert_int_equal(write(descriptor, bytes, size), size);
+	assert_int_equal(safetensors_open(path, &file), STATUS_OK);
+	assert_int_equal(file.tensors[0].count, 4);
+	safetensors_close(&file);
+	assert_int_equal(ftruncate(descriptor, (off_t)size - 1), 0);
+	assert_int_equal(safetensors_open(path, &file), STATUS_INVALID);
+	assert_non_null(strstr(status_message(), path));
+	assert_int_equal(ftruncate(descriptor, 0), 0);
+	assert_int_equal(safetensors_open(path, &file), STATUS_INVALID);
+	close(descriptor);
+	unlink(path);
+	free(bytes);
+	assert_int_equal(safetensors_open(path, &file), STATUS_IO);
+	assert_int_equal(safetensors_open("/", &file), STATUS_IO);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+	        cmocka_unit_test(test_sound_file),
+	        cmocka_unit_test(test_scalars_and_empty_tensors),
+	        cmocka_unit_test(test_hostile_headers),
+	        cmocka_unit_test(test_hostile_offsets),
+	        cmocka_unit_test(test_deep_nesting),
+	        cmocka_unit_test(test_truncation),
+	        cmocka_unit_test(test_header_longer_than_the_file),
+	        cmocka_unit_test(test_flipped_bytes),
+	        cmocka_unit_test(test_files),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
