@@ -1,0 +1,118 @@
+#include "kernels/cuda/device.h"
+
+#include <cuda_bf16.h>
+
+static __device__ uint64_t now_ns()
+{
+	uint64_t t;
+
+	asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+	return t;
+}
+
+static __global__ void hold_kernel(const volatile int *gate, int ticket, uint64_t limit_ns)
+{
+	const uint64_t begin = now_ns();
+
+	while (*gate < ticket && now_ns() - begin < limit_ns)
+		;
+}
+
+static __global__ void spin_kernel(uint64_t ns)
+{
+	const uint64_t begin = now_ns();
+
+	while (now_ns() - begin < ns)
+		;
+}
+
+/* Both ends wait for a tick of the timer, which some devices advance in steps of a microsecond. */
+static __global__ void clock_kernel(uint64_t ns, struct clock_sample *sample)
+{
+	uint64_t before = now_ns(), begin, end;
+
+	while ((begin = now_ns()) == before)
+		;
+	const uint64_t cycles = clock64();
+	do {
+		before = now_ns();
+		while ((end = now_ns()) == before)
+			;
+	} while (end - begin < ns);
+	sample->cycles = clock64() - cycles;
+	sample->nanoseconds = end - begin;
+}
+
+static __global__ void read_kernel(const uint4 *buffer, size_t count)
+{
+	const size_t stride = (size_t)gridDim.x * blockDim.x;
+	uint32_t seen = 0;
+
+	for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
+		const uint4 v = buffer[i];
+
+		seen |= v.x | v.y | v.z | v.w;
+	}
+	/* Never true of a buffer of zeros: it only keeps the loads from being optimized away. */
+	if (seen == 0xdeadbeefu)
+		const_cast<uint4 *>(buffer)[0].x = seen;
+}
+
+/* A counter, scrambled (the finalizer of MurmurHash3). */
+static __device__ uint32_t scramble(uint32_t x)
+{
+	x ^= x >> 16;
+	x *= 0x85ebca6bu;
+	x ^= x >> 13;
+	x *= 0xc2b2ae35u;
+	return x ^ x >> 16;
+}
+
+static __global__ void random_kernel(__nv_bfloat16 *memory, size_t count, uint32_t seed)
+{
+	const size_t stride = (size_t)gridDim.x * blockDim.x;
+
+	for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
+		const uint32_t bits = scramble((uint32_t)i + scramble(seed + (uint32_t)(i >> 32)));
+
+		memory[i] = __float2bfloat16((float)(int32_t)bits * 0x1p-31f);
+	}
+}
+
+cudaError_t device_code_present()
+{
+	cudaFuncAttributes attributes;
+
+	return cudaFuncGetAttributes(&attributes, spin_kernel);
+}
+
+cudaError_t device_hold(cudaStream_t stream, const int *gate, int ticket, uint64_t limit_ns)
+{
+	hold_kernel<<<1, 1, 0, stream>>>(gate, ticket, limit_ns);
+	return cudaGetLastError();
+}
+
+cudaError_t device_spin(cudaStream_t stream, uint64_t ns)
+{
+	spin_kernel<<<1, 1, 0, stream>>>(ns);
+	return cudaGetLastError();
+}
+
+cudaError_t device_clock(cudaStream_t stream, uint64_t ns, struct clock_sample *sample)
+{
+	clock_kernel<<<1, 1, 0, stream>>>(ns, sample);
+	return cudaGetLastError();
+}
+
+cudaError_t device_read(cudaStream_t stream, const void *buffer, size_t bytes)
+{
+	read_kernel<<<1024, 256, 0, stream>>>(static_cast<const uint4 *>(buffer),
+	                                      bytes / sizeof(uint4));
+	return cudaGetLastError();
+}
+
+cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint32_t seed)
+{
+	random_kernel<<<1024, 256, 0, stream>>>(static_cast<__nv_bfloat16 *>(memory), count, seed);
+	return cudaGetLastError();
+}

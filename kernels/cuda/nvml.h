@@ -1,0 +1,19 @@
+/* The few questions asked of NVIDIA's management library, opened at run time; all answers are
+ * optional. */
+#ifndef KERNELS_CUDA_NVML_H
+#define KERNELS_CUDA_NVML_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/* Finds the GPU at `pci_bus_id`; false if the library or the GPU is not there. */
+bool nvml_open(const char *pci_bus_id);
+void nvml_close(void);
+
+/* The driver's version, e.g. "580.159.03", or "" where unknown. */
+void nvml_driver_version(char *version, size_t size);
+
+/* Whether the GPU's clock is held down now (power, heat, hardware slowdown); false if unknown. */
+bool nvml_throttled(void);
+
+#endif
