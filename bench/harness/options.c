@@ -1,0 +1,460 @@
+#define _GNU_SOURCE
+#include "bench/harness/options.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LARGEST ((int64_t)1 << 40)
+
+enum kind { KIND_FLAG, KIND_TEXT, KIND_WORDS, KIND_INTEGER, KIND_INTEGERS, KIND_REAL };
+
+struct option_spec {
+	const char *name;
+	enum kind kind;
+	size_t offset;
+	/* KIND_TEXT: bytes of the array. Numbers: the smallest allowed. */
+	int64_t limit;
+	bool axis;            /* matters only to drivers that name it */
+	const char *argument; /* as --help shows it; for words that are fixed, those allowed */
+	const char *fallback; /* the value where nobody gives one; NULL: none */
+	const char *help;
+};
+
+#define AT(field) offsetof(struct options, field)
+
+static const struct option_spec specs[] = {
+        {"backend", KIND_TEXT, AT(backend), MAX_WORD, false, "NAME", NULL,
+         "where to run: cpu, cuda (default: a GPU if there is one)"},
+        {"preset", KIND_TEXT, AT(preset), MAX_WORD, false, "NAME", NULL,
+         "sizes to start from (default: paper on a GPU, small on a CPU)"},
+        {"pass", KIND_WORDS, AT(pass), 0, false, "LIST", NULL, "what to measure: "},
+        {"pattern", KIND_WORDS, AT(pattern), 0, true, "P/P...", NULL,
+         "blocks or stacks of blocks, such as rat,swa/attention,swa or rat:16,swa:256"},
+        {"model", KIND_WORDS, AT(model), 0, true, "1.3B,7B,13B,tiny", NULL,
+         "models: 24, 32, 40 and 4 layers of D = 2048, 4096, 5120 and 256"},
+        {"seq-len", KIND_INTEGERS, AT(seq_len), 1, true, "LIST", NULL, "sequence lengths T"},
+        {"tokens", KIND_INTEGER, AT(tokens), 1, true, "N", NULL,
+         "tokens of a prefill or training step: the batch is N / T"},
+        {"prompt", KIND_INTEGER, AT(prompt), 1, true, "N", NULL, "tokens of each prompt"},
+        {"generate", KIND_INTEGER, AT(generate), 1, true, "N", NULL,
+         "tokens to generate after each prompt"},
+        {"batch", KIND_INTEGER, AT(batch), 0, false, "N", NULL,
+         "sequences that generate at once (throughput: 0, the most that fit)"},
+        {"chunk", KIND_INTEGERS, AT(chunk), 1, true, "LIST", "16",
+         "chunk lengths L of RAT, or of GLA's chunkwise form"},
+        {"window", KIND_INTEGERS, AT(window), 0, true, "LIST", NULL,
+         "windows W of swa, which sees W + 1 keys"},
+        {"groups", KIND_INTEGERS, AT(groups), 1, true, "LIST", "2",
+         "groups G of heads of RAT that share q and k"},
+        {"heads", KIND_INTEGERS, AT(heads), 1, true, "LIST", NULL, "heads H"},
+        {"d-model", KIND_INTEGERS, AT(d_model), 1, true, "LIST", NULL, "model width D"},
+        {"position", KIND_WORDS, AT(position), 0, true, "rope,none", "rope", "position encodings"},
+        {"provider", KIND_WORDS, AT(provider), 0, false, "LIST", "",
+         "implementations, such as portable or attention=cudnn; given several times, each\n"
+         "is measured, their samples alternating"},
+        {"threads", KIND_INTEGER, AT(threads), 0, false, "N", "0",
+         "CPU threads (0: all, or OMP_NUM_THREADS)"},
+        {"samples", KIND_INTEGER, AT(samples), 0, false, "N", "0",
+         "samples to take (0: until the noise has settled)"},
+        {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL, "least time of sampling"},
+        {"max-time", KIND_REAL, AT(max_time), 0, false, "SECONDS", NULL,
+         "most time of sampling, three samples granted"},
+        {"noise", KIND_REAL, AT(noise), 0, false, "FRACTION", "0.005",
+         "standard error of the median, relative to it, at which sampling stops"},
+        {"case-seconds", KIND_REAL, AT(case_seconds), 0, false, "SECONDS", "20",
+         "skip cases predicted to take longer (0: none)"},
+        {"rows", KIND_INTEGER, AT(rows), 1, false, "N", "1024",
+         "rows of each case to verify against the fp64 reference"},
+        {"seed", KIND_INTEGER, AT(seed), 0, false, "N", "1", "of the random data"},
+        {"warm", KIND_FLAG, AT(warm), 0, false, NULL, NULL,
+         "leave caches as the last sample left them (default: cold)"},
+        {"resume", KIND_FLAG, AT(resume), 0, false, NULL, NULL,
+         "continue an interrupted run: repair the file, skip cases it has"},
+        {"truncate", KIND_FLAG, AT(truncate), 0, false, NULL, NULL,
+         "start the file anew (default: add to it)"},
+        {"out", KIND_TEXT, AT(out), MAX_PATH, false, "FILE", NULL, "CSV to write to"},
+        {"format", KIND_WORDS, AT(format), 0, false, "table,csv,none", "table",
+         "what to print on standard output"},
+        {"run-id", KIND_TEXT, AT(run_id), MAX_WORD, false, "ID", NULL,
+         "name of the run in each row (default: $RUN_ID, or time and chance)"},
+        {"list", KIND_FLAG, AT(list), 0, false, NULL, NULL,
+         "list backends, presets and implementations, and stop"},
+        {"dry-run", KIND_FLAG, AT(dry_run), 0, false, NULL, NULL,
+         "list the cases with their bytes and FLOPs, run nothing"},
+        {"help", KIND_FLAG, AT(help), 0, false, NULL, NULL, "this text"},
+};
+
+enum { N_SPECS = sizeof specs / sizeof specs[0] };
+
+static const struct preset {
+	const char *name, *summary;
+	struct option_default values[16];
+} presets[] = {
+        {"paper",
+         "the published experiment: D = 2048, 16 heads, 262144 tokens; for a GPU",
+         {{"d-model", "2048"},
+          {"heads", "16"},
+          {"tokens", "262144"},
+          {"seq-len", "4096..262144*2"},
+          {"batch", "512"},
+          {"window", "1024"},
+          {"min-time", "0.05"},
+          {"max-time", "1"},
+          {"model", "1.3B"},
+          {"prompt", "3072"},
+          {"generate", "1024"}}},
+        {"small",
+         "the same at a size for a CPU: D = 256, 4 heads, 8192 tokens; minutes",
+         {{"d-model", "256"},
+          {"heads", "4"},
+          {"tokens", "8192"},
+          {"seq-len", "512..8192*2"},
+          {"batch", "8"},
+          {"window", "256"},
+          {"min-time", "0.05"},
+          {"max-time", "0.4"},
+          {"model", "tiny"},
+          {"prompt", "96"},
+          {"generate", "32"}}},
+        {"tiny",
+         "everything once, for tests of the programs themselves; seconds",
+         {{"d-model", "64"},
+          {"heads", "2"},
+          {"tokens", "512"},
+          {"seq-len", "64..256*2"},
+          {"batch", "2"},
+          {"window", "16"},
+          {"min-time", "0"},
+          {"max-time", "0.02"},
+          {"model", "tiny"},
+          {"prompt", "12"},
+          {"generate", "4"}}},
+};
+
+enum { N_PRESETS = sizeof presets / sizeof presets[0] };
+
+/* Whether `word` of `length` is one of the words of `list`, which `separator` separates. */
+static bool list_has(const char *list, char separator, const char *word, size_t length)
+{
+	while (true) {
+		const char *end = strchrnul(list, separator);
+
+		if ((size_t)(end - list) == length && strncmp(list, word, length) == 0)
+			return true;
+		if (!*end)
+			return false;
+		list = end + 1;
+	}
+}
+
+static bool driver_has(const struct driver *driver, const struct option_spec *spec)
+{
+	return !spec->axis || list_has(driver->axes, ',', spec->name, strlen(spec->name));
+}
+
+static enum status parse_integer(const char *name, const char **text, int64_t minimum,
+                                 int64_t maximum, int64_t *value)
+{
+	char *end;
+
+	errno = 0;
+	*value = strtoll(*text, &end, 10);
+	if (end == *text)
+		return status_set(STATUS_INVALID, "--%s: a number is missing at '%s'", name, *text);
+	if (errno == ERANGE || *value < minimum || *value > maximum)
+		return status_set(STATUS_INVALID,
+		                  "--%s: %.*s is not between %" PRId64 " and %" PRId64, name,
+		                  (int)(end - *text), *text, minimum, maximum);
+	*text = end;
+	return STATUS_OK;
+}
+
+static enum status append_value(struct values *values, const char *name, int64_t value)
+{
+	if (values->count == MAX_VALUES)
+		return status_set(STATUS_INVALID, "--%s: more than %d values", name, MAX_VALUES);
+	values->value[values->count++] = value;
+	return STATUS_OK;
+}
+
+/* The rest of a range, from `first`: "..last*factor" or "..last+step". */
+static enum status parse_range(struct values *values, const char *name, const char **text,
+                               int64_t first, int64_t maximum)
+{
+	int64_t last, step;
+	enum status status;
+
+	*text += 2;
+	status = parse_integer(name, text, first, maximum, &last);
+	if (status != STATUS_OK)
+		return status;
+	char how = **text;
+	if (how != '*' && how != '+')
+		return status_set(
+		        STATUS_INVALID,
+		        "--%s: a range needs its step, as in 512..8192*2 or 512..2048+512", name);
+	++*text;
+	status = parse_integer(name, text, how == '*' ? 2 : 1, maximum, &step);
+	if (status == STATUS_OK && how == '*' && first == 0)
+		return status_set(STATUS_INVALID, "--%s: 0 times anything stays 0", name);
+	for (int64_t value = first; status == STATUS_OK && value <= last;) {
+		status = append_value(values, name, value);
+		if (how == '*' ? value > maximum / step : value > maximum - step)
+			break;
+		value = how == '*' ? value * step : value + step;
+	}
+	return status;
+}
+
+enum status values_parse(struct values *values, const char *name, const char *text, int64_t minimum,
+                         int64_t maximum)
+{
+	values->count = 0;
+	while (true) {
+		int64_t value;
+		enum status status = parse_integer(name, &text, minimum, maximum, &value);
+
+		if (status != STATUS_OK)
+			return status;
+		if (strncmp(text, "..", 2) == 0)
+			status = parse_range(values, name, &text, value, maximum);
+		else
+			status = append_value(values, name, value);
+		if (status != STATUS_OK)
+			return status;
+		if (!*text)
+			return STATUS_OK;
+		if (*text++ != ',')
+			return status_set(STATUS_INVALID,
+			                  "--%s: expected a comma at '%s', as in 512,1024", name,
+			                  text - 1);
+	}
+}
+
+static enum status append_word(struct words *words, const char *name, const char *word,
+                               size_t length)
+{
+	if (words->count == MAX_WORDS)
+		return status_set(STATUS_INVALID, "--%s: more than %d values", name, MAX_WORDS);
+	if (length >= MAX_WORD)
+		return status_set(STATUS_INVALID, "--%s: a value longer than %d characters", name,
+		                  MAX_WORD - 1);
+	snprintf(words->word[words->count++], MAX_WORD, "%.*s", (int)length, word);
+	return STATUS_OK;
+}
+
+/* Words of `text`; each must be in `allowed` unless that is NULL. */
+static enum status parse_words(struct words *words, const char *name, const char *text,
+                               char separator, const char *allowed)
+{
+	words->count = 0;
+	while (true) {
+		const char *end = strchrnul(text, separator);
+		size_t length = (size_t)(end - text);
+		enum status status = append_word(words, name, text, length);
+
+		if (status != STATUS_OK)
+			return status;
+		if (length == 0 || (allowed && !list_has(allowed, separator, text, length)))
+			return status_set(STATUS_INVALID, "--%s: '%.*s' is not one of %s", name,
+			                  (int)length, text, allowed ? allowed : "the patterns");
+		if (!*end)
+			return STATUS_OK;
+		text = end + 1;
+	}
+}
+
+static enum status parse_word_option(struct options *options, const struct driver *driver,
+                                     const struct option_spec *spec, const char *text)
+{
+	struct words *words = (struct words *)((char *)options + spec->offset);
+
+	if (words == &options->pass)
+		return parse_words(words, spec->name, text, ',', driver->passes);
+	if (words == &options->pattern)
+		return parse_words(words, spec->name, text, '/', driver->patterns);
+	if (words != &options->provider)
+		return parse_words(words, spec->name, text, ',', spec->argument);
+	return append_word(words, spec->name, text, strlen(text));
+}
+
+static enum status parse_real(const char *name, const char *text, double *value)
+{
+	char *end;
+
+	*value = strtod(text, &end);
+	if (end == text || *end || !isfinite(*value) || *value < 0)
+		return status_set(STATUS_INVALID, "--%s: '%s' is not a number from 0 on", name,
+		                  text);
+	return STATUS_OK;
+}
+
+static enum status parse_text(const struct option_spec *spec, const char *text, char *field)
+{
+	size_t length = strlen(text);
+
+	if (length == 0 || length >= (size_t)spec->limit)
+		return status_set(STATUS_INVALID, "--%s: needs 1 to %" PRId64 " characters",
+		                  spec->name, spec->limit - 1);
+	memcpy(field, text, length + 1);
+	return STATUS_OK;
+}
+
+static enum status set_option(struct options *options, const struct driver *driver, int index,
+                              const char *text)
+{
+	const struct option_spec *spec = &specs[index];
+	char *field = (char *)options + spec->offset;
+	enum status status = STATUS_OK;
+	const char *rest = text;
+
+	options->set |= UINT64_C(1) << index;
+	switch (spec->kind) {
+	case KIND_FLAG:
+		*(bool *)field = true;
+		return STATUS_OK;
+	case KIND_TEXT:
+		return parse_text(spec, text, field);
+	case KIND_WORDS:
+		return parse_word_option(options, driver, spec, text);
+	case KIND_INTEGERS:
+		return values_parse((struct values *)field, spec->name, text, spec->limit, LARGEST);
+	case KIND_REAL:
+		return parse_real(spec->name, text, (double *)field);
+	case KIND_INTEGER:
+		status = parse_integer(spec->name, &rest, spec->limit, LARGEST, (int64_t *)field);
+		if (status == STATUS_OK && *rest)
+			return status_set(STATUS_INVALID, "--%s: '%s' is not a whole number",
+			                  spec->name, text);
+	}
+	return status;
+}
+
+enum status options_parse(struct options *options, const struct driver *driver, int argc,
+                          char **argv)
+{
+	struct option long_options[N_SPECS + 1] = {{0}};
+	int c, index;
+
+	*options = (struct options){0};
+	for (int i = 0; i < N_SPECS; i++)
+		long_options[i] = (struct option){
+		        specs[i].name, specs[i].kind == KIND_FLAG ? no_argument : required_argument,
+		        NULL, i + 1};
+	optind = 0;
+	opterr = 0;
+	while ((c = getopt_long(argc, argv, "+:", long_options, &index)) != -1) {
+		if (c == ':')
+			return status_set(STATUS_INVALID, "%s: needs a value", argv[optind - 1]);
+		if (c == '?')
+			return status_set(
+			        STATUS_INVALID,
+			        "%.100s: no such option, or not like this; --help lists them",
+			        argv[optind - 1]);
+		enum status status = set_option(options, driver, c - 1, optarg);
+
+		if (status != STATUS_OK)
+			return status;
+		if (!driver_has(driver, &specs[c - 1]))
+			fprintf(stderr, "%s: --%s means nothing here\n", driver->program,
+			        specs[c - 1].name);
+	}
+	if (optind < argc)
+		return status_set(STATUS_INVALID, "'%.100s': options begin with --", argv[optind]);
+	return STATUS_OK;
+}
+
+static int spec_find(const char *name)
+{
+	for (int i = 0; i < N_SPECS; i++)
+		if (strcmp(specs[i].name, name) == 0)
+			return i;
+	return -1;
+}
+
+/* Applies a list of defaults to the options that have no value. */
+static enum status apply_defaults(struct options *options, const struct driver *driver,
+                                  const struct option_default *defaults, int count)
+{
+	for (int i = 0; i < count && defaults[i].name; i++) {
+		int index = spec_find(defaults[i].name);
+
+		if (options->set >> index & 1)
+			continue;
+		enum status status = set_option(options, driver, index, defaults[i].value);
+
+		if (status != STATUS_OK)
+			return status;
+	}
+	return STATUS_OK;
+}
+
+static const struct preset *preset_find(const char *name)
+{
+	for (int i = 0; i < N_PRESETS; i++)
+		if (strcmp(presets[i].name, name) == 0)
+			return &presets[i];
+	return NULL;
+}
+
+enum status options_complete(struct options *options, const struct driver *driver,
+                             const char *preset_name)
+{
+	if (!options->preset[0])
+		snprintf(options->preset, sizeof options->preset, "%s", preset_name);
+	const struct preset *preset = preset_find(options->preset);
+
+	if (!preset)
+		return status_set(STATUS_INVALID, "--preset: '%s' is not one of paper,small,tiny",
+		                  options->preset);
+	enum status status = apply_defaults(options, driver, driver->defaults, MAX_DEFAULTS);
+
+	if (status == STATUS_OK)
+		status = apply_defaults(options, driver, preset->values,
+		                        sizeof preset->values / sizeof preset->values[0]);
+	if (status == STATUS_OK && options->pass.count == 0)
+		status = set_option(options, driver, spec_find("pass"), driver->passes);
+	for (int i = 0; status == STATUS_OK && i < N_SPECS; i++)
+		if (specs[i].fallback && !(options->set >> i & 1))
+			status = set_option(options, driver, i, specs[i].fallback);
+	return status;
+}
+
+void options_print_presets(FILE *file)
+{
+	for (int i = 0; i < N_PRESETS; i++)
+		fprintf(file, "preset %-8s %s\n", presets[i].name, presets[i].summary);
+}
+
+void options_print_help(FILE *file, const struct driver *driver)
+{
+	fprintf(file, "%s: %s\n\n", driver->program, driver->summary);
+	for (int i = 0; i < N_SPECS; i++) {
+		const struct option_spec *spec = &specs[i];
+		char left[64];
+
+		if (!driver_has(driver, spec))
+			continue;
+		snprintf(left, sizeof left, "--%s %s", spec->name,
+		         spec->argument ? spec->argument : "");
+		fprintf(file, "  %-28s ", left);
+		for (const char *c = spec->help; *c; c++) {
+			fputc(*c, file);
+			if (*c == '\n')
+				fprintf(file, "%31s", "");
+		}
+		if (spec->offset == AT(pass))
+			fputs(driver->passes, file);
+		if (spec->fallback && spec->fallback[0])
+			fprintf(file, " [%s]", spec->fallback);
+		fputc('\n', file);
+	}
+	fputs("\nLISTs are comma separated; numbers may be ranges: 512..8192*2, 512..2048+512.\n\n",
+	      file);
+	options_print_presets(file);
+}

@@ -1,0 +1,67 @@
+/* Command line options: one table gives parsing, presets and --help. */
+#ifndef BENCH_HARNESS_OPTIONS_H
+#define BENCH_HARNESS_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "bench/harness/driver.h"
+#include "kernels/status.h"
+
+enum { MAX_VALUES = 64, MAX_WORDS = 16, MAX_WORD = 128, MAX_PATH = 512 };
+
+struct values {
+	int count;
+	int64_t value[MAX_VALUES];
+};
+
+struct words {
+	int count;
+	char word[MAX_WORDS][MAX_WORD];
+};
+
+/* All options, whichever program uses them. Sizes as in the README: T, D, H, L, W, G. */
+struct options {
+	char backend[MAX_WORD]; /* "": the first that works */
+	char preset[MAX_WORD];
+	struct words pass, pattern, position, provider, model;
+	struct values seq_len, chunk, window, groups, heads, d_model;
+	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
+	int64_t prompt, generate;
+	int64_t threads;                            /* 0: as OpenMP finds them */
+	int64_t samples;                            /* 0: until the noise has settled */
+	double min_time, max_time, noise;           /* seconds, seconds, fraction of the median */
+	double case_seconds;                        /* 0: no limit */
+	int64_t rows, seed;                         /* of verification */
+	bool warm, list, dry_run, resume, truncate; /* flags */
+	bool help;
+	char out[MAX_PATH], format[MAX_WORD], run_id[MAX_WORD];
+	uint64_t set; /* which options have a value: one bit per line of the table */
+};
+
+/*
+ * Parses the command line into *options; nothing the user left out has a value
+ * yet. STATUS_INVALID with one line naming the option and what is allowed.
+ */
+enum status options_parse(struct options *options, const struct driver *driver, int argc,
+                          char **argv);
+
+/*
+ * Fills in what the user left out: the driver's defaults, then those of the
+ * preset (options->preset, or `preset` if there is none), then the built-in ones.
+ */
+enum status options_complete(struct options *options, const struct driver *driver,
+                             const char *preset);
+
+/* A list of numbers and ranges, "512,1024" or "512..8192*2" or "512..2048+512", each within
+ * [minimum, maximum]. `name` is the option's, for messages. */
+enum status values_parse(struct values *values, const char *name, const char *text, int64_t minimum,
+                         int64_t maximum);
+
+/* The text of --help. */
+void options_print_help(FILE *file, const struct driver *driver);
+/* The presets, one per line. */
+void options_print_presets(FILE *file);
+
+#endif
