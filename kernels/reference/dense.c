@@ -3,6 +3,7 @@
 
 #include <cblas.h>
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,22 +26,47 @@ double reference_sigmoid(double x)
 	return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
 }
 
+/* How many of `count` rows fall to slice `i` of `n`, and the first of them. */
+static int64_t slice(int64_t count, int64_t i, int64_t n, int64_t *first)
+{
+	*first = count * i / n;
+	return count * (i + 1) / n - *first;
+}
+
 void reference_linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, const double *weight,
                       double *y)
 {
-	cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)n, (int)d_out, (int)d_in, 1, x,
-	            (int)d_in, weight, (int)d_in, 0, y, (int)d_out);
+	int slices = omp_get_max_threads();
+
+#pragma omp parallel for
+	for (int i = 0; i < slices; i++) {
+		int64_t first, rows = slice(n, i, slices, &first);
+
+		cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)rows, (int)d_out,
+		            (int)d_in, 1, x + first * d_in, (int)d_in, weight, (int)d_in, 0,
+		            y + first * d_out, (int)d_out);
+	}
 }
 
 void reference_linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double *x,
                                const double *weight, const double *dy, double *dx, double *dweight)
 {
-	if (dx)
-		cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)d_in,
-		            (int)d_out, 1, dy, (int)d_out, weight, (int)d_in, 0, dx, (int)d_in);
-	if (dweight)
-		cblas_dgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)d_out, (int)d_in, (int)n,
-		            1, dy, (int)d_out, x, (int)d_in, 0, dweight, (int)d_in);
+	int slices = omp_get_max_threads();
+
+#pragma omp parallel for
+	for (int i = 0; i < slices; i++) {
+		int64_t first, rows = slice(n, i, slices, &first);
+
+		if (dx)
+			cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)rows, (int)d_in,
+			            (int)d_out, 1, dy + first * d_out, (int)d_out, weight,
+			            (int)d_in, 0, dx + first * d_in, (int)d_in);
+		rows = slice(d_out, i, slices, &first);
+		if (dweight)
+			cblas_dgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)rows, (int)d_in,
+			            (int)n, 1, dy + first, (int)d_out, x, (int)d_in, 0,
+			            dweight + first * d_in, (int)d_in);
+	}
 }
 
 /* 1 / sqrt(mean(x^2) + eps). */
