@@ -45,7 +45,6 @@ enum status cpu_argmax(const void *args, void *workspace);
 
 /* Bytes of workspace wanted for these arguments. */
 size_t cpu_norm_linear_backward_workspace(const void *args);
-size_t cpu_linear_residual_backward_workspace(const void *args);
 size_t cpu_rotate_workspace(const void *args);
 size_t cpu_rotate_backward_workspace(const void *args);
 size_t cpu_attention_workspace(const void *args);
@@ -60,5 +59,9 @@ size_t cpu_matrix_recurrence_workspace(const void *args);
 size_t cpu_matrix_recurrence_backward_workspace(const void *args);
 size_t cpu_decay_gate_backward_workspace(const void *args);
 size_t cpu_norm_gate_backward_workspace(const void *args);
+
+/* NULL, or why the kernel cannot take these arguments. */
+const char *cpu_rotate_unsupported(const void *args);
+const char *cpu_rotate_backward_unsupported(const void *args);
 
 #endif

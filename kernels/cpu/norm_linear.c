@@ -1,0 +1,140 @@
+/*
+ * RMSNorm and the projection behind it. The norm's passes are bound by memory: rows are spread over
+ * the threads, sums are fp64, and the gradient of norm_weight is summed by each thread over its own
+ * rows, then over the threads in their order.
+ */
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/matmul.h"
+
+/* 1 / sqrt(mean(x^2) + eps). */
+static float row_rstd(const float *x, int64_t d, float eps)
+{
+	double sum = 0;
+
+#pragma omp simd reduction(+ : sum)
+	for (int64_t i = 0; i < d; i++)
+		sum += (double)x[i] * (double)x[i];
+	return (float)(1 / sqrt(sum / (double)d + (double)eps));
+}
+
+static void normalize(const struct norm_linear_args *a)
+{
+	const float *x = a->x;
+	float *x_norm = a->x_norm;
+
+#pragma omp parallel for schedule(static) if (a->n_tokens > 1)
+	for (int64_t n = 0; n < a->n_tokens; n++) {
+		const float *row = x + n * a->d_in;
+		float rstd = row_rstd(row, a->d_in, a->eps);
+
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_in; i++)
+			x_norm[n * a->d_in + i] = row[i] * rstd * a->norm_weight[i];
+		if (a->rstd)
+			a->rstd[n] = rstd;
+	}
+}
+
+enum status cpu_norm_linear(const void *args, void *workspace)
+{
+	const struct norm_linear_args *a = args;
+
+	(void)workspace;
+	if (a->norm_weight)
+		normalize(a);
+	cpu_matmul(false, true, a->n_tokens, a->d_out, a->d_in, a->x_norm, a->weight, 0, a->y);
+	return STATUS_OK;
+}
+
+/* dx = dx_norm, plus the residual's gradient where given. */
+static void add_residual(const struct norm_linear_backward_args *a)
+{
+	const float *dx_norm = a->dx_norm, *dresidual = a->dresidual;
+	float *dx = a->dx;
+	int64_t count = a->n_tokens * a->d_in;
+
+#pragma omp parallel for simd schedule(static)
+	for (int64_t i = 0; i < count; i++)
+		dx[i] = dresidual ? dx_norm[i] + dresidual[i] : dx_norm[i];
+}
+
+/*
+ * One row, with xh = x * rstd and g = dx_norm * norm_weight:
+ *   dx = rstd * (g - xh * mean(g * xh)) + dresidual,  sums += dx_norm * xh.
+ */
+static void norm_row_backward(const struct norm_linear_backward_args *a, int64_t n, double *sums)
+{
+	const float *x = (const float *)a->x + n * a->d_in;
+	const float *dx_norm = (const float *)a->dx_norm + n * a->d_in;
+	const float *dresidual = a->dresidual;
+	float *dx = (float *)a->dx + n * a->d_in;
+	float rstd = a->rstd[n];
+	double dot = 0;
+
+#pragma omp simd reduction(+ : dot)
+	for (int64_t i = 0; i < a->d_in; i++) {
+		float dw = dx_norm[i] * x[i] * rstd;
+
+		dot += (double)dw * (double)a->norm_weight[i];
+		sums[i] += (double)dw;
+	}
+	float mean = (float)(dot / (double)a->d_in);
+	if (dresidual)
+		dresidual += n * a->d_in;
+#pragma omp simd
+	for (int64_t i = 0; i < a->d_in; i++) {
+		float g = dx_norm[i] * a->norm_weight[i];
+		float through_norm = rstd * (g - x[i] * rstd * mean);
+
+		dx[i] = dresidual ? through_norm + dresidual[i] : through_norm;
+	}
+}
+
+static void norm_backward(const struct norm_linear_backward_args *a, double *partial)
+{
+	int n_parts = 1;
+
+#pragma omp parallel
+	{
+		double *sums = partial + omp_get_thread_num() * a->d_in;
+
+#pragma omp single
+		n_parts = omp_get_num_threads();
+		memset(sums, 0, (size_t)a->d_in * sizeof *sums);
+#pragma omp for schedule(static)
+		for (int64_t n = 0; n < a->n_tokens; n++)
+			norm_row_backward(a, n, sums);
+	}
+	for (int64_t i = 0; i < a->d_in; i++) {
+		double sum = 0;
+
+		for (int part = 0; part < n_parts; part++)
+			sum += partial[part * a->d_in + i];
+		a->dnorm_weight[i] = (float)sum;
+	}
+}
+
+size_t cpu_norm_linear_backward_workspace(const void *args)
+{
+	const struct norm_linear_backward_args *a = args;
+
+	return a->norm_weight ? (size_t)omp_get_max_threads() * (size_t)a->d_in * sizeof(double)
+	                      : 0;
+}
+
+enum status cpu_norm_linear_backward(const void *args, void *workspace)
+{
+	const struct norm_linear_backward_args *a = args;
+
+	cpu_matmul(true, false, a->d_out, a->d_in, a->n_tokens, a->dy, a->x_norm, 0, a->dweight);
+	cpu_matmul(false, false, a->n_tokens, a->d_in, a->d_out, a->dy, a->weight, 0, a->dx_norm);
+	if (a->norm_weight)
+		norm_backward(a, workspace);
+	else
+		add_residual(a);
+	return STATUS_OK;
+}
