@@ -1,0 +1,329 @@
+#define _GNU_SOURCE
+#include "bench/harness/record.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "bench/harness/case.h"
+#include "bench/harness/csv.h"
+
+static const char schema[] = "1";
+
+enum kind { KIND_TEXT, KIND_INTEGER, KIND_REAL };
+
+/* A column; key: rows with the same keys are measurements of the same case. */
+struct column {
+	const char *name;
+	size_t offset;
+	enum kind kind;
+	bool key;
+};
+
+/* The name and the place of a field. */
+#define FIELD(field) #field, offsetof(struct record, field)
+
+static const struct column columns[] = {
+        {FIELD(run_id), KIND_TEXT, false},         {FIELD(time_utc), KIND_TEXT, false},
+        {FIELD(git_sha), KIND_TEXT, false},        {FIELD(git_dirty), KIND_INTEGER, false},
+        {FIELD(host), KIND_TEXT, false},           {FIELD(device), KIND_TEXT, true},
+        {FIELD(driver), KIND_TEXT, false},         {FIELD(cuda), KIND_TEXT, false},
+        {FIELD(backend), KIND_TEXT, true},         {FIELD(program), KIND_TEXT, true},
+        {FIELD(block), KIND_TEXT, true},           {FIELD(pattern), KIND_TEXT, true},
+        {FIELD(provider), KIND_TEXT, false},       {FIELD(pass), KIND_TEXT, true},
+        {FIELD(dtype), KIND_TEXT, true},           {FIELD(batch), KIND_INTEGER, true},
+        {FIELD(seq_len), KIND_INTEGER, true},      {FIELD(chunk), KIND_INTEGER, true},
+        {FIELD(window), KIND_INTEGER, true},       {FIELD(groups), KIND_INTEGER, true},
+        {FIELD(position), KIND_TEXT, true},        {FIELD(d_model), KIND_INTEGER, true},
+        {FIELD(n_heads), KIND_INTEGER, true},      {FIELD(d_head), KIND_INTEGER, false},
+        {FIELD(n_layers), KIND_INTEGER, false},    {FIELD(model), KIND_TEXT, true},
+        {FIELD(prompt), KIND_INTEGER, true},       {FIELD(generate), KIND_INTEGER, true},
+        {FIELD(latency_ms), KIND_REAL, false},     {FIELD(latency_p20_ms), KIND_REAL, false},
+        {FIELD(latency_p80_ms), KIND_REAL, false}, {FIELD(latency_min_ms), KIND_REAL, false},
+        {FIELD(samples), KIND_INTEGER, false},     {FIELD(prefill_ms), KIND_REAL, false},
+        {FIELD(tokens_per_s), KIND_REAL, false},   {FIELD(flops), KIND_REAL, false},
+        {FIELD(tflops), KIND_REAL, false},         {FIELD(bytes), KIND_REAL, false},
+        {FIELD(gb_per_s), KIND_REAL, false},       {FIELD(roofline_ms), KIND_REAL, false},
+        {FIELD(roofline_pct), KIND_REAL, false},   {FIELD(predicted_ms), KIND_REAL, false},
+        {FIELD(peak_mem_mib), KIND_REAL, false},   {FIELD(memory_bytes), KIND_INTEGER, false},
+        {FIELD(rel_err), KIND_REAL, false},        {FIELD(sm_clock_mhz), KIND_REAL, false},
+        {FIELD(throttled), KIND_INTEGER, false},   {FIELD(status), KIND_TEXT, false},
+        {FIELD(message), KIND_TEXT, false},        {FIELD(requested), KIND_TEXT, true},
+        {FIELD(providers), KIND_TEXT, false},      {FIELD(warm), KIND_INTEGER, true},
+        {FIELD(threads), KIND_INTEGER, true},      {FIELD(memory_total_mib), KIND_REAL, false},
+        {FIELD(copy_gb_per_s), KIND_REAL, false},  {FIELD(read_gb_per_s), KIND_REAL, false},
+        {FIELD(gemm_tflops), KIND_REAL, false},    {FIELD(compiler), KIND_TEXT, false},
+        {FIELD(runtime), KIND_TEXT, false},
+};
+
+enum { N_COLUMNS = sizeof columns / sizeof columns[0] };
+
+struct record record_empty(void)
+{
+	struct record record;
+
+	for (int i = 0; i < N_COLUMNS; i++) {
+		char *field = (char *)&record + columns[i].offset;
+
+		if (columns[i].kind == KIND_TEXT)
+			*(const char **)field = "";
+		else if (columns[i].kind == KIND_INTEGER)
+			*(int64_t *)field = NO_VALUE;
+		else
+			*(double *)field = NAN;
+	}
+	return record;
+}
+
+/* A field as the CSV has it, before quoting; number[] is room for it. */
+static const char *field_text(const struct record *record, const struct column *column,
+                              char number[32])
+{
+	const char *field = (const char *)record + column->offset;
+
+	number[0] = '\0';
+	if (column->kind == KIND_TEXT)
+		return *(const char *const *)field;
+	if (column->kind == KIND_INTEGER && *(const int64_t *)field >= 0)
+		snprintf(number, 32, "%" PRId64, *(const int64_t *)field);
+	if (column->kind == KIND_REAL && !isnan(*(const double *)field))
+		snprintf(number, 32, "%.7g", *(const double *)field);
+	return number;
+}
+
+/* The text that two rows of the same case have in common; to be freed. */
+static char *key_of_record(const struct record *record)
+{
+	char *key = NULL, number[32];
+	size_t length;
+	FILE *text = open_memstream(&key, &length);
+
+	if (!text)
+		return NULL;
+	for (int i = 0; i < N_COLUMNS; i++)
+		if (columns[i].key)
+			fprintf(text, "%s=%s\n", columns[i].name,
+			        field_text(record, &columns[i], number));
+	return fclose(text) == 0 ? key : NULL;
+}
+
+static char *key_of_row(const struct csv *csv, int row)
+{
+	char *key = NULL;
+	size_t length;
+	FILE *text = open_memstream(&key, &length);
+
+	if (!text)
+		return NULL;
+	for (int i = 0; i < N_COLUMNS; i++)
+		if (columns[i].key)
+			fprintf(text, "%s=%s\n", columns[i].name,
+			        csv_text(csv, row, columns[i].name));
+	return fclose(text) == 0 ? key : NULL;
+}
+
+static bool row_finished(const struct csv *csv, int row, const char *git_sha)
+{
+	static const enum status finished[] = {STATUS_OK, STATUS_UNSUPPORTED, STATUS_OOM,
+	                                       STATUS_SKIPPED};
+	const char *status = csv_text(csv, row, "status");
+
+	if (strcmp(csv_text(csv, row, "git_sha"), git_sha) != 0)
+		return false;
+	for (size_t i = 0; i < sizeof finished / sizeof finished[0]; i++)
+		if (strcmp(status, status_name(finished[i])) == 0)
+			return true;
+	return false;
+}
+
+static enum status read_done(struct record_file *file, const struct csv *csv, const char *git_sha)
+{
+	file->done = calloc((size_t)csv->n_rows + 1, sizeof *file->done);
+	if (!file->done)
+		return status_set(STATUS_OOM, "%s: no memory for its keys", file->path);
+	for (int row = 0; row < csv->n_rows; row++) {
+		if (!row_finished(csv, row, git_sha))
+			continue;
+		char *key = key_of_row(csv, row);
+
+		if (!key)
+			return status_set(STATUS_OOM, "%s: no memory for its keys", file->path);
+		file->done[file->n_done++] = key;
+		snprintf(file->run_id, sizeof file->run_id, "%s", csv_text(csv, row, "run_id"));
+	}
+	return STATUS_OK;
+}
+
+static bool columns_match(const struct csv *csv)
+{
+	if (csv->n_columns != N_COLUMNS + 1 || strcmp(csv->header[0], "schema") != 0)
+		return false;
+	for (int i = 0; i < N_COLUMNS; i++)
+		if (strcmp(csv->header[i + 1], columns[i].name) != 0)
+			return false;
+	return true;
+}
+
+/* Writes all of `text` and forces it to the disk. */
+static enum status write_all(const struct record_file *file, const char *text, size_t length)
+{
+	while (length > 0) {
+		ssize_t written = write(file->descriptor, text, length);
+
+		if (written < 0 && errno == EINTR)
+			continue;
+		if (written < 0)
+			return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+		text += written;
+		length -= (size_t)written;
+	}
+	/* A pipe or a terminal has no disk behind it. */
+	if (fsync(file->descriptor) != 0 && errno != EINVAL && errno != EROFS)
+		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+	return STATUS_OK;
+}
+
+static enum status write_header(const struct record_file *file)
+{
+	char line[64 * (N_COLUMNS + 1)];
+	int length = snprintf(line, sizeof line, "schema");
+
+	for (int i = 0; i < N_COLUMNS; i++)
+		length += snprintf(line + length, sizeof line - (size_t)length, ",%s",
+		                   columns[i].name);
+	line[length++] = '\n';
+	return write_all(file, line, (size_t)length);
+}
+
+/* Makes the folders that `path` is in. */
+static enum status make_folders(const char *path)
+{
+	char folder[512];
+
+	for (size_t i = 1; path[i] && i < sizeof folder; i++) {
+		if (path[i] != '/')
+			continue;
+		snprintf(folder, sizeof folder, "%.*s", (int)i, path);
+		if (mkdir(folder, 0777) != 0 && errno != EEXIST)
+			return status_set(STATUS_IO, "%s: %s", folder, strerror(errno));
+	}
+	return STATUS_OK;
+}
+
+/* Checks what the file holds, repairs its end, and writes the header of an empty one. */
+static enum status adopt_content(struct record_file *file, enum record_mode mode,
+                                 const char *git_sha)
+{
+	struct csv csv;
+	struct stat info;
+	enum status status;
+
+	if (fstat(file->descriptor, &info) != 0 || !S_ISREG(info.st_mode))
+		return write_header(file);
+	if (mode == RECORD_TRUNCATE && ftruncate(file->descriptor, 0) != 0)
+		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+	status = csv_read(file->path, &csv);
+	if (status != STATUS_OK)
+		return status;
+	if (csv.cut && ftruncate(file->descriptor, (off_t)csv.whole_bytes) != 0)
+		status = status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+	else if (csv.n_columns == 0)
+		status = write_header(file);
+	else if (!columns_match(&csv))
+		status = status_set(STATUS_INVALID,
+		                    "--out: %s has other columns than this program writes; "
+		                    "name another file or start anew with --truncate",
+		                    file->path);
+	else if (mode == RECORD_RESUME)
+		status = read_done(file, &csv, git_sha);
+	csv_release(&csv);
+	return status;
+}
+
+enum status record_open(struct record_file *file, const char *path, enum record_mode mode,
+                        const char *git_sha)
+{
+	*file = (struct record_file){.descriptor = -1};
+	snprintf(file->path, sizeof file->path, "%s", path);
+	enum status status = make_folders(path);
+
+	if (status != STATUS_OK)
+		return status;
+	file->descriptor = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+	if (file->descriptor < 0) /* perhaps a pipe, which cannot be read */
+		file->descriptor = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
+	if (file->descriptor < 0)
+		return status_set(STATUS_IO, "--out: %s cannot be written: %s", path,
+		                  strerror(errno));
+	status = adopt_content(file, mode, git_sha);
+	if (status != STATUS_OK)
+		record_close(file);
+	return status;
+}
+
+void record_close(struct record_file *file)
+{
+	if (file->descriptor >= 0)
+		close(file->descriptor);
+	for (int i = 0; i < file->n_done; i++)
+		free(file->done[i]);
+	free(file->done);
+	*file = (struct record_file){.descriptor = -1};
+}
+
+/* Compares two keys line by line, but for the line of the batch if it does not matter. */
+static bool keys_equal(const char *a, const char *b, bool without_batch)
+{
+	while (*a && *b) {
+		size_t a_length = strcspn(a, "\n"), b_length = strcspn(b, "\n");
+		bool batch = strncmp(a, "batch=", 6) == 0;
+
+		if (!(batch && without_batch) &&
+		    (a_length != b_length || memcmp(a, b, a_length) != 0))
+			return false;
+		a += a_length + 1;
+		b += b_length + 1;
+	}
+	return *a == *b;
+}
+
+bool record_done(const struct record_file *file, const struct record *record, bool without_batch)
+{
+	char *key = key_of_record(record);
+	bool found = false;
+
+	for (int i = 0; key && !found && i < file->n_done; i++)
+		found = keys_equal(file->done[i], key, without_batch);
+	free(key);
+	return found;
+}
+
+enum status record_append(struct record_file *file, const struct record *record)
+{
+	char *line = NULL, number[32];
+	size_t length;
+	FILE *text = open_memstream(&line, &length);
+
+	if (!text)
+		return status_set(STATUS_OOM, "no memory for a row");
+	fputs(schema, text);
+	for (int i = 0; i < N_COLUMNS; i++) {
+		fputc(',', text);
+		csv_write_field(text, field_text(record, &columns[i], number));
+	}
+	fputc('\n', text);
+	if (fclose(text) != 0)
+		return status_set(STATUS_OOM, "no memory for a row");
+	/* One write: a reader never sees half a row, and a killed writer cuts at most this one. */
+	enum status status = write_all(file, line, length);
+
+	free(line);
+	return status;
+}
