@@ -21,13 +21,14 @@ CPPFLAGS := -I. -I$(BUILD) $(if $(filter 1,$(CUDA)),-DWITH_CUDA)
 CFLAGS := -std=c11 $(OPTIMIZE) -Wall -Wextra -Werror -Wshadow -fopenmp \
 	-fno-math-errno -fno-trapping-math -ffp-contract=fast
 LDFLAGS := $(if $(SAN),-fsanitize=$(SAN)) -fopenmp
-LDLIBS := -lopenblas -lcjson -lm
+LDLIBS := -lopenblas -lm
 
 # bench/foo.c is a program unless there is a bench/foo.h: then it is shared by programs.
 SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
 SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*.c \
-	bench/harness/*.c) $(SHARED)
+	bench/harness/*.c bench/block.c)
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
+DRIVERS := $(patsubst %,$(BUILD)/%,attention recurrence gla rat hybrid throughput report)
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
 
@@ -48,10 +49,12 @@ PTX80 := -gencode arch=compute_80,code=compute_80
 endif
 
 LIBRARY := $(BUILD)/libblocks.a
+# What reads golden files is apart, because it needs cJSON and measuring does not.
+GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out bench/block.c,$(SHARED)))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
-.PHONY: all programs tests help bench-latency bench-generation table2 plots test test-gpu \
+.PHONY: all programs drivers tests help bench-latency bench-generation table2 plots test test-gpu \
 	check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
@@ -64,6 +67,7 @@ endif
 
 all: programs tests
 programs: $(PROGRAMS)
+drivers: $(DRIVERS)
 tests: $(TESTS) $(GPU_TESTS)
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -83,10 +87,13 @@ $(LIBRARY): $(OBJECTS)
 	@ar rcs $@ $^
 
 $(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBRARY) $(LDLIBS)
 
-$(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_SUPPORT) $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka $(LDLIBS)
+$(BUILD)/golden: $(GOLDEN_OBJECTS)
+$(BUILD)/golden: LDLIBS += -lcjson
+
+$(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_SUPPORT) $(GOLDEN_OBJECTS) $(LIBRARY)
+	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lcjson $(LDLIBS)
 
 # The two files below are rewritten only when what they say changes.
 define replace_if_changed
@@ -109,7 +116,7 @@ $(BUILD)/version.h: FORCE
 
 $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
 
--include $(OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
+-include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(TEST_SUPPORT:.o=.d)
 
 # Targets a newcomer types. They fetch what is missing first, then build in parallel.
@@ -118,22 +125,22 @@ SUBMAKE = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(PARA
 
 bench-latency:
 	@scripts/bootstrap.sh run
-	@$(SUBMAKE) programs
+	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) $(ARGS)
 
 bench-generation:
 	@scripts/bootstrap.sh run
-	@$(SUBMAKE) programs
+	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) --pass generation $(ARGS)
 
 table2:
 	@scripts/bootstrap.sh run
-	@$(SUBMAKE) programs
+	@$(SUBMAKE) drivers
 	@$(BUILD)/throughput $(ARGS)
 
 plots:
 	@scripts/bootstrap.sh run
-	@$(SUBMAKE) programs
+	@$(SUBMAKE) drivers
 	@plots/draw.sh $${RESULTS:-$$($(BUILD)/attention --list | sed -n 's/^output: //p')}
 
 test:
