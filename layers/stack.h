@@ -79,9 +79,13 @@ enum status stack_configure(struct stack *stack, const struct backend *backend,
 
 /* Bytes the stack needs for `shape` and the work of one run of shape.pass; takes nothing.
  * STATUS_UNSUPPORTED if a layer or an operation cannot do it. `work` may be NULL. */
-enum status stack_plan(struct stack *stack, const struct context *ctx,
+enum status stack_plan(const struct stack *stack, const struct context *ctx,
                        const struct layer_shape *shape, struct memory_plan *plan,
                        struct kernel_plan *work);
+
+/* Whether layer i's input and saved tensors outlive a run: all layers' in training and of a stack
+ * that is no model, else only the last temporal-mixing layer's; the others share their memory. */
+bool stack_keeps(const struct stack *stack, const struct layer_shape *shape, int i);
 
 /* Takes the memory of the plan and sets ctx->workspace; STATUS_OOM with the bytes wanted. */
 enum status stack_allocate(struct stack *stack, struct context *ctx,

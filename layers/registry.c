@@ -1,0 +1,28 @@
+/* The one list of temporal-mixing layers. Each is one file here; adding one is one line below. */
+#include <string.h>
+
+#include "layers/layer.h"
+
+/* clang-format off */
+#define LAYERS(entry) \
+	entry(attention) \
+	entry(swa) \
+	entry(recurrence) \
+	entry(gla) \
+	entry(rat)
+/* clang-format on */
+
+#define DECLARE(name) extern const struct layer_class name##_layer;
+#define ADDRESS(name) &name##_layer,
+
+LAYERS(DECLARE)
+
+const struct layer_class *const layer_classes[] = {LAYERS(ADDRESS) NULL};
+
+const struct layer_class *layer_class_find(const char *name)
+{
+	for (int i = 0; layer_classes[i]; i++)
+		if (strcmp(layer_classes[i]->name, name) == 0)
+			return layer_classes[i];
+	return NULL;
+}
