@@ -1,0 +1,54 @@
+/*
+ * Compares a backend with a golden file: a layer, a model or one operation,
+ * whose inputs, outputs and gradients another project's code has computed.
+ */
+#ifndef BENCH_GOLDEN_CHECK_H
+#define BENCH_GOLDEN_CHECK_H
+
+#include "kernels/kernels.h"
+
+enum { GOLDEN_MAX_RESULTS = 128 };
+
+enum golden_verdict {
+	GOLDEN_PASS,
+	GOLDEN_MISS,        /* compared, and too far off or not finite */
+	GOLDEN_UNSUPPORTED, /* the backend has no such operation */
+	GOLDEN_NOT_COMPARED /* stored in the file, but nothing here used it: a failure */
+};
+
+/* "pass", "MISS", "unsupported", "NOT COMPARED". */
+const char *golden_verdict_name(enum golden_verdict verdict);
+
+struct golden_result {
+	char tensor[96];  /* what was compared: its name in the file, or "y - x" */
+	double rel_err;   /* ||a - b|| / ||b||; NAN where nothing was compared */
+	double tolerance; /* likewise */
+	enum golden_verdict verdict;
+};
+
+struct golden_report {
+	int n_results, n_failed; /* misses and tensors not compared */
+	char unsupported[128];   /* why results have GOLDEN_UNSUPPORTED; "" if none has */
+	struct golden_result results[GOLDEN_MAX_RESULTS];
+};
+
+struct golden_options {
+	const struct backend *backend; /* opened */
+	struct provider_choice choice;
+	int64_t chunk; /* chunk length of matrix_recurrence; 0: the kernel picks */
+};
+
+/*
+ * Runs what the file at `path` describes and compares every tensor it stores.
+ * fp32 must agree to 2e-5; bf16 to 1.5e-2 (outputs) and 3e-2 (gradients).
+ * Layers with a residual are compared as y - x and dx - dy. STATUS_OK if
+ * nothing failed, STATUS_MISMATCH if something did, and otherwise the reason
+ * why the file could not be used; the report holds what was found until then.
+ */
+enum status golden_check(const struct golden_options *options, const char *path,
+                         struct golden_report *report);
+
+/* The result for `tensor`, or NULL. */
+const struct golden_result *golden_find(const struct golden_report *report, const char *tensor);
+
+#endif
