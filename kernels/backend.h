@@ -64,6 +64,12 @@ struct backend {
 	enum status (*stopwatch_stop)(double *milliseconds);
 	/* Evicts the last-level cache so that the next sample starts cold. */
 	enum status (*flush_cache)(void);
+	/*
+	 * Measures the device's memory: GB/s of copying (bytes read and written)
+	 * and of reading alone. NULL where the device's memory is the host's:
+	 * the harness then measures that.
+	 */
+	enum status (*bandwidth)(double *copy_gb_per_s, double *read_gb_per_s);
 
 	/* Named ranges for a profiler (NVTX on CUDA, nothing on a CPU). */
 	void (*range_push)(const char *name);
