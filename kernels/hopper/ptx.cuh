@@ -1,0 +1,375 @@
+/*
+ * Thin wrappers over the sm_90a instructions our kernels use. Each says the
+ * fact about it that is easiest to get wrong. Sources: the PTX ISA, sections
+ * on wgmma, cp.async.bulk, mbarrier and setmaxnreg.
+ */
+#ifndef KERNELS_HOPPER_PTX_CUH
+#define KERNELS_HOPPER_PTX_CUH
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+namespace hopper
+{
+
+/* Shared-memory address of a generic pointer, as the instructions below want it. */
+__device__ __forceinline__ uint32_t shared_address(const void *pointer)
+{
+	return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ int shared_load(uint32_t shared)
+{
+	int value;
+
+	asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+	return value;
+}
+
+__device__ __forceinline__ void shared_store(uint32_t shared, int value)
+{
+	asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
+/* ---- mbarrier: a consumer first waits on parity 0, a producer on parity 1 (which passes at once).
+ */
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals)
+{
+	asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+/* After the inits, before any other thread or the copy engine uses them (then __syncthreads). */
+__device__ __forceinline__ void barrier_init_fence()
+{
+	asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier)
+{
+	asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/* One arrival that also announces `bytes`. The count is of whole boxes: what lies
+ * outside the tensor is filled with zeros and counts too. */
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes)
+{
+	asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+	             "r"(bytes)
+	             : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity)
+{
+	asm volatile("{\n"
+	             ".reg .pred done;\n"
+	             "again:\n"
+	             "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 0x989680;\n"
+	             "@done bra.uni ready;\n"
+	             "bra.uni again;\n"
+	             "ready:\n"
+	             "}\n" ::"r"(barrier),
+	             "r"(parity)
+	             : "memory");
+}
+
+/* ---- named barriers: 16 per block, 0 is __syncthreads; `threads` counts arrivers and waiters. */
+
+__device__ __forceinline__ void named_barrier_sync(int id, int threads)
+{
+	asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads)
+{
+	asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* ---- registers: every warp of the warpgroup executes it; needs __launch_bounds__(threads, 1). */
+
+template <int count> __device__ __forceinline__ void registers_increase()
+{
+	asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+template <int count> __device__ __forceinline__ void registers_decrease()
+{
+	asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+/* ---- bulk copies. Shared addresses 128-byte aligned (1024 with the 128-byte swizzle). */
+
+__device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap *map)
+{
+	asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Box of a 4-D tensor into shared memory, completing on `barrier`. */
+__device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap *map,
+                                            uint32_t barrier, int c0, int c1, int c2, int c3)
+{
+	asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+	             "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared),
+	             "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+	             : "memory");
+}
+
+/* Box of a 4-D tensor from shared memory; what lies outside the tensor is not written. */
+__device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int c0,
+                                             int c1, int c2, int c3)
+{
+	asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group "
+	             "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+	             "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+	             : "memory");
+}
+
+/* `bytes` (a multiple of 16) of contiguous memory, completing on `barrier`. */
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void *global, uint32_t bytes,
+                                          uint32_t barrier)
+{
+	asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+	             "[%0], [%1], %2, [%3];" ::"r"(shared),
+	             "l"(global), "r"(bytes), "r"(barrier)
+	             : "memory");
+}
+
+__device__ __forceinline__ void store_commit()
+{
+	asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Until the source in shared memory may be overwritten (the writes need not have landed). */
+__device__ __forceinline__ void store_wait_read()
+{
+	asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/* In EVERY thread that wrote shared memory the ordinary way, before the barrier
+ * behind which wgmma or a bulk store reads it. */
+__device__ __forceinline__ void fence_async_proxy()
+{
+	asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* ---- matrices in shared memory. 128-byte swizzle: the 16-byte piece index (address
+ * bits 4..6) is xor-ed with the row modulo 8 (bits 7..9). */
+
+__device__ __forceinline__ uint32_t swizzle_128(uint32_t offset)
+{
+	return offset ^ ((offset >> 3) & 0x70);
+}
+
+__device__ __forceinline__ void store_matrix_x4(uint32_t shared, uint32_t a, uint32_t b, uint32_t c,
+                                                uint32_t d)
+{
+	asm volatile(
+	        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+	        "r"(a), "r"(b), "r"(c), "r"(d)
+	        : "memory");
+}
+
+__device__ __forceinline__ void load_matrix_x4(uint32_t shared, uint32_t &a, uint32_t &b,
+                                               uint32_t &c, uint32_t &d)
+{
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+	             : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+	             : "r"(shared)
+	             : "memory");
+}
+
+/* ---- wgmma. Do not touch accumulators or A registers between the issue and the wait. */
+
+/*
+ * Descriptor of a 128-byte-swizzled bf16 operand; tiles 1024-byte aligned.
+ * K-major (rows of 64 elements along K): stride 1024 between 8-row groups;
+ * the next 16 along K is +32 bytes, the next 64 the next panel.
+ * MN-major (rows of 64 elements along M or N, one row per k): `leading` is the
+ * bytes between 64-wide panels; the next 16 along K is +2048 bytes.
+ */
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t leading)
+{
+	uint64_t descriptor = (shared & 0x3FFFF) >> 4;
+
+	descriptor |= static_cast<uint64_t>(leading >> 4) << 16;
+	descriptor |= static_cast<uint64_t>(1024 >> 4) << 32;
+	descriptor |= static_cast<uint64_t>(1) << 62;
+	return descriptor;
+}
+
+/* Before the first wgmma, and after any ordinary write to its registers. */
+__device__ __forceinline__ void wgmma_fence()
+{
+	asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit()
+{
+	asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Until at most `pending` of this warpgroup's groups are in flight. */
+template <int pending> __device__ __forceinline__ void wgmma_wait()
+{
+	asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+/* Pins accumulators to their registers across asynchronous use. */
+template <int count> __device__ __forceinline__ void pin(float (&registers)[count])
+{
+#pragma unroll
+	for (int i = 0; i < count; i++)
+		asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[count])
+{
+#pragma unroll
+	for (int i = 0; i < count; i++)
+		asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+/*
+ * d (64 x n, fp32) = [accumulate ? d : 0] + A B, n = 64 or 128, 16 deep.
+ * Thread t, warp w = t/32, lane l: d[i] is row 16w + l/4 + 8((i>>1)&1), column 8(i>>2) + 2(l&3) +
+ * (i&1).
+ * `_ss`: A and B K-major in shared memory. `_rs`: A in registers (the accumulator
+ * layout converted to bf16 pairs), B MN-major in shared memory.
+ */
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %34, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, "
+	             "%8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, "
+	             "%24, %25, %26, %27, %28, %29, %30, %31}, "
+	             "%32, %33, p, 1, 1, 0, 0;\n"
+	             "}\n"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+	               "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+	               "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+	               "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+	               "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+	               "+f"(d[30]), "+f"(d[31])
+	             : "l"(a), "l"(b), "r"((int)accumulate));
+}
+
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t *a, uint64_t b,
+                                         bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %37, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, "
+	             "%8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, "
+	             "%24, %25, %26, %27, %28, %29, %30, %31}, "
+	             "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"
+	             "}\n"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+	               "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+	               "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+	               "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+	               "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+	               "+f"(d[30]), "+f"(d[31])
+	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
+}
+
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %66, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, "
+	             "%8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, "
+	             "%24, %25, %26, %27, %28, %29, %30, %31, "
+	             "%32, %33, %34, %35, %36, %37, %38, %39, "
+	             "%40, %41, %42, %43, %44, %45, %46, %47, "
+	             "%48, %49, %50, %51, %52, %53, %54, %55, "
+	             "%56, %57, %58, %59, %60, %61, %62, %63}, "
+	             "%64, %65, p, 1, 1, 0, 0;\n"
+	             "}\n"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+	               "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+	               "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+	               "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+	               "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+	               "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+	               "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+	               "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+	               "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
+	               "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+	               "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+	             : "l"(a), "l"(b), "r"((int)accumulate));
+}
+
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t *a, uint64_t b,
+                                         bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %69, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, "
+	             "%8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, "
+	             "%24, %25, %26, %27, %28, %29, %30, %31, "
+	             "%32, %33, %34, %35, %36, %37, %38, %39, "
+	             "%40, %41, %42, %43, %44, %45, %46, %47, "
+	             "%48, %49, %50, %51, %52, %53, %54, %55, "
+	             "%56, %57, %58, %59, %60, %61, %62, %63}, "
+	             "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"
+	             "}\n"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+	               "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+	               "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+	               "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+	               "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+	               "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+	               "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+	               "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+	               "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
+	               "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+	               "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
+}
+
+/* ---- arithmetic */
+
+__device__ __forceinline__ float exp2_approx(float x)
+{
+	float y;
+
+	asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
+/* Two floats as a bf16 pair, the first in the low half. */
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high)
+{
+	uint32_t pair;
+
+	asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+	return pair;
+}
+
+__device__ __forceinline__ float low_bf16(uint32_t pair)
+{
+	return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float high_bf16(uint32_t pair)
+{
+	return __uint_as_float(pair & 0xFFFF0000u);
+}
+
+} // namespace hopper
+
+#endif

@@ -1,0 +1,29 @@
+/* Tensor maps for the copy engine, from the project's views. */
+#ifndef KERNELS_HOPPER_TENSOR_MAP_H
+#define KERNELS_HOPPER_TENSOR_MAP_H
+
+#include <cuda.h>
+
+#include "kernels/kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * A map of the bf16 tensor `view` [batch, tokens, heads, d] with coordinates
+ * (d, token, head, batch) and boxes of 64 x box_tokens, 128-byte swizzle: a
+ * 128-wide head takes two boxes. Outside the tensor loads give zeros and stores are dropped.
+ * STATUS_CUDA if the driver refuses.
+ */
+enum status tensor_map_encode(CUtensorMap *map, const struct view *view, int64_t batch,
+                              int64_t tokens, int64_t heads, int64_t d, int box_tokens);
+
+/* Whether a view can have a map: 16-byte aligned base and strides. */
+bool tensor_map_supports(const struct view *view);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
