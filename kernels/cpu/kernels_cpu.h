@@ -57,6 +57,7 @@ size_t cpu_recurrence_workspace(const void *args);
 size_t cpu_recurrence_backward_workspace(const void *args);
 size_t cpu_matrix_recurrence_workspace(const void *args);
 size_t cpu_matrix_recurrence_backward_workspace(const void *args);
+size_t cpu_matrix_recurrence_step_workspace(const void *args);
 size_t cpu_decay_gate_backward_workspace(const void *args);
 size_t cpu_norm_gate_backward_workspace(const void *args);
 
