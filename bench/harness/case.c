@@ -69,6 +69,7 @@ static struct bench_case case_at(const struct options *o, const int i[N_AXES])
 	        .generate = NO_VALUE,
 	        .d_head = NO_VALUE,
 	        .n_layers = NO_VALUE,
+	        .tokens = NO_VALUE,
 	};
 }
 

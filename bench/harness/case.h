@@ -23,6 +23,7 @@ struct bench_case {
 	/* For the row alone; set by configure. */
 	char block[MAX_WORD]; /* "rat", "hybrid", ... */
 	int64_t d_head, n_layers;
+	int64_t tokens; /* that one launch processes */
 	/* STATUS_UNSUPPORTED, with the reason, if the combination makes no sense. */
 	enum status status;
 	char message[MAX_MESSAGE];
@@ -35,7 +36,7 @@ struct sweep {
 
 /*
  * Completes a case: sets to NO_VALUE (or "") what does not matter to its block, and fills in
- * block, batch, d_head, n_layers. STATUS_UNSUPPORTED: the combination makes no sense;
+ * block, batch, tokens, d_head, n_layers. STATUS_UNSUPPORTED: the combination makes no sense;
  * STATUS_INVALID: the options are wrong, with one line naming the option.
  */
 typedef enum status (*configure_case)(void *self, const struct options *options,

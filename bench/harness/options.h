@@ -25,7 +25,7 @@ struct words {
 struct options {
 	char backend[MAX_WORD]; /* "": the first that works */
 	char preset[MAX_WORD];
-	struct words pass, pattern, position, provider, model;
+	struct words pass, pattern, position, provider, model, format;
 	struct values seq_len, chunk, window, groups, heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
@@ -36,7 +36,7 @@ struct options {
 	int64_t rows, seed;                         /* of verification */
 	bool warm, list, dry_run, resume, truncate; /* flags */
 	bool help;
-	char out[MAX_PATH], format[MAX_WORD], run_id[MAX_WORD];
+	char out[MAX_PATH], run_id[MAX_WORD];
 	uint64_t set; /* which options have a value: one bit per line of the table */
 };
 

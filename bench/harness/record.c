@@ -190,16 +190,48 @@ static enum status write_all(const struct record_file *file, const char *text, s
 	return STATUS_OK;
 }
 
-static enum status write_header(const struct record_file *file)
+void record_print_header(FILE *file)
 {
-	char line[64 * (N_COLUMNS + 1)];
-	int length = snprintf(line, sizeof line, "schema");
-
+	fputs("schema", file);
 	for (int i = 0; i < N_COLUMNS; i++)
-		length += snprintf(line + length, sizeof line - (size_t)length, ",%s",
-		                   columns[i].name);
-	line[length++] = '\n';
-	return write_all(file, line, (size_t)length);
+		fprintf(file, ",%s", columns[i].name);
+	fputc('\n', file);
+}
+
+void record_print(FILE *file, const struct record *record)
+{
+	char number[32];
+
+	fputs(schema, file);
+	for (int i = 0; i < N_COLUMNS; i++) {
+		fputc(',', file);
+		csv_write_field(file, field_text(record, &columns[i], number));
+	}
+	fputc('\n', file);
+}
+
+/*
+ * Appends a row (NULL: the header) in one write: a reader never sees half of it, and a writer
+ * that is killed cuts at most this line.
+ */
+static enum status append_line(const struct record_file *file, const struct record *record)
+{
+	char *line = NULL;
+	size_t length;
+	FILE *text = open_memstream(&line, &length);
+
+	if (!text)
+		return status_set(STATUS_OOM, "no memory for a row");
+	if (record)
+		record_print(text, record);
+	else
+		record_print_header(text);
+	if (fclose(text) != 0)
+		return status_set(STATUS_OOM, "no memory for a row");
+	enum status status = write_all(file, line, length);
+
+	free(line);
+	return status;
 }
 
 /* Makes the folders that `path` is in. */
@@ -226,7 +258,7 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 	enum status status;
 
 	if (fstat(file->descriptor, &info) != 0 || !S_ISREG(info.st_mode))
-		return write_header(file);
+		return append_line(file, NULL);
 	if (mode == RECORD_TRUNCATE && ftruncate(file->descriptor, 0) != 0)
 		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
 	status = csv_read(file->path, &csv);
@@ -235,7 +267,7 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 	if (csv.cut && ftruncate(file->descriptor, (off_t)csv.whole_bytes) != 0)
 		status = status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
 	else if (csv.n_columns == 0)
-		status = write_header(file);
+		status = append_line(file, NULL);
 	else if (!columns_match(&csv))
 		status = status_set(STATUS_INVALID,
 		                    "--out: %s has other columns than this program writes; "
@@ -307,23 +339,5 @@ bool record_done(const struct record_file *file, const struct record *record, bo
 
 enum status record_append(struct record_file *file, const struct record *record)
 {
-	char *line = NULL, number[32];
-	size_t length;
-	FILE *text = open_memstream(&line, &length);
-
-	if (!text)
-		return status_set(STATUS_OOM, "no memory for a row");
-	fputs(schema, text);
-	for (int i = 0; i < N_COLUMNS; i++) {
-		fputc(',', text);
-		csv_write_field(text, field_text(record, &columns[i], number));
-	}
-	fputc('\n', text);
-	if (fclose(text) != 0)
-		return status_set(STATUS_OOM, "no memory for a row");
-	/* One write: a reader never sees half a row, and a killed writer cuts at most this one. */
-	enum status status = write_all(file, line, length);
-
-	free(line);
-	return status;
+	return append_line(file, record);
 }

@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "kernels/status.h"
 
@@ -44,6 +45,10 @@ struct record {
 
 /* A record with every field empty. */
 struct record record_empty(void);
+
+/* The header, and a row, as lines of CSV. */
+void record_print_header(FILE *file);
+void record_print(FILE *file, const struct record *record);
 
 /* A results file that rows are appended to. */
 struct record_file {

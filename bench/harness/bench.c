@@ -1,0 +1,486 @@
+#define _POSIX_C_SOURCE 200809L
+#include "bench/harness/bench.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench/harness/ceilings.h"
+#include "bench/harness/environment.h"
+#include "bench/harness/measure.h"
+#include "bench/harness/progress.h"
+#include "bench/harness/record.h"
+#include "bench/harness/print.h"
+
+/* Exit codes. */
+enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };
+
+/* Everything about one run of a program. */
+struct run {
+	const struct driver *driver;
+	const struct subject *subject;
+	struct options options;
+	const struct backend *backend;
+	struct environment environment;
+	struct ceilings ceilings;
+	struct sweep sweep;
+	struct planned *plans; /* [sweep.count * n_variants] */
+	struct variant *variants;
+	int n_variants;
+	struct record_file file;
+	struct progress progress;
+	int rows_by_status[STATUS_COUNT];
+};
+
+static enum status open_named_backend(struct run *run)
+{
+	run->backend = backend_find(run->options.backend);
+	if (!run->backend)
+		return status_set(STATUS_INVALID, "--backend: this build has no '%s'; --list shows",
+		                  run->options.backend);
+	return run->backend->open(0);
+}
+
+/* The first backend that works: a machine without a usable GPU still has its CPU. */
+static enum status open_backend(struct run *run)
+{
+	enum status status = STATUS_INVALID;
+
+	if (run->options.backend[0])
+		return open_named_backend(run);
+	for (int i = 0; backends[i]; i++) {
+		run->backend = backends[i];
+		status = run->backend->open(0);
+		if (status == STATUS_OK)
+			return status;
+		if (backends[i + 1])
+			fprintf(stderr, "%s: %s not used: %s\n", run->driver->program,
+			        backends[i]->name, status_message());
+	}
+	return status;
+}
+
+/* Each --provider is a variant; without any there is one, of the fastest. */
+static enum status make_variants(struct run *run)
+{
+	const struct words *wanted = &run->options.provider;
+
+	run->n_variants = wanted->count;
+	if (wanted->count > MAX_VARIANTS)
+		return status_set(STATUS_INVALID, "--provider: given more than %d times",
+		                  MAX_VARIANTS);
+	run->variants = calloc((size_t)wanted->count, sizeof *run->variants);
+	if (!run->variants)
+		return status_set(STATUS_OOM, "no memory for %d variants", wanted->count);
+	for (int i = 0; i < wanted->count; i++) {
+		enum status status = provider_choice_parse(&run->variants[i].choice, run->backend,
+		                                           wanted->word[i]);
+
+		if (status != STATUS_OK)
+			return status;
+	}
+	return STATUS_OK;
+}
+
+static enum status check_options(const struct options *options)
+{
+	if (options->samples > MAX_SAMPLES)
+		return status_set(STATUS_INVALID, "--samples: at most %d", MAX_SAMPLES);
+	if (options->threads > 1024)
+		return status_set(STATUS_INVALID, "--threads: at most 1024");
+	if (options->resume && options->truncate)
+		return status_set(STATUS_INVALID,
+		                  "--truncate: starts anew, but --resume continues; give one");
+	return STATUS_OK;
+}
+
+static enum status plan_case(struct run *run, struct bench_case *c, struct planned *planned,
+                             const struct provider_choice *choice)
+{
+	struct context ctx = {.backend = run->backend, .choice = *choice};
+	struct kernel_plan *work = calloc(1, sizeof *work);
+	enum status status = STATUS_OOM;
+
+	*planned = (struct planned){.roofline_ms = NAN};
+	if (work && c->status == STATUS_OK)
+		status = run->subject->plan(run->subject->self, &ctx, c,
+		                            run->environment.device.memory_free,
+		                            &planned->memory_bytes, work);
+	else if (work)
+		status = status_set(c->status, "%s", c->message);
+	planned->status = status;
+	if (status != STATUS_OK) {
+		snprintf(planned->message, sizeof planned->message, "%s", status_message());
+	} else {
+		planned->flops = work->total.flops;
+		planned->bytes_read = work->total.bytes_read;
+		planned->bytes_written = work->total.bytes_written;
+		planned->roofline_ms = ceilings_roofline_ms(&run->ceilings, work);
+	}
+	free(work);
+	return status;
+}
+
+static enum status plan_all(struct run *run)
+{
+	run->plans = calloc((size_t)run->sweep.count * (size_t)run->n_variants, sizeof *run->plans);
+	if (!run->plans)
+		return status_set(STATUS_OOM, "no memory for %d plans", run->sweep.count);
+	for (int i = 0; i < run->sweep.count; i++)
+		for (int v = 0; v < run->n_variants; v++)
+			plan_case(run, &run->sweep.cases[i], &run->plans[i * run->n_variants + v],
+			          &run->variants[v].choice);
+	return STATUS_OK;
+}
+
+static void record_environment(const struct run *run, struct record *r)
+{
+	const struct environment *e = &run->environment;
+	bool on_cpu = strcmp(run->backend->name, "cpu") == 0;
+
+	r->run_id = e->run_id;
+	r->git_sha = e->git_sha;
+	r->git_dirty = e->git_dirty;
+	r->host = e->host;
+	r->device = e->device.name;
+	r->driver = e->device.driver;
+	r->cuda = on_cpu ? "" : e->device.runtime;
+	r->runtime = e->device.runtime;
+	r->backend = run->backend->name;
+	r->dtype = dtype_name(run->backend->activation);
+	r->threads = omp_get_max_threads();
+	r->memory_total_mib = (double)e->device.memory_total / (1 << 20);
+	r->compiler = e->compiler;
+	r->program = run->driver->program;
+	r->warm = run->options.warm;
+	r->copy_gb_per_s = run->ceilings.copy_gb_per_s;
+	r->read_gb_per_s = run->ceilings.read_gb_per_s;
+	r->gemm_tflops = run->ceilings.gemm_tflops;
+}
+
+static void record_case(const struct bench_case *c, struct record *r)
+{
+	/* Of a single block the name says everything. */
+	r->pattern = strcmp(c->pattern, c->block) == 0 ? "" : c->pattern;
+	r->block = c->block;
+	r->pass = c->pass;
+	r->position = c->position;
+	r->model = c->model;
+	r->batch = c->batch;
+	r->seq_len = c->seq_len;
+	r->chunk = c->chunk;
+	r->window = c->window;
+	r->groups = c->groups;
+	r->d_model = c->d_model;
+	r->n_heads = c->n_heads;
+	r->d_head = c->d_head;
+	r->n_layers = c->n_layers;
+	r->prompt = c->prompt;
+	r->generate = c->generate;
+}
+
+static void record_plan(const struct planned *plan, struct record *r)
+{
+	if (plan->status != STATUS_OK)
+		return;
+	r->memory_bytes = (int64_t)plan->memory_bytes;
+	r->flops = plan->flops;
+	r->bytes = plan->bytes_read + plan->bytes_written;
+	r->roofline_ms = plan->roofline_ms;
+}
+
+static void record_measurement(struct variant *v, const struct bench_case *c, struct record *r)
+{
+	if (v->predicted_ms > 0)
+		r->predicted_ms = v->predicted_ms;
+	r->rel_err = v->rel_err;
+	if (v->status != STATUS_OK || v->n_samples == 0)
+		return;
+	struct summary s = summarize(v->samples, v->n_samples);
+
+	r->latency_ms = s.median;
+	r->latency_p20_ms = s.p20;
+	r->latency_p80_ms = s.p80;
+	r->latency_min_ms = s.minimum;
+	r->samples = s.count;
+	r->prefill_ms = v->prefill_ms;
+	r->tokens_per_s = 1e3 * (double)c->tokens / s.median;
+	r->tflops = 1e-9 * v->plan.flops / s.median;
+	r->gb_per_s = 1e-6 * (v->plan.bytes_read + v->plan.bytes_written) / s.median;
+	r->roofline_pct = 100 * v->plan.roofline_ms / s.median;
+	r->peak_mem_mib = (double)v->plan.memory_bytes / (1 << 20);
+}
+
+/* The row of one variant, written and printed. */
+static enum status write_row(struct run *run, const struct bench_case *c, struct variant *v,
+                             const struct device_info *before)
+{
+	struct record r = record_empty();
+	struct device_info after = *before;
+	char now[32], provider[64], providers[512];
+
+	record_environment(run, &r);
+	record_case(c, &r);
+	record_plan(&v->plan, &r);
+	record_measurement(v, c, &r);
+	run->backend->info(&after);
+	time_utc(now);
+	r.time_utc = now;
+	r.requested = run->options.provider.word[v - run->variants];
+	describe_providers(&v->ctx, provider, sizeof provider, providers, sizeof providers);
+	r.provider = provider;
+	r.providers = providers;
+	r.sm_clock_mhz = after.sm_clock_mhz > 0 ? after.sm_clock_mhz : NAN;
+	r.throttled = before->throttled || after.throttled;
+	r.status = status_name(v->status);
+	r.message = v->message;
+	run->rows_by_status[v->status]++;
+	progress_clear(&run->progress);
+	print_row(stdout, &r, run->options.format.word[0]);
+	return record_append(&run->file, &r);
+}
+
+/* bf16 keeps 8 bits; gradients pass through twice as many roundings. */
+static double tolerance(const struct backend *backend, const char *pass)
+{
+	if (backend->activation == DTYPE_F32)
+		return 1e-4;
+	return strcmp(pass, "train") == 0 ? 3e-2 : 1.5e-2;
+}
+
+/* Prepares the variants for a case; returns whether any has still to be measured. */
+static bool reset_variants(struct run *run, int index, bool *finished)
+{
+	const struct bench_case *c = &run->sweep.cases[index];
+	bool any = false;
+
+	for (int i = 0; i < run->n_variants; i++) {
+		struct variant *v = &run->variants[i];
+		struct record r = record_empty();
+
+		record_environment(run, &r);
+		record_case(c, &r);
+		r.requested = run->options.provider.word[i];
+		finished[i] = record_done(&run->file, &r, run->driver->finds_batch);
+		v->ctx = (struct context){.backend = run->backend, .choice = v->choice};
+		v->plan = run->plans[index * run->n_variants + i];
+		v->predicted_ms = 0;
+		v->n_samples = 0;
+		v->rel_err = NAN;
+		v->prefill_ms = NAN;
+		/* Any status but OK keeps a finished variant from being measured. */
+		v->status = finished[i] ? STATUS_SKIPPED : v->plan.status;
+		snprintf(v->message, sizeof v->message, "%s", v->plan.message);
+		any = any || !finished[i];
+	}
+	return any;
+}
+
+static enum status run_case(struct run *run, int index, struct experience *experience)
+{
+	const struct bench_case *c = &run->sweep.cases[index];
+	const struct options *o = &run->options;
+	struct measurement_rule rule = {
+	        .stop = {(int)o->samples, o->min_time, o->max_time, o->noise},
+	        .case_seconds = o->case_seconds,
+	        .tolerance = tolerance(run->backend, c->pass),
+	        .rows = o->rows,
+	        .seed = (uint64_t)o->seed,
+	        .warm = o->warm,
+	};
+	struct device_info before = run->environment.device;
+	bool finished[MAX_VARIANTS];
+	char label[160];
+	enum status status = STATUS_OK;
+
+	if (!reset_variants(run, index, finished))
+		return STATUS_OK;
+	describe_case(c, label, sizeof label);
+	progress_show(&run->progress, label);
+	run->backend->info(&before);
+	measure_case(run->subject, c, run->variants, run->n_variants, &rule, experience);
+	for (int i = 0; status == STATUS_OK && i < run->n_variants; i++)
+		if (!finished[i])
+			status = write_row(run, c, &run->variants[i], &before);
+	return status;
+}
+
+/* What a case weighs in the progress line: a constant, and the launches. */
+static double case_work(const struct run *run, int index)
+{
+	double ms = run->plans[index * run->n_variants].roofline_ms;
+
+	return 1e3 * run->options.max_time / 2 + (isnan(ms) ? 0 : 20 * ms);
+}
+
+static enum status run_all(struct run *run)
+{
+	struct experience experience = {0};
+	double all_work = 0;
+	enum status status = STATUS_OK;
+
+	for (int i = 0; i < run->sweep.count; i++)
+		all_work += case_work(run, i);
+	progress_begin(&run->progress, run->sweep.count, all_work);
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
+		if (i > 0 && !case_same_series(&run->sweep.cases[i - 1], &run->sweep.cases[i]))
+			experience = (struct experience){0};
+		status = run_case(run, i, &experience);
+		progress_advance(&run->progress, case_work(run, i));
+	}
+	progress_clear(&run->progress);
+	return status;
+}
+
+static void print_totals(const struct run *run)
+{
+	const char *separator = "";
+
+	fprintf(stderr, "%s: ", run->driver->program);
+	for (int s = 0; s < STATUS_COUNT; s++) {
+		if (run->rows_by_status[s] == 0)
+			continue;
+		fprintf(stderr, "%s%d %s", separator, run->rows_by_status[s],
+		        status_name((enum status)s));
+		separator = ", ";
+	}
+	fprintf(stderr, "%s -> %s\n", *separator ? "" : "nothing left to do", run->file.path);
+}
+
+static bool any_failed(const struct run *run)
+{
+	static const enum status failures[] = {STATUS_MISMATCH, STATUS_INVALID, STATUS_CUDA,
+	                                       STATUS_IO};
+
+	for (size_t i = 0; i < sizeof failures / sizeof failures[0]; i++)
+		if (run->rows_by_status[failures[i]])
+			return true;
+	return false;
+}
+
+/* Options that need no backend; *done: there is nothing more to do. */
+static enum status read_options(struct run *run, int argc, char **argv, bool *done)
+{
+	enum status status = options_parse(&run->options, run->driver, argc, argv);
+
+	*done = false;
+	if (status == STATUS_OK && run->options.help) {
+		options_print_help(stdout, run->driver);
+		*done = true;
+	}
+	return status;
+}
+
+/* Options that need to know where the run takes place, and the sweep they make. */
+static enum status make_sweep(struct run *run)
+{
+	const char *preset = strcmp(run->backend->name, "cpu") == 0 ? "small" : "paper";
+	enum status status = options_complete(&run->options, run->driver, preset);
+
+	if (status == STATUS_OK)
+		status = check_options(&run->options);
+	if (status == STATUS_OK && run->options.threads > 0)
+		omp_set_num_threads((int)run->options.threads);
+	if (status == STATUS_OK)
+		status = make_variants(run);
+	if (status == STATUS_OK)
+		status = environment_read(&run->environment, run->backend, run->options.run_id);
+	run->subject->use(run->subject->self, run->backend);
+	if (status == STATUS_OK)
+		status = sweep_create(&run->sweep, &run->options, run->subject->configure,
+		                      run->subject->self);
+	if (status == STATUS_OK && !run->options.out[0])
+		snprintf(run->options.out, sizeof run->options.out, "results/%s/%s",
+		         run->environment.device_folder, run->driver->file);
+	return status;
+}
+
+static enum status open_file(struct run *run)
+{
+	enum record_mode mode = run->options.resume     ? RECORD_RESUME
+	                        : run->options.truncate ? RECORD_TRUNCATE
+	                                                : RECORD_APPEND;
+	enum status status =
+	        record_open(&run->file, run->options.out, mode, run->environment.git_sha);
+
+	/* A resumed run is one run. */
+	if (status == STATUS_OK && run->file.run_id[0])
+		snprintf(run->environment.run_id, sizeof run->environment.run_id, "%s",
+		         run->file.run_id);
+	return status;
+}
+
+static int complain(const struct run *run, enum status status)
+{
+	fprintf(stderr, "%s: %s\n", run->driver->program, status_message());
+	return status == STATUS_INVALID || status == STATUS_IO ? EXIT_USAGE : EXIT_CASES_FAILED;
+}
+
+static enum status measure_sweep(struct run *run)
+{
+	enum status status = open_file(run);
+
+	if (status == STATUS_OK)
+		status = ceilings_measure(&run->ceilings, run->backend);
+	if (status == STATUS_OK)
+		status = plan_all(run);
+	print_header(stdout, run->options.format.word[0]);
+	if (status == STATUS_OK)
+		status = run_all(run);
+	if (status == STATUS_OK)
+		print_totals(run);
+	return status;
+}
+
+/* The plan of every case, without running any. */
+static enum status print_plans(struct run *run)
+{
+	enum status status = plan_all(run);
+
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count * run->n_variants; i++) {
+		char label[160];
+
+		describe_case(&run->sweep.cases[i / run->n_variants], label, sizeof label);
+		print_plan(stdout, label, &run->plans[i]);
+	}
+	return status;
+}
+
+static void release(struct run *run)
+{
+	record_close(&run->file);
+	sweep_release(&run->sweep);
+	free(run->plans);
+	free(run->variants);
+}
+
+int bench_main(const struct driver *driver, const struct subject *subject, int argc, char **argv)
+{
+	struct run run = {.driver = driver, .subject = subject, .file = {.descriptor = -1}};
+	bool done;
+	enum status status = read_options(&run, argc, argv, &done);
+
+	if (status != STATUS_OK)
+		return complain(&run, status);
+	if (done)
+		return EXIT_OK;
+	status = open_backend(&run);
+	if (status != STATUS_OK)
+		return complain(&run, status);
+	status = make_sweep(&run);
+	if (status == STATUS_OK && run.options.list)
+		print_list(stdout, driver, &run.options, &run.environment);
+	else if (status == STATUS_OK && run.options.dry_run)
+		status = print_plans(&run);
+	else if (status == STATUS_OK)
+		status = measure_sweep(&run);
+	int code = status != STATUS_OK ? complain(&run, status)
+	           : any_failed(&run)  ? EXIT_CASES_FAILED
+	                               : EXIT_OK;
+
+	release(&run);
+	run.backend->close();
+	return code;
+}

@@ -1,0 +1,52 @@
+/*
+ * Runs a benchmark program: options, sweep, memory, verification, timing, rows.
+ * It knows backends and operations but no layer: what a case runs is a struct
+ * of function pointers, filled by bench/block.c and bench/throughput.c.
+ */
+#ifndef BENCH_HARNESS_BENCH_H
+#define BENCH_HARNESS_BENCH_H
+
+#include <stddef.h>
+
+#include "bench/harness/case.h"
+#include "bench/harness/driver.h"
+#include "kernels/kernels.h"
+
+/*
+ * What a case runs. The calls come in this order: configure for every case;
+ * plan; and, for one case at a time, acquire, any number of (rewind, launch),
+ * verify after some of them, release. Only launch is timed; nothing in it allocates.
+ * Each returns STATUS_OK or leaves a message.
+ */
+struct subject {
+	void *self;
+	/* Handed the backend before anything else. */
+	void (*use)(void *self, const struct backend *backend);
+	/* As in case.h. */
+	configure_case configure;
+	/* Bytes of device memory that the case wants, and the work of one launch; takes nothing.
+	 * A case that leaves its batch open (NO_VALUE) gets the largest for memory_free. */
+	enum status (*plan)(void *self, const struct context *ctx, struct bench_case *c,
+	                    size_t memory_free, size_t *bytes, struct kernel_plan *work);
+	/* Takes the memory, sets ctx->workspace, and fills parameters and inputs from `seed`. */
+	enum status (*acquire)(void *self, struct context *ctx, const struct bench_case *c,
+	                       uint64_t seed);
+	/* Brings everything to where a launch starts. to_verify: also overwrites what the launch
+	 * will write, and keeps what verify() needs of the state before it. *prefill_ms: the time
+	 * of a prefill that this includes; left alone if there is none. */
+	enum status (*rewind)(void *self, struct context *ctx, const struct bench_case *c,
+	                      bool to_verify, double *prefill_ms);
+	enum status (*launch)(void *self, struct context *ctx, const struct bench_case *c);
+	/* The worst row's error in the buffers of the last launch; README, "What rel_err means". */
+	enum status (*verify)(void *self, struct context *ctx, const struct bench_case *c,
+	                      int64_t rows, uint64_t seed, double *rel_err);
+	void (*release)(void *self);
+};
+
+/*
+ * The main() of a benchmark program. Returns its exit code: 0; 1 if a case
+ * failed (mismatch, or an error of the device); 2 if the options or the output are wrong.
+ */
+int bench_main(const struct driver *driver, const struct subject *subject, int argc, char **argv);
+
+#endif
