@@ -87,7 +87,8 @@ struct layer_shape {
 	enum pass pass;
 	int64_t batch;
 	int64_t seq_len;     /* tokens of prefill or training; 1 while generating */
-	int64_t capacity;    /* positions the state must be able to hold; 0: no state */
+	int64_t capacity;    /* positions the state must be able to hold; 0 (always in training):
+	                        no state */
 	int64_t micro_batch; /* sequences that a model's prefill takes at a time (its activations
 	                        are for these, its caches for batch); 0: all */
 };

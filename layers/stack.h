@@ -87,7 +87,8 @@ enum status stack_plan(const struct stack *stack, const struct context *ctx,
  * that is no model, else only the last temporal-mixing layer's; the others share their memory. */
 bool stack_keeps(const struct stack *stack, const struct layer_shape *shape, int i);
 
-/* Takes the memory of the plan and sets ctx->workspace; STATUS_OOM with the bytes wanted. */
+/* Takes the memory of the plan (giving back what the stack held) and sets ctx->workspace, so a
+ * context serves one stack at a time; STATUS_OOM with the bytes wanted. */
 enum status stack_allocate(struct stack *stack, struct context *ctx,
                            const struct layer_shape *shape);
 /* Gives it back; a stack that holds none is left alone. */

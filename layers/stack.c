@@ -1,0 +1,751 @@
+/* Stacks: configuration, memory, and the runs. */
+#include "layers/stack.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "layers/model.h"
+
+enum { ALIGNMENT = 256 };
+
+/* ---- configuration ---- */
+
+/* Heads of a layer where the user names no number. */
+static int64_t default_heads(const struct layer_class *class, int64_t d_model)
+{
+	int64_t width = d_model >= 1024 && d_model % 128 == 0 ? 128 : 64;
+
+	if (strcmp(class->name, "gla") == 0)
+		return 4;
+	return d_model % width == 0 ? d_model / width : 1;
+}
+
+static enum status unknown_layer(const char *name, int length)
+{
+	char allowed[256] = "";
+
+	for (int i = 0; layer_classes[i]; i++) {
+		strncat(allowed, i ? ", " : "", sizeof allowed - strlen(allowed) - 1);
+		strncat(allowed, layer_classes[i]->name, sizeof allowed - strlen(allowed) - 1);
+	}
+	return status_set(STATUS_INVALID, "--pattern: no layer '%.*s' (allowed: %s)", length, name,
+	                  allowed);
+}
+
+/* The number behind a name ("rat:16") sets the first of the class's tunables. */
+static enum status apply_suffix(struct layer_config *config, const char *suffix, size_t length)
+{
+	const char *tunables = config->class->tunables;
+	int64_t *tunable = strncmp(tunables, "chunk", 5) == 0    ? &config->chunk
+	                   : strncmp(tunables, "window", 6) == 0 ? &config->window
+	                                                         : NULL;
+	char *end;
+	long long value = strtoll(suffix, &end, 10);
+
+	if (!tunable)
+		return status_set(STATUS_INVALID, "--pattern: %s takes no number ':%.*s'",
+		                  config->class->name, (int)length, suffix);
+	if (length == 0 || end != suffix + length || value < 0)
+		return status_set(STATUS_INVALID,
+		                  "--pattern: '%s:%.*s' (allowed: a whole number after the colon)",
+		                  config->class->name, (int)length, suffix);
+	*tunable = value;
+	return STATUS_OK;
+}
+
+/* One name of the pattern, `length` characters long. */
+static enum status configure_layer(struct layer_config *config, const struct stack_options *options,
+                                   const char *name, size_t length)
+{
+	size_t name_length = strcspn(name, ":,");
+	char copy[32] = "";
+
+	if (name_length < sizeof copy)
+		memcpy(copy, name, name_length);
+	*config = (struct layer_config){
+	        .class = layer_class_find(copy),
+	        .d_model = options->d_model,
+	        .n_heads = options->n_heads,
+	        .chunk = options->chunk,
+	        .window = options->window,
+	        .groups = options->groups,
+	        .train_len = options->train_len,
+	        .rope = options->rope,
+	        .prenorm = options->prenorm,
+	        .residual = options->residual,
+	        .norm_eps = options->norm_eps,
+	};
+	if (!config->class)
+		return unknown_layer(name, (int)name_length);
+	if (config->n_heads == 0)
+		config->n_heads = default_heads(config->class, options->d_model);
+	if (name_length < length) {
+		enum status status =
+		        apply_suffix(config, name + name_length + 1, length - name_length - 1);
+
+		if (status != STATUS_OK)
+			return status;
+	}
+	return config->class->check(config);
+}
+
+static int64_t names_in(const char *pattern)
+{
+	int64_t count = 1;
+
+	for (; *pattern; pattern++)
+		count += *pattern == ',';
+	return count;
+}
+
+/* The pattern's name number `index`, counting on from the start again behind its end. */
+static const char *name_of_layer(const char *pattern, int64_t index)
+{
+	for (index %= names_in(pattern); index > 0; index--)
+		pattern = strchr(pattern, ',') + 1;
+	return pattern;
+}
+
+enum status stack_configure(struct stack *stack, const struct backend *backend,
+                            const struct stack_options *options)
+{
+	int64_t n = options->n_layers ? options->n_layers : names_in(options->pattern);
+
+	memset(stack, 0, sizeof *stack);
+	stack->backend = backend;
+	stack->vocab = options->vocab;
+	stack->d_model = options->d_model;
+	if (options->d_model < 1)
+		return status_set(STATUS_INVALID, "--d-model %lld (allowed: 1 or more)",
+		                  (long long)options->d_model);
+	if (options->n_heads < 0)
+		return status_set(STATUS_INVALID, "--heads %lld (allowed: 1 or more)",
+		                  (long long)options->n_heads);
+	if (n < 1 || n * (options->ffn ? 2 : 1) > MAX_LAYERS)
+		return status_set(STATUS_INVALID, "%lld layers (allowed: 1 to %d)", (long long)n,
+		                  MAX_LAYERS / (options->ffn ? 2 : 1));
+	for (int64_t i = 0; i < n; i++) {
+		const char *name = name_of_layer(options->pattern, i);
+		struct layer_config *config = &stack->layers[stack->n_layers++];
+		enum status status = configure_layer(config, options, name, strcspn(name, ","));
+
+		if (status != STATUS_OK)
+			return status;
+		if (options->ffn) {
+			stack->layers[stack->n_layers] = *config;
+			stack->layers[stack->n_layers++].class = &ffn_layer;
+		}
+	}
+	return STATUS_OK;
+}
+
+/* ---- shapes ---- */
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
+static bool is_model(const struct stack *stack)
+{
+	return stack->vocab > 0;
+}
+
+/* Sequences that one forward pass takes. */
+static int64_t forward_batch(const struct layer_shape *shape)
+{
+	bool in_parts = shape->micro_batch > 0 && shape->pass != PASS_TRAIN;
+
+	return in_parts ? smaller(shape->micro_batch, shape->batch) : shape->batch;
+}
+
+static struct layer_shape forward_shape(const struct layer_shape *shape)
+{
+	struct layer_shape forward = *shape;
+
+	forward.batch = forward_batch(shape);
+	return forward;
+}
+
+static struct layer_shape step_shape(const struct layer_shape *shape)
+{
+	struct layer_shape step = *shape;
+
+	step.seq_len = 1;
+	return step;
+}
+
+/* The shapes that the runs of a pass have: forward, step, or both; returns how many. */
+static int run_shapes(const struct layer_shape *shape, struct layer_shape shapes[2])
+{
+	int n = 0;
+
+	if (shape->pass != PASS_GENERATION)
+		shapes[n++] = forward_shape(shape);
+	if (shape->pass == PASS_GENERATION || shape->pass == PASS_THROUGHPUT)
+		shapes[n++] = step_shape(shape);
+	return n;
+}
+
+/* Tokens of the largest run. */
+static int64_t most_tokens(const struct layer_shape *shape)
+{
+	struct layer_shape shapes[2];
+	int64_t most = 0;
+
+	for (int i = run_shapes(shape, shapes) - 1; i >= 0; i--) {
+		int64_t tokens = shapes[i].batch * shapes[i].seq_len;
+
+		most = tokens > most ? tokens : most;
+	}
+	return most;
+}
+
+static int last_mixing_layer(const struct stack *stack)
+{
+	int last = stack->n_layers - 1;
+
+	while (last > 0 && !stack->layers[last].class->reference_mix)
+		last--;
+	return last;
+}
+
+bool stack_keeps(const struct stack *stack, const struct layer_shape *shape, int i)
+{
+	return shape->pass == PASS_TRAIN || !is_model(stack) || i == last_mixing_layer(stack);
+}
+
+/* ---- memory ---- */
+
+/* Hands out memory from `base` on; with a made-up base this only counts. */
+struct arena {
+	char *base;
+	size_t used;
+};
+
+static void *take(struct arena *arena, size_t bytes, size_t *purpose)
+{
+	void *memory = arena->base + arena->used;
+
+	if (bytes == 0)
+		return NULL;
+	bytes = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+	arena->used += bytes;
+	*purpose += bytes;
+	return memory;
+}
+
+typedef int (*spec_function)(const struct layer_config *config, const struct layer_shape *shape,
+                             struct tensor_spec *specs);
+
+/* Takes a layer's tensors of one kind, each as large as the largest run needs it. */
+static void take_tensors(struct arena *arena, const struct stack *stack,
+                         const struct layer_config *config, spec_function list,
+                         const struct layer_shape *shape, void **tensors, size_t *purpose)
+{
+	struct tensor_spec specs[2][MAX_TENSORS];
+	struct layer_shape shapes[2];
+	int n_shapes = run_shapes(shape, shapes), n = 0;
+
+	for (int s = 0; s < n_shapes; s++)
+		n = list(config, &shapes[s], specs[s]);
+	for (int i = 0; i < n; i++) {
+		size_t bytes = tensor_bytes(&specs[0][i], stack->backend);
+
+		if (n_shapes == 2 && tensor_bytes(&specs[1][i], stack->backend) > bytes)
+			bytes = tensor_bytes(&specs[1][i], stack->backend);
+		tensors[i] = take(arena, bytes, purpose);
+	}
+}
+
+static void lay_out_parameters(struct stack *stack, struct arena *arena, struct memory_plan *plan)
+{
+	size_t element = dtype_size(stack->backend->activation);
+	struct tensor_spec specs[MAX_TENSORS];
+
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+
+		for (int j = config->class->parameters(config, specs) - 1; j >= 0; j--)
+			stack->memory[i].param[j] = take(
+			        arena, tensor_bytes(&specs[j], stack->backend), &plan->parameters);
+	}
+	if (!is_model(stack))
+		return;
+	size_t table = (size_t)(stack->vocab * stack->d_model) * element;
+	stack->embedding = take(arena, table, &plan->parameters);
+	stack->final_norm = take(arena, (size_t)stack->d_model * sizeof(float), &plan->parameters);
+	stack->head = take(arena, table, &plan->parameters);
+}
+
+static void lay_out_state(struct stack *stack, const struct layer_shape *shape, struct arena *arena,
+                          struct memory_plan *plan)
+{
+	struct tensor_spec specs[MAX_TENSORS];
+
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+
+		for (int j = config->class->state(config, shape, specs) - 1; j >= 0; j--)
+			stack->memory[i].state[j] =
+			        take(arena, tensor_bytes(&specs[j], stack->backend), &plan->state);
+	}
+}
+
+/* What the user supplies: it outlives every run. */
+static void lay_out_inputs(struct stack *stack, const struct layer_shape *shape,
+                           struct arena *arena, struct memory_plan *plan)
+{
+	size_t n = (size_t)(shape->batch * shape->seq_len);
+	size_t activations = (size_t)(most_tokens(shape) * stack->d_model) *
+	                     dtype_size(stack->backend->activation);
+
+	stack->position = take(arena, sizeof(int32_t), &plan->activations);
+	if (is_model(stack)) {
+		stack->tokens = take(arena, n * sizeof(int32_t), &plan->activations);
+		stack->next =
+		        take(arena, (size_t)shape->batch * sizeof(int32_t), &plan->activations);
+		if (shape->pass == PASS_TRAIN)
+			stack->targets = take(arena, n * sizeof(int32_t), &plan->activations);
+		return;
+	}
+	stack->layer_x[0] = take(arena, activations, &plan->activations);
+	if (shape->pass == PASS_TRAIN)
+		stack->layer_dy[stack->n_layers] = take(arena, activations, &plan->activations);
+}
+
+/* Inputs of the layers, and in training their gradients. A model outside training takes turns
+ * between two buffers, but for the layer whose input is to survive. */
+static void lay_out_activations(struct stack *stack, const struct layer_shape *shape,
+                                struct arena *arena, struct memory_plan *plan)
+{
+	size_t bytes = (size_t)(most_tokens(shape) * stack->d_model) *
+	               dtype_size(stack->backend->activation);
+	int n = stack->n_layers;
+	bool train = shape->pass == PASS_TRAIN, all = train || !is_model(stack);
+	void *turns[2] = {NULL, NULL};
+
+	for (int i = 0; i < 2 && !all; i++)
+		turns[i] = take(arena, bytes, &plan->activations);
+	for (int i = is_model(stack) ? 0 : 1; i <= n; i++)
+		stack->layer_x[i] = all || stack_keeps(stack, shape, i)
+		                            ? take(arena, bytes, &plan->activations)
+		                            : turns[i % 2];
+	if (train && is_model(stack))
+		stack->layer_dy[n] = take(arena, bytes, &plan->activations);
+	for (int i = 0; i < n && train; i++)
+		stack->layer_dy[i] = is_model(stack) ? stack->layer_dy[n]
+		                                     : take(arena, bytes, &plan->activations);
+	stack->x = stack->layer_x[0];
+	stack->y = stack->layer_x[n];
+	stack->dx = stack->layer_dy[0];
+	stack->dy = stack->layer_dy[n];
+}
+
+/* Saved tensors of every layer, and the scratch of the backward pass. What need not survive the
+ * layer's own run shares one place, as large as the neediest layer. */
+static void lay_out_layers(struct stack *stack, const struct layer_shape *shape,
+                           struct arena *arena, struct memory_plan *plan)
+{
+	struct arena shared = *arena, end = *arena;
+	size_t ignored = 0;
+
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+		struct arena scratch = shared;
+
+		if (!stack_keeps(stack, shape, i))
+			take_tensors(&scratch, stack, config, config->class->saved, shape,
+			             stack->memory[i].saved, &ignored);
+		if (shape->pass == PASS_TRAIN)
+			take_tensors(&scratch, stack, config, config->class->scratch, shape,
+			             stack->memory[i].scratch, &ignored);
+		if (scratch.used > end.used)
+			end = scratch;
+	}
+	*(shape->pass == PASS_TRAIN ? &plan->scratch : &plan->saved) += end.used - arena->used;
+	*arena = end;
+	for (int i = 0; i < stack->n_layers; i++)
+		if (stack_keeps(stack, shape, i))
+			take_tensors(arena, stack, &stack->layers[i], stack->layers[i].class->saved,
+			             shape, stack->memory[i].saved, &plan->saved);
+}
+
+static void lay_out_gradients(struct stack *stack, struct arena *arena, struct memory_plan *plan)
+{
+	struct tensor_spec specs[MAX_TENSORS];
+
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+
+		for (int j = config->class->parameters(config, specs) - 1; j >= 0; j--)
+			stack->memory[i].grad[j] =
+			        take(arena, (size_t)tensor_count(&specs[j]) * sizeof(float),
+			             &plan->gradients);
+	}
+	if (!is_model(stack))
+		return;
+	size_t table = (size_t)(stack->vocab * stack->d_model) * sizeof(float);
+	stack->d_embedding = take(arena, table, &plan->gradients);
+	stack->d_final_norm = take(arena, (size_t)stack->d_model * sizeof(float), &plan->gradients);
+	stack->d_head = take(arena, table, &plan->gradients);
+}
+
+/* The end of a model. In training every position has logits, otherwise the last one. */
+static void lay_out_model(struct stack *stack, const struct layer_shape *shape, struct arena *arena,
+                          struct memory_plan *plan)
+{
+	size_t element = dtype_size(stack->backend->activation);
+	bool train = shape->pass == PASS_TRAIN;
+	size_t rows = (size_t)(train ? shape->batch * shape->seq_len : shape->batch);
+	size_t wide = rows * (size_t)stack->d_model * element;
+
+	if (!is_model(stack))
+		return;
+	stack->logits = take(arena, rows * (size_t)stack->vocab * element, &plan->logits);
+	stack->x_norm = take(arena, wide, &plan->activations);
+	if (!train) {
+		stack->last = take(arena, wide, &plan->activations);
+		return;
+	}
+	stack->rstd = take(arena, rows * sizeof(float), &plan->activations);
+	stack->losses = take(arena, rows * sizeof(float), &plan->activations);
+	stack->loss = take(arena, sizeof(float), &plan->activations);
+	stack->dx_norm = take(arena, wide, &plan->activations);
+}
+
+/* Gives every tensor its place behind `base`, and says how much that is. Parameters and inputs
+ * come first, then the caches, then what a run writes. */
+static void lay_out(struct stack *stack, const struct layer_shape *shape, void *base,
+                    size_t workspace, struct memory_plan *plan)
+{
+	struct arena arena = {base, 0};
+
+	memset(plan, 0, sizeof *plan);
+	memset(stack->memory, 0, sizeof stack->memory);
+	stack->shape = *shape;
+	if (shape->pass == PASS_TRAIN)
+		stack->shape.capacity = 0;
+	shape = &stack->shape;
+	lay_out_parameters(stack, &arena, plan);
+	lay_out_inputs(stack, shape, &arena, plan);
+	stack->state_offset = arena.used;
+	lay_out_state(stack, shape, &arena, plan);
+	stack->output_offset = arena.used;
+	lay_out_layers(stack, shape, &arena, plan);
+	lay_out_activations(stack, shape, &arena, plan);
+	if (shape->pass == PASS_TRAIN)
+		lay_out_gradients(stack, &arena, plan);
+	lay_out_model(stack, shape, &arena, plan);
+	stack->workspace = take(&arena, workspace, &plan->workspace);
+	plan->total = arena.used;
+}
+
+/* ---- plans ---- */
+
+static enum status check_shape(const struct stack *stack, const struct layer_shape *shape)
+{
+	int64_t longest = shape->seq_len > shape->capacity ? shape->seq_len : shape->capacity;
+
+	if (shape->batch < 1 || shape->seq_len < 1 || shape->capacity < 0)
+		return status_set(STATUS_INVALID,
+		                  "batch %lld, sequence of %lld (allowed: 1 or more)",
+		                  (long long)shape->batch, (long long)shape->seq_len);
+	if (shape->pass == PASS_KERNEL || (shape->pass == PASS_THROUGHPUT && !is_model(stack)))
+		return status_set(STATUS_UNSUPPORTED, "a stack of layers has no pass %s",
+		                  pass_name(shape->pass));
+	if (shape->pass == PASS_THROUGHPUT && shape->capacity <= shape->seq_len)
+		return status_set(STATUS_INVALID, "a cache of %lld leaves nothing to generate",
+		                  (long long)shape->capacity);
+	if (shape->pass != PASS_TRAIN && shape->capacity > 0 && shape->capacity < shape->seq_len)
+		return status_set(STATUS_INVALID, "a cache of %lld is too short for %lld tokens",
+		                  (long long)shape->capacity, (long long)shape->seq_len);
+	if (shape->micro_batch > 0 && !is_model(stack))
+		return status_set(STATUS_INVALID, "only a model's prefill can be cut into parts");
+	if (shape->pass == PASS_GENERATION && (shape->seq_len != 1 || shape->capacity == 0))
+		return status_set(STATUS_INVALID,
+		                  "generation needs a cache, and takes one token at a time");
+	for (int i = 0; i < stack->n_layers; i++)
+		if (strstr(stack->layers[i].class->tunables, "chunk") &&
+		    stack->layers[i].chunk > longest)
+			return status_set(STATUS_UNSUPPORTED,
+			                  "%s: a chunk of %lld is longer than the sequence of %lld",
+			                  stack->layers[i].class->name,
+			                  (long long)stack->layers[i].chunk, (long long)longest);
+	return STATUS_OK;
+}
+
+static enum status plan_add_repeated(struct kernel_plan *plan, const struct kernel_plan *more,
+                                     int64_t times)
+{
+	if (plan->n_operations + more->n_operations > MAX_PLANNED_OPERATIONS)
+		return status_set(STATUS_INVALID, "plan holds more than %d distinct operations",
+		                  MAX_PLANNED_OPERATIONS);
+	for (int i = 0; i < more->n_operations; i++) {
+		struct planned_operation *added = &plan->operations[plan->n_operations++];
+
+		*added = more->operations[i];
+		added->count *= times;
+	}
+	plan->total.flops += more->total.flops * (double)times;
+	plan->total.bytes_read += more->total.bytes_read * (double)times;
+	plan->total.bytes_written += more->total.bytes_written * (double)times;
+	if (more->workspace_bytes > plan->workspace_bytes)
+		plan->workspace_bytes = more->workspace_bytes;
+	return STATUS_OK;
+}
+
+/* Forward, then all steps at the cost of the one in the middle. */
+static enum status plan_throughput(struct stack *stack, struct context *ctx,
+                                   struct kernel_plan *work)
+{
+	int64_t steps = stack->shape.capacity - stack->shape.seq_len - 1;
+	struct kernel_plan middle = {0}, last = {0};
+	enum status status = stack_forward(stack, ctx);
+
+	if (steps == 0 || status != STATUS_OK)
+		return status;
+	ctx->plan = &middle;
+	status = stack_step(stack, ctx, stack->shape.seq_len + (steps - 1) / 2);
+	ctx->plan = &last;
+	if (status == STATUS_OK)
+		status = stack_step(stack, ctx, stack->shape.capacity - 1);
+	if (last.workspace_bytes > middle.workspace_bytes)
+		middle.workspace_bytes = last.workspace_bytes;
+	return status == STATUS_OK ? plan_add_repeated(work, &middle, steps) : status;
+}
+
+/* An address that no tensor has, for plans: never dereferenced, and as aligned as a real one. */
+static void *made_up_address(void)
+{
+	return (void *)((uintptr_t)1 << 30);
+}
+
+/* Lays the stack out at a made-up address and plans one run. */
+static enum status plan_work(struct stack *stack, const struct context *ctx,
+                             const struct layer_shape *shape, struct kernel_plan *work)
+{
+	struct context planning = *ctx;
+	struct memory_plan ignored;
+
+	memset(work, 0, sizeof *work);
+	planning.plan = work;
+	planning.ranges = false;
+	lay_out(stack, shape, made_up_address(), 0, &ignored);
+	if (shape->pass == PASS_THROUGHPUT)
+		return plan_throughput(stack, &planning, work);
+	return stack_run(stack, &planning);
+}
+
+enum status stack_plan(const struct stack *stack, const struct context *ctx,
+                       const struct layer_shape *shape, struct memory_plan *plan,
+                       struct kernel_plan *work)
+{
+	enum status status = check_shape(stack, shape);
+	struct stack *copy = malloc(sizeof *copy);
+	struct kernel_plan own_work;
+
+	work = work ? work : &own_work;
+	if (!copy)
+		status = status_set(STATUS_OOM, "no memory to plan with");
+	if (status == STATUS_OK) {
+		*copy = *stack;
+		status = plan_work(copy, ctx, shape, work);
+	}
+	if (status == STATUS_OK)
+		lay_out(copy, shape, made_up_address(), work->workspace_bytes, plan);
+	free(copy);
+	return status;
+}
+
+enum status stack_allocate(struct stack *stack, struct context *ctx,
+                           const struct layer_shape *shape)
+{
+	struct memory_plan plan;
+	void *arena;
+	enum status status = stack_plan(stack, ctx, shape, &plan, NULL);
+
+	stack_release(stack);
+	if (status == STATUS_OK)
+		status = stack->backend->allocate(plan.total, &arena);
+	if (status != STATUS_OK)
+		return status;
+	stack->arena = arena;
+	lay_out(stack, shape, arena, plan.workspace, &stack->plan);
+	ctx->workspace = stack->workspace;
+	ctx->workspace_bytes = plan.workspace;
+	return STATUS_OK;
+}
+
+void stack_release(struct stack *stack)
+{
+	if (stack->arena)
+		stack->backend->release(stack->arena);
+	stack->arena = NULL;
+	free(stack->snapshot);
+	stack->snapshot = NULL;
+}
+
+enum status stack_poison(struct stack *stack)
+{
+	bool fills_state =
+	        stack->shape.pass == PASS_PREFILL || stack->shape.pass == PASS_THROUGHPUT;
+	size_t from = fills_state ? stack->state_offset : stack->output_offset;
+
+	return stack->backend->fill((char *)stack->arena + from, 0xff, stack->plan.total - from);
+}
+
+/* ---- runs ---- */
+
+enum status stack_set_position(struct stack *stack, int64_t position)
+{
+	int32_t value = (int32_t)position;
+
+	return stack->backend->upload(stack->position, &value, sizeof value);
+}
+
+static void range_push(const struct context *ctx, const char *name)
+{
+	if (ctx->ranges)
+		ctx->backend->range_push(name);
+}
+
+static void range_pop(const struct context *ctx)
+{
+	if (ctx->ranges)
+		ctx->backend->range_pop();
+}
+
+/* A layer's memory as sequences first ... see it. */
+static struct layer_memory memory_from(const struct stack *stack, int i, int64_t first)
+{
+	const struct layer_config *config = &stack->layers[i];
+	struct layer_memory memory = stack->memory[i];
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = config->class->state(config, &stack->shape, specs);
+
+	for (int j = 0; j < n; j++) {
+		size_t bytes = tensor_bytes(&specs[j], stack->backend);
+
+		if (memory.state[j])
+			memory.state[j] = (char *)memory.state[j] +
+			                  bytes / (size_t)stack->shape.batch * (size_t)first;
+	}
+	return memory;
+}
+
+static enum status forward_layers(struct stack *stack, struct context *ctx, int64_t first,
+                                  const struct layer_shape *shape)
+{
+	enum status status = STATUS_OK;
+
+	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
+		const struct layer_config *config = &stack->layers[i];
+		struct layer_memory memory = memory_from(stack, i, first);
+
+		range_push(ctx, config->class->name);
+		status = config->class->forward(ctx, config, shape, &memory, stack->layer_x[i],
+		                                stack->layer_x[i + 1]);
+		range_pop(ctx);
+	}
+	return status;
+}
+
+/* A model's forward of shape->batch sequences from `first` on. */
+static enum status forward_part(struct stack *stack, struct context *ctx, int64_t first,
+                                const struct layer_shape *shape)
+{
+	int64_t n = shape->batch * shape->seq_len;
+	size_t row = (size_t)stack->vocab * dtype_size(stack->backend->activation);
+	char *logits = (char *)stack->logits + (size_t)first * row;
+	enum status status = model_embed(stack, ctx, n, stack->tokens + first * shape->seq_len);
+
+	if (status == STATUS_OK)
+		status = forward_layers(stack, ctx, first, shape);
+	if (status != STATUS_OK)
+		return status;
+	if (shape->pass == PASS_TRAIN)
+		return model_head(stack, ctx, n, stack->y, stack->logits);
+	status = model_take_last(stack, ctx, shape->batch, shape->seq_len);
+	if (status == STATUS_OK)
+		status = model_head(stack, ctx, shape->batch, stack->last, logits);
+	if (status == STATUS_OK)
+		status = model_pick(stack, ctx, shape->batch, logits, stack->next + first, NULL);
+	return status;
+}
+
+enum status stack_forward(struct stack *stack, struct context *ctx)
+{
+	struct layer_shape shape = forward_shape(&stack->shape);
+	int64_t part = shape.batch;
+	enum status status = STATUS_OK;
+
+	if (!is_model(stack) && part == stack->shape.batch)
+		return forward_layers(stack, ctx, 0, &shape);
+	for (int64_t b = 0; b < stack->shape.batch && status == STATUS_OK; b += part) {
+		shape.batch = smaller(part, stack->shape.batch - b);
+		status = forward_part(stack, ctx, b, &shape);
+	}
+	if (status == STATUS_OK && shape.pass != PASS_TRAIN && !ctx->plan)
+		status = stack_set_position(stack, shape.seq_len);
+	return status;
+}
+
+enum status stack_backward(struct stack *stack, struct context *ctx)
+{
+	enum status status = is_model(stack) ? model_loss_backward(stack, ctx) : STATUS_OK;
+
+	for (int i = stack->n_layers - 1; i >= 0 && status == STATUS_OK; i--) {
+		const struct layer_config *config = &stack->layers[i];
+
+		range_push(ctx, config->class->name);
+		status = config->class->backward(ctx, config, &stack->shape, &stack->memory[i],
+		                                 stack->layer_x[i], stack->layer_dy[i + 1],
+		                                 stack->layer_dy[i]);
+		range_pop(ctx);
+	}
+	if (status == STATUS_OK && is_model(stack))
+		status = model_embed_backward(stack, ctx);
+	return status;
+}
+
+enum status stack_step(struct stack *stack, struct context *ctx, int64_t position_hint)
+{
+	const struct layer_shape shape = step_shape(&stack->shape);
+	enum status status = STATUS_OK;
+
+	if (is_model(stack))
+		status = model_embed(stack, ctx, shape.batch, stack->next);
+	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
+		const struct layer_config *config = &stack->layers[i];
+
+		range_push(ctx, config->class->name);
+		status = config->class->step(ctx, config, &shape, &stack->memory[i],
+		                             stack->position, position_hint, stack->layer_x[i],
+		                             stack->layer_x[i + 1]);
+		range_pop(ctx);
+	}
+	if (status == STATUS_OK && is_model(stack))
+		status = model_head(stack, ctx, shape.batch, stack->y, stack->logits);
+	if (status == STATUS_OK && is_model(stack))
+		status = model_pick(stack, ctx, shape.batch, stack->logits, stack->next,
+		                    stack->position);
+	return status;
+}
+
+enum status stack_run(struct stack *stack, struct context *ctx)
+{
+	enum status status;
+
+	if (stack->shape.pass == PASS_GENERATION)
+		return stack_step(stack, ctx, stack->shape.capacity - 1);
+	status = stack_forward(stack, ctx);
+	if (stack->shape.pass == PASS_TRAIN && status == STATUS_OK)
+		status = stack_backward(stack, ctx);
+	if (stack->shape.pass != PASS_THROUGHPUT)
+		return status;
+	for (int64_t p = stack->shape.seq_len; p < stack->shape.capacity - 1 && status == STATUS_OK;
+	     p++)
+		status = stack_step(stack, ctx, p);
+	return status;
+}

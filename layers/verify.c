@@ -1,0 +1,555 @@
+/* Verification of forward and backward passes against the fp64 reference. */
+#include "layers/verify.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/reference/reference.h"
+#include "layers/mixing.h"
+#include "layers/random.h"
+
+/* Elements that are looked at together, and the sequences that a sample of rows comes from at
+ * least: each of them costs the InProj of all its tokens. */
+enum { BLOCK_COUNT = 1 << 20, SAMPLED_SEQUENCES = 8 };
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+	return a > b ? a : b;
+}
+
+static void raise_to(double *worst, double error)
+{
+	/* Written so that a NaN raises it, too. */
+	if (!(error <= *worst))
+		*worst = isnan(error) ? INFINITY : error;
+}
+
+/* ---- downloads ---- */
+
+enum status verify_download(const struct backend *backend, enum dtype dtype, const void *tensor,
+                            int64_t first, int64_t count, double *out)
+{
+	const char *from = (const char *)tensor + (size_t)first * dtype_size(dtype);
+	float *block = malloc((size_t)smaller(BLOCK_COUNT, count) * sizeof *block + 1);
+	enum status status = STATUS_OK;
+
+	if (!block)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int64_t i = 0; i < count && status == STATUS_OK; i += BLOCK_COUNT) {
+		int64_t n = smaller(BLOCK_COUNT, count - i);
+
+		status = backend_download_floats(backend, dtype, block,
+		                                 from + (size_t)i * dtype_size(dtype), (size_t)n);
+		for (int64_t j = 0; j < n && status == STATUS_OK; j++)
+			out[i + j] = block[j];
+	}
+	free(block);
+	return status;
+}
+
+enum status verify_download_rows(const struct backend *backend, const void *tensor, int64_t width,
+                                 int64_t first, int64_t n_rows, const int64_t *rows, double *out)
+{
+	enum status status = STATUS_OK;
+
+	for (int64_t i = 0, run; i < n_rows && status == STATUS_OK; i += run) {
+		for (run = 1; i + run < n_rows && rows[i + run] == rows[i] + run; run++)
+			;
+		status = verify_download(backend, backend->activation, tensor,
+		                         (first + rows[i]) * width, run * width, out + i * width);
+	}
+	return status;
+}
+
+/* *worst = INFINITY if any of `count` elements is NaN or Inf. */
+static enum status verify_finite(const struct backend *backend, enum dtype dtype,
+                                 const void *tensor, int64_t count, double *worst)
+{
+	double *block;
+	enum status status = mixing_take_doubles(BLOCK_COUNT, &block);
+
+	if (status != STATUS_OK)
+		return status;
+	for (int64_t i = 0; i < count && status == STATUS_OK; i += BLOCK_COUNT) {
+		int64_t n = smaller(BLOCK_COUNT, count - i);
+		bool finite = true;
+
+		status = verify_download(backend, dtype, tensor, i, n, block);
+		for (int64_t j = 0; j < n && status == STATUS_OK; j++)
+			finite = finite && isfinite(block[j]);
+		if (!finite)
+			*worst = INFINITY;
+	}
+	free(block);
+	return status;
+}
+
+/* ---- a layer on the host ---- */
+
+bool verify_layer(const struct stack *stack, int layer)
+{
+	return stack->layers[layer].class->reference_mix &&
+	       stack_keeps(stack, &stack->shape, layer);
+}
+
+enum status subject_open(struct subject *subject, const struct stack *stack, int layer)
+{
+	const struct layer_config *config = &stack->layers[layer];
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = config->class->parameters(config, specs);
+	enum status status = STATUS_OK;
+
+	*subject = (struct subject){
+	        .stack = stack,
+	        .layer = layer,
+	        .config = config,
+	        .d_model = config->d_model,
+	        .d_proj = specs[PARAM_IN_PROJ].dims[0],
+	};
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		int64_t count = tensor_count(&specs[i]);
+
+		status = mixing_take_doubles(count, &subject->param[i]);
+		if (status == STATUS_OK)
+			status = verify_download(
+			        stack->backend, tensor_dtype(&specs[i], stack->backend),
+			        stack->memory[layer].param[i], 0, count, subject->param[i]);
+	}
+	return status;
+}
+
+void subject_close(struct subject *subject)
+{
+	for (int i = 0; i < MAX_TENSORS; i++)
+		free(subject->param[i]);
+}
+
+void verify_project(const struct subject *subject, int64_t n, const double *x, double *x_norm,
+                    double *proj)
+{
+	if (subject->config->prenorm)
+		reference_rms_norm(n, subject->d_model, subject->config->norm_eps, x,
+		                   subject->param[PARAM_NORM], x_norm, NULL);
+	else
+		mixing_copy(n * subject->d_model, x, x_norm);
+	reference_linear(n, subject->d_model, subject->d_proj, x_norm,
+	                 subject->param[PARAM_IN_PROJ], proj);
+}
+
+/* ---- errors of rows ---- */
+
+static double length_of(int64_t width, const double *row)
+{
+	double sum = 0;
+
+	for (int64_t i = 0; i < width; i++)
+		sum += row[i] * row[i];
+	return sqrt(sum);
+}
+
+static double distance(int64_t width, const double *a, const double *b)
+{
+	double sum = 0;
+
+	for (int64_t i = 0; i < width; i++)
+		sum += (a[i] - b[i]) * (a[i] - b[i]);
+	return sqrt(sum);
+}
+
+static double relative(double error, double length)
+{
+	if (!isfinite(error) || !isfinite(length))
+		return INFINITY;
+	return error == 0 ? 0 : error / length;
+}
+
+double verify_row_error(int64_t width, const double *actual, const double *expected, double floor)
+{
+	return relative(distance(width, actual, expected), fmax(length_of(width, expected), floor));
+}
+
+static double floor_of(int64_t n_rows, int64_t width, const double *expected)
+{
+	return n_rows == 0 ? 0 : 1e-3 * length_of(n_rows * width, expected) / sqrt((double)n_rows);
+}
+
+double verify_worst_row(int64_t n_rows, int64_t width, const double *actual, const double *expected)
+{
+	double worst = 0, floor = floor_of(n_rows, width, expected);
+
+	for (int64_t i = 0; i < n_rows; i++)
+		raise_to(&worst,
+		         verify_row_error(width, actual + i * width, expected + i * width, floor));
+	return worst;
+}
+
+double verify_worst_sum(int64_t n_rows, int64_t width, double *actual, const double *base,
+                        const double *expected, enum dtype dtype)
+{
+	double worst = 0, floor = floor_of(n_rows, width, expected);
+	double unit = dtype == DTYPE_BF16 ? 0x1p-9 : 0x1p-24;
+
+	if (!base)
+		return verify_worst_row(n_rows, width, actual, expected);
+	for (int64_t i = 0; i < n_rows; i++) {
+		double *row = actual + i * width;
+		double rounding = unit * length_of(width, row);
+
+		for (int64_t j = 0; j < width; j++)
+			row[j] -= base[i * width + j];
+		double error = distance(width, row, expected + i * width) - rounding;
+		raise_to(&worst, relative(error < 0 ? 0 : error,
+		                          fmax(length_of(width, expected + i * width), floor)));
+	}
+	return worst;
+}
+
+/* ---- what to look at ---- */
+
+void verify_pick(int64_t total, int64_t n, uint64_t seed, int64_t *picked)
+{
+	for (int64_t i = 0; i < n; i++) {
+		int64_t from = i * total / n, to = (i + 1) * total / n;
+
+		picked[i] =
+		        from + (int64_t)(random_bits(seed, 0, (uint64_t)i) % (uint64_t)(to - from));
+	}
+	if (n > 1) {
+		picked[0] = 0;
+		picked[n - 1] = total - 1;
+	}
+}
+
+/* Marks t and its neighbours, unless that leaves fewer than `keep` of *left to choose. */
+static void mark_edge(bool *marked, int64_t seq_len, int64_t t, int64_t keep, int64_t *left)
+{
+	for (int64_t i = larger(t - 1, 0); i < smaller(t + 1, seq_len) && *left > keep; i++) {
+		*left -= !marked[i];
+		marked[i] = true;
+	}
+}
+
+/* `n` rows of a sequence, ascending: first, last, both sides of chunk, tile and window edges, and
+ * random ones; at least half are random. */
+static void pick_rows(const struct layer_config *config, int64_t seq_len, int64_t n, uint64_t seed,
+                      bool *marked, int64_t *rows)
+{
+	const int64_t steps[] = {larger(config->chunk, 1), config->window + 1, 64, 128};
+	int64_t left = n, n_rows = 0;
+
+	memset(marked, 0, (size_t)seq_len * sizeof *marked);
+	mark_edge(marked, seq_len, 0, 0, &left);
+	mark_edge(marked, seq_len, seq_len, 0, &left);
+	for (int64_t k = 1; k <= 8; k *= 2)
+		for (int s = 0; s < (int)(sizeof steps / sizeof steps[0]); s++)
+			mark_edge(marked, seq_len, k * steps[s], n / 2, &left);
+	for (uint64_t i = 0; left > 0; i++) {
+		int64_t t = (int64_t)(random_bits(seed, 1, i) % (uint64_t)seq_len);
+
+		left -= !marked[t];
+		marked[t] = true;
+	}
+	for (int64_t t = 0; t < seq_len; t++)
+		if (marked[t])
+			rows[n_rows++] = t;
+}
+
+/* ---- forward ---- */
+
+/* The fp64 tensors of one sequence of T tokens, of which `rows` are looked at. */
+struct sequence {
+	int64_t seq_len, n_rows;
+	int64_t *rows;
+	bool *marked;
+	double *memory;
+	double *x, *x_norm, *proj;   /* [T, D], [T, D], [T, P] */
+	double *mix, *branch;        /* [n_rows, D]: expected mix, OutProj of it */
+	double *actual, *x_rows;     /* [n_rows, D] */
+	double *dy, *dmix, *dproj;   /* training: [T, D], [T, D], [T, P] */
+	double *dx_norm, *dx, *grad; /* [T, D], [T, D], the largest parameter */
+};
+
+static void sequence_release(struct sequence *s)
+{
+	free(s->rows);
+	free(s->marked);
+	free(s->memory);
+}
+
+static double *take(double **next, int64_t count)
+{
+	double *taken = *next;
+
+	*next += count;
+	return taken;
+}
+
+static enum status sequence_take(struct sequence *s, const struct subject *subject, int64_t seq_len,
+                                 int64_t n_rows, bool train)
+{
+	int64_t d = subject->d_model, p = subject->d_proj, tokens = train ? seq_len : 0;
+	int64_t grad = train ? d * larger(d, p) : 0;
+	double *next;
+
+	*s = (struct sequence){.seq_len = seq_len, .n_rows = n_rows};
+	s->rows = malloc((size_t)n_rows * sizeof *s->rows);
+	s->marked = malloc((size_t)seq_len * sizeof *s->marked);
+	if (!s->rows || !s->marked)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	enum status status = mixing_take_doubles(
+	        seq_len * (2 * d + p) + n_rows * 4 * d + tokens * (4 * d + p) + grad, &s->memory);
+	if (status != STATUS_OK)
+		return status;
+	next = s->memory;
+	s->x = take(&next, seq_len * d);
+	s->x_norm = take(&next, seq_len * d);
+	s->proj = take(&next, seq_len * p);
+	s->mix = take(&next, n_rows * d);
+	s->branch = take(&next, n_rows * d);
+	s->actual = take(&next, n_rows * d);
+	s->x_rows = take(&next, n_rows * d);
+	s->dy = take(&next, tokens * d);
+	s->dmix = take(&next, tokens * d);
+	s->dproj = take(&next, tokens * p);
+	s->dx_norm = take(&next, tokens * d);
+	s->dx = take(&next, tokens * d);
+	s->grad = take(&next, grad);
+	return STATUS_OK;
+}
+
+/* Mix and y of the sequence's rows: what was computed, and what should have been. */
+static enum status verify_rows(const struct subject *subject, int64_t sequence, struct sequence *s,
+                               double *worst)
+{
+	const struct stack *stack = subject->stack;
+	const struct layer_config *config = subject->config;
+	int64_t d = subject->d_model, first = sequence * s->seq_len;
+	enum status status =
+	        verify_download(stack->backend, stack->backend->activation,
+	                        stack->layer_x[subject->layer], first * d, s->seq_len * d, s->x);
+
+	if (status != STATUS_OK)
+		return status;
+	verify_project(subject, s->seq_len, s->x, s->x_norm, s->proj);
+	status = config->class->reference_mix(config, (const double *const *)subject->param, 1,
+	                                      s->seq_len, s->proj, s->n_rows, s->rows, s->mix);
+	if (status == STATUS_OK)
+		status = verify_download_rows(stack->backend,
+		                              stack->memory[subject->layer].saved[SAVED_MIX], d,
+		                              first, s->n_rows, s->rows, s->actual);
+	if (status != STATUS_OK)
+		return status;
+	raise_to(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix));
+	reference_linear(s->n_rows, d, d, s->mix, subject->param[PARAM_OUT_PROJ], s->branch);
+	mixing_take_rows(d, s->n_rows, s->rows, s->x, s->x_rows);
+	status = verify_download_rows(stack->backend, stack->layer_x[subject->layer + 1], d, first,
+	                              s->n_rows, s->rows, s->actual);
+	if (status == STATUS_OK)
+		raise_to(worst, verify_worst_sum(s->n_rows, d, s->actual,
+		                                 config->residual ? s->x_rows : NULL, s->branch,
+		                                 stack->backend->activation));
+	return status;
+}
+
+/* Sequences whose activations the last forward pass has left. */
+static int64_t sequences_left(const struct stack *stack)
+{
+	int64_t part = stack->shape.micro_batch;
+
+	if (part <= 0 || stack->shape.pass == PASS_TRAIN)
+		return stack->shape.batch;
+	return (stack->shape.batch - 1) % part + 1;
+}
+
+enum status verify_outputs_finite(const struct subject *subject, int64_t n_tokens, double *worst)
+{
+	const struct stack *stack = subject->stack;
+	enum dtype dtype = stack->backend->activation;
+	int64_t count = n_tokens * subject->d_model;
+	enum status status =
+	        verify_finite(stack->backend, dtype, stack->memory[subject->layer].saved[SAVED_MIX],
+	                      count, worst);
+
+	if (status == STATUS_OK)
+		status = verify_finite(stack->backend, dtype, stack->layer_x[subject->layer + 1],
+		                       count, worst);
+	return status;
+}
+
+static enum status verify_prefill(const struct subject *subject, int64_t min_rows, uint64_t seed,
+                                  double *worst)
+{
+	int64_t batch = sequences_left(subject->stack), seq_len = subject->stack->shape.seq_len;
+	bool all = batch * seq_len <= min_rows;
+	int64_t n = all ? batch : larger(SAMPLED_SEQUENCES, (min_rows + seq_len - 1) / seq_len);
+	struct sequence s;
+
+	n = smaller(n, batch);
+	int64_t n_rows = all ? seq_len : smaller((min_rows + n - 1) / n, seq_len);
+	int64_t *sequences = malloc((size_t)n * sizeof *sequences);
+	enum status status = sequence_take(&s, subject, seq_len, n_rows, false);
+
+	if (!sequences)
+		status = status_set(STATUS_OOM, "no memory to verify with");
+	if (status == STATUS_OK) {
+		verify_pick(batch, n, seed, sequences);
+		status = verify_outputs_finite(subject, batch * seq_len, worst);
+	}
+	for (int64_t i = 0; i < n && status == STATUS_OK; i++) {
+		pick_rows(subject->config, seq_len, n_rows, seed + (uint64_t)i, s.marked, s.rows);
+		status = verify_rows(subject, sequences[i], &s, worst);
+	}
+	free(sequences);
+	sequence_release(&s);
+	return status;
+}
+
+/* ---- training ---- */
+
+/* dx of one sequence, and the parameters' gradients added to grads; s holds its forward pass. */
+static enum status verify_sequence_backward(const struct subject *subject, int64_t sequence,
+                                            struct sequence *s, double *const *grads, double *worst)
+{
+	const struct stack *stack = subject->stack;
+	const struct layer_config *config = subject->config;
+	int64_t d = subject->d_model, p = subject->d_proj, t = s->seq_len;
+	double *const *param = subject->param, *dx = config->prenorm ? s->dx : s->dx_norm;
+	enum dtype dtype = stack->backend->activation;
+	enum status status =
+	        verify_download(stack->backend, dtype, stack->layer_dy[subject->layer + 1],
+	                        sequence * t * d, t * d, s->dy);
+
+	if (status != STATUS_OK)
+		return status;
+	reference_linear_backward(t, d, d, s->mix, param[PARAM_OUT_PROJ], s->dy, s->dmix, s->grad);
+	mixing_add(d * d, s->grad, grads[PARAM_OUT_PROJ]);
+	status = config->class->reference_mix_backward(config, (const double *const *)param, 1, t,
+	                                               s->proj, s->dmix, s->dproj, grads);
+	if (status != STATUS_OK)
+		return status;
+	reference_linear_backward(t, d, p, s->x_norm, param[PARAM_IN_PROJ], s->dproj, s->dx_norm,
+	                          s->grad);
+	mixing_add(p * d, s->grad, grads[PARAM_IN_PROJ]);
+	if (config->prenorm) {
+		reference_rms_norm_backward(t, d, config->norm_eps, s->x, param[PARAM_NORM],
+		                            s->dx_norm, s->dx, s->grad);
+		mixing_add(d, s->grad, grads[PARAM_NORM]);
+	}
+	status = verify_download(stack->backend, dtype, stack->layer_dy[subject->layer],
+	                         sequence * t * d, t * d, s->actual);
+	if (status == STATUS_OK)
+		raise_to(worst, verify_worst_sum(t, d, s->actual, config->residual ? s->dy : NULL,
+		                                 dx, dtype));
+	return status;
+}
+
+static enum status verify_gradients(const struct subject *subject, double *const *grads,
+                                    double *worst)
+{
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = subject->config->class->parameters(subject->config, specs);
+	enum status status = STATUS_OK;
+
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		int64_t count = tensor_count(&specs[i]);
+		int64_t rows = specs[i].n_dims > 1 ? specs[i].dims[0] : 1;
+		double *actual = NULL;
+
+		if (count == 0)
+			continue;
+		status = mixing_take_doubles(count, &actual);
+		if (status == STATUS_OK)
+			status = verify_download(subject->stack->backend, DTYPE_F32,
+			                         subject->stack->memory[subject->layer].grad[i], 0,
+			                         count, actual);
+		if (status == STATUS_OK)
+			raise_to(worst, verify_worst_row(rows, count / rows, actual, grads[i]));
+		free(actual);
+	}
+	return status;
+}
+
+/* Whether the gradients that went into and came out of a layer are both still there. */
+static bool has_gradients(const struct subject *subject)
+{
+	const struct stack *stack = subject->stack;
+
+	return stack->layer_dy[subject->layer] != stack->layer_dy[subject->layer + 1];
+}
+
+static enum status verify_all_sequences(const struct subject *subject, struct sequence *s,
+                                        double *const *grads, double *worst)
+{
+	bool backward = has_gradients(subject);
+	enum status status = STATUS_OK;
+
+	for (int64_t t = 0; t < s->seq_len; t++)
+		s->rows[t] = t;
+	for (int64_t b = 0; b < subject->stack->shape.batch && status == STATUS_OK; b++) {
+		status = verify_rows(subject, b, s, worst);
+		if (status == STATUS_OK && backward)
+			status = verify_sequence_backward(subject, b, s, grads, worst);
+	}
+	return status == STATUS_OK && backward ? verify_gradients(subject, grads, worst) : status;
+}
+
+static enum status verify_train(const struct subject *subject, double *worst)
+{
+	struct tensor_spec specs[MAX_TENSORS];
+	int64_t seq_len = subject->stack->shape.seq_len;
+	int n = subject->config->class->parameters(subject->config, specs);
+	double *grads[MAX_TENSORS] = {0};
+	struct sequence s;
+	enum status status = sequence_take(&s, subject, seq_len, seq_len, true);
+
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		status = mixing_take_doubles(tensor_count(&specs[i]), &grads[i]);
+		if (status == STATUS_OK)
+			memset(grads[i], 0, (size_t)tensor_count(&specs[i]) * sizeof(double));
+	}
+	if (status == STATUS_OK)
+		status = verify_all_sequences(subject, &s, grads, worst);
+	for (int i = 0; i < n; i++)
+		free(grads[i]);
+	sequence_release(&s);
+	return status;
+}
+
+/* ---- all of it ---- */
+
+static enum status verify_subject(const struct subject *subject, int64_t min_rows, uint64_t seed,
+                                  double *worst)
+{
+	switch (subject->stack->shape.pass) {
+	case PASS_TRAIN:
+		return verify_train(subject, worst);
+	case PASS_PREFILL:
+		return verify_prefill(subject, min_rows, seed, worst);
+	default:
+		return verify_step(subject, worst);
+	}
+}
+
+enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, double *rel_err)
+{
+	enum status status = STATUS_OK;
+
+	*rel_err = 0;
+	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
+		struct subject subject;
+
+		if (!verify_layer(stack, i))
+			continue;
+		status = subject_open(&subject, stack, i);
+		if (status == STATUS_OK)
+			status = verify_subject(&subject, min_rows, seed, rel_err);
+		subject_close(&subject);
+	}
+	return status;
+}

@@ -1,0 +1,59 @@
+/*
+ * The two halves of verification share this: one layer on the host in fp64,
+ * and the errors of rows. Used by layers/verify*.c alone.
+ */
+#ifndef LAYERS_VERIFY_H
+#define LAYERS_VERIFY_H
+
+#include "layers/stack.h"
+
+/* One layer of a stack, with its parameters as doubles. */
+struct subject {
+	const struct stack *stack;
+	int layer;
+	const struct layer_config *config;
+	int64_t d_model, d_proj;
+	double *param[MAX_TENSORS];
+};
+
+/* Downloads the parameters; the caller closes the subject whatever the status. */
+enum status subject_open(struct subject *subject, const struct stack *stack, int layer);
+void subject_close(struct subject *subject);
+
+/* The layers that stack_verify() looks at: they mix tokens, and their buffers survive. */
+bool verify_layer(const struct stack *stack, int layer);
+
+/* `count` elements of a tensor from `first` on. */
+enum status verify_download(const struct backend *backend, enum dtype dtype, const void *tensor,
+                            int64_t first, int64_t count, double *out);
+/* Rows of an activation tensor [.., width], counted from row `first`. */
+enum status verify_download_rows(const struct backend *backend, const void *tensor, int64_t width,
+                                 int64_t first, int64_t n_rows, const int64_t *rows, double *out);
+
+/* x_norm [n, D] and proj [n, P] from x [n, D]. */
+void verify_project(const struct subject *subject, int64_t n, const double *x, double *x_norm,
+                    double *proj);
+
+/* ||a - b|| / ||b||, or over `floor` if that is more; INFINITY unless all is finite. */
+double verify_row_error(int64_t width, const double *actual, const double *expected, double floor);
+/* The worst row's, where the floor is a thousandth of the rows' rms length: a row that is nothing
+ * but cancellation must not count. */
+double verify_worst_row(int64_t n_rows, int64_t width, const double *actual,
+                        const double *expected);
+/*
+ * The same for what a residual sum has added to `base`: of actual - base against
+ * expected, after allowing each row the rounding of the sum to `dtype`.
+ * base NULL: nothing was added to. Overwrites actual.
+ */
+double verify_worst_sum(int64_t n_rows, int64_t width, double *actual, const double *base,
+                        const double *expected, enum dtype dtype);
+/* *worst = INFINITY if an element of mix or y, n_tokens rows of each, is NaN or Inf. */
+enum status verify_outputs_finite(const struct subject *subject, int64_t n_tokens, double *worst);
+
+/* `n` of 0..total-1, ascending and distinct, spread at random, 0 and total-1 among them. */
+void verify_pick(int64_t total, int64_t n, uint64_t seed, int64_t *picked);
+
+/* Checks a layer's step against the snapshot; raises *worst. */
+enum status verify_step(const struct subject *subject, double *worst);
+
+#endif
