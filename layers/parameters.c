@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "layers/model.h"
-#include "layers/random.h"
+#include "layers/noise.h"
 
 /* Floats that are made or moved at a time. */
 enum { BLOCK_COUNT = 4 << 20 };
@@ -176,6 +176,7 @@ static enum status find_range(const struct stack *stack, const char *name, int64
 {
 	int64_t row, n_rows;
 
+	*first = 0;
 	if (!find_named(stack, name, parameter, &row, &n_rows))
 		return status_set(STATUS_INVALID, "no parameter is called '%s'", name);
 	int64_t width = tensor_count(&parameter->spec) / parameter->spec.dims[0];
@@ -231,11 +232,11 @@ static void make_values(const struct layer_config *config, enum init init, uint6
                         uint64_t stream, int64_t first, int64_t count, float *values)
 {
 	if (init == INIT_NORMAL) {
-		random_normal(seed, stream, first, count, 0.02f, values);
+		noise_normal(seed, stream, first, count, 0.02f, values);
 		return;
 	}
 	if (init == INIT_GATE_BIAS) {
-		random_uniform(seed, stream, first, count, 1.0f, gate_length(config), values);
+		noise_uniform(seed, stream, first, count, 1.0f, gate_length(config), values);
 		for (int64_t i = 0; i < count; i++)
 			values[i] = logf(values[i]);
 		return;
@@ -276,7 +277,7 @@ static enum status fill_activation(const struct stack *stack, void *tensor, int6
 	for (int64_t i = 0; i < count && tensor && status == STATUS_OK; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
-		random_normal(seed, stream, i, n, 1.0f, block);
+		noise_normal(seed, stream, i, n, 1.0f, block);
 		status = backend_upload_floats(stack->backend, dtype,
 		                               (char *)tensor + (size_t)i * dtype_size(dtype),
 		                               block, (size_t)n);
@@ -293,10 +294,10 @@ static enum status fill_tokens(struct stack *stack, uint64_t seed)
 	if (!tokens)
 		return status_set(STATUS_OOM, "no memory for %zu tokens", n);
 	for (size_t i = 0; i < n; i++)
-		tokens[i] = (int32_t)(random_bits(seed, STREAM_TOKENS, i) % (uint64_t)stack->vocab);
+		tokens[i] = (int32_t)(noise_bits(seed, STREAM_TOKENS, i) % (uint64_t)stack->vocab);
 	status = stack_set_tokens(stack, tokens);
 	for (size_t i = 0; i < batch; i++)
-		tokens[i] = (int32_t)(random_bits(seed, STREAM_NEXT, i) % (uint64_t)stack->vocab);
+		tokens[i] = (int32_t)(noise_bits(seed, STREAM_NEXT, i) % (uint64_t)stack->vocab);
 	if (status == STATUS_OK)
 		status = stack->backend->upload(stack->next, tokens, batch * sizeof *tokens);
 	free(tokens);
@@ -376,9 +377,9 @@ enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t see
 		for (int j = 0; j < n && status == STATUS_OK; j++) {
 			uint64_t stream = (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j);
 
-			random_normal(seed, stream, 0,
-			              smaller(CACHE_BLOCK_COUNT, tensor_count(&specs[j])), 1.0f,
-			              block);
+			noise_normal(seed, stream, 0,
+			             smaller(CACHE_BLOCK_COUNT, tensor_count(&specs[j])), 1.0f,
+			             block);
 			status = fill_cache(stack->backend, &specs[j], stack->memory[i].state[j],
 			                    block);
 		}

@@ -7,7 +7,7 @@
 
 #include "kernels/reference/reference.h"
 #include "layers/mixing.h"
-#include "layers/random.h"
+#include "layers/noise.h"
 
 /* Elements that are looked at together, and the sequences that a sample of rows comes from at
  * least: each of them costs the InProj of all its tokens. */
@@ -218,7 +218,7 @@ void verify_pick(int64_t total, int64_t n, uint64_t seed, int64_t *picked)
 		int64_t from = i * total / n, to = (i + 1) * total / n;
 
 		picked[i] =
-		        from + (int64_t)(random_bits(seed, 0, (uint64_t)i) % (uint64_t)(to - from));
+		        from + (int64_t)(noise_bits(seed, 0, (uint64_t)i) % (uint64_t)(to - from));
 	}
 	if (n > 1) {
 		picked[0] = 0;
@@ -250,7 +250,7 @@ static void pick_rows(const struct layer_config *config, int64_t seq_len, int64_
 		for (int s = 0; s < (int)(sizeof steps / sizeof steps[0]); s++)
 			mark_edge(marked, seq_len, k * steps[s], n / 2, &left);
 	for (uint64_t i = 0; left > 0; i++) {
-		int64_t t = (int64_t)(random_bits(seed, 1, i) % (uint64_t)seq_len);
+		int64_t t = (int64_t)(noise_bits(seed, 1, i) % (uint64_t)seq_len);
 
 		left -= !marked[t];
 		marked[t] = true;
