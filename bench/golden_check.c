@@ -45,21 +45,21 @@ static bool has_prefix(const char *text, const char *prefix)
 	return strncmp(text, prefix, strlen(prefix)) == 0;
 }
 
-/* Finds a tensor and notes that it is used; NULL if the file has none of that name. */
-static const struct safetensor *use(struct check *check, const char *name)
+/* Notes that a tensor is an input, a parameter, or compared. */
+static void mark(struct check *check, const char *name)
 {
 	const struct safetensor *tensor = safetensors_find(&check->file, name);
 
 	if (tensor)
 		check->used[tensor - check->file.tensors] = true;
-	return tensor;
 }
 
 /* A tensor that must be there, with `count` elements of that type. */
-static enum status require(struct check *check, const char *name, enum safetensors_dtype dtype,
-                           int64_t count, const struct safetensor **tensor)
+static enum status require(const struct check *check, const char *name,
+                           enum safetensors_dtype dtype, int64_t count,
+                           const struct safetensor **tensor)
 {
-	*tensor = use(check, name);
+	*tensor = safetensors_find(&check->file, name);
 	if (!*tensor)
 		return status_set(STATUS_INVALID, "the file has no tensor '%s'", name);
 	if ((*tensor)->dtype != dtype)
@@ -70,7 +70,7 @@ static enum status require(struct check *check, const char *name, enum safetenso
 	return STATUS_OK;
 }
 
-static enum status require_floats(struct check *check, const char *name, int64_t count,
+static enum status require_floats(const struct check *check, const char *name, int64_t count,
                                   const float **values)
 {
 	const struct safetensor *tensor;
@@ -94,9 +94,12 @@ static void add_result(struct check *check, const char *tensor, double rel_err, 
 	snprintf(result->tensor, sizeof result->tensor, "%s", tensor);
 }
 
-/* Notes ||actual - expected|| / ||expected|| under `label`. A NaN anywhere is a miss. */
-static void compare(struct check *check, const char *label, bool gradient, const float *actual,
-                    const float *expected, int64_t count)
+/*
+ * Notes ||actual - expected|| / ||expected|| for the stored tensor `name`, less
+ * the tensor `residual` unless that is NULL. A NaN anywhere is a miss.
+ */
+static void compare(struct check *check, const char *name, const char *residual, bool gradient,
+                    const float *actual, const float *expected, int64_t count)
 {
 	double difference = 0, norm = 0, tolerance = tolerance_fp32;
 
@@ -109,6 +112,10 @@ static void compare(struct check *check, const char *label, bool gradient, const
 	if (check->backend->activation == DTYPE_BF16)
 		tolerance = gradient ? tolerance_bf16_gradient : tolerance_bf16;
 	double rel_err = difference == 0 && norm == 0 ? 0 : sqrt(difference / norm);
+	char label[96];
+	snprintf(label, sizeof label, "%s%s%s", name, residual ? " - " : "",
+	         residual ? residual : "");
+	mark(check, name);
 	add_result(check, label, rel_err, tolerance,
 	           rel_err <= tolerance ? GOLDEN_PASS : GOLDEN_MISS);
 }
@@ -208,11 +215,11 @@ static struct stack_options stack_options_of(const struct check *check, const ch
 /* -------- layers and models -------- */
 
 /* Inputs and parameters need no verdict, whether or not the backend gets to use them. */
-static void use_inputs(struct check *check)
+static void mark_inputs(struct check *check)
 {
-	use(check, "x");
-	use(check, "dy");
-	use(check, "tokens");
+	mark(check, "x");
+	mark(check, "dy");
+	mark(check, "tokens");
 	for (int i = 0; i < check->file.n_tensors; i++)
 		if (has_prefix(check->file.tensors[i].name, "param."))
 			check->used[i] = true;
@@ -277,7 +284,7 @@ static enum status compare_parameter_gradients(struct check *check, struct stack
 		status = stack_get_named_gradient(stack, tensor->name + strlen("grad."), actual,
 		                                  tensor->count);
 		if (status == STATUS_OK)
-			compare(check, tensor->name, true, actual, expected, tensor->count);
+			compare(check, tensor->name, NULL, true, actual, expected, tensor->count);
 		free(actual);
 	}
 	return status;
@@ -295,7 +302,6 @@ static enum status compare_activation(struct check *check, const struct stack *s
 	bool subtract = residual && stack->layers[0].residual;
 	const float *stored, *shortcut = NULL;
 	enum status status = require_floats(check, name, count, &stored);
-	char label[96];
 
 	if (status == STATUS_OK && residual)
 		status = require_floats(check, residual, count, &shortcut);
@@ -311,10 +317,8 @@ static enum status compare_activation(struct check *check, const struct stack *s
 		expected[i] = stored[i] - (shortcut ? shortcut[i] : 0);
 		actual[i] -= subtract ? shortcut[i] : 0;
 	}
-	snprintf(label, sizeof label, "%s%s%s", name, residual ? " - " : "",
-	         residual ? residual : "");
 	if (status == STATUS_OK)
-		compare(check, label, strcmp(name, "dx") == 0, actual, expected, count);
+		compare(check, name, residual, strcmp(name, "dx") == 0, actual, expected, count);
 	free(actual);
 	return status;
 }
@@ -328,7 +332,7 @@ static enum status input_shape(struct check *check, const char *name, int n_dims
 	if (!input || input->n_dims != n_dims || input->count < 1)
 		return status_set(STATUS_INVALID, "the file has no tensor '%s' of %d dimensions",
 		                  name, n_dims);
-	use_inputs(check);
+	mark_inputs(check);
 	*shape = (struct layer_shape){
 	        .pass = PASS_TRAIN, .batch = input->dims[0], .seq_len = input->dims[1]};
 	return STATUS_OK;
@@ -438,7 +442,7 @@ static enum status train_model(struct check *check, struct stack *stack, int64_t
 		status = check->backend->download(&loss, stack->loss, sizeof loss);
 	if (status != STATUS_OK)
 		return status;
-	compare(check, "loss", false, &loss, expected, 1);
+	compare(check, "loss", NULL, false, &loss, expected, 1);
 	return compare_parameter_gradients(check, stack);
 }
 
@@ -454,7 +458,8 @@ static enum status prefill_model(struct check *check, struct stack *stack, struc
 
 	for (int64_t t = 1; status == STATUS_OK && t <= seq_len; t++) {
 		stack_release(stack);
-		shape.seq_len = shape.capacity = t;
+		shape.seq_len = t;
+		shape.capacity = seq_len;
 		for (int64_t b = 0; b < shape.batch; b++)
 			memcpy(prompt + b * t, tokens + b * seq_len, (size_t)t * sizeof *prompt);
 		status = prepare_stack(check, stack, &shape);
@@ -491,7 +496,7 @@ static enum status prefill_and_compare(struct check *check, struct stack *stack,
 		return status_set(STATUS_OOM, "no memory for the logits");
 	status = prefill_model(check, stack, *shape, tokens, logits);
 	if (status == STATUS_OK) {
-		compare(check, "logits", false, logits, expected, n_logits);
+		compare(check, "logits", NULL, false, logits, expected, n_logits);
 		status = status_set(STATUS_UNSUPPORTED, "no backward pass");
 	}
 	free(logits);
@@ -567,6 +572,7 @@ static enum status open_slot(struct check *check, struct slot *slot)
 		status = check->backend->fill(slot->memory, 0xff, bytes);
 	if (status != STATUS_OK || slot->role != INPUT)
 		return status;
+	mark(check, slot->name);
 	status = require(check, slot->name, SAFETENSORS_F32, slot->count, &stored);
 	if (status == STATUS_OK)
 		status = backend_upload_floats(check->backend, dtype, slot->memory,
@@ -613,7 +619,8 @@ static enum status compare_slots(struct check *check, const struct slot *slots, 
 		        check->backend, slot->fp32 ? DTYPE_F32 : check->backend->activation, actual,
 		        slot->memory, (size_t)slot->count);
 		if (status == STATUS_OK)
-			compare(check, slot->name, role == GRADIENT, actual, expected, slot->count);
+			compare(check, slot->name, NULL, role == GRADIENT, actual, expected,
+			        slot->count);
 		free(actual);
 	}
 	return status;

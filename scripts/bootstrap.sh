@@ -61,11 +61,11 @@ find_missing()
 	fi
 	# Without a compiler the libraries cannot be looked for: ask for them all.
 	need libopenblas-dev has_library cblas.h openblas
-	need libcjson-dev has_library cjson/cJSON.h cjson
 	need gnuplot-nox has_program gnuplot
 	need fonts-dejavu-core has_fonts
 	[ "$1" = run ] && return
 	need libcmocka-dev has_library cmocka.h cmocka
+	need libcjson-dev has_library cjson/cJSON.h cjson
 	[ "$1" = test ] && return
 	need "clang libclang-rt-dev" has_fuzzer
 	need clang-format has_program clang-format
