@@ -39,7 +39,7 @@ static int64_t cache_slots(const struct layer_config *config, const struct layer
 static enum status attention_check(const struct layer_config *config)
 {
 	if (has_window(config) && config->window < 0)
-		return status_set(STATUS_INVALID, "window: %lld (allowed: 0 or more)",
+		return status_set(STATUS_INVALID, "--window: %lld (allowed: 0 or more)",
 		                  (long long)config->window);
 	return mixing_check(config, true);
 }

@@ -50,13 +50,14 @@ static enum status gla_check(const struct layer_config *config)
 {
 	if (config->chunk < 0)
 		return status_set(STATUS_INVALID,
-		                  "chunk: %lld (allowed for gla: 1 or more, 0: automatic)",
+		                  "--chunk: %lld (allowed for gla: 1 or more, 0: automatic)",
 		                  (long long)config->chunk);
 	if (config->n_heads > 0 && config->d_model % (2 * config->n_heads) != 0)
-		return status_set(STATUS_INVALID,
-		                  "heads: %lld do not split gla's keys of width %lld / 2 (allowed: "
-		                  "a divisor of that)",
-		                  (long long)config->n_heads, (long long)config->d_model);
+		return status_set(
+		        STATUS_INVALID,
+		        "--heads: %lld do not split gla's keys of width %lld / 2 (allowed: "
+		        "a divisor of that)",
+		        (long long)config->n_heads, (long long)config->d_model);
 	return mixing_check(config, false);
 }
 

@@ -10,15 +10,16 @@ enum status mixing_check(const struct layer_config *config, bool rotates)
 
 	if (d < 1 || config->d_model % config->n_heads != 0)
 		return status_set(STATUS_INVALID,
-		                  "heads: %s cannot split d_model %lld into %lld heads "
+		                  "--heads: %s cannot split d_model %lld into %lld heads "
 		                  "(allowed: a divisor of d_model)",
 		                  config->class->name, (long long)config->d_model,
 		                  (long long)config->n_heads);
 	if (rotates && config->rope && d % 2 != 0)
-		return status_set(STATUS_INVALID,
-		                  "heads: a head of %s is %lld wide, and the rotary embedding "
-		                  "needs an even width (allowed: another count, or position none)",
-		                  config->class->name, (long long)d);
+		return status_set(
+		        STATUS_INVALID,
+		        "--heads: a head of %s is %lld wide, and the rotary embedding "
+		        "needs an even width (allowed: another count, or --position none)",
+		        config->class->name, (long long)d);
 	return STATUS_OK;
 }
 

@@ -99,7 +99,7 @@ enum status stack_set_parameter(struct stack *stack, int layer, int index, const
 	                             values, (size_t)tensor_count(&p.spec));
 }
 
-enum status stack_get_parameter(struct stack *stack, int layer, int index, float *values)
+enum status stack_get_parameter(const struct stack *stack, int layer, int index, float *values)
 {
 	struct parameter p;
 
@@ -109,7 +109,7 @@ enum status stack_get_parameter(struct stack *stack, int layer, int index, float
 	                               values, p.value, (size_t)tensor_count(&p.spec));
 }
 
-enum status stack_get_gradient(struct stack *stack, int layer, int index, float *values)
+enum status stack_get_gradient(const struct stack *stack, int layer, int index, float *values)
 {
 	struct parameter p;
 
@@ -202,7 +202,7 @@ enum status stack_set_named(struct stack *stack, const char *name, const float *
 	                             (size_t)count);
 }
 
-enum status stack_get_named_gradient(struct stack *stack, const char *name, float *values,
+enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
                                      int64_t count)
 {
 	struct parameter p;

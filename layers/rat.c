@@ -70,10 +70,11 @@ static enum status rat_check(const struct layer_config *config)
 	if (status != STATUS_OK)
 		return status;
 	if (config->chunk < 1)
-		return status_set(STATUS_INVALID, "chunk: %lld (allowed for rat: 1 or more)",
+		return status_set(STATUS_INVALID, "--chunk: %lld (allowed for rat: 1 or more)",
 		                  (long long)config->chunk);
 	if (config->groups < 1 || config->n_heads % config->groups != 0)
-		return status_set(STATUS_INVALID, "groups: %lld (allowed: a divisor of %lld heads)",
+		return status_set(STATUS_INVALID,
+		                  "--groups: %lld (allowed: a divisor of %lld heads)",
 		                  (long long)config->groups, (long long)config->n_heads);
 	return STATUS_OK;
 }

@@ -39,16 +39,15 @@ static enum status apply_suffix(struct layer_config *config, const char *suffix,
 	int64_t *tunable = strncmp(tunables, "chunk", 5) == 0    ? &config->chunk
 	                   : strncmp(tunables, "window", 6) == 0 ? &config->window
 	                                                         : NULL;
-	char *end;
-	long long value = strtoll(suffix, &end, 10);
+	long long value = strtoll(suffix, NULL, 10);
 
 	if (!tunable)
 		return status_set(STATUS_INVALID, "--pattern: %s takes no number ':%.*s'",
 		                  config->class->name, (int)length, suffix);
-	if (length == 0 || end != suffix + length || value < 0)
+	if (length == 0 || strspn(suffix, "0123456789") != length || value > INT32_MAX)
 		return status_set(STATUS_INVALID,
-		                  "--pattern: '%s:%.*s' (allowed: a whole number after the colon)",
-		                  config->class->name, (int)length, suffix);
+		                  "--pattern: '%s:%.*s' (allowed after the colon: 0 to %d)",
+		                  config->class->name, (int)length, suffix, INT32_MAX);
 	*tunable = value;
 	return STATUS_OK;
 }
@@ -451,7 +450,7 @@ static enum status check_shape(const struct stack *stack, const struct layer_sha
 		return status_set(STATUS_INVALID,
 		                  "batch %lld, sequence of %lld (allowed: 1 or more)",
 		                  (long long)shape->batch, (long long)shape->seq_len);
-	if (shape->pass == PASS_KERNEL || (shape->pass == PASS_THROUGHPUT && !is_model(stack)))
+	if (shape->pass == PASS_KERNEL)
 		return status_set(STATUS_UNSUPPORTED, "a stack of layers has no pass %s",
 		                  pass_name(shape->pass));
 	if (shape->pass == PASS_THROUGHPUT && shape->capacity <= shape->seq_len)
@@ -745,7 +744,11 @@ enum status stack_run(struct stack *stack, struct context *ctx)
 	if (stack->shape.pass != PASS_THROUGHPUT)
 		return status;
 	for (int64_t p = stack->shape.seq_len; p < stack->shape.capacity - 1 && status == STATUS_OK;
-	     p++)
-		status = stack_step(stack, ctx, p);
+	     p++) {
+		if (!is_model(stack))
+			status = stack_set_position(stack, p);
+		if (status == STATUS_OK)
+			status = stack_step(stack, ctx, p);
+	}
 	return status;
 }

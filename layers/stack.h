@@ -115,8 +115,8 @@ enum model_parameter { MODEL_EMBEDDING, MODEL_FINAL_NORM, MODEL_HEAD, MODEL_PARA
 /* Elements of a parameter (0: there is none). */
 int64_t stack_parameter_count(const struct stack *stack, int layer, int index);
 enum status stack_set_parameter(struct stack *stack, int layer, int index, const float *values);
-enum status stack_get_parameter(struct stack *stack, int layer, int index, float *values);
-enum status stack_get_gradient(struct stack *stack, int layer, int index, float *values);
+enum status stack_get_parameter(const struct stack *stack, int layer, int index, float *values);
+enum status stack_get_gradient(const struct stack *stack, int layer, int index, float *values);
 
 /*
  * The same by golden name, a row range of a parameter: in a stack of one layer
@@ -126,7 +126,7 @@ enum status stack_get_gradient(struct stack *stack, int layer, int index, float 
  */
 enum status stack_set_named(struct stack *stack, const char *name, const float *values,
                             int64_t count);
-enum status stack_get_named_gradient(struct stack *stack, const char *name, float *values,
+enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
                                      int64_t count);
 
 /* x -> y, filling states. A model: tokens -> logits, in training of every position; otherwise of
