@@ -176,7 +176,7 @@ double verify_row_error(int64_t width, const double *actual, const double *expec
 
 static double floor_of(int64_t n_rows, int64_t width, const double *expected)
 {
-	return n_rows == 0 ? 0 : 1e-3 * length_of(n_rows * width, expected) / sqrt((double)n_rows);
+	return n_rows == 0 ? 0 : 1e-2 * length_of(n_rows * width, expected) / sqrt((double)n_rows);
 }
 
 double verify_worst_row(int64_t n_rows, int64_t width, const double *actual, const double *expected)

@@ -36,7 +36,7 @@ void verify_project(const struct subject *subject, int64_t n, const double *x, d
 
 /* ||a - b|| / ||b||, or over `floor` if that is more; INFINITY unless all is finite. */
 double verify_row_error(int64_t width, const double *actual, const double *expected, double floor);
-/* The worst row's, where the floor is a thousandth of the rows' rms length: a row that is nothing
+/* The worst row's, where the floor is a hundredth of the rows' rms length: a row that is nothing
  * but cancellation must not count. */
 double verify_worst_row(int64_t n_rows, int64_t width, const double *actual,
                         const double *expected);
