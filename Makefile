@@ -10,6 +10,8 @@ CUDA ?= $(if $(and $(NVCC),$(wildcard /dev/nvidia0 /dev/nvidiactl)),1,0)
 SAN ?=
 FUZZ_SECONDS ?= 30
 ARGS ?=
+# make V=1 shows the commands.
+Q := $(if $(V),,@)
 
 ifeq ($(SAN),)
 OPTIMIZE := -O3 -march=$(MARCH) -g
@@ -26,11 +28,14 @@ LDLIBS := -lopenblas -lm
 # bench/foo.c is a program unless there is a bench/foo.h: then it is shared by programs.
 SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
 SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*.c \
-	bench/harness/*.c bench/block.c)
+	bench/harness/*.c) bench/block.c \
+	bench/generate.c bench/pattern.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-DRIVERS := $(patsubst %,$(BUILD)/%,attention recurrence gla rat hybrid throughput report)
+DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput report),\
+	$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
+TEST_LIBRARY := $(BUILD)/libtests.a
 
 ifeq ($(CUDA),1)
 ifeq ($(NVCC),)
@@ -50,7 +55,7 @@ endif
 
 LIBRARY := $(BUILD)/libblocks.a
 # What reads golden files is apart, because it needs cJSON and measuring does not.
-GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out bench/block.c,$(SHARED)))
+GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED)))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
@@ -72,28 +77,35 @@ tests: $(TESTS) $(GPU_TESTS)
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	@echo "compile $<"
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(BUILD)/kernels/hopper/%.cu.o: kernels/hopper/%.cu $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	@echo "compile $<"
+	$(Q)$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(BUILD)/%.cu.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	@echo "compile $<"
+	$(Q)$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(LIBRARY): $(OBJECTS)
+$(TEST_LIBRARY): $(TEST_SUPPORT) $(GOLDEN_OBJECTS)
+$(LIBRARY) $(TEST_LIBRARY):
 	@rm -f $@
 	@ar rcs $@ $^
 
 $(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBRARY) $(LDLIBS)
+	@echo "link    $@"
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LIBRARY) $(LDLIBS)
 
 $(BUILD)/golden: $(GOLDEN_OBJECTS)
 $(BUILD)/golden: LDLIBS += -lcjson
 
-$(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_SUPPORT) $(GOLDEN_OBJECTS) $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lcjson $(LDLIBS)
+$(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
+	@echo "link    $@"
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lcjson $(LDLIBS)
 
 # The two files below are rewritten only when what they say changes.
 define replace_if_changed

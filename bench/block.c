@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "bench/harness/bench.h"
+#include "bench/pattern.h"
 #include "layers/stack.h"
 
 /* One of these per program: about 200 KiB, so not on a thread's small stack. */
@@ -16,44 +17,6 @@ struct block {
 static void use(void *self, const struct backend *backend)
 {
 	((struct block *)self)->backend = backend;
-}
-
-/* Item number i of a pattern, counted modulo its length. */
-static const char *pattern_item(const char *pattern, int i)
-{
-	const char *item = pattern;
-
-	for (; i > 0; i--) {
-		const char *comma = strchr(item, ',');
-
-		item = comma ? comma + 1 : pattern;
-	}
-	return item;
-}
-
-static bool has_word(const char *list, const char *word, size_t length)
-{
-	for (; list; list = strchr(list, ',') ? strchr(list, ',') + 1 : NULL)
-		if (strcspn(list, ",") == length && strncmp(list, word, length) == 0)
-			return true;
-	return false;
-}
-
-/* Whether an option matters to a layer of the stack. A number in the pattern has the last word on
- * the first of a layer's options. */
-static bool matters(const struct stack *stack, const char *pattern, const char *option)
-{
-	for (int i = 0; i < stack->n_layers; i++) {
-		const char *item = pattern_item(pattern, i);
-		const char *tunables = stack->layers[i].class->tunables;
-		size_t first = strcspn(tunables, ",");
-
-		if (item[strcspn(item, ",:")] == ':')
-			tunables += first + (tunables[first] == ',');
-		if (has_word(tunables, option, strlen(option)))
-			return true;
-	}
-	return false;
 }
 
 /* Unset sizes become 0, which is how a stack is told to choose. */
@@ -108,19 +71,20 @@ static void describe_block(const struct stack *stack, struct bench_case *c)
 	c->n_layers = stack->n_layers;
 	c->n_heads = first->n_heads;
 	c->d_head = c->d_model / first->n_heads;
-	if (!matters(stack, c->pattern, "window"))
+	if (!pattern_tunes(c->pattern, "window"))
 		c->window = NO_VALUE;
-	if (!matters(stack, c->pattern, "groups"))
+	if (!pattern_tunes(c->pattern, "groups"))
 		c->groups = NO_VALUE;
-	if (!matters(stack, c->pattern, "position"))
+	if (!pattern_tunes(c->pattern, "position"))
 		c->position = "";
-	if (!matters(stack, c->pattern, "chunk"))
+	if (!pattern_tunes(c->pattern, "chunk"))
 		c->chunk = NO_VALUE;
 }
 
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
 	struct block *block = self;
+	c->model = "";
 	enum status status = set_batch(options, c);
 
 	if (status == STATUS_OK)
@@ -131,7 +95,7 @@ static enum status configure(void *self, const struct options *options, struct b
 	for (int i = 0; i < block->stack.n_layers; i++) {
 		const struct layer_config *layer = &block->stack.layers[i];
 
-		if (has_word(layer->class->tunables, "chunk", 5) && layer->chunk > c->seq_len)
+		if (strstr(layer->class->tunables, "chunk") && layer->chunk > c->seq_len)
 			return status_set(STATUS_UNSUPPORTED,
 			                  "a chunk of %" PRId64 " is longer than T = %" PRId64,
 			                  layer->chunk, c->seq_len);
@@ -234,6 +198,7 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	        .configure = configure,
 	        .plan = plan,
 	        .acquire = acquire,
+	        .warm_up = launch,
 	        .rewind = rewind_block,
 	        .launch = launch,
 	        .verify = verify,

@@ -8,7 +8,6 @@ int main(int argc, char **argv)
 	        .summary = "latency of interleaved blocks",
 	        .file = "latency.csv",
 	        .passes = "prefill,train,generation",
-	        .patterns = NULL,
 	        .axes = "pattern,seq-len,tokens,chunk,window,groups,heads,d-model,position",
 	        .defaults = {{"pattern", "rat,swa/attention,swa"}},
 	};

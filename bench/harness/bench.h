@@ -14,7 +14,7 @@
 
 /*
  * What a case runs. The calls come in this order: configure for every case;
- * plan; and, for one case at a time, acquire, any number of (rewind, launch),
+ * plan; and, for one case at a time, acquire, warm_up, any number of (rewind, launch),
  * verify after some of them, release. Only launch is timed; nothing in it allocates.
  * Each returns STATUS_OK or leaves a message.
  */
@@ -31,6 +31,8 @@ struct subject {
 	/* Takes the memory, sets ctx->workspace, and fills parameters and inputs from `seed`. */
 	enum status (*acquire)(void *self, struct context *ctx, const struct bench_case *c,
 	                       uint64_t seed);
+	/* What has to run once before anything is timed. */
+	enum status (*warm_up)(void *self, struct context *ctx, const struct bench_case *c);
 	/* Brings everything to where a launch starts. to_verify: also overwrites what the launch
 	 * will write, and keeps what verify() needs of the state before it. *prefill_ms: the time
 	 * of a prefill that this includes; left alone if there is none. */

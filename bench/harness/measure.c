@@ -8,9 +8,6 @@
 
 /* Launch / roofline of a case nothing is known about yet. */
 static const double UNKNOWN_LAUNCH_PER_ROOFLINE = 4;
-/* Launches that every case has: a warm-up and the least number of samples. */
-enum { LEAST_LAUNCHES = 1 + MIN_SAMPLES };
-
 static void fail(struct variant *v, enum status status)
 {
 	v->status = status;
@@ -36,7 +33,8 @@ static void check_time(struct variant *v, int index, const struct measurement_ru
 	if (ratio == 0)
 		ratio = UNKNOWN_LAUNCH_PER_ROOFLINE;
 	v->predicted_ms = v->plan.roofline_ms * ratio;
-	double seconds = 1e-3 * (LEAST_LAUNCHES * v->predicted_ms +
+	int launches = 1 + (rule->stop.samples > 0 ? rule->stop.samples : MIN_SAMPLES);
+	double seconds = 1e-3 * (launches * v->predicted_ms +
 	                         v->plan.flops * experience->verify_ms_per_flop);
 
 	if (rule->case_seconds > 0 && seconds > rule->case_seconds)
@@ -75,10 +73,8 @@ static enum status begin_variant(const struct subject *subject, const struct ben
                                  struct variant *v, const struct measurement_rule *rule,
                                  struct experience *experience)
 {
-	enum status status = subject->rewind(subject->self, &v->ctx, c, false, &v->prefill_ms);
+	enum status status = subject->warm_up(subject->self, &v->ctx, c);
 
-	if (status == STATUS_OK)
-		status = subject->launch(subject->self, &v->ctx, c);
 	if (status == STATUS_OK)
 		status = v->ctx.backend->synchronize();
 	if (status == STATUS_OK)

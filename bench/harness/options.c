@@ -43,6 +43,8 @@ static const struct option_spec specs[] = {
         {"prompt", KIND_INTEGER, AT(prompt), 1, true, "N", NULL, "tokens of each prompt"},
         {"generate", KIND_INTEGER, AT(generate), 1, true, "N", NULL,
          "tokens to generate after each prompt"},
+        {"memory", KIND_INTEGER, AT(memory), 0, true, "MIB", NULL,
+         "memory that the batch may fill (0: all that is free)"},
         {"batch", KIND_INTEGER, AT(batch), 0, false, "N", NULL,
          "sequences that generate at once (throughput: 0, the most that fit)"},
         {"chunk", KIND_INTEGERS, AT(chunk), 1, true, "LIST", "16",
@@ -107,6 +109,7 @@ static const struct preset {
           {"max-time", "1"},
           {"model", "1.3B"},
           {"prompt", "3072"},
+          {"memory", "0"},
           {"generate", "1024"}}},
         {"small",
          "the same at a size for a CPU: D = 256, 4 heads, 8192 tokens; minutes",
@@ -119,8 +122,9 @@ static const struct preset {
           {"min-time", "0.05"},
           {"max-time", "0.4"},
           {"model", "tiny"},
-          {"prompt", "96"},
-          {"generate", "32"}}},
+          {"prompt", "384"},
+          {"generate", "128"},
+          {"memory", "128"}}},
         {"tiny",
          "everything once, for tests of the programs themselves; seconds",
          {{"d-model", "64"},
@@ -133,7 +137,8 @@ static const struct preset {
           {"max-time", "0.02"},
           {"model", "tiny"},
           {"prompt", "12"},
-          {"generate", "4"}}},
+          {"generate", "4"},
+          {"memory", "32"}}},
 };
 
 enum { N_PRESETS = sizeof presets / sizeof presets[0] };

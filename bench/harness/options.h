@@ -29,6 +29,7 @@ struct options {
 	struct values seq_len, chunk, window, groups, heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
+	int64_t memory;                             /* MiB to use at most; 0: all that is free */
 	int64_t threads;                            /* 0: as OpenMP finds them */
 	int64_t samples;                            /* 0: until the noise has settled */
 	double min_time, max_time, noise;           /* seconds, seconds, fraction of the median */

@@ -1,0 +1,423 @@
+#include "bench/generate.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench/harness/bench.h"
+#include "bench/pattern.h"
+#include "layers/stack.h"
+
+enum {
+	PREFILL_TOKENS = 32768, /* prefilled at a time */
+	N_CHECKED = 2           /* sequences to verify: the first and the last */
+};
+
+struct generation {
+	const struct backend *backend;
+	const struct model *models;
+	int n_models;
+	size_t memory_limit;
+	uint64_t seed;
+	struct stack stack;
+	bool allocated;
+	/* Tokens of the checked sequences: the prompt, then what the last launch picked. */
+	int32_t *tokens[N_CHECKED];
+	int32_t *next; /* [batch] */
+};
+
+static void use(void *self, const struct backend *backend)
+{
+	((struct generation *)self)->backend = backend;
+}
+
+static const struct model *model_of(const struct generation *g, const struct bench_case *c)
+{
+	for (int i = 0; i < g->n_models; i++)
+		if (strcmp(g->models[i].name, c->model) == 0)
+			return &g->models[i];
+	return NULL;
+}
+
+/* What does not matter to a pattern is 0 for the stack. */
+static int64_t size_or_zero(int64_t value)
+{
+	return value == NO_VALUE ? 0 : value;
+}
+
+static enum status configure_stack(struct generation *g, const struct bench_case *c)
+{
+	const struct model *model = model_of(g, c);
+	struct stack_options options = {
+	        .pattern = c->pattern,
+	        .n_layers = model->n_layers,
+	        .ffn = true,
+	        .vocab = model->vocab,
+	        .d_model = model->d_model,
+	        .n_heads = model->n_heads,
+	        .chunk = size_or_zero(c->chunk),
+	        .window = size_or_zero(c->window),
+	        .groups = size_or_zero(c->groups),
+	        .train_len = c->seq_len,
+	        .rope = strcmp(c->position, "none") != 0,
+	        .prenorm = true,
+	        .residual = true,
+	        .norm_eps = 1e-6f,
+	};
+
+	return stack_configure(&g->stack, g->backend, &options);
+}
+
+/* "rat,swa" is called rat-swa. */
+static void name_block(struct bench_case *c)
+{
+	snprintf(c->block, sizeof c->block, "%s", c->pattern);
+	for (char *comma = c->block; (comma = strchr(comma, ','));)
+		*comma = '-';
+}
+
+static enum status configure(void *self, const struct options *options, struct bench_case *c)
+{
+	struct generation *g = self;
+	const struct model *model = model_of(g, c);
+
+	c->prompt = options->prompt;
+	c->generate = options->generate;
+	c->seq_len = options->prompt + options->generate;
+	c->batch = options->batch > 0 ? options->batch : NO_VALUE;
+	if (c->generate < 2)
+		return status_set(STATUS_INVALID, "--generate: at least 2 tokens, of which prefill "
+		                                  "picks the first");
+	c->d_model = model->d_model;
+	c->n_heads = model->n_heads;
+	c->d_head = model->d_model / model->n_heads;
+	c->n_layers = model->n_layers;
+	name_block(c);
+	g->memory_limit = (size_t)options->memory << 20;
+	g->seed = (uint64_t)options->seed;
+	if (!pattern_tunes(c->pattern, "chunk"))
+		c->chunk = NO_VALUE;
+	if (!pattern_tunes(c->pattern, "window"))
+		c->window = NO_VALUE;
+	if (!pattern_tunes(c->pattern, "groups"))
+		c->groups = NO_VALUE;
+	if (!pattern_tunes(c->pattern, "position"))
+		c->position = "";
+	return configure_stack(g, c);
+}
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
+static struct layer_shape shape_of(const struct bench_case *c, int64_t batch)
+{
+	int64_t micro_batch = PREFILL_TOKENS / c->prompt;
+
+	return (struct layer_shape){
+	        .pass = PASS_THROUGHPUT,
+	        .batch = batch,
+	        .seq_len = c->prompt,
+	        .capacity = c->seq_len,
+	        .micro_batch = smaller(batch, micro_batch > 0 ? micro_batch : 1),
+	};
+}
+
+static enum status bytes_for(struct generation *g, const struct context *ctx,
+                             const struct bench_case *c, int64_t batch, size_t *bytes)
+{
+	struct layer_shape shape = shape_of(c, batch);
+	struct memory_plan memory;
+	enum status status = stack_plan(&g->stack, ctx, &shape, &memory, NULL);
+
+	*bytes = memory.total;
+	return status;
+}
+
+/* The largest batch that fits into `available` bytes; 1 if none does. */
+static enum status find_batch(struct generation *g, const struct context *ctx,
+                              const struct bench_case *c, size_t available, int64_t *batch)
+{
+	int64_t fits = 1, too_many = 2;
+	size_t bytes = 0;
+	enum status status = STATUS_OK;
+
+	while (status == STATUS_OK && too_many < INT32_MAX) {
+		status = bytes_for(g, ctx, c, too_many, &bytes);
+		if (bytes > available)
+			break;
+		fits = too_many;
+		too_many *= 2;
+	}
+	while (status == STATUS_OK && too_many - fits > 1) {
+		int64_t middle = fits + (too_many - fits) / 2;
+
+		status = bytes_for(g, ctx, c, middle, &bytes);
+		if (bytes > available)
+			too_many = middle;
+		else
+			fits = middle;
+	}
+	*batch = fits;
+	return status;
+}
+
+/* The host's memory is everybody's; on a device little else needs any. */
+static size_t available_memory(const struct generation *g, size_t memory_free)
+{
+	bool host = strcmp(g->backend->name, "cpu") == 0;
+	size_t available = memory_free - memory_free / (host ? 16 : 100);
+
+	return g->memory_limit > 0 && g->memory_limit < available ? g->memory_limit : available;
+}
+
+/* All timed steps at the cost of the one in the middle. */
+static enum status plan_steps(struct generation *g, const struct context *ctx,
+                              const struct bench_case *c, struct kernel_plan *work)
+{
+	struct layer_shape step = {.pass = PASS_GENERATION,
+	                           .batch = c->batch,
+	                           .seq_len = 1,
+	                           .capacity = c->prompt + c->generate / 2};
+	struct memory_plan ignored;
+	double steps = (double)(c->generate - 1);
+	enum status status = stack_plan(&g->stack, ctx, &step, &ignored, work);
+
+	for (int i = 0; i < work->n_operations; i++)
+		work->operations[i].count *= c->generate - 1;
+	work->total.flops *= steps;
+	work->total.bytes_read *= steps;
+	work->total.bytes_written *= steps;
+	return status;
+}
+
+static enum status plan(void *self, const struct context *ctx, struct bench_case *c,
+                        size_t memory_free, size_t *bytes, struct kernel_plan *work)
+{
+	struct generation *g = self;
+	enum status status = configure_stack(g, c);
+
+	if (status == STATUS_OK && c->batch == NO_VALUE)
+		status = find_batch(g, ctx, c, available_memory(g, memory_free), &c->batch);
+	if (status == STATUS_OK)
+		status = bytes_for(g, ctx, c, c->batch, bytes);
+	if (status == STATUS_OK)
+		status = plan_steps(g, ctx, c, work);
+	c->tokens = c->batch * (c->generate - 1);
+	return status;
+}
+
+static void release(void *self)
+{
+	struct generation *g = self;
+
+	stack_release(&g->stack);
+	g->allocated = false;
+	for (int i = 0; i < N_CHECKED; i++) {
+		free(g->tokens[i]);
+		g->tokens[i] = NULL;
+	}
+	free(g->next);
+	g->next = NULL;
+}
+
+static enum status take_stack(struct generation *g, struct context *ctx, const struct bench_case *c,
+                              const struct layer_shape *shape)
+{
+	enum status status = configure_stack(g, c);
+
+	if (status == STATUS_OK)
+		status = stack_allocate(&g->stack, ctx, shape);
+	if (status == STATUS_OK)
+		status = stack_initialize(&g->stack, g->seed);
+	g->allocated = status == STATUS_OK;
+	return status;
+}
+
+static enum status acquire(void *self, struct context *ctx, const struct bench_case *c,
+                           uint64_t seed)
+{
+	struct generation *g = self;
+	struct layer_shape shape = shape_of(c, c->batch);
+	bool enough = true;
+
+	g->seed = seed;
+	for (int i = 0; i < N_CHECKED; i++) {
+		g->tokens[i] = malloc((size_t)c->seq_len * sizeof *g->tokens[i]);
+		enough = enough && g->tokens[i];
+	}
+	g->next = malloc((size_t)c->batch * sizeof *g->next);
+	if (!enough || !g->next)
+		return status_set(STATUS_OOM, "no memory for the tokens of %d sequences",
+		                  N_CHECKED);
+	return take_stack(g, ctx, c, &shape);
+}
+
+/* Index in the batch of a checked sequence. */
+static int64_t checked_sequence(const struct bench_case *c, int i)
+{
+	return i == 0 ? 0 : c->batch - 1;
+}
+
+/* Reads the tokens that were picked for position `position`, as a server has to. */
+static enum status read_next(struct generation *g, const struct bench_case *c, int64_t position)
+{
+	enum status status =
+	        g->backend->download(g->next, g->stack.next, (size_t)c->batch * sizeof *g->next);
+
+	for (int i = 0; i < N_CHECKED; i++)
+		g->tokens[i][position] = g->next[checked_sequence(c, i)];
+	return status;
+}
+
+/* A few steps from whatever the caches hold: enough to have chosen and loaded every kernel. */
+static enum status warm_up(void *self, struct context *ctx, const struct bench_case *c)
+{
+	struct generation *g = self;
+	enum status status = stack_set_position(&g->stack, c->prompt);
+
+	for (int64_t i = 0; status == STATUS_OK && i < smaller(2, c->generate - 1); i++)
+		status = stack_step(&g->stack, ctx, c->prompt + i);
+	return status;
+}
+
+/* Prefill, timed apart. */
+static enum status rewind_prompt(void *self, struct context *ctx, const struct bench_case *c,
+                                 bool to_verify, double *prefill_ms)
+{
+	struct generation *g = self;
+	struct layer_shape shape = shape_of(c, c->batch);
+	size_t row = (size_t)c->prompt;
+	enum status status = g->allocated ? STATUS_OK : take_stack(g, ctx, c, &shape);
+
+	if (status == STATUS_OK && to_verify)
+		status = stack_poison(&g->stack);
+	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
+		status = g->backend->download(g->tokens[i],
+		                              g->stack.tokens + checked_sequence(c, i) * c->prompt,
+		                              row * sizeof *g->tokens[i]);
+	if (status == STATUS_OK)
+		status = g->backend->stopwatch_start();
+	if (status == STATUS_OK)
+		status = stack_forward(&g->stack, ctx);
+	if (status == STATUS_OK)
+		status = g->backend->stopwatch_stop(prefill_ms);
+	return status == STATUS_OK ? read_next(g, c, c->prompt) : status;
+}
+
+static enum status launch(void *self, struct context *ctx, const struct bench_case *c)
+{
+	struct generation *g = self;
+	enum status status = STATUS_OK;
+
+	for (int64_t p = c->prompt; status == STATUS_OK && p < c->seq_len - 1; p++) {
+		status = stack_step(&g->stack, ctx, p);
+		if (status == STATUS_OK)
+			status = read_next(g, c, p + 1);
+	}
+	return status;
+}
+
+/* Logits of one row of stack.logits. */
+static enum status download_logits(const struct generation *g, int64_t row, float *logits)
+{
+	size_t vocab = (size_t)g->stack.vocab;
+	enum dtype dtype = g->backend->activation;
+	const char *from = (const char *)g->stack.logits + (size_t)row * vocab * dtype_size(dtype);
+
+	return backend_download_floats(g->backend, dtype, logits, from, vocab);
+}
+
+/* ||a - b|| / ||b||; anything that is not finite gives INFINITY. */
+static double relative_error(const float *a, const float *b, int64_t count)
+{
+	double difference = 0, norm = 0;
+
+	for (int64_t i = 0; i < count; i++) {
+		difference += pow((double)a[i] - (double)b[i], 2);
+		norm += pow(b[i], 2);
+	}
+	double error = sqrt(difference / norm);
+
+	return isfinite(error) ? error : INFINITY;
+}
+
+/* A forward pass over all that the checked sequences have read; their last logits. */
+static enum status forward_afresh(struct generation *g, struct context *ctx,
+                                  const struct bench_case *c, float *logits)
+{
+	int64_t length = c->seq_len - 1;
+	struct layer_shape shape = {
+	        .pass = PASS_PREFILL, .batch = N_CHECKED, .seq_len = length, .capacity = 0};
+	int32_t *tokens = malloc((size_t)(N_CHECKED * length) * sizeof *tokens);
+	enum status status = tokens ? take_stack(g, ctx, c, &shape)
+	                            : status_set(STATUS_OOM, "no memory for tokens");
+
+	for (int i = 0; tokens && i < N_CHECKED; i++)
+		memcpy(tokens + i * length, g->tokens[i], (size_t)length * sizeof *tokens);
+	if (status == STATUS_OK)
+		status = stack_set_tokens(&g->stack, tokens);
+	free(tokens);
+	if (status == STATUS_OK)
+		status = stack_forward(&g->stack, ctx);
+	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
+		status = download_logits(g, i, logits + i * g->stack.vocab);
+	return status;
+}
+
+/*
+ * The logits of the last generated tokens against a fresh forward pass of the
+ * same model over the whole sequences. It takes the place of the stack that
+ * generated, which has all the memory; the next rewind brings that back.
+ */
+static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
+                          uint64_t seed, double *rel_err)
+{
+	struct generation *g = self;
+	int64_t vocab = g->stack.vocab;
+	float *logits = malloc(2 * N_CHECKED * (size_t)vocab * sizeof *logits);
+	float *fresh = logits + N_CHECKED * vocab;
+	struct context apart = *ctx;
+	enum status status = logits ? STATUS_OK : status_set(STATUS_OOM, "no memory for logits");
+
+	(void)rows;
+	(void)seed;
+	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
+		status = download_logits(g, checked_sequence(c, i), logits + i * vocab);
+	stack_release(&g->stack);
+	if (status == STATUS_OK)
+		status = forward_afresh(g, &apart, c, fresh);
+	stack_release(&g->stack);
+	g->allocated = false;
+	*rel_err = 0;
+	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
+		*rel_err = fmax(*rel_err,
+		                relative_error(logits + i * vocab, fresh + i * vocab, vocab));
+	free(logits);
+	return status;
+}
+
+int generate_main(const struct driver *driver, const struct model *models, int n_models, int argc,
+                  char **argv)
+{
+	static struct generation generation;
+	const struct subject subject = {
+	        .self = &generation,
+	        .use = use,
+	        .configure = configure,
+	        .plan = plan,
+	        .acquire = acquire,
+	        .warm_up = warm_up,
+	        .rewind = rewind_prompt,
+	        .launch = launch,
+	        .verify = verify,
+	        .release = release,
+	};
+
+	generation.models = models;
+	generation.n_models = n_models;
+	return bench_main(driver, &subject, argc, argv);
+}

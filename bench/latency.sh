@@ -1,0 +1,38 @@
+#!/bin/sh
+# Measures every block as one run (one file, one run_id), then draws the plots.
+#
+#   bench/latency.sh BUILD [options of the programs]
+#
+# With --resume an interrupted run goes on where it was.
+set -eu
+
+build=$1
+shift
+RUN_ID=${RUN_ID:-$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$}
+export RUN_ID
+
+# The programs say where rows go, and complain about options, before anything is measured.
+out=$("$build/attention" --list "$@" | sed -n 's/^output: //p')
+if [ -z "$out" ]; then
+	"$build/attention" --list "$@" >/dev/null
+	exit 2
+fi
+case " $* " in
+*" --dry-run "* | *" --list "* | *" --help "* | *" --resume "*) first= ;;
+*) first=--truncate ;;
+esac
+
+failed=0
+for program in attention recurrence gla rat hybrid; do
+	code=0
+	"$build/$program" $first "$@" || code=$?
+	first=
+	# 1: a case failed, and its row says how; 2: the options are wrong.
+	[ "$code" -lt 2 ] || exit "$code"
+	[ "$code" -eq 0 ] || failed=1
+done
+case " $* " in
+*" --dry-run "* | *" --list "* | *" --help "*) exit "$failed" ;;
+esac
+plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+exit "$failed"

@@ -1,0 +1,29 @@
+/*
+ * Maximum throughput of whole models (the paper's Table 2): prefill of a
+ * prompt, then generation at the largest batch whose memory fits.
+ */
+#include "bench/generate.h"
+
+int main(int argc, char **argv)
+{
+	static const struct driver driver = {
+	        .program = "throughput",
+	        .summary = "tokens per second of whole models at the largest batch",
+	        .file = "table2.csv",
+	        .passes = "throughput",
+	        .axes = "pattern,model,prompt,generate,memory,chunk,window,groups,position",
+	        .defaults = {{"pattern", "rat/attention/rat,swa/attention,swa"},
+	                     {"batch", "0"},
+	                     {"samples", "1"},
+	                     {"case-seconds", "600"}},
+	        .finds_batch = true,
+	};
+	static const struct model models[] = {
+	        {"1.3B", 24, 2048, 16, 32000},
+	        {"7B", 32, 4096, 32, 32000},
+	        {"13B", 40, 5120, 40, 32000},
+	        {"tiny", 4, 256, 4, 4096},
+	};
+
+	return generate_main(&driver, models, sizeof models / sizeof models[0], argc, argv);
+}
