@@ -1,0 +1,108 @@
+/* One token per sequence: rotates q and k, fills the cache, attends to it. */
+#include "kernels/portable/decode.cuh"
+#include "kernels/portable/portable.h"
+#include "kernels/portable/rope.cuh"
+
+/* Split 0 takes the new token itself, from its registers, and stores it in the cache. */
+template <int D>
+static __device__ __forceinline__ void
+take_own_token(softmax_state &state, const float (&q)[8], const struct attention_step_args &a,
+               const struct rope_table &table, int64_t b, int64_t h, int64_t position)
+{
+	const int lane = threadIdx.x % (D / 8);
+	const vector8 value = load8(at(a.v, b, 0, h) + 8 * lane);
+	float k[8], dot = 0.0f;
+
+	load8(k, at(a.k, b, 0, h) + 8 * lane);
+	if (a.rope)
+		rope_lanes(k, table, lane, D / 8, position);
+	const vector8 key = pack8(k);
+	unpack8(k, key);
+#pragma unroll
+	for (int i = 0; i < 8; i++)
+		dot += q[i] * k[i];
+	dot = group_sum(dot, D / 8);
+	if (threadIdx.x >= D / 8)
+		return;
+	const int64_t slot = position % a.kv_slots;
+	*reinterpret_cast<vector8 *>(at(a.k_cache, b, slot, h) + 8 * lane) = key;
+	*reinterpret_cast<vector8 *>(at(a.v_cache, b, slot, h) + 8 * lane) = value;
+	state.maximum = dot;
+	state.sum = 1.0f;
+	unpack8(state.o, value);
+}
+
+template <int D>
+static __global__ void __launch_bounds__(DECODE_THREADS)
+        attention_step_kernel(const __grid_constant__ struct attention_step_args a,
+                              const __grid_constant__ struct rope_table table,
+                              const __grid_constant__ struct decode_target target)
+{
+	const int64_t h = blockIdx.y, b = blockIdx.z, position = *a.position;
+	const int64_t cached = a.window < 0 ? position : min(position, a.window);
+	const int64_t part = divide_up(cached, target.splits), oldest = position - cached;
+	const int64_t first = oldest + min(part * (int64_t)blockIdx.x, cached);
+	const int64_t end = oldest + min(part * ((int64_t)blockIdx.x + 1), cached);
+	const int lane = threadIdx.x % (D / 8);
+	softmax_state state = softmax_empty();
+	float q[8];
+
+	load8(q, at(a.q, b, 0, h) + 8 * lane);
+	if (a.rope)
+		rope_lanes(q, table, lane, D / 8, position);
+#pragma unroll
+	for (int i = 0; i < 8; i++)
+		q[i] *= a.scale * LOG2E;
+	if (blockIdx.x == 0)
+		take_own_token<D>(state, q, a, table, b, h, position);
+	decode_range<D>(state, q, at(a.k_cache, b, 0, h) + 8 * lane, a.k_cache.token,
+	                at(a.v_cache, b, 0, h) + 8 * lane, a.v_cache.token, first, end, a.kv_slots);
+	decode_finish<D>(target, state, a.n_heads, b, h, blockIdx.x);
+}
+
+static int64_t capacity(const struct attention_step_args *a)
+{
+	return a->window >= 0 && a->window < a->kv_slots ? a->window : a->kv_slots;
+}
+
+extern "C" const char *portable_attention_step_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+	const struct view *const views[] = {&a->q, &a->k, &a->v, &a->k_cache, &a->v_cache, &a->out};
+
+	if (a->d_head != 64 && a->d_head != 128)
+		return "head width must be 64 or 128";
+	if (a->batch > 65535 || a->n_heads > 65535)
+		return "more than 65535 sequences or heads";
+	return views_are_aligned(views, 6) ? NULL : "views must be 16-byte aligned";
+}
+
+extern "C" size_t portable_attention_step_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+
+	return decode_workspace(a->batch, a->n_heads, a->d_head, capacity(a));
+}
+
+template <int D>
+static enum status run(const struct attention_step_args *a, const decode_target &target)
+{
+	const dim3 grid((unsigned)target.splits, (unsigned)a->n_heads, (unsigned)a->batch);
+	enum status status = launch("attention_step", attention_step_kernel<D>, grid,
+	                            DECODE_THREADS, decode_shared(D), *a, rope_table_of(D), target);
+
+	return status != STATUS_OK
+	               ? status
+	               : decode_launch_merge<D>("attention_step", target, a->batch, a->n_heads);
+}
+
+extern "C" enum status portable_attention_step(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+	decode_target target = {};
+
+	target.out = a->out;
+	target.partial = static_cast<float *>(workspace);
+	target.splits = decode_splits(a->batch, a->n_heads, capacity(a));
+	return a->d_head == 64 ? run<64>(a, target) : run<128>(a, target);
+}

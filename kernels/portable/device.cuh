@@ -1,0 +1,128 @@
+/* What the portable kernels share: vectors of bf16, views, reductions over lanes. */
+#ifndef KERNELS_PORTABLE_DEVICE_CUH
+#define KERNELS_PORTABLE_DEVICE_CUH
+
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+#include "kernels/kernels.h"
+#include "kernels/portable/launch.cuh"
+#include "kernels/portable/ptx.cuh"
+
+typedef __nv_bfloat16 bf16;
+
+enum { WARP = 32 };
+
+static constexpr float LOG2E = 1.4426950408889634f;
+static constexpr float LN2 = 0.6931471805599453f;
+
+/* Eight bf16, moved as 16 bytes. */
+struct alignas(16) vector8 {
+	uint32_t pair[4];
+};
+
+/* The element of a bf16 view at (b, t, h). */
+static __device__ __forceinline__ bf16 *at(const struct view &v, int64_t b, int64_t t, int64_t h)
+{
+	return static_cast<bf16 *>(v.data) + b * v.batch + t * v.token + h * v.head;
+}
+
+static __device__ __forceinline__ vector8 load8(const void *from)
+{
+	return *static_cast<const vector8 *>(from);
+}
+
+static __device__ __forceinline__ float low_half(uint32_t pair)
+{
+	return __uint_as_float(pair << 16);
+}
+
+static __device__ __forceinline__ float high_half(uint32_t pair)
+{
+	return __uint_as_float(pair & 0xffff0000u);
+}
+
+static __device__ __forceinline__ uint32_t pack(float low, float high)
+{
+	const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+
+	return *reinterpret_cast<const uint32_t *>(&both);
+}
+
+static __device__ __forceinline__ void unpack8(float (&x)[8], const vector8 &v)
+{
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		x[2 * i] = low_half(v.pair[i]);
+		x[2 * i + 1] = high_half(v.pair[i]);
+	}
+}
+
+static __device__ __forceinline__ void load8(float (&x)[8], const void *from)
+{
+	unpack8(x, load8(from));
+}
+
+static __device__ __forceinline__ vector8 pack8(const float (&x)[8])
+{
+	vector8 v;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		v.pair[i] = pack(x[2 * i], x[2 * i + 1]);
+	return v;
+}
+
+static __device__ __forceinline__ void store8(void *to, const float (&x)[8])
+{
+	*static_cast<vector8 *>(to) = pack8(x);
+}
+
+static __device__ __forceinline__ void load8f(float (&x)[8], const float *from)
+{
+#pragma unroll
+	for (int i = 0; i < 8; i++)
+		x[i] = from[i];
+}
+
+static __device__ __forceinline__ void store8f(float *to, const float (&x)[8])
+{
+#pragma unroll
+	for (int i = 0; i < 8; i++)
+		to[i] = x[i];
+}
+
+static __device__ __forceinline__ float sigmoid(float x)
+{
+	return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+/* Sum over groups of `width` neighbouring lanes (a power of two); all lanes get it. */
+static __device__ __forceinline__ float group_sum(float x, int width)
+{
+	for (int offset = width / 2; offset > 0; offset /= 2)
+		x += __shfl_xor_sync(0xffffffffu, x, offset);
+	return x;
+}
+
+static __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b)
+{
+	return (a + b - 1) / b;
+}
+
+/* Whether a view can be read and written 16 bytes at a time. */
+static inline bool view_is_aligned(const struct view *v)
+{
+	return reinterpret_cast<uintptr_t>(v->data) % 16 == 0 && v->batch % 8 == 0 &&
+	       v->token % 8 == 0 && v->head % 8 == 0;
+}
+
+static inline bool views_are_aligned(const struct view *const *views, int count)
+{
+	for (int i = 0; i < count; i++)
+		if (!view_is_aligned(views[i]))
+			return false;
+	return true;
+}
+
+#endif

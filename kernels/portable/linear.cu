@@ -1,0 +1,93 @@
+/* The projections: RMSNorm before, or the residual after, a product by cuBLASLt. */
+#include "kernels/cuda/gemm.h"
+#include "kernels/portable/device.cuh"
+#include "kernels/portable/portable.h"
+
+enum { ROWS = 4 };
+
+static __global__ void __launch_bounds__(ROWS *WARP)
+        rms_norm_kernel(const bf16 *x, const float *weight, bf16 *y, float *rstd, int64_t n_rows,
+                        int64_t d, float eps)
+{
+	const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / WARP;
+	const int lane = threadIdx.x % WARP;
+	float sum = 0.0f, v[8], w[8];
+
+	if (row >= n_rows)
+		return;
+	x += row * d;
+	y += row * d;
+	for (int64_t i = 8 * lane; i < d; i += 8 * WARP) {
+		load8(v, x + i);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			sum += v[j] * v[j];
+	}
+	const float r = rsqrtf(group_sum(sum, WARP) / (float)d + eps);
+	for (int64_t i = 8 * lane; i < d; i += 8 * WARP) {
+		load8(v, x + i);
+		load8f(w, weight + i);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			v[j] *= r * w[j];
+		store8(y + i, v);
+	}
+	if (rstd && lane == 0)
+		rstd[row] = r;
+}
+
+static const char *check_widths(int64_t d_in, int64_t d_out)
+{
+	return d_in % 8 || d_out % 8 ? "widths must be multiples of 8" : NULL;
+}
+
+extern "C" const char *portable_norm_linear_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct norm_linear_args *>(args);
+
+	return check_widths(a->d_in, a->d_out);
+}
+
+extern "C" size_t portable_norm_linear_workspace(const void *)
+{
+	return GEMM_WORKSPACE;
+}
+
+extern "C" enum status portable_norm_linear(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct norm_linear_args *>(args);
+	const dim3 grid((unsigned)divide_up(a->n_tokens, ROWS));
+
+	if (a->norm_weight) {
+		enum status status = launch("norm_linear", rms_norm_kernel, grid, ROWS * WARP, 0,
+		                            static_cast<const bf16 *>(a->x), a->norm_weight,
+		                            static_cast<bf16 *>(a->x_norm), a->rstd, a->n_tokens,
+		                            a->d_in, a->eps);
+		if (status != STATUS_OK)
+			return status;
+	}
+	const struct gemm g = gemm_linear(a->n_tokens, a->d_in, a->d_out,
+	                                  a->norm_weight ? a->x_norm : a->x, a->weight, NULL, a->y);
+	return gemm_run(&g, workspace);
+}
+
+extern "C" const char *portable_linear_residual_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct linear_residual_args *>(args);
+
+	return check_widths(a->d_in, a->d_out);
+}
+
+extern "C" size_t portable_linear_residual_workspace(const void *)
+{
+	return GEMM_WORKSPACE;
+}
+
+extern "C" enum status portable_linear_residual(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct linear_residual_args *>(args);
+	const struct gemm g =
+	        gemm_linear(a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y);
+
+	return gemm_run(&g, workspace);
+}

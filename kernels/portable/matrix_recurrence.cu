@@ -1,0 +1,639 @@
+/*
+ * The matrix-state recurrence S_t = A_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t,
+ * chunkwise on the tensor cores, for every decay A that is a scalar or a diagonal:
+ *   1. each chunk's own contribution to the state, all chunks in parallel;
+ *   2. a scan over the chunks, which leaves the state before each one;
+ *   3. each chunk's outputs from that state and its own tokens, in parallel.
+ * With G_t the sum of log2 A over the chunk's tokens up to t, every factor is
+ * 2^(difference of G) with an exponent <= 0, so no decay is too strong: across
+ * sub-chunks of 16 tokens the difference is split at the later sub-chunk's
+ * start, and inside a sub-chunk it is taken pair by pair.
+ */
+#include "kernels/portable/device.cuh"
+#include "kernels/portable/portable.h"
+
+enum {
+	THREADS = 128,
+	ROWS = 64,      /* tokens of a chunk at most */
+	SLAB = 64,      /* channels of q and k, or of v, taken at a time */
+	STRIDE = 72,    /* of tiles in shared memory: no bank conflicts between rows */
+	SUB = 16,       /* tokens of a sub-chunk, one per warp */
+	SCAN_CHUNKS = 4 /* chunks read ahead by the scan */
+};
+
+/* How the sequence is cut and what is kept of each chunk. */
+struct chunks {
+	int64_t length, count, slabs;
+	bf16 *states;  /* [B, H, count, d_k, d_v]: contributions, then the states before the chunks
+	                */
+	float *decays; /* [B, H, count, d_k]: product of the chunk's decays */
+};
+
+static struct chunks cut(const struct matrix_recurrence_args *a, void *workspace)
+{
+	struct chunks c;
+
+	c.length = a->chunk ? a->chunk : (int64_t)ROWS;
+	c.count = divide_up(a->seq_len, c.length);
+	c.slabs = divide_up(a->d_k, SLAB);
+	c.decays = static_cast<float *>(workspace);
+	c.states = reinterpret_cast<bf16 *>(
+	        c.decays + divide_up(a->batch * a->n_heads * c.count * a->d_k, 64) * 64);
+	return c;
+}
+
+/* One block's chunk: sequence, head, first token, tokens. */
+struct place {
+	int64_t b, h, chunk, first;
+	int rows;
+};
+
+static __device__ __forceinline__ struct place place_of(const struct matrix_recurrence_args &a,
+                                                        const struct chunks &c, int64_t chunk,
+                                                        int64_t sequence)
+{
+	struct place p;
+
+	p.b = sequence / a.n_heads;
+	p.h = sequence % a.n_heads;
+	p.chunk = sequence * c.count + chunk;
+	p.first = chunk * c.length;
+	p.rows = (int)min(c.length, a.seq_len - p.first);
+	return p;
+}
+
+/* Columns first .. first+63 of `rows` rows of memory, zeros elsewhere, in the background. */
+static __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t stride,
+                                                 int64_t rows, int64_t first, int64_t width)
+{
+	for (int i = threadIdx.x; i < ROWS * SLAB / 8; i += THREADS) {
+		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
+		const bool valid = row < rows && first + column < width;
+
+		copy16_async(tile + row * STRIDE + column,
+		             from + (valid ? row * stride + first + column : 0), valid);
+	}
+}
+
+/*
+ * Cumulative log2 decays of the chunk, g[token * STRIDE + channel], for one
+ * slab of channels; tokens past the end decay no further. Synchronizes.
+ */
+static __device__ void sum_diagonal(float *g, const struct matrix_recurrence_args &a,
+                                    const struct place &p, int64_t slab)
+{
+	for (int i = threadIdx.x; i < ROWS * SLAB / 8; i += THREADS) {
+		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
+		const bool valid = row < p.rows && slab * SLAB + column < a.d_k;
+		float x[8] = {};
+
+		if (valid)
+			load8(x, at(a.log_decay, p.b, p.first + row, p.h) + slab * SLAB + column);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			g[row * STRIDE + column + j] = x[j] * LOG2E;
+	}
+	__syncthreads();
+	if (threadIdx.x < SLAB) {
+		float sum = 0.0f;
+
+#pragma unroll 8
+		for (int row = 0; row < ROWS; row++) {
+			sum += g[row * STRIDE + threadIdx.x];
+			g[row * STRIDE + threadIdx.x] = sum;
+		}
+	}
+	__syncthreads();
+}
+
+/* log2 decay of a token where it is the same for all channels. */
+static __device__ __forceinline__ float scalar_decay(const struct matrix_recurrence_args &a,
+                                                     const struct place &p, int row)
+{
+	if (row >= p.rows || a.decay == DECAY_NONE)
+		return 0.0f;
+	if (a.decay == DECAY_CONSTANT)
+		return log1pf(-exp2f(-5.0f - (float)p.h)) * LOG2E;
+	return __bfloat162float(*at(a.log_decay, p.b, p.first + row, p.h)) * LOG2E;
+}
+
+/* The same sums for all channels: g[token]. Synchronizes. */
+static __device__ void sum_scalar(float *g, const struct matrix_recurrence_args &a,
+                                  const struct place &p)
+{
+	float *single = g + ROWS, sum = 0.0f;
+
+	if (threadIdx.x < ROWS)
+		single[threadIdx.x] = scalar_decay(a, p, threadIdx.x);
+	__syncthreads();
+	if (threadIdx.x < ROWS) {
+		for (int row = 0; row <= threadIdx.x; row++)
+			sum += single[row];
+		g[threadIdx.x] = sum;
+	}
+	__syncthreads();
+}
+
+/* Cumulative log2 decay of a token and a slab's channel. */
+template <bool DIAGONAL>
+static __device__ __forceinline__ float cumulative(const float *g, int row, int channel)
+{
+	return DIAGONAL ? g[row * STRIDE + channel] : g[row];
+}
+
+/* k of one slab, each token decayed to the chunk's end; and the chunk's whole decay. */
+template <bool DIAGONAL>
+static __device__ void decayed_keys(bf16 *keys, const float *g,
+                                    const struct matrix_recurrence_args &a, const struct chunks &c,
+                                    const struct place &p, int64_t slab)
+{
+	for (int i = threadIdx.x; i < ROWS * SLAB / 8; i += THREADS) {
+		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
+		const bool valid = row < p.rows && slab * SLAB + column < a.d_k;
+		float x[8] = {};
+
+		if (valid)
+			load8(x, at(a.k, p.b, p.first + row, p.h) + slab * SLAB + column);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			x[j] *= exp2_fast(cumulative<DIAGONAL>(g, ROWS - 1, column + j) -
+			                  cumulative<DIAGONAL>(g, row, column + j));
+		store8(keys + row * STRIDE + column, x);
+	}
+	for (int i = threadIdx.x; i < SLAB && slab * SLAB + i < a.d_k; i += THREADS)
+		c.decays[p.chunk * a.d_k + slab * SLAB + i] =
+		        exp2_fast(cumulative<DIAGONAL>(g, ROWS - 1, i));
+}
+
+/* d += a b for 16 rows of a, 64 columns of b = tile [64, STRIDE] rows 16 step .. 16 step + 15. */
+static __device__ __forceinline__ void
+multiply_tile(float (&d)[SLAB / 8][4], const uint32_t (&a)[4], const bf16 *tile, int step)
+{
+	const int lane = threadIdx.x % WARP;
+	uint32_t b[4];
+
+#pragma unroll
+	for (int n = 0; n < SLAB / 16; n++) {
+		load_matrices_transposed(b, tile + (16 * step + lane % 16) * STRIDE + 16 * n +
+		                                    lane / 16 * 8);
+		multiply_add(d[2 * n], a, b[0], b[1]);
+		multiply_add(d[2 * n + 1], a, b[2], b[3]);
+	}
+}
+
+/* 1. The chunk's contribution to 64 rows of the state: (decayed k)^T v, 16 rows per warp. */
+template <bool DIAGONAL>
+static __global__ void __launch_bounds__(THREADS)
+        contribution_kernel(const __grid_constant__ struct matrix_recurrence_args a,
+                            const __grid_constant__ struct chunks c)
+{
+	const struct place p = place_of(a, c, blockIdx.x, blockIdx.z);
+	const int64_t slab = blockIdx.y;
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	float *g = reinterpret_cast<float *>(shared_memory);
+	bf16 *keys = reinterpret_cast<bf16 *>(g + ROWS * STRIDE), *values = keys + ROWS * STRIDE;
+	uint32_t left[ROWS / 16][4];
+
+	if (DIAGONAL)
+		sum_diagonal(g, a, p, slab);
+	else
+		sum_scalar(g, a, p);
+	decayed_keys<DIAGONAL>(keys, g, a, c, p, slab);
+	__syncthreads();
+#pragma unroll
+	for (int step = 0; step < ROWS / 16; step++)
+		load_matrices_transposed(left[step],
+		                         keys + (16 * step + lane / 16 * 8 + lane % 8) * STRIDE +
+		                                 16 * warp + lane / 8 % 2 * 8);
+	for (int64_t first = 0; first < a.d_v; first += SLAB) {
+		float d[SLAB / 8][4] = {};
+
+		load_tile(values, at(a.v, p.b, p.first, p.h), a.v.token, p.rows, first, a.d_v);
+		copy_commit();
+		copy_wait<0>();
+		__syncthreads();
+#pragma unroll
+		for (int step = 0; step < ROWS / 16; step++)
+			multiply_tile(d, left[step], values, step);
+#pragma unroll
+		for (int i = 0; i < SLAB / 8 * 2; i++) {
+			const int64_t row = slab * SLAB + 16 * warp + 8 * (i % 2) + lane / 4;
+			const int64_t column = first + 8 * (i / 2) + 2 * (lane % 4);
+
+			if (row < a.d_k && column < a.d_v)
+				*reinterpret_cast<uint32_t *>(
+				        c.states + (p.chunk * a.d_k + row) * a.d_v + column) =
+				        pack(d[i / 2][2 * (i % 2)], d[i / 2][2 * (i % 2) + 1]);
+		}
+		__syncthreads();
+	}
+}
+
+/* 2. Eight columns of one row of a state, chunk after chunk. */
+static __global__ void __launch_bounds__(THREADS)
+        scan_kernel(const __grid_constant__ struct matrix_recurrence_args a,
+                    const __grid_constant__ struct chunks c)
+{
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t column = index % (a.d_v / 8) * 8, row = index / (a.d_v / 8);
+	const int64_t sequence = row / a.d_k;
+	const int64_t offset = row * a.d_v + column;
+	float state[8] = {};
+
+	if (sequence >= a.batch * a.n_heads)
+		return;
+	const float *decay = c.decays + sequence * c.count * a.d_k + row % a.d_k;
+	bf16 *at_chunk = c.states + (sequence * c.count * a.d_k + row % a.d_k) * a.d_v + column;
+	if (a.h0)
+		load8f(state, a.h0 + offset);
+	for (int64_t i = 0; i < c.count; i += SCAN_CHUNKS) {
+		vector8 added[SCAN_CHUNKS];
+		float factor[SCAN_CHUNKS];
+
+#pragma unroll
+		for (int j = 0; j < SCAN_CHUNKS; j++) {
+			const int64_t chunk = min(i + j, c.count - 1);
+
+			added[j] = load8(at_chunk + chunk * a.d_k * a.d_v);
+			factor[j] = decay[chunk * a.d_k];
+		}
+#pragma unroll
+		for (int j = 0; j < SCAN_CHUNKS; j++) {
+			float x[8];
+
+			if (i + j >= c.count)
+				break;
+			store8(at_chunk + (i + j) * a.d_k * a.d_v, state);
+			unpack8(x, added[j]);
+#pragma unroll
+			for (int e = 0; e < 8; e++)
+				state[e] = factor[j] * state[e] + x[e];
+		}
+	}
+	if (a.final_state)
+		store8f(a.final_state + offset, state);
+}
+
+/* A pair of neighbouring channels of q: zero outside the chunk and past the last channel. */
+static __device__ __forceinline__ uint32_t query_pair(const struct matrix_recurrence_args &a,
+                                                      const struct place &p, int row,
+                                                      int64_t channel)
+{
+	return row < p.rows && channel < a.d_k ? *reinterpret_cast<const uint32_t *>(
+	                                                 at(a.q, p.b, p.first + row, p.h) + channel)
+	                                       : 0;
+}
+
+/* Both channels of a pair times 2^x, 2^y. */
+static __device__ __forceinline__ uint32_t decayed(uint32_t pair, float x, float y)
+{
+	return pack(low_half(pair) * exp2_fast(x), high_half(pair) * exp2_fast(y));
+}
+
+/*
+ * Sixteen sums over the 32 lanes at once: lane l returns the sum of all lanes'
+ * x[l / 2], with half the exchanges that sixteen reductions would take.
+ */
+static __device__ __forceinline__ float transposed_sum(float (&x)[SUB])
+{
+	const int lane = threadIdx.x % WARP;
+
+#pragma unroll
+	for (int half = SUB / 2; half > 0; half /= 2) {
+		const bool upper = lane & (2 * half);
+
+#pragma unroll
+		for (int i = 0; i < half; i++) {
+			const float keep = upper ? x[i + half] : x[i];
+			const float give = upper ? x[i] : x[i + half];
+
+			x[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2 * half);
+		}
+	}
+	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+}
+
+/*
+ * Scores inside this warp's sub-chunk, one slab's part, exactly: sum[t] of lane
+ * l gains q_t k_s 2^(G_t - G_s) for s = l / 2 <= t. Two channels per lane.
+ */
+static __device__ void add_diagonal(float (&sum)[SUB], const struct matrix_recurrence_args &a,
+                                    const struct place &p, const float *g, const bf16 *keys,
+                                    int64_t slab)
+{
+	const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * SUB;
+	float g0[SUB], g1[SUB];
+	uint32_t k[SUB];
+
+#pragma unroll
+	for (int s = 0; s < SUB; s++) {
+		g0[s] = g[(first + s) * STRIDE + 2 * lane];
+		g1[s] = g[(first + s) * STRIDE + 2 * lane + 1];
+		k[s] = *reinterpret_cast<const uint32_t *>(keys + (first + s) * STRIDE + 2 * lane);
+	}
+#pragma unroll
+	for (int t = 0; t < SUB; t++) {
+		const uint32_t q = query_pair(a, p, first + t, slab * SLAB + 2 * lane);
+		float x[SUB];
+
+#pragma unroll
+		for (int s = 0; s < SUB; s++)
+			x[s] = s > t ? 0.0f
+			             : low_half(q) * low_half(k[s]) * exp2_fast(g0[t] - g0[s]) +
+			                       high_half(q) * high_half(k[s]) *
+			                               exp2_fast(g1[t] - g1[s]);
+		sum[t] += transposed_sum(x);
+	}
+}
+
+/* One k16 step of the scores between sub-chunks, decays split at this sub-chunk's start. */
+static __device__ __forceinline__ void add_between(float (&s)[ROWS / 8][4], const uint32_t (&q)[4],
+                                                   const float *g, const bf16 *keys, int step)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int row = SUB * warp + lane / 4, channel = 16 * step + 2 * (lane % 4);
+	const float *start = g + (SUB * warp - 1) * STRIDE + channel;
+	uint32_t left[4], right[2];
+
+	if (warp == 0)
+		return;
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const float *now = g + (row + 8 * (i % 2)) * STRIDE + channel + 8 * (i / 2);
+
+		left[i] =
+		        decayed(q[i], now[0] - start[8 * (i / 2)], now[1] - start[8 * (i / 2) + 1]);
+	}
+#pragma unroll
+	for (int n = 0; n < ROWS / 8 - 2; n++) {
+		if (n >= 2 * warp)
+			break;
+#pragma unroll
+		for (int i = 0; i < 2; i++) {
+			const int offset = (8 * n + lane / 4) * STRIDE + channel + 8 * i;
+			const uint32_t k = *reinterpret_cast<const uint32_t *>(keys + offset);
+
+			right[i] = decayed(k, start[8 * i] - g[offset],
+			                   start[8 * i + 1] - g[offset + 1]);
+		}
+		multiply_add(s[n], left, right[0], right[1]);
+	}
+}
+
+/* One k16 step of the scores where no channel decays differently: undecayed products. */
+static __device__ __forceinline__ void
+add_undecayed(float (&s)[ROWS / 8][4], const uint32_t (&q)[4], const bf16 *keys, int step)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	uint32_t k[4];
+
+#pragma unroll
+	for (int n = 0; n < ROWS / 16; n++) {
+		if (n > warp)
+			break;
+		load_matrices(k, keys + (16 * n + lane / 16 * 8 + lane % 8) * STRIDE + 16 * step +
+		                         lane / 8 % 2 * 8);
+		multiply_add(s[2 * n], q, k[0], k[1]);
+		multiply_add(s[2 * n + 1], q, k[2], k[3]);
+	}
+}
+
+/*
+ * The part of the scores of this warp's 16 queries that one slab gives, and
+ * the slab's q decayed from the chunk's start, kept for the state's product.
+ */
+template <bool DIAGONAL>
+static __device__ void add_slab(float (&s)[ROWS / 8][4], float (&inside)[SUB], bf16 *queries,
+                                int64_t queries_stride, const struct matrix_recurrence_args &a,
+                                const struct place &p, const float *g, const bf16 *keys,
+                                int64_t slab)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+#pragma unroll
+	for (int step = 0; step < SLAB / 16; step++) {
+		uint32_t q[4];
+
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			const int row = SUB * warp + lane / 4 + 8 * (i % 2);
+			const int channel = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
+
+			q[i] = query_pair(a, p, row, slab * SLAB + channel);
+			*reinterpret_cast<uint32_t *>(queries + row * queries_stride + slab * SLAB +
+			                              channel) =
+			        decayed(q[i], cumulative<DIAGONAL>(g, row, channel),
+			                cumulative<DIAGONAL>(g, row, channel + 1));
+		}
+		if (DIAGONAL)
+			add_between(s, q, g, keys, step);
+		else
+			add_undecayed(s, q, keys, step);
+	}
+	if (DIAGONAL)
+		add_diagonal(inside, a, p, g, keys, slab);
+}
+
+/* Puts the scores inside the sub-chunk, lane l's s = l / 2, where products want them. */
+static __device__ __forceinline__ void place_diagonal(float (&s)[ROWS / 8][4],
+                                                      const float (&inside)[SUB], float *scratch)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	float *mine = scratch + warp * SUB * (SUB + 1);
+
+#pragma unroll
+	for (int t = 0; t < SUB; t++)
+		if (lane % 2 == 0)
+			mine[t * (SUB + 1) + lane / 2] = inside[t];
+	__syncwarp();
+#pragma unroll
+	for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			if (n / 2 == warp)
+				s[n][i] = mine[(lane / 4 + 8 * (i / 2)) * (SUB + 1) + 8 * (n % 2) +
+				               2 * (lane % 4) + i % 2];
+}
+
+/* Undecayed scores times 2^(G_t - G_s); those of later keys become zero. */
+static __device__ __forceinline__ void decay_scores(float (&s)[ROWS / 8][4], const float *g)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+#pragma unroll
+	for (int n = 0; n < ROWS / 8; n++) {
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			const int row = SUB * warp + lane / 4 + 8 * (i / 2);
+			const int key = 8 * n + 2 * (lane % 4) + i % 2;
+
+			s[n][i] = key <= row ? s[n][i] * exp2_fast(g[row] - g[key]) : 0.0f;
+		}
+	}
+}
+
+/* Tile number i of the output's products: v of a slice of columns, then the state's slabs. */
+static __device__ __forceinline__ void load_operand(bf16 *tile,
+                                                    const struct matrix_recurrence_args &a,
+                                                    const struct chunks &c, const struct place &p,
+                                                    int64_t i)
+{
+	const int64_t first = i / (c.slabs + 1) * SLAB, slab = i % (c.slabs + 1) - 1;
+
+	if (slab < 0)
+		load_tile(tile, at(a.v, p.b, p.first, p.h), a.v.token, p.rows, first, a.d_v);
+	else
+		load_tile(tile, c.states + (p.chunk * a.d_k + slab * SLAB) * a.d_v, a.d_v,
+		          a.d_k - slab * SLAB, first, a.d_v);
+	copy_commit();
+}
+
+/* Writes 64 columns of this warp's 16 tokens, and clears them for the next slice. */
+static __device__ __forceinline__ void store_slice(float (&o)[SLAB / 8][4],
+                                                   const struct matrix_recurrence_args &a,
+                                                   const struct place &p, int64_t first)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+#pragma unroll
+	for (int i = 0; i < SLAB / 8 * 2; i++) {
+		const int row = SUB * warp + 8 * (i % 2) + lane / 4;
+		const int64_t column = first + 8 * (i / 2) + 2 * (lane % 4);
+		float *pair = &o[i / 2][2 * (i % 2)];
+
+		if (row < p.rows && column < a.d_v)
+			*reinterpret_cast<uint32_t *>(at(a.out, p.b, p.first + row, p.h) + column) =
+			        pack(a.scale * pair[0], a.scale * pair[1]);
+		pair[0] = pair[1] = 0.0f;
+	}
+}
+
+/* o = scores v + (decayed q) state, slice after slice of o's columns. */
+static __device__ void multiply_out(const float (&s)[ROWS / 8][4], const bf16 *queries,
+                                    int64_t queries_stride, bf16 *tiles,
+                                    const struct matrix_recurrence_args &a, const struct chunks &c,
+                                    const struct place &p)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int64_t count = divide_up(a.d_v, SLAB) * (c.slabs + 1);
+	float o[SLAB / 8][4] = {};
+	uint32_t left[4];
+
+	load_operand(tiles, a, c, p, 0);
+	for (int64_t i = 0; i < count; i++) {
+		const int64_t slab = i % (c.slabs + 1) - 1;
+		const bf16 *tile = tiles + i % 2 * ROWS * STRIDE;
+
+		copy_wait<0>();
+		__syncthreads();
+		if (i + 1 < count)
+			load_operand(tiles + (i + 1) % 2 * ROWS * STRIDE, a, c, p, i + 1);
+#pragma unroll
+		for (int step = 0; step < ROWS / 16; step++) {
+			if (slab < 0) {
+#pragma unroll
+				for (int j = 0; j < 4; j++) {
+					const float *pair = &s[2 * step + j / 2][2 * (j % 2)];
+
+					left[j] = pack(pair[0], pair[1]);
+				}
+			} else {
+				load_matrices(left,
+				              queries + (SUB * warp + lane % 16) * queries_stride +
+				                      slab * SLAB + 16 * step + lane / 16 * 8);
+			}
+			multiply_tile(o, left, tile, step);
+		}
+		if (slab == c.slabs - 1)
+			store_slice(o, a, p, i / (c.slabs + 1) * SLAB);
+	}
+}
+
+/* 3. The outputs of one chunk. */
+template <bool DIAGONAL>
+static __global__ void __launch_bounds__(THREADS)
+        output_kernel(const __grid_constant__ struct matrix_recurrence_args a,
+                      const __grid_constant__ struct chunks c)
+{
+	const struct place p = place_of(a, c, blockIdx.x, blockIdx.z);
+	const int64_t queries_stride = c.slabs * SLAB + 8;
+	float *g = reinterpret_cast<float *>(shared_memory);
+	bf16 *keys = reinterpret_cast<bf16 *>(g + ROWS * STRIDE);
+	bf16 *queries = keys + ROWS * STRIDE;
+	float s[ROWS / 8][4] = {}, inside[SUB] = {};
+
+	for (int64_t slab = 0; slab < c.slabs; slab++) {
+		load_tile(keys, at(a.k, p.b, p.first, p.h), a.k.token, p.rows, slab * SLAB, a.d_k);
+		copy_commit();
+		copy_wait<0>();
+		if (DIAGONAL)
+			sum_diagonal(g, a, p, slab);
+		else
+			sum_scalar(g, a, p);
+		add_slab<DIAGONAL>(s, inside, queries, queries_stride, a, p, g, keys, slab);
+		__syncthreads();
+	}
+	if (DIAGONAL)
+		place_diagonal(s, inside, g);
+	else
+		decay_scores(s, g);
+	__syncthreads();
+	multiply_out(s, queries, queries_stride, reinterpret_cast<bf16 *>(g), a, c, p);
+}
+
+extern "C" const char *portable_matrix_recurrence_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
+	const struct view *const views[] = {&a->q, &a->k, &a->v, &a->out, &a->log_decay};
+
+	if (a->rule != RULE_PLAIN)
+		return "only the plain rule";
+	if (a->chunk > ROWS)
+		return "chunk must be at most 64";
+	if (a->d_k % 8 || a->d_v % 8 || a->d_k > 512)
+		return "head widths must be multiples of 8, d_k at most 512";
+	if (a->batch * a->n_heads > 65535)
+		return "more than 65535 sequences times heads";
+	return views_are_aligned(views, a->decay == DECAY_DIAGONAL ? 5 : 4)
+	               ? NULL
+	               : "views must be 16-byte aligned";
+}
+
+extern "C" size_t portable_matrix_recurrence_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
+	const struct chunks c = cut(a, NULL);
+	const int64_t rows = a->batch * a->n_heads * c.count * a->d_k;
+
+	return (size_t)(divide_up(rows, 64) * 64) * sizeof(float) +
+	       (size_t)(rows * a->d_v) * sizeof(bf16);
+}
+
+template <bool DIAGONAL>
+static enum status run(const struct matrix_recurrence_args *a, const struct chunks &c)
+{
+	const unsigned sequences = (unsigned)(a->batch * a->n_heads);
+	const int64_t scans = a->batch * a->n_heads * a->d_k * (a->d_v / 8);
+	const size_t g = ROWS * STRIDE * sizeof(float), tile = ROWS * STRIDE * sizeof(bf16);
+	const size_t queries = ROWS * (size_t)(c.slabs * SLAB + 8) * sizeof(bf16);
+	enum status status = launch("matrix_recurrence", contribution_kernel<DIAGONAL>,
+	                            dim3((unsigned)c.count, (unsigned)c.slabs, sequences), THREADS,
+	                            g + 2 * tile, *a, c);
+
+	if (status == STATUS_OK)
+		status = launch("matrix_recurrence", scan_kernel,
+		                dim3((unsigned)divide_up(scans, THREADS)), THREADS, 0, *a, c);
+	if (status == STATUS_OK)
+		status = launch("matrix_recurrence", output_kernel<DIAGONAL>,
+		                dim3((unsigned)c.count, 1, sequences), THREADS, g + tile + queries,
+		                *a, c);
+	return status;
+}
+
+extern "C" enum status portable_matrix_recurrence(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
+	const struct chunks c = cut(a, workspace);
+
+	return a->decay == DECAY_DIAGONAL ? run<true>(a, c) : run<false>(a, c);
+}

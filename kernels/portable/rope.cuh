@@ -1,0 +1,96 @@
+/*
+ * Rotary position embedding. The angle position * theta_i is reduced to a
+ * fraction of a turn in two floats, because position * theta in one float is
+ * wrong by hundredths of a radian at the positions of a million tokens.
+ */
+#ifndef KERNELS_PORTABLE_ROPE_CUH
+#define KERNELS_PORTABLE_ROPE_CUH
+
+#include <math.h>
+
+#include "kernels/portable/device.cuh"
+
+enum { MAX_ROPE_WIDTH = 128 };
+
+/* theta_i / (2 pi) of a head of width d as the sum of two floats, i = 0 .. d/2-1. */
+struct rope_table {
+	float high[MAX_ROPE_WIDTH / 2], low[MAX_ROPE_WIDTH / 2];
+};
+
+static inline struct rope_table rope_table_make(int64_t d_head)
+{
+	struct rope_table table;
+
+	for (int i = 0; i < MAX_ROPE_WIDTH / 2; i++) {
+		const double turns = pow(10000.0, -2.0 * i / (double)d_head) / 6.283185307179586;
+
+		table.high[i] = (float)turns;
+		table.low[i] = (float)(turns - (double)table.high[i]);
+	}
+	return table;
+}
+
+/* The table of a width, computed once. */
+static inline const struct rope_table &rope_table_of(int64_t d_head)
+{
+	static struct {
+		int64_t d_head;
+		struct rope_table table;
+	} last;
+
+	if (last.d_head != d_head) {
+		last.table = rope_table_make(d_head);
+		last.d_head = d_head;
+	}
+	return last.table;
+}
+
+/* cos and sin of position * theta_i for i = first .. first + 7. */
+static __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8],
+                                                   const struct rope_table &table, int first,
+                                                   int64_t position)
+{
+	const float p = (float)position;
+
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const float turns = p * table.high[first + i];
+		const float rest =
+		        fmaf(p, table.high[first + i], -turns) + p * table.low[first + i];
+
+		sincospif(2.0f * (turns - rintf(turns) + rest), &sine[i], &cosine[i]);
+	}
+}
+
+/*
+ * Eight elements of a head spread over d / 8 neighbouring lanes, `lane` of
+ * them: rotates this lane's x, whose partners are in the lane half a head away.
+ */
+static __device__ __forceinline__ void rope_lanes(float (&x)[8], const struct rope_table &table,
+                                                  int lane, int lanes, int64_t position)
+{
+	float cosine[8], sine[8];
+
+	rope_angles(cosine, sine, table, 8 * (lane % (lanes / 2)), position);
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const float partner = __shfl_xor_sync(0xffffffffu, x[i], lanes / 2);
+
+		x[i] = x[i] * cosine[i] + (lane < lanes / 2 ? -partner : partner) * sine[i];
+	}
+}
+
+/* A tensor to be rotated, or copied if not `rope`; see rotate_tensor(). */
+struct rotation {
+	int64_t batch, n_tokens, n_heads, d_head;
+	int64_t first;  /* tokens before it are left out */
+	int64_t slots;  /* token t goes to token t % slots of `to` */
+	int64_t period; /* token t has position t / period */
+	bool rope;
+	struct view from, to;
+};
+
+/* Submits one rotation; `to` may be `from`. */
+enum status rotate_tensor(const char *operation, const struct rotation *rotation);
+
+#endif
