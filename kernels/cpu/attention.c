@@ -78,28 +78,36 @@ static void load_queries(const struct attention_args *a, const struct tile *tile
 	}
 }
 
+/* Spreads one value over s->v; the constant size makes each copy one instruction. */
+static void pack_value(float *to, const float *v, int64_t d)
+{
+	int64_t i = 0, d_pad = round_up(d, PANEL);
+
+	for (; i + ROWS <= d; i += ROWS)
+		memcpy(to + i * KEYS, v + i, ROWS * sizeof(float));
+	for (; i < d_pad; i++)
+		to[i / ROWS * ROWS * KEYS + i % ROWS] = i < d ? v[i] : 0.0f;
+}
+
 /* Copies keys first .. first+n-1 into s->k, padded to ROWS with zeros, and their values into s->v.
  */
 static void load_keys(const struct attention_args *a, const struct tile *tile, int64_t first,
                       int64_t n, struct scratch *s)
 {
-	int64_t d = a->d_head, d_pad = round_up(d, PANEL);
+	int64_t d = a->d_head;
 
 	for (int64_t j = 0; j < n; j++) {
-		const float *v = view_at(&a->v, tile->b, first + j, tile->h);
-
 		memcpy(s->k + j * d, view_at(&a->k, tile->b, first + j, tile->h),
 		       (size_t)d * sizeof(float));
-		for (int64_t i = 0; i < d_pad; i += ROWS)
-			for (int64_t r = 0; r < ROWS; r++)
-				s->v[i * KEYS + j * ROWS + r] = i + r < d ? v[i + r] : 0.0f;
+		pack_value(s->v + j * ROWS, view_at(&a->v, tile->b, first + j, tile->h), d);
 	}
 	memset(s->k + n * d, 0, (size_t)((round_up(n, ROWS) - n) * d) * sizeof(float));
 }
 
 /* Scores of keys begin .. end-1 of the tile; begin is a multiple of ROWS, end is rounded up to one.
  */
-static void score(const struct scratch *s, const float *q, int64_t d, int64_t begin, int64_t end)
+static __attribute__((noinline)) void score(const struct scratch *s, const float *q, int64_t d,
+                                            int64_t begin, int64_t end)
 {
 	for (int64_t j = begin; j < end; j += ROWS) {
 		vec acc[ROWS][VECTORS] = {0};
@@ -151,8 +159,9 @@ static void softmax(float *scores, int64_t begin, int64_t end, float *max, float
 	}
 }
 
-static void add_values(const struct scratch *s, float *sums, int64_t d_pad, int64_t begin,
-                       int64_t end, const vec shrink[VECTORS])
+static __attribute__((noinline)) void add_values(const struct scratch *s, float *sums,
+                                                 int64_t d_pad, int64_t begin, int64_t end,
+                                                 const vec shrink[VECTORS])
 {
 	for (int64_t i = 0; i < d_pad; i += ROWS) {
 		vec acc[ROWS][VECTORS];
@@ -186,37 +195,71 @@ static void attend(const struct attention_args *a, const struct tile *tile, int6
 	add_values(s, s->sums + p * d_pad, d_pad, begin, end, shrink);
 }
 
-/* out = sigmoid(gate) * (weight * sums + own_weight * own_value) of query i of the tile. */
-static void store_query(const struct attention_args *a, const struct tile *tile, int64_t i,
-                        const struct scratch *s)
+/* out = o: the sums over the denominator, transposed back. */
+static void store_sums(const struct attention_args *a, const struct tile *tile,
+                       const struct scratch *s)
 {
-	int64_t d = a->d_head, t = tile->first + i;
-	const float *sums = s->sums + i / PANEL * PANEL * round_up(d, PANEL) + i % PANEL;
-	float *out = view_at(&a->out, tile->b, t, tile->h);
-	float weight = 1.0f / s->total[i];
+	int64_t d = a->d_head, d_pad = round_up(d, PANEL);
 
-	for (int64_t c = 0; c < d; c++)
-		out[c] = sums[c * PANEL] * weight;
-	if (a->own_score) {
+	for (int64_t i = 0; i < tile->n; i++) {
+		const float *sums = s->sums + i / PANEL * PANEL * d_pad + i % PANEL;
+		float *out = view_at(&a->out, tile->b, tile->first + i, tile->h);
+		float weight = 1.0f / s->total[i];
+
+		for (int64_t c = 0; c < d; c++)
+			out[c] = sums[c * PANEL] * weight;
+	}
+}
+
+/* out += p_own * own_value. */
+static void add_own_values(const struct attention_args *a, const struct tile *tile,
+                           const struct scratch *s)
+{
+	for (int64_t i = 0; i < tile->n; i++) {
+		int64_t t = tile->first + i;
 		const float *own = view_at(&a->own_value, tile->b, t, tile->h);
 		float score = a->own_score[(tile->b * a->seq_len + t) * a->n_heads + tile->h];
-		float own_weight = exp_f32((score * LOG2_E - s->max[i]) * LN_2) * weight;
+		float weight = exp_f32((score * LOG2_E - s->max[i]) * LN_2) / s->total[i];
+		float *out = view_at(&a->out, tile->b, t, tile->h);
+
 #pragma omp simd
-		for (int64_t c = 0; c < d; c++)
-			out[c] += own_weight * own[c];
+		for (int64_t c = 0; c < a->d_head; c++)
+			out[c] += weight * own[c];
 	}
-	if (a->out_ungated.data)
-		memcpy(view_at(&a->out_ungated, tile->b, t, tile->h), out,
-		       (size_t)d * sizeof(float));
-	if (a->gate.data) {
+}
+
+/* Keeps o where it is wanted, then out *= sigmoid(gate). */
+static void apply_gate(const struct attention_args *a, const struct tile *tile)
+{
+	for (int64_t i = 0; i < tile->n; i++) {
+		int64_t t = tile->first + i;
+		float *out = view_at(&a->out, tile->b, t, tile->h);
+
+		if (a->out_ungated.data)
+			memcpy(view_at(&a->out_ungated, tile->b, t, tile->h), out,
+			       (size_t)a->d_head * sizeof(float));
+		if (!a->gate.data)
+			continue;
 		const float *gate = view_at(&a->gate, tile->b, t, tile->h);
 #pragma omp simd
-		for (int64_t c = 0; c < d; c++)
+		for (int64_t c = 0; c < a->d_head; c++)
 			out[c] *= sigmoid_f32(gate[c]);
 	}
-	if (a->lse)
-		a->lse[(tile->b * a->n_heads + tile->h) * a->seq_len + t] =
-		        (s->max[i] + log2f(s->total[i])) * LN_2;
+}
+
+/* One pass per input: short loops leave the processor room to fetch rows ahead. */
+static void store_queries(const struct attention_args *a, const struct tile *tile,
+                          const struct scratch *s)
+{
+	store_sums(a, tile, s);
+	if (a->own_score)
+		add_own_values(a, tile, s);
+	apply_gate(a, tile);
+	if (!a->lse)
+		return;
+	float *lse = a->lse + (tile->b * a->n_heads + tile->h) * a->seq_len + tile->first;
+	for (int64_t i = 0; i < tile->n; i++)
+		lse[i] = (s->max[i] + log2f(s->total[i])) * LN_2;
 }
 
 static void attend_tile(const struct attention_args *a, const struct tile *tile, struct scratch *s)
@@ -231,8 +274,7 @@ static void attend_tile(const struct attention_args *a, const struct tile *tile,
 		for (int64_t p = 0; p < tile->n; p += PANEL)
 			attend(a, tile, p, first, n, s);
 	}
-	for (int64_t i = 0; i < tile->n; i++)
-		store_query(a, tile, i, s);
+	store_queries(a, tile, s);
 }
 
 enum status cpu_attention(const void *args, void *workspace)

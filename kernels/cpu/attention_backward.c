@@ -19,7 +19,7 @@
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/vector_math.h"
 
-enum { QUERIES = 64, KEYS = 4 * PANEL };
+enum { QUERIES = 64, KEYS = 256 };
 
 /* One thread's buffers. */
 struct scratch {
@@ -211,8 +211,10 @@ static ivec hidden_lanes(const struct attention_args *a, int64_t t, int64_t firs
  * P and dS of query rows begin .. end-1 (multiples of ROWS) of the loaded ones,
  * the first being token t, and panel p (its first key within the tile).
  */
-static void differentiate_scores(const struct attention_args *a, const struct scratch *s, int64_t t,
-                                 int64_t begin, int64_t end, int64_t first, int64_t p, bool masked)
+static __attribute__((noinline)) void differentiate_scores(const struct attention_args *a,
+                                                           const struct scratch *s, int64_t t,
+                                                           int64_t begin, int64_t end,
+                                                           int64_t first, int64_t p, bool masked)
 {
 	int64_t d = a->d_head, d_pad = round_up(d, PANEL);
 	float *ds = s->ds + p * QUERIES;
@@ -238,7 +240,8 @@ static void differentiate_scores(const struct attention_args *a, const struct sc
 }
 
 /* sums^T [d_pad][PANEL] += rows^T b, where rows [n][d_pad] and b is a panel of n rows. */
-static void add_product(float *sums, const float *rows, const float *b, int64_t n, int64_t d_pad)
+static __attribute__((noinline)) void add_product(float *sums, const float *rows, const float *b,
+                                                  int64_t n, int64_t d_pad)
 {
 	for (int64_t i = 0; i < d_pad; i += ROWS) {
 		vec acc[ROWS][VECTORS];
@@ -251,8 +254,9 @@ static void add_product(float *sums, const float *rows, const float *b, int64_t 
 
 /* dQ of the n loaded queries, the first being token t, from the panels begin .. end-1 of the tile.
  */
-static void add_dq(const struct plan *p, const struct tile *tile, const struct scratch *s,
-                   int64_t t, int64_t n, int64_t begin, int64_t end)
+static __attribute__((noinline)) void add_dq(const struct plan *p, const struct tile *tile,
+                                             const struct scratch *s, int64_t t, int64_t n,
+                                             int64_t begin, int64_t end)
 {
 	for (int64_t c = 0; c < p->d_pad; c += PANEL)
 		for (int64_t i = 0; i < n; i += ROWS) {

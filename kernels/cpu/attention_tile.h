@@ -103,7 +103,10 @@ static inline vec exp2_vec(vec x)
 	return clear_lanes(p * scale, x < -126.0f);
 }
 
-/* acc += A B: A[i][k] is a[i * row + k * step], i < ROWS, k < n; B is a panel of n rows. */
+/*
+ * acc += A B: A[i][k] is a[i * row + k * step], i < ROWS, k < n; B is a panel of n rows.
+ * The functions that call it are noinline: within a larger function gcc spills acc.
+ */
 static inline void multiply(vec acc[ROWS][VECTORS], int64_t n, const float *a, int64_t row,
                             int64_t step, const float *b)
 {
