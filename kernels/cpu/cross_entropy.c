@@ -1,5 +1,6 @@
 /* The loss of a language model and its gradient, in place of the logits. */
 #include <math.h>
+#include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/vector_math.h"
@@ -17,8 +18,8 @@ static float row_max(const float *x, int64_t count)
 	return max;
 }
 
-/* sum e^(x - max); the terms replace x if `store`. */
-static double sum_exponentials(float *x, int64_t count, float max, bool store)
+/* sum e^(x - max). */
+static double sum_exponentials(const float *x, int64_t count, float max)
 {
 	double sum = 0;
 
@@ -27,15 +28,19 @@ static double sum_exponentials(float *x, int64_t count, float max, bool store)
 		float block = 0;
 
 #pragma omp simd reduction(+ : block)
-		for (int64_t i = first; i < last; i++) {
-			float e = exp_f32(x[i] - max);
-
-			block += e;
-			x[i] = store ? e : x[i];
-		}
+		for (int64_t i = first; i < last; i++)
+			block += exp_f32(x[i] - max);
 		sum += (double)block;
 	}
 	return sum;
+}
+
+/* x becomes scale * e^(x - max). */
+static void scale_exponentials(float *x, int64_t count, float max, float scale)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < count; i++)
+		x[i] = scale * exp_f32(x[i] - max);
 }
 
 /* A row's loss; its logits become softmax - one_hot(target) over n_valid if the gradient is wanted.
@@ -45,14 +50,10 @@ static float row_loss(const struct cross_entropy_args *a, int64_t n, double n_va
 	float *x = (float *)a->logits + n * a->vocab;
 	int32_t target = a->targets[n];
 	float max = row_max(x, a->vocab), chosen = x[target];
-	double sum = sum_exponentials(x, a->vocab, max, a->want_gradient);
+	double sum = sum_exponentials(x, a->vocab, max);
 
 	if (a->want_gradient) {
-		float scale = (float)(1 / (sum * n_valid));
-
-#pragma omp simd
-		for (int64_t i = 0; i < a->vocab; i++)
-			x[i] *= scale;
+		scale_exponentials(x, a->vocab, max, (float)(1 / (sum * n_valid)));
 		x[target] = (float)((exp((double)chosen - (double)max) / sum - 1) / n_valid);
 	}
 	return (float)(log(sum) + (double)max - (double)chosen);
@@ -60,11 +61,7 @@ static float row_loss(const struct cross_entropy_args *a, int64_t n, double n_va
 
 static void clear_row(const struct cross_entropy_args *a, int64_t n)
 {
-	float *x = (float *)a->logits + n * a->vocab;
-
-#pragma omp simd
-	for (int64_t i = 0; i < a->vocab; i++)
-		x[i] = 0;
+	memset((float *)a->logits + n * a->vocab, 0, (size_t)a->vocab * sizeof(float));
 }
 
 /* Where no target is valid the mean is 0/0, NaN, and the gradient zero. */
