@@ -12,15 +12,16 @@ RUN_ID=${RUN_ID:-$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$}
 export RUN_ID
 
 # The programs say where rows go, and complain about options, before anything is measured.
-out=$("$build/attention" --list "$@" | sed -n 's/^output: //p')
-if [ -z "$out" ]; then
-	"$build/attention" --list "$@" >/dev/null
-	exit 2
-fi
-case " $* " in
-*" --dry-run "* | *" --list "* | *" --help "* | *" --resume "*) first= ;;
-*) first=--truncate ;;
-esac
+list=$("$build/attention" --list "$@") || exit $?
+out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')
+first=--truncate
+measures=yes
+for option in "$@"; do
+	case $option in
+	--resume) first= ;;
+	--dry-run | --list | --help) measures= ;;
+	esac
+done
 
 failed=0
 for program in attention recurrence gla rat hybrid; do
@@ -31,8 +32,7 @@ for program in attention recurrence gla rat hybrid; do
 	[ "$code" -lt 2 ] || exit "$code"
 	[ "$code" -eq 0 ] || failed=1
 done
-case " $* " in
-*" --dry-run "* | *" --list "* | *" --help "*) exit "$failed" ;;
-esac
-plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+if [ "$measures" ]; then
+	plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+fi
 exit "$failed"

@@ -89,7 +89,8 @@ static enum status parse_line(struct parser *p, bool *whole)
 			return status;
 		if (closed && p->end - p->read >= 2 && p->read[0] == '\r' && p->read[1] == '\n')
 			p->read++;
-		if (!closed || p->read == p->end)
+		/* A carriage return may be the last byte of a file that was cut. */
+		if (!closed || p->read == p->end || (*p->read == '\r' && p->read + 1 == p->end))
 			return STATUS_OK;
 		char separator = *p->read++;
 
