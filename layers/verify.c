@@ -370,15 +370,18 @@ static int64_t sequences_left(const struct stack *stack)
 enum status verify_outputs_finite(const struct subject *subject, int64_t n_tokens, double *worst)
 {
 	const struct stack *stack = subject->stack;
-	enum dtype dtype = stack->backend->activation;
-	int64_t count = n_tokens * subject->d_model;
-	enum status status =
-	        verify_finite(stack->backend, dtype, stack->memory[subject->layer].saved[SAVED_MIX],
-	                      count, worst);
+	void *const *saved = stack->memory[subject->layer].saved;
+	const struct {
+		const void *data;
+		int64_t width;
+	} tensors[] = {{saved[SAVED_PROJ], subject->d_proj},
+	               {saved[SAVED_MIX], subject->d_model},
+	               {stack->layer_x[subject->layer + 1], subject->d_model}};
+	enum status status = STATUS_OK;
 
-	if (status == STATUS_OK)
-		status = verify_finite(stack->backend, dtype, stack->layer_x[subject->layer + 1],
-		                       count, worst);
+	for (int i = 0; i < 3 && status == STATUS_OK; i++)
+		status = verify_finite(stack->backend, stack->backend->activation, tensors[i].data,
+		                       n_tokens * tensors[i].width, worst);
 	return status;
 }
 
@@ -486,12 +489,13 @@ static bool has_gradients(const struct subject *subject)
 static enum status verify_all_sequences(const struct subject *subject, struct sequence *s,
                                         double *const *grads, double *worst)
 {
+	const struct layer_shape *shape = &subject->stack->shape;
 	bool backward = has_gradients(subject);
-	enum status status = STATUS_OK;
+	enum status status = verify_outputs_finite(subject, shape->batch * shape->seq_len, worst);
 
 	for (int64_t t = 0; t < s->seq_len; t++)
 		s->rows[t] = t;
-	for (int64_t b = 0; b < subject->stack->shape.batch && status == STATUS_OK; b++) {
+	for (int64_t b = 0; b < shape->batch && status == STATUS_OK; b++) {
 		status = verify_rows(subject, b, s, worst);
 		if (status == STATUS_OK && backward)
 			status = verify_sequence_backward(subject, b, s, grads, worst);

@@ -47,7 +47,7 @@ double verify_worst_row(int64_t n_rows, int64_t width, const double *actual,
  */
 double verify_worst_sum(int64_t n_rows, int64_t width, double *actual, const double *base,
                         const double *expected, enum dtype dtype);
-/* *worst = INFINITY if an element of mix or y, n_tokens rows of each, is NaN or Inf. */
+/* *worst = INFINITY if an element of proj, mix or y, n_tokens rows of each, is NaN or Inf. */
 enum status verify_outputs_finite(const struct subject *subject, int64_t n_tokens, double *worst);
 
 /* `n` of 0..total-1, ascending and distinct, spread at random, 0 and total-1 among them. */
