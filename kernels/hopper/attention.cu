@@ -23,9 +23,15 @@
  *   softmax under the second product, no turns             556 / 604 / 600
  *   and O rescaled only when a maximum grows by over 8
  *     (predicted: 64 of 420 instructions saved, +5%)       571 / 625 / 635
+ *   and the producer's loop kept rolled (no spills, fewer
+ *     registers moved)                                     580 / 635 / 643
+ *   a quarter of the exponentials as cubics on the
+ *     multiply-add units (predicted +3%)                   548 / 599 / 598
  * The turns cost more than they order: the hardware interleaves two
- * warpgroups well enough by itself. For d = 64 the exponentials are as long
- * as the products and the overlap inside a warpgroup gains nothing (454 -> 449).
+ * warpgroups well enough by itself. The issue slots, not the exponential unit,
+ * are what the products wait for. At d = 64 exponentials and products are
+ * equally long, and a third warpgroup hides what is left: 449 -> 477 TFLOP/s at
+ * T = 16384 with 32 heads (cuDNN 453).
  */
 #include <cuda_runtime.h>
 #include <math.h>
@@ -33,6 +39,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/hopper.h"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/kernels.h"
 #include "kernels/hopper/tensor_map.h"
 
 using namespace hopper;
@@ -40,9 +47,17 @@ using namespace hopper;
 namespace
 {
 
-constexpr int TILE_M = 128, TILE_N = 128, STAGES = 2;
-constexpr int CONSUMER_WARPS = 8, THREADS = 384;
-constexpr int SCHEDULE_SLOTS = 2;
+constexpr int TILE_N = 128, STAGES = 2, SCHEDULE_SLOTS = 2;
+
+/* Of a head width: how many consumer warpgroups, and the registers of a thread of either kind. */
+template <int D> struct shape {
+	static constexpr int WARPGROUPS = D == 64 ? 3 : 2;
+	static constexpr int TILE_M = 64 * WARPGROUPS;
+	static constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
+	static constexpr int THREADS = 128 * (WARPGROUPS + 1);
+	static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
+	static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 232;
+};
 
 struct parameters {
 	CUtensorMap q, k, v, own_value, gate, out;
@@ -60,12 +75,15 @@ struct parameters {
 };
 
 template <int D> struct shared_layout {
-	static constexpr int TILE_BYTES = 128 * D * 2;
+	static constexpr int ROWS_BYTES =
+	        shape<D>::TILE_M * D * 2;                 /* of queries, own values, gates */
+	static constexpr int KEYS_BYTES = TILE_N * D * 2; /* of keys, values */
+	static constexpr int STAGE_BYTES = ROWS_BYTES > KEYS_BYTES ? ROWS_BYTES : KEYS_BYTES;
 	static constexpr int Q = 0;
-	static constexpr int K = Q + TILE_BYTES;
-	static constexpr int V = K + STAGES * TILE_BYTES;
-	static constexpr int O = V + STAGES * TILE_BYTES;
-	static constexpr int BARRIERS = O + TILE_BYTES;
+	static constexpr int K = Q + ROWS_BYTES;
+	static constexpr int V = K + STAGES * STAGE_BYTES;
+	static constexpr int O = V + STAGES * STAGE_BYTES;
+	static constexpr int BARRIERS = O + ROWS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
 };
 
@@ -118,8 +136,9 @@ __device__ __forceinline__ void visible(const parameters &p, int t, int &first, 
 	}
 }
 
-__device__ __forceinline__ tile locate(const parameters &p, int number)
+template <int D> __device__ __forceinline__ tile locate(const parameters &p, int number)
 {
+	constexpr int TILE_M = shape<D>::TILE_M;
 	const int group = number / (p.heads_per_group * p.m_tiles);
 	const int first_pair = group * p.heads_per_group;
 	const int in_group = min(p.heads_per_group, p.pairs - first_pair);
@@ -138,45 +157,43 @@ __device__ __forceinline__ tile locate(const parameters &p, int number)
 	return t;
 }
 
-/* One 128 x D tile into a stage, as D/64 swizzled panels. */
-template <int D>
+/* A tile of `rows` x D into a stage, as D/64 swizzled panels. */
+template <int D, int rows>
 __device__ __forceinline__ void load_tile(uint32_t stage, uint32_t full, const CUtensorMap *map,
                                           int token, int head, int batch)
 {
-	barrier_arrive_expect(full, shared_layout<D>::TILE_BYTES);
+	barrier_arrive_expect(full, rows * D * 2);
 #pragma unroll
 	for (int panel = 0; panel < D / 64; panel++)
-		tensor_load(stage + panel * 128 * 128, map, full, panel * 64, token, head, batch);
+		tensor_load(stage + panel * rows * 128, map, full, panel * 64, token, head, batch);
 }
 
-/* The producer's side of one ring. */
-template <int D> struct load_ring : ring<STAGES> {
-	uint32_t stages, full, empty;
-
-	__device__ void load(const CUtensorMap *map, int token, int head, int batch)
+/* The producer's side of one ring: its stages and barriers are at fixed places. */
+template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<STAGES> {
+	template <int rows>
+	__device__ void load(uint32_t shared, const CUtensorMap *map, int token, int head,
+	                     int batch)
 	{
-		barrier_wait(empty + slot * 8, parity ^ 1);
-		load_tile<D>(stages + slot * shared_layout<D>::TILE_BYTES, full + slot * 8, map,
-		             token, head, batch);
+		const uint32_t barrier = shared + shared_layout<D>::BARRIERS + slot * 8;
+
+		barrier_wait(barrier + EMPTY * 8, parity ^ 1);
+		load_tile<D, rows>(shared + STAGES_AT + slot * shared_layout<D>::STAGE_BYTES,
+		                   barrier + FULL * 8, map, token, head, batch);
 		advance();
 	}
 };
 
-template <int D>
-__device__ __forceinline__ void produce(const parameters &p, uint32_t shared, uint32_t barriers)
+template <int D> __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
 	using layout = shared_layout<D>;
+	constexpr int TILE_M = shape<D>::TILE_M;
 	const int n_tiles = p.m_tiles * p.pairs;
 	ring<SCHEDULE_SLOTS> schedule;
-	load_ring<D> k, v;
+	load_ring<D, layout::K, BAR_K_FULL, BAR_K_EMPTY> k;
+	load_ring<D, layout::V, BAR_V_FULL, BAR_V_EMPTY> v;
+	const uint32_t barriers = shared + layout::BARRIERS;
 	uint32_t q_parity = 1;
 
-	k.stages = shared + layout::K;
-	k.full = barriers + BAR_K_FULL * 8;
-	k.empty = barriers + BAR_K_EMPTY * 8;
-	v.stages = shared + layout::V;
-	v.full = barriers + BAR_V_FULL * 8;
-	v.empty = barriers + BAR_V_EMPTY * 8;
 	for (int number = blockIdx.x;; number = gridDim.x + atomicAdd(p.ticket, 1)) {
 		barrier_wait(barriers + (BAR_TILE_EMPTY + schedule.slot) * 8, schedule.parity ^ 1);
 		shared_store(barriers + BAR_COUNT * 8 + schedule.slot * 4, number);
@@ -184,24 +201,25 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared, ui
 		schedule.advance();
 		if (number >= n_tiles)
 			return;
-		const tile t = locate(p, number);
+		const tile t = locate<D>(p, number);
 		const int q_head = t.h % p.q_heads;
 		if (t.n_first >= t.n_last) {
-			k.load(&p.k, t.n_first * TILE_N, t.h, t.b);
+			k.template load<TILE_N>(shared, &p.k, t.n_first * TILE_N, t.h, t.b);
 			barrier_wait(barriers + BAR_Q_EMPTY * 8, q_parity);
 			q_parity ^= 1;
-			load_tile<D>(shared + layout::Q, barriers + BAR_Q_FULL * 8, &p.q,
-			             t.m * TILE_M, q_head, t.b);
+			load_tile<D, TILE_M>(shared + layout::Q, barriers + BAR_Q_FULL * 8, &p.q,
+			                     t.m * TILE_M, q_head, t.b);
+#pragma unroll 1 /* unrolled it outgrows the producer's registers */
 			for (int n = t.n_first; n > t.n_last; n--) {
-				k.load(&p.k, (n - 1) * TILE_N, t.h, t.b);
-				v.load(&p.v, n * TILE_N, t.h, t.b);
+				k.template load<TILE_N>(shared, &p.k, (n - 1) * TILE_N, t.h, t.b);
+				v.template load<TILE_N>(shared, &p.v, n * TILE_N, t.h, t.b);
 			}
-			v.load(&p.v, t.n_last * TILE_N, t.h, t.b);
+			v.template load<TILE_N>(shared, &p.v, t.n_last * TILE_N, t.h, t.b);
 		}
 		if (p.own_score)
-			k.load(&p.own_value, t.m * TILE_M, t.h, t.b);
+			k.template load<TILE_M>(shared, &p.own_value, t.m * TILE_M, t.h, t.b);
 		if (p.has_gate)
-			v.load(&p.gate, t.m * TILE_M, t.h, t.b);
+			v.template load<TILE_M>(shared, &p.gate, t.m * TILE_M, t.h, t.b);
 	}
 }
 
@@ -212,9 +230,10 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], uint64_t q, uint64_
 	wgmma_fence();
 #pragma unroll
 	for (int step = 0; step < D / 16; step++) {
-		const int offset = ((step / 4) * 128 * 128 + (step % 4) * 32) / 16;
+		const int panel = step / 4, within = step % 4 * 32;
 
-		wgmma_ss(s, q + offset, k + offset, step > 0);
+		wgmma_ss(s, q + (panel * shape<D>::TILE_M * 128 + within) / 16,
+		         k + (panel * TILE_N * 128 + within) / 16, step > 0);
 	}
 	wgmma_commit();
 }
@@ -267,13 +286,16 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, flo
 		m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
 		m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
 		m = m * scale - state.max[row] > 8.0f ? m * scale : state.max[row];
-		rescale[row] = exp2_approx(state.max[row] - m);
+		/* A row may see nothing of its first tiles: then all powers are of -inf, not NaN.
+		 */
+		const float safe = m == -INFINITY ? 0.0f : m;
+		rescale[row] = exp2_approx(state.max[row] - safe);
 		state.max[row] = m;
 		float sum[2] = {0, 0};
 #pragma unroll
 		for (int i = 0; i < 64; i += 4) {
-			s[i + 2 * row] = exp2_approx(fmaf(s[i + 2 * row], scale, -m));
-			s[i + 2 * row + 1] = exp2_approx(fmaf(s[i + 2 * row + 1], scale, -m));
+			s[i + 2 * row] = exp2_approx(fmaf(s[i + 2 * row], scale, -safe));
+			s[i + 2 * row + 1] = exp2_approx(fmaf(s[i + 2 * row + 1], scale, -safe));
 			sum[0] += s[i + 2 * row];
 			sum[1] += s[i + 2 * row + 1];
 		}
@@ -290,6 +312,8 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[32], const floa
 
 /* What a consumer warpgroup carries from tile to tile. */
 template <int D> struct consumer {
+	static constexpr int TILE_M = shape<D>::TILE_M;
+
 	const parameters &p;
 	uint32_t shared, barriers;
 	int warpgroup, lane, warp;
@@ -298,7 +322,7 @@ template <int D> struct consumer {
 
 	__device__ uint32_t stage(int base, int slot) const
 	{
-		return shared + base + slot * shared_layout<D>::TILE_BYTES;
+		return shared + base + slot * shared_layout<D>::STAGE_BYTES;
 	}
 
 	/* One arrival per warp: each warp vouches for its own reads. */
@@ -342,7 +366,7 @@ __device__ __forceinline__ void consumer<D>::attend(const tile &t, float (&o)[D 
 	q_parity ^= 1;
 	barrier_wait(barriers + (BAR_K_FULL + k.slot) * 8, k.parity);
 	pin(s);
-	issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::TILE_BYTES / 16));
+	issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::STAGE_BYTES / 16));
 	wgmma_wait<0>();
 	pin(s);
 	release(BAR_K_EMPTY + k.slot);
@@ -361,12 +385,12 @@ __device__ __forceinline__ void consumer<D>::attend(const tile &t, float (&o)[D 
 		settle(o, probabilities, s, rescale, n < t.n_first - 1);
 		barrier_wait(barriers + (BAR_K_FULL + k.slot) * 8, k.parity);
 		pin(s);
-		issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::TILE_BYTES / 16));
+		issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::STAGE_BYTES / 16));
 		barrier_wait(barriers + (BAR_V_FULL + v.slot) * 8, v.parity);
 		pin(o);
 		pin(probabilities);
 		issue_values<D>(o, probabilities,
-		                v_operand + v.slot * (shared_layout<D>::TILE_BYTES / 16));
+		                v_operand + v.slot * (shared_layout<D>::STAGE_BYTES / 16));
 		wgmma_wait<1>();
 		pin(s);
 		release(BAR_K_EMPTY + k.slot);
@@ -381,7 +405,8 @@ __device__ __forceinline__ void consumer<D>::attend(const tile &t, float (&o)[D 
 	barrier_wait(barriers + (BAR_V_FULL + v.slot) * 8, v.parity);
 	pin(o);
 	pin(probabilities);
-	issue_values<D>(o, probabilities, v_operand + v.slot * (shared_layout<D>::TILE_BYTES / 16));
+	issue_values<D>(o, probabilities,
+	                v_operand + v.slot * (shared_layout<D>::STAGE_BYTES / 16));
 	wgmma_wait<0>();
 	pin(o);
 	release(BAR_V_EMPTY + v.slot);
@@ -411,11 +436,12 @@ consumer<D>::settle(float (&o)[D / 2], uint32_t (&probabilities)[32], const floa
 
 /* Address in a swizzled tile of the 16 x 16 block of this warp's rows that starts at
  * column 16j, as stmatrix and ldmatrix (x4) want it from each lane. */
+template <int rows>
 __device__ __forceinline__ uint32_t block_address(uint32_t tile, int row0, int lane, int j)
 {
 	const int row = row0 + (lane & 15), piece = 2 * (j % 4) + (lane >> 4);
 
-	return tile + (j / 4) * 128 * 128 + swizzle_128(row * 128 + piece * 16);
+	return tile + (j / 4) * rows * 128 + swizzle_128(row * 128 + piece * 16);
 }
 
 __device__ __forceinline__ float sigmoid_fast(float x)
@@ -450,9 +476,9 @@ __device__ __forceinline__ void consumer<D>::finish(const tile &t, float (&o)[D 
 		for (int j = 0; j < D / 16; j++) {
 			uint32_t value[4];
 
-			load_matrix_x4(
-			        block_address(stage(shared_layout<D>::K, k.slot), row0, lane, j),
-			        value[0], value[1], value[2], value[3]);
+			load_matrix_x4(block_address<TILE_M>(stage(shared_layout<D>::K, k.slot),
+			                                     row0, lane, j),
+			               value[0], value[1], value[2], value[3]);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
 				o[8 * j + 2 * i] =
@@ -485,9 +511,9 @@ __device__ __forceinline__ void consumer<D>::finish(const tile &t, float (&o)[D 
 		for (int j = 0; j < D / 16; j++) {
 			uint32_t gate[4];
 
-			load_matrix_x4(
-			        block_address(stage(shared_layout<D>::V, v.slot), row0, lane, j),
-			        gate[0], gate[1], gate[2], gate[3]);
+			load_matrix_x4(block_address<TILE_M>(stage(shared_layout<D>::V, v.slot),
+			                                     row0, lane, j),
+			               gate[0], gate[1], gate[2], gate[3]);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
 				o[8 * j + 2 * i] *= sigmoid_fast(low_bf16(gate[i]));
@@ -511,7 +537,7 @@ __device__ __forceinline__ void consumer<D>::store(const tile &t, float (&o)[D /
 	named_barrier_sync(3 + warpgroup, 128);
 #pragma unroll
 	for (int j = 0; j < D / 16; j++)
-		store_matrix_x4(block_address(staging, warpgroup * 64 + warp * 16, lane, j),
+		store_matrix_x4(block_address<TILE_M>(staging, warpgroup * 64 + warp * 16, lane, j),
 		                pack_bf16(o[8 * j], o[8 * j + 1]),
 		                pack_bf16(o[8 * j + 2], o[8 * j + 3]),
 		                pack_bf16(o[8 * j + 4], o[8 * j + 5]),
@@ -521,7 +547,7 @@ __device__ __forceinline__ void consumer<D>::store(const tile &t, float (&o)[D /
 	if (leader) {
 #pragma unroll
 		for (int panel = 0; panel < D / 64; panel++)
-			tensor_store(&p.out, staging + panel * 128 * 128 + warpgroup * 64 * 128,
+			tensor_store(&p.out, staging + panel * TILE_M * 128 + warpgroup * 64 * 128,
 			             panel * 64, t.m * TILE_M + warpgroup * 64, t.h, t.b);
 		store_commit();
 	}
@@ -548,7 +574,7 @@ __device__ __forceinline__ void consume(const parameters &p, uint32_t shared, ui
 		schedule.advance();
 		if (number >= n_tiles)
 			break;
-		const tile t = locate(p, number);
+		const tile t = locate<D>(p, number);
 		float o[D / 2], own[2];
 		softmax state = {{-INFINITY, -INFINITY}, {0, 0}};
 #pragma unroll
@@ -557,7 +583,7 @@ __device__ __forceinline__ void consume(const parameters &p, uint32_t shared, ui
 		if (p.own_score) {
 #pragma unroll
 			for (int r = 0; r < 2; r++) {
-				const int token = min(t.m * TILE_M + c.warpgroup * 64 +
+				const int token = min(t.m * shape<D>::TILE_M + c.warpgroup * 64 +
 				                              c.warp * 16 + c.lane / 4 + 8 * r,
 				                      p.seq_len - 1);
 
@@ -579,7 +605,8 @@ __device__ __forceinline__ void consume(const parameters &p, uint32_t shared, ui
 }
 
 template <int D>
-__global__ void __launch_bounds__(THREADS, 1) attention_kernel(const __grid_constant__ parameters p)
+__global__ void __launch_bounds__(shape<D>::THREADS, 1)
+        attention_kernel(const __grid_constant__ parameters p)
 {
 	extern __shared__ char unaligned[];
 	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
@@ -587,26 +614,26 @@ __global__ void __launch_bounds__(THREADS, 1) attention_kernel(const __grid_cons
 
 	if (threadIdx.x == 0) {
 		barrier_init(barriers + BAR_Q_FULL * 8, 1);
-		barrier_init(barriers + BAR_Q_EMPTY * 8, CONSUMER_WARPS);
+		barrier_init(barriers + BAR_Q_EMPTY * 8, shape<D>::CONSUMER_WARPS);
 		for (int i = 0; i < STAGES; i++) {
 			barrier_init(barriers + (BAR_K_FULL + i) * 8, 1);
-			barrier_init(barriers + (BAR_K_EMPTY + i) * 8, CONSUMER_WARPS);
+			barrier_init(barriers + (BAR_K_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
 			barrier_init(barriers + (BAR_V_FULL + i) * 8, 1);
-			barrier_init(barriers + (BAR_V_EMPTY + i) * 8, CONSUMER_WARPS);
+			barrier_init(barriers + (BAR_V_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
 		}
 		for (int i = 0; i < SCHEDULE_SLOTS; i++) {
 			barrier_init(barriers + (BAR_TILE_FULL + i) * 8, 1);
-			barrier_init(barriers + (BAR_TILE_EMPTY + i) * 8, CONSUMER_WARPS);
+			barrier_init(barriers + (BAR_TILE_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
 		}
 		barrier_init_fence();
 	}
 	__syncthreads();
 	if (threadIdx.x < 128) {
-		registers_decrease<40>();
+		registers_decrease<shape<D>::PRODUCER_REGISTERS>();
 		if (threadIdx.x == 0)
-			produce<D>(p, shared, barriers);
+			produce<D>(p, shared);
 	} else {
-		registers_increase<232>();
+		registers_increase<shape<D>::CONSUMER_REGISTERS>();
 		consume<D>(p, shared, barriers);
 	}
 }
@@ -614,7 +641,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_kernel(const __grid_cons
 /* Bytes of keys and values to keep in L2 at a time. */
 constexpr int64_t L2_BUDGET = 32 << 20;
 
-enum status fill_parameters(parameters &p, const struct attention_args *a, int *ticket)
+enum status fill_parameters(parameters &p, const struct attention_args *a, int tile_m, int *ticket)
 {
 	enum status status = STATUS_OK;
 	const auto encode = [&](CUtensorMap *map, const struct view *view, int64_t tokens,
@@ -624,14 +651,14 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int *
 			                           box);
 	};
 
-	encode(&p.q, &a->q, a->seq_len, a->q_heads, TILE_M);
+	encode(&p.q, &a->q, a->seq_len, a->q_heads, tile_m);
 	encode(&p.k, &a->k, a->kv_len, a->n_heads, TILE_N);
 	encode(&p.v, &a->v, a->kv_len, a->n_heads, TILE_N);
 	encode(&p.out, &a->out, a->seq_len, a->n_heads, 64);
 	if (a->own_score)
-		encode(&p.own_value, &a->own_value, a->seq_len, a->n_heads, TILE_M);
+		encode(&p.own_value, &a->own_value, a->seq_len, a->n_heads, tile_m);
 	if (a->gate.data)
-		encode(&p.gate, &a->gate, a->seq_len, a->n_heads, TILE_M);
+		encode(&p.gate, &a->gate, a->seq_len, a->n_heads, tile_m);
 	p.seq_len = static_cast<int>(a->seq_len);
 	p.kv_len = static_cast<int>(a->kv_len);
 	p.n_heads = static_cast<int>(a->n_heads);
@@ -648,7 +675,7 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int *
 	p.ungated_batch = a->out_ungated.batch;
 	p.ungated_token = a->out_ungated.token;
 	p.ungated_head = a->out_ungated.head;
-	p.m_tiles = static_cast<int>((a->seq_len + TILE_M - 1) / TILE_M);
+	p.m_tiles = static_cast<int>((a->seq_len + tile_m - 1) / tile_m);
 	const int64_t pair_bytes = a->kv_len * a->d_head * 4;
 	const int64_t fit = pair_bytes ? L2_BUDGET / pair_bytes : p.pairs;
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
@@ -656,14 +683,20 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int *
 	return status;
 }
 
-template <int D> enum status launch(const parameters &p, int n_blocks)
+template <int D> enum status launch(const struct attention_args *a, int *ticket)
 {
 	const int bytes = shared_layout<D>::BYTES;
+	parameters p;
+	enum status status = fill_parameters(p, a, shape<D>::TILE_M, ticket);
+	const int64_t tiles = static_cast<int64_t>(p.m_tiles) * p.pairs;
+	const int blocks = static_cast<int>(tiles < cuda_sm_count() ? tiles : cuda_sm_count());
 
+	if (status != STATUS_OK)
+		return status;
 	CUDA_TRY(cudaFuncSetAttribute(attention_kernel<D>,
 	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	CUDA_TRY(cudaMemsetAsync(p.ticket, 0, sizeof(int), cuda_stream()));
-	attention_kernel<D><<<n_blocks, THREADS, bytes, cuda_stream()>>>(p);
+	CUDA_TRY(cudaMemsetAsync(ticket, 0, sizeof *ticket, cuda_stream()));
+	attention_kernel<D><<<blocks, shape<D>::THREADS, bytes, cuda_stream()>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
@@ -695,12 +728,7 @@ extern "C" size_t hopper_attention_workspace(const void *args)
 extern "C" enum status hopper_attention(const void *args, void *workspace)
 {
 	const struct attention_args *a = static_cast<const struct attention_args *>(args);
-	parameters p;
-	enum status status = fill_parameters(p, a, static_cast<int *>(workspace));
-	const int64_t tiles = p.m_tiles * a->batch * a->n_heads;
-	const int blocks = static_cast<int>(tiles < cuda_sm_count() ? tiles : cuda_sm_count());
+	int *ticket = static_cast<int *>(workspace);
 
-	if (status != STATUS_OK)
-		return status;
-	return a->d_head == 64 ? launch<64>(p, blocks) : launch<128>(p, blocks);
+	return a->d_head == 64 ? launch<64>(a, ticket) : launch<128>(a, ticket);
 }

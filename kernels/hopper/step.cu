@@ -3,16 +3,29 @@
  * and head against a cache [B, H, slots, d], d = 64 or 128. Bound by the bytes
  * of the cache.
  *
- * A block is a producer warp, which streams tiles of 32 keys and values into a
- * four-stage ring with bulk copies, and four consumer warps, which take eight
+ * A block is a producer warp, which streams tiles of 64 keys and values into a
+ * two-stage ring with bulk copies, and four consumer warps, which take sixteen
  * keys of each tile: d/8 lanes share a key, 16 bytes each. The tiles of all
- * (sequence, head) pairs form one line that is cut into equal parts, one per
- * block, so every block streams the same bytes without a pause; a pair that a
- * cut falls into is put together by whichever of its blocks finishes last.
+ * (sequence, head) pairs form one line, cut into chunks that blocks draw by
+ * ticket: multiprocessors do not all get the same bandwidth, so equal parts
+ * would end with the slowest. Chunks are whole pairs where there are enough of
+ * them; a pair that is cut is put together by whichever chunk finishes last.
+ *
+ * The rows of the new token travel the same way, in a ring of their own, so that
+ * no pair begins with a trip to memory.
  *
  * The new token never travels through the cache: its score and value start the
  * online softmax of the block that has the pair's first tile, which also
  * writes the cache slot. In RAT that block updates the running state as well.
+ *
+ * What was tried (one H200; attention, B = 512, T = 256 / 4096, then RAT with L = 16, T = 4096;
+ * TB/s of cache; cuDNN 9.19 reads 4.28 / 4.68):
+ *   equal parts of the line, rows of the token loaded by the consumers  3.93 / 4.55   3.40
+ *   rows of the token through a ring of their own
+ *     (predicted: RAT's per-pair pauses hidden, +20%)                    -0.2% / -2%  +10%
+ *   chunks by ticket, 8 a block (predicted: +2%, no slow last block)     4.06 / 4.59  3.96
+ *   tiles of 64 keys, two stages, 16 chunks a block                      4.14 / 4.64  4.02
+ * Ring shapes of 32 to 128 keys and two or three blocks a multiprocessor differ by under 1%.
  */
 #include <cuda_runtime.h>
 #include <math.h>
@@ -20,14 +33,16 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/hopper.h"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/kernels.h"
 
 using namespace hopper;
 
 namespace
 {
 
-constexpr int TILE = 32, STAGES = 4, BLOCKS_PER_SM = 3;
+constexpr int TILE = 64, STAGES = 2, HEADERS = 2, BLOCKS_PER_SM = 3;
 constexpr int CONSUMER_WARPS = 4, CONSUMERS = CONSUMER_WARPS * 32, THREADS = CONSUMERS + 32;
+constexpr int CHUNKS_PER_BLOCK = 16, CHUNKS_PER_PAIR = 16;
 constexpr float LOG2E = 1.44269504f;
 
 struct bf16_view {
@@ -48,8 +63,8 @@ struct parameters {
 	bf16_view q, k, v, z, gate, k_cache, v_cache, out;
 	const float *gate_bias;
 	float *k_state, *v_state;
-	float *partials;      /* [2 * blocks][d + 2] */
-	unsigned int *counts; /* [pairs] */
+	float *partials;      /* [2 * chunks][d + 2] */
+	unsigned int *counts; /* [pairs], then the ticket; zero at the start */
 };
 
 /* The keys of earlier tokens: `count` of them, in slots first, first + 1, ... modulo slots. */
@@ -72,68 +87,189 @@ template <bool RAT> __device__ history history_at(const parameters &p, int posit
 	return h;
 }
 
-/* First tile of a block's part of the line. */
-__device__ __forceinline__ int64_t part_begin(int64_t total, int block)
-{
-	return total * block / gridDim.x;
-}
+/* The line of all tiles, `pairs` times tiles, in chunks of `chunk` tiles. */
+struct line {
+	int64_t tiles, chunk;
+	int chunks;
+};
 
-/* The block whose part holds a tile. */
-__device__ __forceinline__ int part_of(int64_t total, int64_t tile)
+__device__ __forceinline__ line line_of(const parameters &p, const history &past)
 {
-	int block = static_cast<int>(tile * gridDim.x / total);
+	const int64_t blocks = gridDim.x;
+	/* Many chunks even out the load, but those of one pair must be merged again. */
+	const int64_t most = min(CHUNKS_PER_BLOCK * blocks,
+	                         max(blocks, static_cast<int64_t>(CHUNKS_PER_PAIR) * p.pairs));
+	line l;
 
-	while (part_begin(total, block + 1) <= tile)
-		block++;
-	while (part_begin(total, block) > tile)
-		block--;
-	return block;
+	l.tiles = static_cast<int64_t>(p.pairs) * past.tiles;
+	l.chunk = (l.tiles + most - 1) / most;
+	if (2 * p.pairs >= CHUNKS_PER_BLOCK * blocks)
+		l.chunk = (l.chunk + past.tiles - 1) / past.tiles * past.tiles;
+	l.chunks = static_cast<int>((l.tiles + l.chunk - 1) / l.chunk);
+	return l;
 }
 
 template <int D> struct shared_layout {
 	static constexpr int HALF = TILE * D * 2; /* bytes of a stage's keys, then its values */
-	static constexpr int BARRIERS = STAGES * 2 * HALF;
-	static constexpr int TABLE = BARRIERS + 2 * STAGES * 8; /* cos, sin [D/2] each */
-	static constexpr int MERGE = TABLE + D * 4;             /* [warps][D + 2] floats */
+	static constexpr int HEADERS_AT = STAGES * 2 * HALF;
+	static constexpr int BARRIERS = HEADERS_AT + HEADERS * 10 * D * 2;
+	static constexpr int TABLE = BARRIERS + 2 * (STAGES + HEADERS) * 8; /* cos, sin [D/2] */
+	static constexpr int MERGE = TABLE + D * 4; /* [warps][D + 2] floats */
 	static constexpr int BYTES = MERGE + CONSUMER_WARPS * (D + 2) * 4 + 16;
 };
 
-template <int D>
-__device__ __forceinline__ void produce(const parameters &p, const history &past, int64_t begin,
-                                        int64_t end, uint32_t shared)
-{
-	using layout = shared_layout<D>;
-	int stage = 0;
-	uint32_t parity = 1;
+/* Barriers, 8 bytes each. */
+enum {
+	BAR_FULL,
+	BAR_EMPTY = BAR_FULL + STAGES,
+	BAR_HEADER_FULL = BAR_EMPTY + STAGES,
+	BAR_HEADER_EMPTY = BAR_HEADER_FULL + HEADERS
+};
 
-	for (int64_t tile = begin; tile < end; tile++) {
-		const int pair = static_cast<int>(tile / past.tiles);
-		const int b = pair / p.n_heads, h = pair - b * p.n_heads;
-		const int j =
-		        static_cast<int>(tile - static_cast<int64_t>(pair) * past.tiles) * TILE;
-		const int count = min(TILE, past.count - j);
-		const int slot = (past.first + j) % p.slots, straight = min(count, p.slots - slot);
-		const uint32_t full = shared + layout::BARRIERS + stage * 8;
-		const uint32_t keys = shared + stage * 2 * layout::HALF,
-		               values = keys + layout::HALF;
-		const __nv_bfloat16 *k = p.k_cache.at(b, h), *v = p.v_cache.at(b, h);
+/* Rows of a header, D*2 bytes each but the states' D*4; the last says what is to be done. */
+enum { ROW_Q, ROW_K, ROW_V, ROW_Z, ROW_GATE, ROW_K_STATE, ROW_V_STATE = 7, ROW_WORK = 9 };
 
-		barrier_wait(full + STAGES * 8, parity);
-		barrier_arrive_expect(full, count * D * 4);
-		if (straight > 0) {
-			bulk_load(keys, k + static_cast<int64_t>(slot) * D, straight * D * 2, full);
-			bulk_load(values, v + static_cast<int64_t>(slot) * D, straight * D * 2,
-			          full);
-		}
-		if (count > straight) {
-			bulk_load(keys + straight * D * 2, k, (count - straight) * D * 2, full);
-			bulk_load(values + straight * D * 2, v, (count - straight) * D * 2, full);
-		}
-		if (++stage == STAGES) {
-			stage = 0;
+/* Position in a ring of n slots; a full trip flips the parity. */
+template <int n> struct ring {
+	int slot = 0;
+	uint32_t parity = 0;
+
+	__device__ void advance()
+	{
+		if (++slot == n) {
+			slot = 0;
 			parity ^= 1;
 		}
 	}
+};
+
+/* What the new token brings for one pair. */
+template <int D, bool RAT>
+__device__ __forceinline__ void load_header(const parameters &p, int b, int h, uint32_t header,
+                                            uint32_t full)
+{
+	const int bytes = D * 2;
+
+	barrier_arrive_expect(full, (RAT ? 9 : 3) * bytes);
+	bulk_load(header + ROW_Q * bytes, p.q.at(b, h % p.q_heads), bytes, full);
+	bulk_load(header + ROW_K * bytes, p.k.at(b, h % p.q_heads), bytes, full);
+	bulk_load(header + ROW_V * bytes, p.v.at(b, h), bytes, full);
+	if (RAT) {
+		const int64_t state = (static_cast<int64_t>(b) * p.n_heads + h) * D;
+
+		bulk_load(header + ROW_Z * bytes, p.z.at(b, h), bytes, full);
+		bulk_load(header + ROW_GATE * bytes, p.gate.at(b, h), bytes, full);
+		bulk_load(header + ROW_K_STATE * bytes, p.k_state + state, 2 * bytes, full);
+		bulk_load(header + ROW_V_STATE * bytes, p.v_state + state, 2 * bytes, full);
+	}
+}
+
+/* `count` rows of a ring of slots, from `slot` on. */
+template <int D>
+__device__ __forceinline__ void load_rows(uint32_t shared, const __nv_bfloat16 *cache, int slot,
+                                          int count, int slots, uint32_t full)
+{
+	const int straight = min(count, slots - slot);
+
+	bulk_load(shared, cache + static_cast<int64_t>(slot) * D, straight * D * 2, full);
+	if (count > straight)
+		bulk_load(shared + straight * D * 2, cache, (count - straight) * D * 2, full);
+}
+
+/* Tiles [first, end) of one pair; a negative pair: no more work. */
+struct work {
+	int pair, first, end;
+};
+
+template <int D> __device__ __forceinline__ void post_work(uint32_t header, const work &w)
+{
+	shared_store(header + ROW_WORK * D * 2, w.pair);
+	shared_store(header + ROW_WORK * D * 2 + 4, w.first);
+	shared_store(header + ROW_WORK * D * 2 + 8, w.end);
+}
+
+template <int D> __device__ __forceinline__ work read_work(uint32_t header)
+{
+	return {shared_load(header + ROW_WORK * D * 2), shared_load(header + ROW_WORK * D * 2 + 4),
+	        shared_load(header + ROW_WORK * D * 2 + 8)};
+}
+
+/* The producer's rings. */
+template <int D, bool RAT> struct producer {
+	using layout = shared_layout<D>;
+
+	const parameters &p;
+	const history &past;
+	uint32_t shared;
+	ring<STAGES> stage;
+	ring<HEADERS> header;
+
+	__device__ uint32_t barrier(int index) const
+	{
+		return shared + layout::BARRIERS + index * 8;
+	}
+
+	__device__ void post(const work &w)
+	{
+		const uint32_t rows = shared + layout::HEADERS_AT + header.slot * 10 * D * 2;
+		const uint32_t full = barrier(BAR_HEADER_FULL + header.slot);
+
+		barrier_wait(barrier(BAR_HEADER_EMPTY + header.slot), header.parity ^ 1);
+		post_work<D>(rows, w);
+		if (w.pair >= 0)
+			load_header<D, RAT>(p, w.pair / p.n_heads, w.pair % p.n_heads, rows, full);
+		else
+			barrier_arrive(full);
+		header.advance();
+	}
+
+	__device__ void stream(const work &w)
+	{
+		const int b = w.pair / p.n_heads, h = w.pair - b * p.n_heads;
+		const __nv_bfloat16 *k = p.k_cache.at(b, h), *v = p.v_cache.at(b, h);
+
+		for (int i = w.first; i < w.end; i++) {
+			const int count = min(TILE, past.count - i * TILE);
+			const int slot = (past.first + i * TILE) % p.slots;
+			const uint32_t full = barrier(BAR_FULL + stage.slot);
+			const uint32_t keys = shared + stage.slot * 2 * layout::HALF;
+
+			barrier_wait(barrier(BAR_EMPTY + stage.slot), stage.parity ^ 1);
+			barrier_arrive_expect(full, count * D * 4);
+			if (count > 0) {
+				load_rows<D>(keys, k, slot, count, p.slots, full);
+				load_rows<D>(keys + layout::HALF, v, slot, count, p.slots, full);
+			}
+			stage.advance();
+		}
+	}
+};
+
+template <int D, bool RAT>
+__device__ __forceinline__ void produce(const parameters &p, const history &past, const line &all,
+                                        uint32_t shared)
+{
+	producer<D, RAT> out = {p, past, shared, {}, {}};
+
+	for (int chunk = blockIdx.x; chunk < all.chunks;) {
+		const int next = gridDim.x + atomicAdd(p.counts + p.pairs, 1);
+		const int64_t end = min((chunk + 1) * all.chunk, all.tiles);
+		int64_t tile = chunk * all.chunk;
+
+		while (tile < end) {
+			const int pair = static_cast<int>(tile / past.tiles);
+			const int64_t pair_begin = static_cast<int64_t>(pair) * past.tiles;
+			const int64_t stop = min(pair_begin + past.tiles, end);
+			const work w = {pair, static_cast<int>(tile - pair_begin),
+			                static_cast<int>(stop - pair_begin)};
+
+			out.post(w);
+			out.stream(w);
+			tile = stop;
+		}
+		chunk = next;
+	}
+	out.post({-1, 0, 0});
 }
 
 /* Eight neighboring channels of a row, as floats. */
@@ -147,11 +283,6 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed)
 	}
 }
 
-__device__ __forceinline__ void load_eight(float (&x)[8], const __nv_bfloat16 *source)
-{
-	unpack(x, *reinterpret_cast<const uint4 *>(source));
-}
-
 __device__ __forceinline__ void load_eight(float (&x)[8], uint32_t shared)
 {
 	uint4 packed;
@@ -160,6 +291,15 @@ __device__ __forceinline__ void load_eight(float (&x)[8], uint32_t shared)
 	             : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
 	             : "r"(shared));
 	unpack(x, packed);
+}
+
+__device__ __forceinline__ void load_eight_floats(float (&x)[8], uint32_t shared)
+{
+#pragma unroll
+	for (int i = 0; i < 8; i += 4)
+		asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+		             : "=f"(x[i]), "=f"(x[i + 1]), "=f"(x[i + 2]), "=f"(x[i + 3])
+		             : "r"(shared + i * 4));
 }
 
 __device__ __forceinline__ void store_eight(__nv_bfloat16 *target, const float (&x)[8])
@@ -218,18 +358,19 @@ __device__ __forceinline__ void merge(partial &a, float max, float sum, const fl
 		a.o[i] = a.o[i] * ours + o[i] * theirs;
 }
 
-/* RAT's running pair after this token: g*state + (1-g)*x, zero before a chunk's first token. */
+/* RAT's running pair after this token: g*old + (1-g)*x, old zero before a chunk's first token. */
 __device__ __forceinline__ void update_state(float *state, float (&x)[8], const float (&g)[8],
-                                             bool reset, bool write)
+                                             uint32_t old_state, bool reset, bool write)
 {
-	float4 *packed = reinterpret_cast<float4 *>(state);
-	const float4 a = packed[0], b = packed[1];
-	const float old[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+	float old[8];
+
+	load_eight_floats(old, old_state);
 #pragma unroll
 	for (int i = 0; i < 8; i++)
 		x[i] = fmaf(g[i], reset ? 0.0f : old[i], (1.0f - g[i]) * x[i]);
-	__syncwarp(); /* lanes that share a key have all read */
 	if (write) {
+		float4 *packed = reinterpret_cast<float4 *>(state);
+
 		packed[0] = make_float4(x[0], x[1], x[2], x[3]);
 		packed[1] = make_float4(x[4], x[5], x[6], x[7]);
 	}
@@ -242,26 +383,28 @@ __device__ __forceinline__ void update_state(float *state, float (&x)[8], const 
  */
 template <int D, bool RAT>
 __device__ __forceinline__ void take_token(const parameters &p, int b, int h, int position,
-                                           int channel, bool write, const float (&q)[8],
-                                           const float *table, partial &own)
+                                           int channel, bool write, uint32_t header,
+                                           const float (&q)[8], const float *table, partial &own)
 {
 	float k[8], v[8];
 	bool store = write;
 	int slot = 0;
 
-	load_eight(k, p.k.at(b, h % p.q_heads) + channel);
-	load_eight(v, p.v.at(b, h) + channel);
+	load_eight(k, header + (ROW_K * D + channel) * 2);
+	load_eight(v, header + (ROW_V * D + channel) * 2);
 	if (RAT) {
 		const int64_t state = (static_cast<int64_t>(b) * p.n_heads + h) * D + channel;
 		const int offset = position % p.chunk;
 		float g[8];
 
-		load_eight(g, p.gate.at(b, h) + channel);
+		load_eight(g, header + (ROW_GATE * D + channel) * 2);
 #pragma unroll
 		for (int i = 0; i < 8; i++)
 			g[i] = 1.0f / (1.0f + __expf(-g[i] - p.gate_bias[h * D + channel + i]));
-		update_state(p.k_state + state, k, g, offset == 0, write);
-		update_state(p.v_state + state, v, g, offset == 0, write);
+		update_state(p.k_state + state, k, g, header + ROW_K_STATE * D * 2 + channel * 4,
+		             offset == 0, write);
+		update_state(p.v_state + state, v, g, header + ROW_V_STATE * D * 2 + channel * 4,
+		             offset == 0, write);
 		store = write && offset == p.chunk - 1;
 		slot = position / p.chunk;
 	} else {
@@ -359,46 +502,51 @@ __device__ __forceinline__ void merge_block(partial &mine, float *scratch, int w
 	}
 }
 
-/* Joins the parts of a pair that several blocks share. True in the block that has it all. */
+/* Joins the parts of a pair that several chunks share. True in the block that has it all. */
 template <int D>
-__device__ __forceinline__ bool merge_grid(const parameters &p, partial &mine, int64_t total,
-                                           int64_t pair_begin, int64_t pair_end, int lane)
+__device__ __forceinline__ bool merge_grid(const parameters &p, partial &mine, const line &all,
+                                           const history &past, const work &w, int lane)
 {
-	const int first = part_of(total, pair_begin), last = part_of(total, pair_end - 1);
+	const int64_t pair_begin = static_cast<int64_t>(w.pair) * past.tiles;
+	const int first = static_cast<int>(pair_begin / all.chunk);
+	const int last = static_cast<int>((pair_begin + past.tiles - 1) / all.chunk);
+	const int ours = static_cast<int>((pair_begin + w.first) / all.chunk);
 	const int channel = lane % (D / 8) * 8;
-	const auto slot = [&](int block) {
-		const int tail = part_begin(total, block) <= pair_begin;
+	/* A chunk has two slots: for the pair its first cut falls into, and for the one of its
+	 * last. */
+	const auto slot = [&](int chunk) {
+		const int tail = chunk * all.chunk <= pair_begin;
 
-		return p.partials + static_cast<int64_t>(2 * block + tail) * (D + 2);
+		return p.partials + static_cast<int64_t>(2 * chunk + tail) * (D + 2);
 	};
-	unsigned int arrived = 0;
+	int arrived = 0;
 
 	if (first == last)
 		return true;
-	float *ours = slot(blockIdx.x);
 	if (lane < D / 8) {
+		float *target = slot(ours);
 #pragma unroll
 		for (int i = 0; i < 8; i++)
-			__stcg(ours + channel + i, mine.o[i]);
+			__stcg(target + channel + i, mine.o[i]);
 		if (lane == 0) {
-			__stcg(ours + D, mine.max);
-			__stcg(ours + D + 1, mine.sum);
+			__stcg(target + D, mine.max);
+			__stcg(target + D + 1, mine.sum);
 		}
 	}
 	__threadfence();
 	__syncwarp();
 	if (lane == 0)
-		arrived = atomicAdd(p.counts + pair_begin / ((pair_end - pair_begin)), 1);
+		arrived = static_cast<int>(atomicAdd(p.counts + w.pair, 1));
 	arrived = __shfl_sync(~0u, arrived, 0);
-	if (arrived != static_cast<unsigned int>(last - first))
+	if (arrived != last - first)
 		return false;
 	__threadfence();
-	for (int block = first; block <= last; block++) {
-		const float *other = slot(block);
+	/* In the order of the chunks, ours among them, so that the result is always the same. */
+	mine = {-INFINITY, 0, {}};
+#pragma unroll 8
+	for (int chunk = first; chunk <= last; chunk++) {
+		const float *other = slot(chunk);
 		float o[8];
-
-		if (block == static_cast<int>(blockIdx.x))
-			continue;
 #pragma unroll
 		for (int i = 0; i < 8; i++)
 			o[i] = __ldcg(other + channel + i);
@@ -409,7 +557,7 @@ __device__ __forceinline__ bool merge_grid(const parameters &p, partial &mine, i
 
 template <int D, bool RAT>
 __device__ __forceinline__ void write_out(const parameters &p, partial &mine, int b, int h,
-                                          int lane)
+                                          uint32_t header, int lane)
 {
 	const int channel = lane % (D / 8) * 8;
 	const float inverse = 1.0f / mine.sum;
@@ -420,7 +568,7 @@ __device__ __forceinline__ void write_out(const parameters &p, partial &mine, in
 	if (RAT) {
 		float z[8];
 
-		load_eight(z, p.z.at(b, h) + channel);
+		load_eight(z, header + (ROW_Z * D + channel) * 2);
 #pragma unroll
 		for (int i = 0; i < 8; i++)
 			mine.o[i] /= 1.0f + __expf(-z[i]);
@@ -430,28 +578,32 @@ __device__ __forceinline__ void write_out(const parameters &p, partial &mine, in
 }
 
 template <int D, bool RAT>
-__device__ __forceinline__ void consume(const parameters &p, const history &past, int position,
-                                        int64_t begin, int64_t end, int64_t total, uint32_t shared,
-                                        const float *table, float *scratch)
+__device__ __forceinline__ void consume(const parameters &p, const history &past, const line &all,
+                                        int position, uint32_t shared, const float *table,
+                                        float *scratch)
 {
 	using layout = shared_layout<D>;
+	const uint32_t barriers = shared + layout::BARRIERS;
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 	const int channel = lane % (D / 8) * 8, group = lane / (D / 8);
 	const int first = warp * (TILE / CONSUMER_WARPS) + group;
-	int stage = 0;
-	uint32_t parity = 0;
+	ring<STAGES> stage;
+	ring<HEADERS> header;
 
-	for (int64_t tile = begin; tile < end;) {
-		const int pair = static_cast<int>(tile / past.tiles);
-		const int b = pair / p.n_heads, h = pair - b * p.n_heads;
-		const int64_t pair_begin = static_cast<int64_t>(pair) * past.tiles;
-		const int64_t pair_end = pair_begin + past.tiles, stop = min(pair_end, end);
+	while (true) {
+		const uint32_t rows = shared + layout::HEADERS_AT + header.slot * 10 * D * 2;
 		partial mine = {-INFINITY, 0, {}};
 		float q[8];
 
-		load_eight(q, p.q.at(b, h % p.q_heads) + channel);
-		if (tile == pair_begin && warp == 0) {
-			take_token<D, RAT>(p, b, h, position, channel, group == 0, q, table, mine);
+		barrier_wait(barriers + (BAR_HEADER_FULL + header.slot) * 8, header.parity);
+		const work w = read_work<D>(rows);
+		if (w.pair < 0)
+			return;
+		const int b = w.pair / p.n_heads, h = w.pair - b * p.n_heads;
+		load_eight(q, rows + (ROW_Q * D + channel) * 2);
+		if (w.first == 0 && warp == 0) {
+			take_token<D, RAT>(p, b, h, position, channel, group == 0, rows, q, table,
+			                   mine);
 			if (group != 0)
 				mine = {-INFINITY, 0, {}};
 		}
@@ -460,24 +612,22 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 #pragma unroll
 		for (int i = 0; i < 8; i++)
 			q[i] *= p.scale * LOG2E;
-		for (; tile < stop; tile++) {
-			const uint32_t full = shared + layout::BARRIERS + stage * 8;
-			const int count = past.count - static_cast<int>(tile - pair_begin) * TILE;
-
-			barrier_wait(full, parity);
-			fold_tile<D>(mine, q, shared + stage * 2 * layout::HALF, count, first,
-			             channel);
+		for (int i = w.first; i < w.end; i++) {
+			barrier_wait(barriers + (BAR_FULL + stage.slot) * 8, stage.parity);
+			fold_tile<D>(mine, q, shared + stage.slot * 2 * layout::HALF,
+			             past.count - i * TILE, first, channel);
 			__syncwarp();
 			if (lane == 0)
-				barrier_arrive(full + STAGES * 8);
-			if (++stage == STAGES) {
-				stage = 0;
-				parity ^= 1;
-			}
+				barrier_arrive(barriers + (BAR_EMPTY + stage.slot) * 8);
+			stage.advance();
 		}
 		merge_block<D>(mine, scratch, warp, lane);
-		if (warp == 0 && merge_grid<D>(p, mine, total, pair_begin, pair_end, lane))
-			write_out<D, RAT>(p, mine, b, h, lane);
+		if (warp == 0 && merge_grid<D>(p, mine, all, past, w, lane))
+			write_out<D, RAT>(p, mine, b, h, rows, lane);
+		__syncwarp();
+		if (lane == 0)
+			barrier_arrive(barriers + (BAR_HEADER_EMPTY + header.slot) * 8);
+		header.advance();
 	}
 }
 
@@ -507,26 +657,31 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	float *scratch = reinterpret_cast<float *>(memory + layout::MERGE);
 	const int position = *p.position;
 	const history past = history_at<RAT>(p, position);
-	const int64_t total = static_cast<int64_t>(p.pairs) * past.tiles;
-	const int64_t begin = part_begin(total, blockIdx.x),
-	              end = part_begin(total, blockIdx.x + 1);
+	const line all = line_of(p, past);
 
 	if (threadIdx.x == 0) {
+		const uint32_t barriers = shared + layout::BARRIERS;
+
 		for (int i = 0; i < STAGES; i++) {
-			barrier_init(shared + layout::BARRIERS + i * 8, 1);
-			barrier_init(shared + layout::BARRIERS + (STAGES + i) * 8, CONSUMER_WARPS);
+			barrier_init(barriers + (BAR_FULL + i) * 8, 1);
+			barrier_init(barriers + (BAR_EMPTY + i) * 8, CONSUMER_WARPS);
+		}
+		for (int i = 0; i < HEADERS; i++) {
+			barrier_init(barriers + (BAR_HEADER_FULL + i) * 8, 1);
+			barrier_init(barriers + (BAR_HEADER_EMPTY + i) * 8, CONSUMER_WARPS);
 		}
 		barrier_init_fence();
 	}
-	if (p.rope)
-		fill_table<D>(table, RAT ? position / p.chunk : position);
 	__syncthreads();
 	if (threadIdx.x >= CONSUMERS) {
 		if (threadIdx.x == CONSUMERS)
-			produce<D>(p, past, begin, end, shared);
-	} else {
-		consume<D, RAT>(p, past, position, begin, end, total, shared, table, scratch);
+			produce<D, RAT>(p, past, all, shared);
+		return;
 	}
+	if (p.rope)
+		fill_table<D>(table, RAT ? position / p.chunk : position);
+	named_barrier_sync(1, CONSUMERS);
+	consume<D, RAT>(p, past, all, position, shared, table, scratch);
 }
 
 int block_count()
@@ -540,7 +695,7 @@ template <int D, bool RAT> enum status launch(const parameters &p)
 
 	CUDA_TRY(cudaFuncSetAttribute(step_kernel<D, RAT>,
 	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	CUDA_TRY(cudaMemsetAsync(p.counts, 0, p.pairs * sizeof *p.counts, cuda_stream()));
+	CUDA_TRY(cudaMemsetAsync(p.counts, 0, (p.pairs + 1) * sizeof *p.counts, cuda_stream()));
 	step_kernel<D, RAT><<<block_count(), THREADS, bytes, cuda_stream()>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
@@ -570,18 +725,23 @@ const char *unsupported_shape(int64_t d_head, const struct view *k_cache,
 	return NULL;
 }
 
+/* The counts of the pairs and the ticket, rounded up. */
+size_t counts_bytes(int64_t pairs)
+{
+	return ((pairs + 1) * sizeof(unsigned int) + 255) / 256 * 256;
+}
+
 size_t workspace_bytes(int64_t pairs, int64_t d_head)
 {
-	const size_t counts = (pairs * sizeof(unsigned int) + 255) / 256 * 256;
-
-	return counts + 2 * block_count() * (d_head + 2) * sizeof(float);
+	return counts_bytes(pairs) +
+	       2 * CHUNKS_PER_BLOCK * block_count() * (d_head + 2) * sizeof(float);
 }
 
 void place_workspace(parameters &p, void *workspace)
 {
 	p.counts = static_cast<unsigned int *>(workspace);
-	p.partials = reinterpret_cast<float *>(static_cast<char *>(workspace) +
-	                                       (p.pairs * sizeof(unsigned int) + 255) / 256 * 256);
+	p.partials =
+	        reinterpret_cast<float *>(static_cast<char *>(workspace) + counts_bytes(p.pairs));
 }
 
 } // namespace
