@@ -44,7 +44,7 @@ static struct angles thread_angles(double *workspace, int64_t half)
 {
 	double *scratch = workspace + table_doubles(half) +
 	                  (size_t)omp_get_thread_num() * scratch_doubles(half);
-	float *floats = (float *)(scratch + 2 * half);
+	float *floats = (void *)(scratch + 2 * half);
 
 	return (struct angles){scratch, scratch + half, floats, floats + half};
 }
