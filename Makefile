@@ -120,7 +120,7 @@ $(BUILD)/flags: FORCE
 # The commit, and whether the tree differs from it anywhere but in results and pictures.
 $(BUILD)/version.h: FORCE
 	@mkdir -p $(@D)
-	@{ echo "#define GIT_SHA \"$$(git rev-parse HEAD 2>/dev/null || echo unknown)\""; \
+	@{ echo "#define GIT_SHA \"$$(git rev-parse --verify -q HEAD 2>/dev/null || echo unknown)\""; \
 	   git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
 		|| echo unknown > $@.dirty; \
 	   test -s $@.dirty && echo "#define GIT_DIRTY 1" || echo "#define GIT_DIRTY 0"; } > $@.new

@@ -131,7 +131,7 @@ static enum status measure_host_bandwidth(const struct backend *backend, struct 
 	void *a = NULL, *b = NULL;
 	enum status status = backend->info(&info);
 	/* Several times any cache, but never a large part of a small machine. */
-	size_t bytes = (size_t)256 << 20;
+	size_t bytes = (size_t)128 << 20;
 
 	while (status == STATUS_OK && bytes > info.memory_free / 8 && bytes > BLOCK_BYTES)
 		bytes /= 2;
