@@ -71,6 +71,33 @@ double *random_doubles(struct random *random, int64_t count, double scale)
 	return values;
 }
 
+/* An array of a case. */
+struct array {
+	struct array *next;
+	double values[];
+};
+
+double *trial_doubles(struct trial *trial, int64_t count)
+{
+	struct array *array = allocate(sizeof *array + (size_t)count * sizeof(double));
+
+	array->next = trial->arrays;
+	trial->arrays = array;
+	for (int64_t i = 0; i < count; i++)
+		array->values[i] = NAN;
+	return array->values;
+}
+
+static void free_arrays(struct trial *trial)
+{
+	while (trial->arrays) {
+		struct array *next = trial->arrays->next;
+
+		free(trial->arrays);
+		trial->arrays = next;
+	}
+}
+
 static double norm(int64_t count, const double *a)
 {
 	double sum = 0;
@@ -97,22 +124,19 @@ static double quotient(double difference, double scale)
 	return difference == 0 ? 0 : difference / scale;
 }
 
-double relative_error(int64_t count, const double *a, const double *b)
+double relative_error(int64_t count, const double *a, const double *b, double floor)
 {
-	return quotient(distance(count, a, b), norm(count, b));
+	return quotient(distance(count, a, b), fmax(norm(count, b), floor * sqrt((double)count)));
 }
 
-double worst_row_error(int64_t n_rows, int64_t width, const double *a, const double *b)
+double worst_row_error(int64_t n_rows, int64_t width, const double *a, const double *b,
+                       double floor)
 {
-	double floor = 0.1 * norm(n_rows * width, b) / sqrt((double)n_rows), worst = 0;
+	double typical = norm(n_rows * width, b) / sqrt((double)(n_rows * width)), worst = 0;
 
-	for (int64_t i = 0; i < n_rows; i++) {
-		double scale = norm(width, b + i * width);
-		double error = quotient(distance(width, a + i * width, b + i * width),
-		                        scale > floor ? scale : floor);
-
-		worst = error > worst ? error : worst;
-	}
+	for (int64_t i = 0; i < n_rows; i++)
+		worst = fmax(worst, relative_error(width, a + i * width, b + i * width,
+		                                   fmax(floor, 0.1 * typical)));
 	return worst;
 }
 
@@ -122,16 +146,21 @@ static void require(enum status status)
 		fail_msg("%s: %s", status_name(status), status_message());
 }
 
-void trial_open(struct trial *trial, const char *name)
+enum status trial_open(struct trial *trial, const char *name)
 {
+	enum status status;
+
 	*trial = (struct trial){.backend = backend_find(name)};
 	if (!trial->backend)
-		fail_msg("no backend '%s' in this build", name);
-	require(trial->backend->open(0));
+		return status_set(STATUS_INVALID, "no backend '%s' in this build", name);
+	status = trial->backend->open(0);
+	if (status != STATUS_OK)
+		return status;
 	trial->ctx.backend = trial->backend;
 	trial->narrow = trial->backend->activation == DTYPE_BF16;
 	trial->tolerance = trial->narrow ? TOLERANCE_BF16 : TOLERANCE_FP32;
 	trial->gradient_tolerance = trial->narrow ? TOLERANCE_BF16_GRADIENT : TOLERANCE_FP32;
+	return STATUS_OK;
 }
 
 void trial_close(struct trial *trial)
@@ -146,6 +175,36 @@ void trial_describe(struct trial *trial, const char *format, ...)
 	va_start(arguments, format);
 	vsnprintf(trial->label, sizeof trial->label, format, arguments);
 	va_end(arguments);
+}
+
+int64_t any_length(struct trial *trial, int64_t longest)
+{
+	/* One token, a few, or many. */
+	switch (random_integer(&trial->random, 0, 5)) {
+	case 0:
+		return 1;
+	case 1:
+		return random_integer(&trial->random, 1, longest < 9 ? longest : 9);
+	default:
+		return random_integer(&trial->random, 1, longest);
+	}
+}
+
+int64_t any_width(struct trial *trial, int64_t widest)
+{
+	if (trial->narrow)
+		return 8 * random_integer(&trial->random, 1, widest / 8);
+	return any_length(trial, widest);
+}
+
+int64_t any_head(struct trial *trial)
+{
+	static const int64_t any[] = {2, 4, 6, 8, 10, 16, 24, 32, 40, 64, 128};
+	static const int64_t narrow[] = {64, 128};
+
+	if (trial->narrow)
+		return random_choice(&trial->random, narrow, 2);
+	return random_choice(&trial->random, any, sizeof any / sizeof *any);
 }
 
 static int64_t view_offset(const struct tensor *x, int64_t b, int64_t t, int64_t h)
@@ -275,6 +334,10 @@ static struct tensor *as_random(struct trial *trial, struct tensor *x, double sc
 {
 	double *values = random_doubles(&trial->random, element_count(x), scale);
 
+	if (trial->nan_pending && random_integer(&trial->random, 0, 2) == 0) {
+		values[random_integer(&trial->random, 0, element_count(x) - 1)] = NAN;
+		trial->nan_pending = false;
+	}
 	as_input(trial, x, values);
 	free(values);
 	return x;
@@ -364,6 +427,7 @@ struct tensor *trial_rows_output(struct trial *trial, int64_t rows, int64_t widt
 void trial_expect_written(struct tensor *tensor)
 {
 	tensor->role = OUTPUT;
+	tensor->in_place = true;
 }
 
 void trial_expect_scratch(struct tensor *tensor)
@@ -447,21 +511,48 @@ static void check_unchanged(struct trial *trial, struct tensor *x, bool everywhe
 	free(found);
 }
 
+/* Both zero where both are NaN. */
+static void drop_common_nans(int64_t count, double *a, double *b)
+{
+	for (int64_t i = 0; i < count; i++)
+		if (isnan(a[i]) && isnan(b[i]))
+			a[i] = b[i] = 0;
+}
+
+/* A kernel may spread a NaN further than the reference, but must not swallow it. */
+static void check_nans(struct trial *trial, const struct tensor *tensor, const char *name,
+                       const double *expected)
+{
+	for (int64_t i = 0; i < element_count(tensor); i++)
+		if (isnan(expected[i]) && !isnan(tensor->values[i]))
+			fail_msg("%s, %s: %s swallows a NaN", trial->title, trial->label, name);
+}
+
 void trial_check(struct trial *trial, struct tensor *tensor, const char *name,
                  const double *expected, double tolerance)
 {
 	int64_t rows = tensor->batch * tensor->tokens * tensor->heads;
+	int64_t count = element_count(tensor);
+	double *a = trial_doubles(trial, count), *b = trial_doubles(trial, count);
 
 	check_unchanged(trial, tensor, false, name);
 	download_values(trial, tensor);
-	double error = relative_error(rows * tensor->width, tensor->values, expected);
-	double row_error = worst_row_error(rows, tensor->width, tensor->values, expected);
+	tensor->role = INPUT;
+	if (trial->with_nan) {
+		check_nans(trial, tensor, name, expected);
+		return;
+	}
+	memcpy(a, tensor->values, (size_t)count * sizeof *a);
+	memcpy(b, expected, (size_t)count * sizeof *b);
+	if (tensor->in_place)
+		drop_common_nans(count, a, b);
+	double error = relative_error(count, a, b, trial->floor);
+	double row_error = worst_row_error(rows, tensor->width, a, b, trial->floor);
 	if (!(error <= tolerance) || !(row_error <= ROW_SLACK * tolerance))
 		fail_msg("%s, %s: %s differs by %.3g, its worst row by %.3g (allowed %.3g, %.3g)",
 		         trial->title, trial->label, name, error, row_error, tolerance,
 		         ROW_SLACK * tolerance);
 	trial->worst = fmax(trial->worst, fmax(error, row_error / ROW_SLACK) / tolerance);
-	tensor->role = INPUT;
 }
 
 /* Releases the newest tensor. */
@@ -487,13 +578,17 @@ void trial_clear(struct trial *trial)
 		check_unchanged(trial, x, x->role == INPUT, "an unchecked tensor");
 		release_tensor(trial);
 	}
+	free_arrays(trial);
 }
 
-void trial_begin(struct trial *trial, uint64_t seed)
+void trial_begin(struct trial *trial, uint64_t seed, bool with_nan)
 {
 	/* What a case that failed has left behind. */
 	while (trial->tensors)
 		release_tensor(trial);
+	free_arrays(trial);
+	trial->floor = 0;
+	trial->with_nan = trial->nan_pending = with_nan;
 	trial->random.state = seed;
 	omp_set_num_threads((int)random_integer(&trial->random, 1, MAX_THREADS));
 	snprintf(trial->label, sizeof trial->label, "seed %llu", (unsigned long long)seed);

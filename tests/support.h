@@ -37,11 +37,16 @@ double *random_doubles(struct random *random, int64_t count, double scale);
 /* count zeros in new memory; fails the test if there is none. */
 double *new_doubles(int64_t count);
 
-/* ||a-b|| / ||b||; INFINITY if either holds a NaN or Inf. Two zero arrays differ by 0. */
-double relative_error(int64_t count, const double *a, const double *b);
-/* The worst row's ||a-b|| / ||b||, where a row whose norm is below a tenth of the root mean square
- * of all is held against that instead: rounding noise in a row that ought to vanish is no error. */
-double worst_row_error(int64_t n_rows, int64_t width, const double *a, const double *b);
+/*
+ * ||a-b|| / ||b||; INFINITY if either holds a NaN or Inf. Elements that are differences of terms of
+ * the size `floor` may all but vanish; ||b|| counts as if its root mean square were at least that
+ * (0: no such thing). Two zero arrays differ by 0.
+ */
+double relative_error(int64_t count, const double *a, const double *b, double floor);
+/* The worst row's; a row below a tenth of the root mean square of all is held against that
+ * instead: rounding noise in a row that ought to vanish is no error. */
+double worst_row_error(int64_t n_rows, int64_t width, const double *a, const double *b,
+                       double floor);
 
 /* ||a-b||/||b|| that a kernel may have; a worst row may have ROW_SLACK times that. */
 #define TOLERANCE_FP32          2e-5
@@ -60,6 +65,7 @@ struct tensor {
 	unsigned char *before; /* its bytes as they must remain outside the view */
 	size_t bytes;
 	int64_t first; /* elements from memory to the view */
+	bool in_place; /* held values before it became an output */
 	struct tensor *next;
 };
 
@@ -72,18 +78,32 @@ struct trial {
 	char label[256];   /* the case under test, for messages */
 	bool narrow; /* only shapes that tensor cores like: widths and strides multiples of 8 */
 	double tolerance, gradient_tolerance;
-	double worst; /* error over tolerance, of all checks so far */
+	double floor; /* of relative_error(), for the rest of the case */
+	/* Some input holds a NaN: outputs are only checked to hold one wherever the reference does.
+	 */
+	bool with_nan;
+	bool nan_pending; /* that input is still to be made */
+	double worst;     /* error over tolerance, of all checks so far */
 	struct tensor *tensors;
+	struct array *arrays;
 };
 
 /* Opens the backend called `name`; bf16 tolerances and narrow shapes where it computes in bf16. */
-void trial_open(struct trial *trial, const char *name);
+enum status trial_open(struct trial *trial, const char *name);
 void trial_close(struct trial *trial);
 
-/* Begins a case: its random numbers, a number of threads, a label. */
-void trial_begin(struct trial *trial, uint64_t seed);
+/* Memory for `count` doubles, NaN, until the case ends. */
+double *trial_doubles(struct trial *trial, int64_t count);
+
+/* Begins a case: its random numbers, a number of threads, a label; perhaps with a NaN somewhere. */
+void trial_begin(struct trial *trial, uint64_t seed, bool with_nan);
 void trial_describe(struct trial *trial, const char *format, ...)
         __attribute__((format(printf, 2, 3)));
+
+/* Sizes of a random case, as the backend likes them. */
+int64_t any_length(struct trial *trial, int64_t longest); /* tokens: 1 .. longest */
+int64_t any_width(struct trial *trial, int64_t widest);   /* channels */
+int64_t any_head(struct trial *trial);                    /* width of a head; even */
 
 /* A [batch, tokens, heads, width] activation with random strides between its rows, holding `scale`
  * times normal numbers. */
@@ -106,9 +126,27 @@ struct tensor *trial_rows_input(struct trial *trial, int64_t rows, int64_t width
                                 double scale);
 struct tensor *trial_rows_output(struct trial *trial, int64_t rows, int64_t width, int64_t stride);
 
-/* The tensor is written in place (its values must be checked), or is scratch. */
+/* The tensor is written in place (it must be checked; NaN that are expected must be found), or is
+ * scratch. */
 void trial_expect_written(struct tensor *tensor);
 void trial_expect_scratch(struct tensor *tensor);
+
+/* What goes into an argument struct; an absent tensor is NULL. */
+static inline struct view view_of(const struct tensor *tensor)
+{
+	return tensor ? tensor->view : (struct view){0};
+}
+
+static inline void *data_of(const struct tensor *tensor)
+{
+	return tensor ? tensor->view.data : NULL;
+}
+
+/* The values of an input, or NULL. */
+static inline const double *values_of(const struct tensor *tensor)
+{
+	return tensor ? tensor->values : NULL;
+}
 
 /* Runs the operation with exactly the workspace it asks for, poisoned and guarded. False if no
  * kernel supports the arguments: then the case is to be abandoned. */

@@ -53,8 +53,9 @@ static double channel_backward(const struct reference_recurrence *r, const doubl
 
 	for (int64_t t = r->seq_len - 1; t >= 0; t--) {
 		int64_t at = (b * r->seq_len + t) * width + i;
-		double first = r->h0 ? r->h0[b * width + i] : 0;
-		double before = t > 0 ? h[at - width] : first;
+		/* Without a state before the first token nothing flows through its decay. */
+		bool has_before = t > 0 || r->h0;
+		double before = t > 0 ? h[at - width] : has_before ? r->h0[b * width + i] : 0;
 		struct coefficients c = coefficients(r, at, i);
 		double z = r->z ? reference_sigmoid(r->z[at]) : 1;
 
@@ -65,7 +66,7 @@ static double channel_backward(const struct reference_recurrence *r, const doubl
 		if (r->form == GATE_SIGMOID)
 			grads->dgate[at] = dh * (before - r->x[at]) * c.decay * c.weight;
 		else
-			grads->dgate[at] = dh * before * c.decay;
+			grads->dgate[at] = has_before ? dh * before * c.decay : 0;
 		dh *= c.decay;
 	}
 	return dh;

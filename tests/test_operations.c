@@ -1,0 +1,116 @@
+/*
+ * Every operation of every provider on a backend against the fp64 reference,
+ * over random shapes, strides, options and numbers of threads; and a few
+ * times with a NaN among the inputs, which must not be lost.
+ *
+ * test_operations [BACKEND [FACTOR]]: the backend (default: $BACKEND, or cpu),
+ * and how many times as many cases to run.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/operations.h"
+
+/* One test of the program: an operation on a backend. */
+struct subject {
+	const struct operation_test *test;
+	struct trial *trial;
+	int factor;
+};
+
+/* True unless an earlier kernel of the list has the same operation and provider. */
+static bool is_first(const struct kernel *kernels, const struct kernel *kernel)
+{
+	for (const struct kernel *k = kernels; k != kernel; k++)
+		if (k->operation == kernel->operation && strcmp(k->provider, kernel->provider) == 0)
+			return false;
+	return true;
+}
+
+static void test_provider(struct subject *s, const char *provider)
+{
+	enum operation operation = s->test->operation;
+	struct provider_choice *choice = &s->trial->ctx.choice;
+	int n_run = 0, n_cases = s->test->n_cases * s->factor, n_nan_cases = 20 * s->factor;
+
+	choice->count = 1;
+	choice->choice[0].operation = operation;
+	snprintf(choice->choice[0].provider, sizeof choice->choice[0].provider, "%s", provider);
+	s->trial->worst = 0;
+	for (int i = 0; i < n_cases + n_nan_cases; i++) {
+		bool with_nan = i >= n_cases;
+
+		trial_begin(s->trial, (uint64_t)operation << 32 | (uint64_t)i, with_nan);
+		n_run += s->test->run(s->trial);
+		trial_clear(s->trial);
+	}
+	print_message("%-26s %-9s %3d of %3d cases supported, worst error %3.0f%% of the allowed\n",
+	              operation_name(operation), provider, n_run, n_cases + n_nan_cases,
+	              100 * s->trial->worst);
+	if (n_run == 0)
+		fail_msg("%s from %s supports none of the cases", operation_name(operation),
+		         provider);
+}
+
+static void test_operation(void **state)
+{
+	struct subject *s = *state;
+	const struct kernel *kernels = s->trial->backend->kernels;
+
+	s->trial->title = operation_name(s->test->operation);
+	for (const struct kernel *k = kernels; k->run; k++)
+		if (k->operation == s->test->operation && is_first(kernels, k))
+			test_provider(s, k->provider);
+}
+
+enum { MAX_TESTS = OP_COUNT + 8 };
+
+/* Appends the operations of a list that the backend has; returns the new count. */
+static size_t add_tests(struct CMUnitTest *tests, struct subject *subjects, size_t count,
+                        const struct operation_test *list, struct trial *trial, int factor)
+{
+	for (; list->run; list++) {
+		bool exists = false;
+
+		for (const struct kernel *k = trial->backend->kernels; k->run; k++)
+			exists |= k->operation == list->operation;
+		if (!exists || count == MAX_TESTS)
+			continue;
+		subjects[count] = (struct subject){list, trial, factor};
+		tests[count] = (struct CMUnitTest){operation_name(list->operation), test_operation,
+		                                   NULL, NULL, &subjects[count]};
+		count++;
+	}
+	return count;
+}
+
+int main(int argc, char **argv)
+{
+	const struct operation_test *const lists[] = {dense_tests, attention_tests, recurrent_tests,
+	                                              matrix_tests};
+	const char *backend = getenv("BACKEND");
+	int factor = argc > 2 ? atoi(argv[2]) : 1;
+	struct CMUnitTest tests[MAX_TESTS];
+	struct subject subjects[MAX_TESTS];
+	struct trial trial;
+	size_t count = 0;
+	int failed;
+
+	if (argc > 1)
+		backend = argv[1];
+	if (trial_open(&trial, backend ? backend : "cpu") != STATUS_OK) {
+		fprintf(stderr, "%s\n", status_message());
+		return 1;
+	}
+	for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
+		count = add_tests(tests, subjects, count, lists[i], &trial, factor);
+	failed = _cmocka_run_group_tests("operations", tests, count, NULL, NULL);
+	trial_close(&trial);
+	return failed;
+}
