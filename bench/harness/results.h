@@ -1,0 +1,50 @@
+/* Rows of results files read back: what the report, the comparison and the pictures share. */
+#ifndef BENCH_HARNESS_RESULTS_H
+#define BENCH_HARNESS_RESULTS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "bench/harness/csv.h"
+#include "kernels/status.h"
+
+/* One row. Empty fields: "", -1, NAN. Strings belong to the results. */
+struct result {
+	/* What varies with the block and its own options: "attention", "rat L=16",
+	 * "rat-swa L=16 W=1024", "attention NoPE". */
+	char series[96];
+	const char *program, *block, *pass, *dtype, *model, *provider, *requested;
+	const char *device, *driver, *time_utc, *git_sha, *status, *message;
+	int64_t batch, seq_len, chunk, d_model, n_heads, prompt, generate;
+	int64_t warm, threads, git_dirty, throttled, samples;
+	double latency_ms, latency_p20_ms, latency_p80_ms, tokens_per_s, flops, bytes;
+};
+
+struct results {
+	int count;
+	struct result *row;
+	int n_files;
+	struct csv *files;
+};
+
+/*
+ * Adds the rows of a CSV file. A case that the file has several times counts
+ * once, as it was last. STATUS_IO, STATUS_INVALID (no results file), STATUS_OOM.
+ */
+enum status results_add(struct results *results, const char *path);
+void results_release(struct results *results);
+
+bool result_ok(const struct result *result);
+
+/* Whether two rows measure the same, wherever and by whichever kernels: those that were
+ * asked for count, not those that ran. Whole models find their own batch. */
+bool result_same_case(const struct result *a, const struct result *b);
+
+/*
+ * Whether two rows belong into one table: the same device, pass, dtype, width
+ * and number of tokens (generation: sequences; whole models: prompt and
+ * generated tokens), so that they differ in series and sequence length alone.
+ */
+bool result_same_table(const struct result *a, const struct result *b);
+
+#endif

@@ -1,0 +1,465 @@
+/* Results files as the published tables, ours beside the paper's: Markdown or for a terminal. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench/harness/results.h"
+
+static const char usage[] =
+        "usage: report [--format markdown|terminal] [--published FILE]... RESULTS.csv...\n"
+        "\n"
+        "Tabulates latencies of blocks against sequence length, throughput of whole\n"
+        "models, and how many times faster than attention each is. Published numbers of\n"
+        "the same shapes stand in parentheses.\n"
+        "\n"
+        "  --format     markdown (default) or terminal\n"
+        "  --published  rows to show in parentheses, instead of results/paper/latency.csv\n"
+        "               and results/paper/table2.csv\n";
+
+enum { MAX_LINES = 48, MAX_POINTS = 64, CELL = 112 };
+
+enum format { FORMAT_MARKDOWN, FORMAT_TERMINAL };
+
+/* A table of a pass: one line per series (and --provider), one point per T or model. */
+struct table {
+	const struct result *example; /* any of its rows; the others belong with it */
+	const struct results *results, *published;
+	int n_lines, n_points;
+	const struct result *line[MAX_LINES];   /* an example of each */
+	const struct result *point[MAX_POINTS]; /* likewise */
+};
+
+/* Text to print, [n_rows][n_columns][CELL]; the first row and column are titles. */
+struct grid {
+	int n_rows, n_columns;
+	char (*cell)[CELL];
+};
+
+static bool is_throughput(const struct table *table)
+{
+	return strcmp(table->example->pass, "throughput") == 0;
+}
+
+static bool same_line(const struct result *a, const struct result *b)
+{
+	return strcmp(a->series, b->series) == 0 && strcmp(a->requested, b->requested) == 0;
+}
+
+static bool same_point(const struct result *a, const struct result *b)
+{
+	return a->seq_len == b->seq_len && strcmp(a->model, b->model) == 0;
+}
+
+static void add_line(struct table *table, const struct result *result)
+{
+	for (int i = 0; i < table->n_lines; i++)
+		if (same_line(table->line[i], result))
+			return;
+	if (table->n_lines < MAX_LINES)
+		table->line[table->n_lines++] = result;
+}
+
+/* Points are kept by growing T, then width: models come in the order of their size. */
+static void add_point(struct table *table, const struct result *result)
+{
+	int i = table->n_points;
+
+	for (int j = 0; j < table->n_points; j++)
+		if (same_point(table->point[j], result))
+			return;
+	if (table->n_points == MAX_POINTS)
+		return;
+	for (; i > 0; i--) {
+		const struct result *before = table->point[i - 1];
+
+		if (before->seq_len < result->seq_len ||
+		    (before->seq_len == result->seq_len && before->d_model <= result->d_model))
+			break;
+		table->point[i] = before;
+	}
+	table->point[i] = result;
+	table->n_points++;
+}
+
+static const struct result *find(const struct table *table, const struct result *line,
+                                 const struct result *point)
+{
+	for (int i = 0; i < table->results->count; i++) {
+		const struct result *r = &table->results->row[i];
+
+		if (result_same_table(r, table->example) && same_line(r, line) &&
+		    same_point(r, point))
+			return r;
+	}
+	return NULL;
+}
+
+/* The published row of the same series and shape, or NULL. */
+static const struct result *find_published(const struct results *published,
+                                           const struct result *ours)
+{
+	for (int i = 0; ours && i < published->count; i++) {
+		const struct result *r = &published->row[i];
+		bool model = strcmp(r->pass, "throughput") == 0;
+
+		if (strcmp(r->series, ours->series) == 0 && strcmp(r->pass, ours->pass) == 0 &&
+		    strcmp(r->model, ours->model) == 0 && r->d_model == ours->d_model &&
+		    r->prompt == ours->prompt && r->generate == ours->generate &&
+		    (model || (r->seq_len == ours->seq_len && r->batch == ours->batch &&
+		               r->n_heads == ours->n_heads)))
+			return r;
+	}
+	return NULL;
+}
+
+/* The measured number; NAN if there is none. */
+static double value_of(const struct result *result)
+{
+	if (!result || !result_ok(result))
+		return NAN;
+	return strcmp(result->pass, "throughput") == 0 ? result->tokens_per_s : result->latency_ms;
+}
+
+/* Three significant digits; whole tokens per second. */
+static void format_value(double value, char *text, size_t size)
+{
+	int decimals = value >= 99.95 ? 0 : value >= 9.995 ? 1 : value >= 0.9995 ? 2 : 3;
+
+	snprintf(text, size, "%.*f", decimals, value);
+}
+
+static void format_result(const struct result *result, char *text, size_t size)
+{
+	double value = value_of(result);
+
+	if (isnan(value))
+		snprintf(text, size, "%s", result ? result->status : "");
+	else
+		format_value(value, text, size);
+}
+
+static void latency_cell(const struct table *table, const struct result *line,
+                         const struct result *point, char *text)
+{
+	const struct result *ours = find(table, line, point);
+	const struct result *theirs = find_published(table->published, ours);
+	char our_text[CELL / 3], their_text[CELL / 3];
+
+	format_result(ours, our_text, sizeof our_text);
+	/* As published: no digit more. */
+	if (theirs && result_ok(theirs))
+		snprintf(their_text, sizeof their_text, " (%g)", value_of(theirs));
+	else
+		snprintf(their_text, sizeof their_text, theirs ? " (%s)" : "%s",
+		         theirs ? theirs->status : "");
+	snprintf(text, CELL, "%s%s", our_text, their_text);
+}
+
+static bool is_attention(const struct result *line)
+{
+	return strcmp(line->series, "attention") == 0;
+}
+
+/* The row of attention at a point; of several providers' the fastest. */
+static const struct result *find_attention(const struct table *table, const struct result *point)
+{
+	const struct result *best = NULL;
+
+	for (int i = 0; i < table->n_lines; i++) {
+		const struct result *r =
+		        is_attention(table->line[i]) ? find(table, table->line[i], point) : NULL;
+		double value = value_of(r);
+
+		if (isnan(value))
+			continue;
+		if (!best ||
+		    (is_throughput(table) ? value > value_of(best) : value < value_of(best)))
+			best = r;
+	}
+	return best;
+}
+
+static double times_faster(const struct table *table, const struct result *result,
+                           const struct result *attention)
+{
+	double ratio = value_of(attention) / value_of(result);
+
+	return is_throughput(table) ? 1 / ratio : ratio;
+}
+
+static void speedup_cell(const struct table *table, const struct result *line,
+                         const struct result *point, char *text)
+{
+	const struct result *ours = find(table, line, point);
+	const struct result *attention = find_attention(table, point);
+	double our_ratio = times_faster(table, ours, attention);
+	double their_ratio = times_faster(table, find_published(table->published, ours),
+	                                  find_published(table->published, attention));
+	char our_text[CELL / 3], their_text[CELL / 3] = "";
+
+	text[0] = '\0';
+	if (isnan(our_ratio))
+		return;
+	if (!isnan(their_ratio))
+		snprintf(their_text, sizeof their_text, " (%.*f)", their_ratio < 9.95, their_ratio);
+	format_value(our_ratio, our_text, sizeof our_text);
+	snprintf(text, CELL, "%s%s", our_text, their_text);
+}
+
+static void line_title(const struct result *line, char *text)
+{
+	snprintf(text, CELL, line->requested[0] ? "%s [%s]" : "%s", line->series, line->requested);
+}
+
+static void point_title(const struct table *table, const struct result *point, char *text)
+{
+	if (is_throughput(table))
+		snprintf(text, CELL, "%s", point->model);
+	else
+		snprintf(text, CELL, "%lld", (long long)point->seq_len);
+}
+
+typedef void fill_cell(const struct table *table, const struct result *line,
+                       const struct result *point, char *text);
+
+/* Lines as columns; those of attention are left out of a comparison with it. */
+static enum status make_grid(const struct table *table, fill_cell *fill, bool with_attention,
+                             struct grid *grid)
+{
+	int column = 1;
+
+	*grid = (struct grid){.n_rows = table->n_points + 1, .n_columns = 1};
+	for (int i = 0; i < table->n_lines; i++)
+		grid->n_columns += with_attention || !is_attention(table->line[i]);
+	grid->cell = calloc((size_t)(grid->n_rows * grid->n_columns), sizeof *grid->cell);
+	if (!grid->cell)
+		return status_set(STATUS_OOM, "no memory for a table");
+	snprintf(grid->cell[0], CELL, "%s", is_throughput(table) ? "model" : "T");
+	for (int p = 0; p < table->n_points; p++)
+		point_title(table, table->point[p], grid->cell[(p + 1) * grid->n_columns]);
+	for (int i = 0; i < table->n_lines; i++) {
+		if (!with_attention && is_attention(table->line[i]))
+			continue;
+		line_title(table->line[i], grid->cell[column]);
+		for (int p = 0; p < table->n_points; p++)
+			fill(table, table->line[i], table->point[p],
+			     grid->cell[(p + 1) * grid->n_columns + column]);
+		column++;
+	}
+	return STATUS_OK;
+}
+
+/* Prints the rows with columns aligned; Markdown's bars and rule, or a terminal's blanks. */
+static void print_grid(const struct grid *grid, enum format format)
+{
+	const char *bar = format == FORMAT_MARKDOWN ? "| " : "";
+	const char *gap = format == FORMAT_MARKDOWN ? " | " : "  ";
+
+	for (int row = 0; row < grid->n_rows; row++) {
+		for (int column = 0; column < grid->n_columns; column++) {
+			int width = 4;
+
+			for (int i = 0; i < grid->n_rows; i++) {
+				int length = (int)strlen(grid->cell[i * grid->n_columns + column]);
+
+				width = length > width ? length : width;
+			}
+			printf("%s%*s", column ? gap : bar, width,
+			       grid->cell[row * grid->n_columns + column]);
+		}
+		printf("%s\n", format == FORMAT_MARKDOWN ? " |" : "");
+		if (row > 0 || format != FORMAT_MARKDOWN)
+			continue;
+		for (int column = 0; column < grid->n_columns; column++)
+			printf("%s---:", column ? " | " : "| ");
+		printf(" |\n");
+	}
+}
+
+/* Whole models have few lines and the paper prints them as rows. */
+static enum status transpose(struct grid *grid)
+{
+	struct grid turned = {.n_rows = grid->n_columns, .n_columns = grid->n_rows};
+
+	turned.cell = calloc((size_t)(turned.n_rows * turned.n_columns), sizeof *turned.cell);
+	if (!turned.cell)
+		return status_set(STATUS_OOM, "no memory for a table");
+	for (int row = 0; row < turned.n_rows; row++)
+		for (int column = 0; column < turned.n_columns; column++)
+			memcpy(turned.cell[row * turned.n_columns + column],
+			       grid->cell[column * grid->n_columns + row], CELL);
+	free(grid->cell);
+	*grid = turned;
+	return STATUS_OK;
+}
+
+static enum status print_table(const struct table *table, fill_cell *fill, bool with_attention,
+                               enum format format)
+{
+	struct grid grid;
+	enum status status = make_grid(table, fill, with_attention, &grid);
+
+	if (status == STATUS_OK && is_throughput(table))
+		status = transpose(&grid);
+	if (status == STATUS_OK)
+		print_grid(&grid, format);
+	free(grid.cell);
+	return status;
+}
+
+static void print_title(const struct result *r, const char *what, enum format format)
+{
+	static const char *const titles[][2] = {
+	        {"prefill", "Prefill (forward, filling the cache)"},
+	        {"train", "Training (forward and backward)"},
+	        {"generation", "Generation (one step at position T - 1)"},
+	        {"throughput", "Whole models (maximum throughput)"},
+	};
+	const char *title = r->pass;
+
+	for (size_t i = 0; i < sizeof titles / sizeof *titles; i++)
+		if (strcmp(r->pass, titles[i][0]) == 0)
+			title = titles[i][1];
+	printf("%s%s: %s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", title, what,
+	       r->device, r->dtype);
+	if (strcmp(r->pass, "throughput") == 0)
+		printf(", %lld tokens generated after %lld.\n\n", (long long)r->generate,
+		       (long long)r->prompt);
+	else
+		printf(", D = %lld, %lld %s.\n\n", (long long)r->d_model,
+		       (long long)(strcmp(r->pass, "generation") == 0 ? r->batch
+		                                                      : r->batch * r->seq_len),
+		       strcmp(r->pass, "generation") == 0 ? "sequences" : "tokens");
+}
+
+/* The tables of all rows that belong with `example`. */
+static enum status report_table(const struct results *results, const struct results *published,
+                                const struct result *example, enum format format)
+{
+	struct table table = {.example = example, .results = results, .published = published};
+	bool has_attention = false, has_others = false;
+
+	for (int i = 0; i < results->count; i++)
+		if (result_same_table(&results->row[i], example)) {
+			add_line(&table, &results->row[i]);
+			add_point(&table, &results->row[i]);
+		}
+	print_title(example, is_throughput(&table) ? "tokens/s" : "ms", format);
+	enum status status = print_table(&table, latency_cell, true, format);
+	for (int i = 0; i < table.n_lines; i++) {
+		has_attention |= is_attention(table.line[i]);
+		has_others |= !is_attention(table.line[i]);
+	}
+	printf("\n");
+	if (status != STATUS_OK || !has_attention || !has_others)
+		return status;
+	print_title(example, "times faster than attention", format);
+	status = print_table(&table, speedup_cell, false, format);
+	printf("\n");
+	return status;
+}
+
+/* Where the rows come from, and what to think of them. */
+static void print_origin(const struct results *results)
+{
+	int n_throttled = 0;
+
+	for (int i = 0; i < results->count; i++) {
+		const struct result *r = &results->row[i];
+		bool known = false;
+
+		n_throttled += r->throttled > 0;
+		for (int j = 0; j < i && !known; j++)
+			known = strcmp(results->row[j].git_sha, r->git_sha) == 0 &&
+			        strcmp(results->row[j].device, r->device) == 0;
+		if (!known && r->git_sha[0])
+			printf("- %s: commit %.12s%s, %.10s, driver %s\n", r->device, r->git_sha,
+			       r->git_dirty > 0 ? " with changes" : "", r->time_utc, r->driver);
+	}
+	if (n_throttled > 0)
+		printf("- %d rows were measured while the clock was throttled.\n", n_throttled);
+}
+
+static bool any_published(const struct results *results, const struct results *published)
+{
+	for (int i = 0; i < results->count; i++)
+		if (find_published(published, &results->row[i]))
+			return true;
+	return false;
+}
+
+static enum status report(const struct results *results, const struct results *published,
+                          enum format format)
+{
+	enum status status = STATUS_OK;
+
+	for (int i = 0; status == STATUS_OK && i < results->count; i++) {
+		bool first = true;
+
+		for (int j = 0; j < i && first; j++)
+			first = !result_same_table(&results->row[j], &results->row[i]);
+		if (first)
+			status = report_table(results, published, &results->row[i], format);
+	}
+	if (any_published(results, published))
+		printf("- In parentheses, where the shapes are the same: %s.\n",
+		       published->row[0].device);
+	print_origin(results);
+	return status;
+}
+
+static int fail(const char *argument, const char *message)
+{
+	fprintf(stderr, "report: %s%s%s\n", argument, *argument ? ": " : "", message);
+	return 2;
+}
+
+/* Reads the command line and all files it names; 0 or the exit code. */
+static int read_arguments(int argc, char **argv, enum format *format, struct results *results,
+                          struct results *published)
+{
+	enum status status = STATUS_OK;
+
+	for (int i = 1; status == STATUS_OK && i < argc; i++) {
+		const char *value = i + 1 < argc ? argv[i + 1] : "";
+
+		if (strncmp(argv[i], "--", 2) != 0) {
+			status = results_add(results, argv[i]);
+		} else if (strcmp(argv[i], "--published") == 0) {
+			status = results_add(published, value);
+			i++;
+		} else if (strcmp(argv[i], "--format") == 0) {
+			if (strcmp(value, "markdown") != 0 && strcmp(value, "terminal") != 0)
+				return fail(argv[i], "markdown and terminal are allowed");
+			*format = value[0] == 'm' ? FORMAT_MARKDOWN : FORMAT_TERMINAL;
+			i++;
+		} else {
+			return fail(argv[i], "no such option; see --help");
+		}
+	}
+	if (status == STATUS_OK && results->n_files == 0)
+		return fail("RESULTS.csv", "none is given; see --help");
+	if (status == STATUS_OK && published->n_files == 0)
+		status = results_add(published, "results/paper/latency.csv");
+	if (status == STATUS_OK && published->n_files == 1)
+		status = results_add(published, "results/paper/table2.csv");
+	return status == STATUS_OK ? 0 : fail("", status_message());
+}
+
+int main(int argc, char **argv)
+{
+	struct results results = {0}, published = {0};
+	enum format format = FORMAT_MARKDOWN;
+
+	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
+		fputs(usage, stdout);
+		return 0;
+	}
+	int code = read_arguments(argc, argv, &format, &results, &published);
+	if (code == 0 && report(&results, &published, format) != STATUS_OK)
+		code = fail("", status_message());
+	results_release(&results);
+	results_release(&published);
+	return code;
+}
