@@ -2,7 +2,7 @@
  * Gradients of the matrix-state recurrence: the driver. A task is one head of
  * one sequence. A first sweep keeps the state at every INTERVAL tokens; the
  * reverse sweep computes the states inside an interval again and goes back
- * through it span by span (matrix_gradient.h).
+ * through it span by span (matrix_gradient.h), whatever the chunk of the forward.
  */
 #include <omp.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "kernels/cpu/matrix_gradient.h"
 #include "kernels/cpu/matrix_state.h"
 
-enum { INTERVAL = 64 };
+enum { INTERVAL = 64 }; /* a whole number of spans of either length */
 
 /* A thread's memory; a state is d_k * d_v floats. */
 struct scratch {
@@ -26,18 +26,10 @@ static const struct matrix_gradient *gradient_of(const struct matrix_recurrence_
 	return f->rule == RULE_DELTA ? &matrix_gradient_delta : &matrix_gradient_blocks;
 }
 
-/* Tokens taken together; chunks longer than a sub-chunk gain nothing on the way back. */
+/* Tokens taken together. Longer blocks would gain nothing: the states between them are at hand. */
 static int64_t span_length(const struct matrix_recurrence_args *f)
 {
-	int64_t chunk = f->rule == RULE_DELTA ? 1 : f->chunk;
-
-	return chunk == 0 || chunk > SUB_CHUNK ? SUB_CHUNK : chunk;
-}
-
-/* A whole number of spans. */
-static int64_t interval_length(const struct matrix_recurrence_args *f)
-{
-	return INTERVAL / span_length(f) * span_length(f);
+	return f->rule == RULE_DELTA ? 1 : SUB_CHUNK;
 }
 
 static int64_t state_size(const struct matrix_recurrence_args *f)
@@ -47,12 +39,11 @@ static int64_t state_size(const struct matrix_recurrence_args *f)
 
 static struct scratch lay_out(const struct matrix_recurrence_args *f, struct scratch_arena *arena)
 {
-	int64_t interval = interval_length(f), spans = interval / span_length(f);
-	int64_t intervals = (f->seq_len + interval - 1) / interval;
+	int64_t intervals = (f->seq_len + INTERVAL - 1) / INTERVAL;
 
 	return (struct scratch){
 	        .kept = scratch_take(arena, intervals * state_size(f)),
-	        .states = scratch_take(arena, (spans + 1) * state_size(f)),
+	        .states = scratch_take(arena, (INTERVAL / span_length(f) + 1) * state_size(f)),
 	        .dstate = scratch_take(arena, state_size(f)),
 	        .span = scratch_take(arena, (int64_t)gradient_of(f)->scratch(f)),
 	};
@@ -106,14 +97,14 @@ static void interval_backward(const struct matrix_recurrence_backward_args *a, i
 static void keep_states(const struct matrix_recurrence_args *f, int64_t b, int64_t h,
                         const struct scratch *s)
 {
-	int64_t interval = interval_length(f), size = state_size(f);
+	int64_t size = state_size(f);
 	float *state = s->kept;
 
 	matrix_state_load(f, b, h, 0, f->d_v, state);
-	for (int64_t t = 0; t + interval < f->seq_len; t += interval, state += size) {
+	for (int64_t t = 0; t + INTERVAL < f->seq_len; t += INTERVAL, state += size) {
 		memcpy(state + size, state, sizeof *state * (size_t)size);
-		for (int64_t i = 0; i < interval / span_length(f); i++) {
-			struct matrix_span span = span_at(f, b, h, t, t + interval, i);
+		for (int64_t i = 0; i < INTERVAL / span_length(f); i++) {
+			struct matrix_span span = span_at(f, b, h, t, t + INTERVAL, i);
 
 			gradient_of(f)->advance(f, &span, s->span, state + size);
 		}
@@ -124,14 +115,14 @@ static void head_backward(const struct matrix_recurrence_backward_args *a, int64
                           const struct scratch *s, double *dbonus)
 {
 	const struct matrix_recurrence_args *f = &a->forward;
-	int64_t interval = interval_length(f), size = state_size(f);
+	int64_t size = state_size(f);
 	size_t bytes = sizeof(float) * (size_t)size;
 
 	keep_states(f, b, h, s);
 	memset(s->dstate, 0, bytes);
-	for (int64_t i = (f->seq_len - 1) / interval; i >= 0; i--) {
-		int64_t first = i * interval;
-		int64_t end = first + interval < f->seq_len ? first + interval : f->seq_len;
+	for (int64_t i = (f->seq_len - 1) / INTERVAL; i >= 0; i--) {
+		int64_t first = i * INTERVAL;
+		int64_t end = first + INTERVAL < f->seq_len ? first + INTERVAL : f->seq_len;
 
 		memcpy(s->states, s->kept + i * size, bytes);
 		interval_backward(a, b, h, first, end, s, dbonus);

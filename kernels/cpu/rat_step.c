@@ -1,21 +1,14 @@
 /*
  * One generated token of RAT. A task is one head of one sequence: it updates
- * the running pair, then attends to the stored chunks in blocks with an online
- * softmax that starts from the running pair's own score.
+ * the running pair, then attends to the stored chunks with an online softmax
+ * that starts from the running pair's own score.
  */
-#include <math.h>
 #include <string.h>
 
 #include "kernels/cpu/chunk_rope.h"
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/online_softmax.h"
 #include "kernels/cpu/recurrence.h"
-
-enum { BLOCK_SLOTS = 64 };
-
-/* softmax(own, scores)-weighted values so far: o / sum, relative to exp(max). */
-struct online_softmax {
-	float max, sum;
-};
 
 static float dot(int64_t d, const float *x, const float *y)
 {
@@ -48,33 +41,6 @@ static void advance(const struct rat_step_args *a, int64_t b, int64_t h, bool re
 	}
 }
 
-/* Adds n stored chunks from slot `first` on to the softmax and to out, its running numerator. */
-static void attend_block(const struct rat_step_args *a, int64_t b, int64_t h, int64_t first,
-                         int64_t n, const float *q, struct online_softmax *s, float *out)
-{
-	int64_t d = a->d_head;
-	float score[BLOCK_SLOTS], max = s->max;
-
-	for (int64_t i = 0; i < n; i++) {
-		score[i] = a->scale * dot(d, q, view_at(&a->k_chunk, b, first + i, h));
-		max = score[i] > max ? score[i] : max;
-	}
-	float rescale = exp_f32(s->max - max);
-	s->sum *= rescale;
-	for (int64_t i = 0; i < d; i++)
-		out[i] *= rescale;
-	for (int64_t i = 0; i < n; i++) {
-		const float *v = view_at(&a->v_chunk, b, first + i, h);
-		float p = exp_f32(score[i] - max);
-
-		s->sum += p;
-#pragma omp simd
-		for (int64_t j = 0; j < d; j++)
-			out[j] += p * v[j];
-	}
-	s->max = max;
-}
-
 /* rotation: of this chunk, or NULL. q: scratch [d]. */
 static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, int64_t position,
                       const float *rotation, float *q)
@@ -86,13 +52,14 @@ static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, int64
 	const float *z = view_at(&a->z, b, 0, h), *q_raw = view_at(&a->q, b, 0, h % a->groups);
 
 	advance(a, b, h, position % a->chunk == 0, kt, vt);
-	struct online_softmax s = {.max = a->scale * dot(d, q_raw, kt), .sum = 1};
+	float own = a->scale * dot(d, q_raw, kt);
+	/* own - own: 0, or NaN, which must not be lost where there is no other score. */
+	struct online_softmax softmax = {.max = own, .total = exp_f32(own - own), .out = out};
+	struct cached_head cache = {b, h, d, &a->k_chunk, &a->v_chunk};
 	memcpy(out, vt, sizeof *out * (size_t)d);
 	chunk_rope_rotate(d, rotation, q_raw, q);
-	for (int64_t first = 0; first < chunk; first += BLOCK_SLOTS)
-		attend_block(a, b, h, first,
-		             chunk - first < BLOCK_SLOTS ? chunk - first : BLOCK_SLOTS, q, &s, out);
-	float inverse = 1.0f / s.sum;
+	online_softmax_add(&softmax, &cache, q, a->scale, 0, chunk);
+	float inverse = 1.0f / softmax.total;
 #pragma omp simd
 	for (int64_t i = 0; i < d; i++)
 		out[i] *= inverse * sigmoid_f32(z[i]);
