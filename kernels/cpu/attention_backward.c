@@ -200,7 +200,7 @@ static ivec hidden_lanes(const struct attention_args *a, int64_t t, int64_t firs
 {
 	int32_t low = (int32_t)min_i64(max_i64(first_key(a, t) - first, 0), PANEL);
 	int32_t high = (int32_t)min_i64(max_i64(end_key(a, t) - first, 0), PANEL);
-	ivec lane;
+	ivec lane = {0};
 
 	for (int i = 0; i < LANES; i++)
 		lane[i] = j * LANES + i;

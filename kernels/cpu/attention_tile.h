@@ -66,7 +66,7 @@ static inline int64_t end_key(const struct attention_args *a, int64_t t)
 /* A plain loop is how C spells a maximum of vectors; gcc makes it one instruction. */
 static inline vec max_vec(vec a, vec b)
 {
-	vec r;
+	vec r = a;
 
 	for (int i = 0; i < LANES; i++)
 		r[i] = a[i] > b[i] ? a[i] : b[i];
