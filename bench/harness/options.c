@@ -314,7 +314,7 @@ static enum status set_option(struct options *options, const struct driver *driv
                               const char *text)
 {
 	const struct option_spec *spec = &specs[index];
-	char *field = (char *)options + spec->offset;
+	void *field = (char *)options + spec->offset;
 	enum status status = STATUS_OK;
 	const char *rest = text;
 
@@ -328,11 +328,11 @@ static enum status set_option(struct options *options, const struct driver *driv
 	case KIND_WORDS:
 		return parse_word_option(options, driver, spec, text);
 	case KIND_INTEGERS:
-		return values_parse((struct values *)field, spec->name, text, spec->limit, LARGEST);
+		return values_parse(field, spec->name, text, spec->limit, LARGEST);
 	case KIND_REAL:
-		return parse_real(spec->name, text, (double *)field);
+		return parse_real(spec->name, text, field);
 	case KIND_INTEGER:
-		status = parse_integer(spec->name, &rest, spec->limit, LARGEST, (int64_t *)field);
+		status = parse_integer(spec->name, &rest, spec->limit, LARGEST, field);
 		if (status == STATUS_OK && *rest)
 			return status_set(STATUS_INVALID, "--%s: '%s' is not a whole number",
 			                  spec->name, text);

@@ -67,10 +67,10 @@ enum { N_COLUMNS = sizeof columns / sizeof columns[0] };
 
 struct record record_empty(void)
 {
-	struct record record;
+	struct record record = {0};
 
 	for (int i = 0; i < N_COLUMNS; i++) {
-		char *field = (char *)&record + columns[i].offset;
+		void *field = (char *)&record + columns[i].offset;
 
 		if (columns[i].kind == KIND_TEXT)
 			*(const char **)field = "";
@@ -86,7 +86,7 @@ struct record record_empty(void)
 static const char *field_text(const struct record *record, const struct column *column,
                               char number[32])
 {
-	const char *field = (const char *)record + column->offset;
+	const void *field = (const char *)record + column->offset;
 
 	number[0] = '\0';
 	if (column->kind == KIND_TEXT)
@@ -239,7 +239,7 @@ static enum status make_folders(const char *path)
 {
 	char folder[512];
 
-	for (size_t i = 1; path[i] && i < sizeof folder; i++) {
+	for (size_t i = 1; i < sizeof folder && path[i]; i++) {
 		if (path[i] != '/')
 			continue;
 		snprintf(folder, sizeof folder, "%.*s", (int)i, path);
