@@ -7,60 +7,92 @@
 
 enum { COLUMNS = 64 }; /* of the state that are taken through a token together */
 
-static void advance_plain(int64_t d_k, int64_t n, const struct matrix_token *x, float *state,
-                          int64_t row, float *out)
+/* One token on n <= COLUMNS columns. */
+struct columns {
+	int64_t d_k, n;
+	float *state;
+	int64_t row; /* from one row of the state to the next */
+};
+
+static inline __attribute__((always_inline)) void advance_plain(const struct matrix_token *x,
+                                                                const struct columns *c, float *out)
 {
-	for (int64_t i = 0; i < d_k; i++, state += row) {
-		float decay = x->decay[i], k = x->k[i], q = x->q[i];
+	float sum[COLUMNS] = {0};
+	const float *v = x->v;
+
+	for (int64_t i = 0; i < c->d_k; i++) {
+		float decay = x->decay[i], k = x->k[i], q = x->q[i], *s = c->state + i * c->row;
 
 #pragma omp simd
-		for (int64_t j = 0; j < n; j++) {
-			state[j] = decay * state[j] + k * x->v[j];
-			out[j] += q * state[j];
+		for (int64_t j = 0; j < c->n; j++) {
+			s[j] = decay * s[j] + k * v[j];
+			sum[j] += q * s[j];
 		}
 	}
+	memcpy(out, sum, sizeof *out * (size_t)c->n);
 }
 
-static void advance_bonus(int64_t d_k, int64_t n, const struct matrix_token *x, float *state,
-                          int64_t row, float *out)
+static inline __attribute__((always_inline)) void advance_bonus(const struct matrix_token *x,
+                                                                const struct columns *c, float *out)
 {
-	for (int64_t i = 0; i < d_k; i++, state += row) {
-		float decay = x->decay[i], k = x->k[i], q = x->q[i], bonus = x->bonus[i];
+	float sum[COLUMNS] = {0};
+	const float *v = x->v;
+
+	for (int64_t i = 0; i < c->d_k; i++) {
+		float decay = x->decay[i], k = x->k[i], q = x->q[i], *s = c->state + i * c->row;
+		float bonus = x->bonus[i];
 
 #pragma omp simd
-		for (int64_t j = 0; j < n; j++) {
-			float kv = k * x->v[j];
+		for (int64_t j = 0; j < c->n; j++) {
+			float kv = k * v[j];
 
-			out[j] += q * (state[j] + bonus * kv);
-			state[j] = decay * state[j] + kv;
+			sum[j] += q * (s[j] + bonus * kv);
+			s[j] = decay * s[j] + kv;
 		}
 	}
+	memcpy(out, sum, sizeof *out * (size_t)c->n);
 }
 
-static void advance_delta(int64_t d_k, int64_t n, const struct matrix_token *x, float *state,
-                          int64_t row, float *out)
+static inline __attribute__((always_inline)) void advance_delta(const struct matrix_token *x,
+                                                                const struct columns *c, float *out)
 {
-	float change[COLUMNS] = {0};
+	float change[COLUMNS] = {0}, sum[COLUMNS] = {0};
 
-	for (int64_t i = 0; i < d_k; i++) {
-		float decay = x->decay[i], k = x->k[i], *s = state + i * row;
+	for (int64_t i = 0; i < c->d_k; i++) {
+		float decay = x->decay[i], k = x->k[i], *s = c->state + i * c->row;
 
 #pragma omp simd
-		for (int64_t j = 0; j < n; j++) {
+		for (int64_t j = 0; j < c->n; j++) {
 			s[j] *= decay;
 			change[j] += k * s[j];
 		}
 	}
-	for (int64_t j = 0; j < n; j++)
+	for (int64_t j = 0; j < c->n; j++)
 		change[j] = x->beta * (x->v[j] - change[j]);
-	for (int64_t i = 0; i < d_k; i++) {
-		float k = x->k[i], q = x->q[i], *s = state + i * row;
+	for (int64_t i = 0; i < c->d_k; i++) {
+		float k = x->k[i], q = x->q[i], *s = c->state + i * c->row;
 
 #pragma omp simd
-		for (int64_t j = 0; j < n; j++) {
+		for (int64_t j = 0; j < c->n; j++) {
 			s[j] += k * change[j];
-			out[j] += q * s[j];
+			sum[j] += q * s[j];
 		}
+	}
+	memcpy(out, sum, sizeof *out * (size_t)c->n);
+}
+
+static inline __attribute__((always_inline)) void
+advance(enum rule rule, const struct matrix_token *x, const struct columns *c, float *out)
+{
+	switch (rule) {
+	case RULE_BONUS:
+		advance_bonus(x, c, out);
+		return;
+	case RULE_DELTA:
+		advance_delta(x, c, out);
+		return;
+	default:
+		advance_plain(x, c, out);
 	}
 }
 
@@ -68,20 +100,19 @@ void matrix_state_advance(enum rule rule, int64_t d_k, int64_t n, float scale,
                           const struct matrix_token *token, float *state, int64_t state_row,
                           float *out)
 {
-	static void (*const advance[])(int64_t, int64_t, const struct matrix_token *, float *,
-	                               int64_t, float *) = {
-	        [RULE_PLAIN] = advance_plain,
-	        [RULE_BONUS] = advance_bonus,
-	        [RULE_DELTA] = advance_delta,
-	};
-
 	for (int64_t first = 0; first < n; first += COLUMNS) {
 		int64_t columns = n - first < COLUMNS ? n - first : COLUMNS;
 		struct matrix_token block = *token;
-		float sum[COLUMNS] = {0};
+		float sum[COLUMNS];
 
 		block.v += first;
-		advance[rule](d_k, columns, &block, state + first, state_row, sum);
+		/* A constant number of columns lets the sums stay in registers. */
+		if (columns == COLUMNS)
+			advance(rule, &block,
+			        &(struct columns){d_k, COLUMNS, state + first, state_row}, sum);
+		else
+			advance(rule, &block,
+			        &(struct columns){d_k, columns, state + first, state_row}, sum);
 		for (int64_t j = 0; out && j < columns; j++)
 			out[first + j] = scale * sum[j];
 	}
