@@ -443,7 +443,7 @@ static enum status print_plans(struct run *run)
 		char label[160];
 
 		describe_case(&run->sweep.cases[i / run->n_variants], label, sizeof label);
-		print_plan(stdout, label, &run->plans[i]);
+		print_plan(stdout, label, &run->plans[i], run->environment.device.memory_free);
 	}
 	return status;
 }

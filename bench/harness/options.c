@@ -118,7 +118,7 @@ static const struct preset {
           {"tokens", "8192"},
           {"seq-len", "512..8192*2"},
           {"batch", "8"},
-          {"window", "256"},
+          {"window", "128"},
           {"min-time", "0.05"},
           {"max-time", "0.4"},
           {"model", "tiny"},

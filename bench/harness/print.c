@@ -128,15 +128,16 @@ void print_row(FILE *file, const struct record *record, const char *format)
 	fflush(file);
 }
 
-void print_plan(FILE *file, const char *label, const struct planned *plan)
+void print_plan(FILE *file, const char *label, const struct planned *plan, size_t memory_free)
 {
 	if (plan->status != STATUS_OK) {
 		fprintf(file, "%-52s %s: %s\n", label, status_name(plan->status), plan->message);
 		return;
 	}
-	fprintf(file, "%-52s memory %10.1f MiB  %10.4g GFLOP  read %9.4g MB  written %9.4g MB\n",
+	fprintf(file, "%-52s memory %10.1f MiB  %10.4g GFLOP  read %9.4g MB  written %9.4g MB%s\n",
 	        label, (double)plan->memory_bytes / (1 << 20), 1e-9 * plan->flops,
-	        1e-6 * plan->bytes_read, 1e-6 * plan->bytes_written);
+	        1e-6 * plan->bytes_read, 1e-6 * plan->bytes_written,
+	        plan->memory_bytes > memory_free ? "  oom" : "");
 }
 
 void print_list(FILE *file, const struct driver *driver, const struct options *options,

@@ -22,8 +22,8 @@ void describe_providers(const struct context *ctx, char *mixing, size_t mixing_s
 void print_header(FILE *file, const char *format);
 void print_row(FILE *file, const struct record *record, const char *format);
 
-/* One line of --dry-run. */
-void print_plan(FILE *file, const char *label, const struct planned *plan);
+/* One line of --dry-run; memory_free is what the device has, in bytes. */
+void print_plan(FILE *file, const char *label, const struct planned *plan, size_t memory_free);
 
 /* --list: backends, presets, passes, providers of each operation, and where rows go. */
 void print_list(FILE *file, const struct driver *driver, const struct options *options,
