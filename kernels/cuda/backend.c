@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "baselines/cudnn/sdpa.h"
+#include "kernels/cuda/bandwidth.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/nvml.h"
@@ -127,6 +129,7 @@ static void cuda_close(void)
 {
 	if (device.stream)
 		cudaStreamSynchronize(device.stream);
+	sdpa_close();
 	gemm_close();
 	nvml_close();
 	cudaFree(device.flush_buffer);
@@ -176,29 +179,41 @@ static enum status cuda_open(int index)
 	return STATUS_OK;
 }
 
+/* The versions of all libraries that a row may have used; cuDNN's only once it is open. */
+static enum status describe_runtime(char *text, size_t size)
+{
+	const size_t blas = cublasLtGetVersion(), cudnn = cudnn_library_version();
+	int runtime = 0;
+
+	CUDA_TRY(cudaRuntimeGetVersion(&runtime));
+	const int length =
+	        snprintf(text, size, "CUDA %d.%d; cuBLASLt %zu.%zu.%zu", runtime / 1000,
+	                 runtime % 1000 / 10, blas / 10000, blas / 100 % 100, blas % 100);
+	if (cudnn > 0 && length > 0 && (size_t)length < size)
+		snprintf(text + length, size - (size_t)length, "; cuDNN %zu.%zu.%zu", cudnn / 10000,
+		         cudnn / 100 % 100, cudnn % 100);
+	return STATUS_OK;
+}
+
 static enum status cuda_info(struct device_info *info)
 {
-	int runtime = 0, driver = 0;
 	const struct clock_sample *clock = &device.time->clock;
-	const size_t blas = cublasLtGetVersion();
+	int driver = 0;
 
 	*info = (struct device_info){0};
 	snprintf(info->name, sizeof info->name, "%.*s", (int)sizeof info->name - 1,
 	         device.properties.name);
 	nvml_driver_version(info->driver, sizeof info->driver);
 	CUDA_TRY(cudaDriverGetVersion(&driver));
-	CUDA_TRY(cudaRuntimeGetVersion(&runtime));
 	if (info->driver[0] == '\0')
 		snprintf(info->driver, sizeof info->driver, "CUDA %d.%d", driver / 1000,
 		         driver % 1000 / 10);
-	snprintf(info->runtime, sizeof info->runtime, "CUDA %d.%d; cuBLASLt %zu.%zu.%zu",
-	         runtime / 1000, runtime % 1000 / 10, blas / 10000, blas / 100 % 100, blas % 100);
 	CUDA_TRY(cudaMemGetInfo(&info->memory_free, &info->memory_total));
 	if (clock->nanoseconds)
 		info->sm_clock_mhz = 1e3 * (double)clock->cycles / (double)clock->nanoseconds;
 	info->throttled = device.throttled;
 	device.throttled = false;
-	return STATUS_OK;
+	return describe_runtime(info->runtime, sizeof info->runtime);
 }
 
 static enum status cuda_allocate(size_t bytes, void **memory)
@@ -345,6 +360,7 @@ const struct backend cuda_backend = {
         .stopwatch_start = cuda_stopwatch_start,
         .stopwatch_stop = cuda_stopwatch_stop,
         .flush_cache = cuda_flush_cache,
+        .bandwidth = bandwidth_measure,
         .range_push = cuda_range_push,
         .range_pop = cuda_range_pop,
         .kernels = cuda_kernels,

@@ -35,6 +35,9 @@ cudaError_t device_clock(cudaStream_t stream, uint64_t ns, struct clock_sample *
  * dirty. */
 cudaError_t device_read(cudaStream_t stream, const void *buffer, size_t bytes);
 
+/* Copies `bytes`, a multiple of 16; the buffers must not overlap. */
+cudaError_t device_copy(cudaStream_t stream, void *to, const void *from, size_t bytes);
+
 /* `count` random bf16 values, uniform in -1 .. 1, reproducible from `seed`. */
 cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint32_t seed);
 
