@@ -31,7 +31,8 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*
 	bench/harness/*.c) bench/block.c \
 	bench/generate.c bench/pattern.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput report),\
+DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput report \
+	compare plotdata),\
 	$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
