@@ -1,4 +1,4 @@
-/* The programs report and compare on small files of known content. */
+/* The programs report, compare and plotdata on small files of known content. */
 #define _POSIX_C_SOURCE 200809L
 #include <setjmp.h>
 #include <stdarg.h>
@@ -269,6 +269,64 @@ static void test_compare_outcomes(void **state)
 	free(output);
 }
 
+static char *plotdata(const char *rows, const char *what, int *code)
+{
+	struct file file = write_file(rows);
+	char arguments[256];
+
+	snprintf(arguments, sizeof arguments, "plotdata %s results/paper/latency.csv %s", what,
+	         file.path);
+	char *output = run(arguments, code);
+	unlink(file.path);
+	return output;
+}
+
+static void test_plot_against_length(void **state)
+{
+	char rows[4096] = "";
+	int code;
+
+	(void)state;
+	add_block(rows, "attention", 0, "prefill", 131072, 250, "ok", "");
+	add_block(rows, "attention", 0, "prefill", 4096, 20, "ok", "");
+	add_block(rows, "attention", 0, "prefill", 8192, 0, "oom", "");
+	add_block(rows, "rat", 16, "prefill", 4096, 16, "ok", "");
+	add_block(rows, "gla", 64, "prefill", 4096, 17, "ok", "`touch /tmp/x`");
+	char *output = plotdata(rows, "prefill seq_len latency_ms", &code);
+
+	assert_int_equal(code, 0);
+	expect_text(output, "labels = \"'attention' 'rat L=16' 'gla L=64 [ touch /tmp/x ]'\"\n"
+	                    "$data << EOD\n4096 20\n131072 250\n\n\n4096 16\n\n\n4096 17\n");
+	/* Only of series that are ours too. */
+	expect_text(output, "published_labels = \"'attention' 'rat L=16'\"\n$published << EOD\n"
+	                    "4096 38\n32768 136\n131072 495\n\n\n4096 46\n");
+	free(output);
+	output = plotdata(rows, "train seq_len latency_ms", &code);
+	assert_int_equal(code, 3);
+	assert_string_equal(output, "");
+	free(output);
+}
+
+/* At the T that has most chunk lengths; a series without any is a level line. */
+static void test_plot_against_chunk(void **state)
+{
+	char rows[4096] = "";
+	int code;
+
+	(void)state;
+	for (int chunk = 16; chunk <= 64; chunk *= 2)
+		add_block(rows, "rat", chunk, "train", 8192, 1 + 160. / chunk, "ok", "");
+	add_block(rows, "rat", 16, "train", 16384, 99, "ok", "");
+	add_block(rows, "recurrence", 0, "train", 8192, 5, "ok", "");
+	char *output = plotdata(rows, "train chunk latency_ms", &code);
+
+	assert_int_equal(code, 0);
+	expect_text(output, "T = 8192");
+	expect_text(output, "labels = \"'rat' 'recurrence'\"\n$data << EOD\n"
+	                    "16 11\n32 6\n64 3.5\n\n\n16 5\n64 5\n");
+	free(output);
+}
+
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
@@ -279,6 +337,8 @@ int main(int argc, char **argv)
 	        cmocka_unit_test(test_report_complains),
 	        cmocka_unit_test(test_compare),
 	        cmocka_unit_test(test_compare_outcomes),
+	        cmocka_unit_test(test_plot_against_length),
+	        cmocka_unit_test(test_plot_against_chunk),
 	};
 	const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
 

@@ -1,0 +1,53 @@
+# Common to all pictures: a look, and a colour, mark and dash for each series.
+#
+# The colours are Okabe and Ito's, which the colour-blind tell apart; marks and dashes say the same
+# again without them. They depend on the name alone, so a series looks alike in every picture,
+# whatever else is in it.
+
+if (format eq "svg") {
+	set terminal svg size 1000,620 font "DejaVu Sans,15" background "white" linewidth 1.6
+} else {
+	set terminal pngcairo size 1000,620 font "DejaVu Sans,15" linewidth 2
+}
+set output output
+set encoding utf8
+
+set border 3 linecolor rgb "#444444" linewidth 0.7
+set tics nomirror
+set grid linecolor rgb "#cccccc" linewidth 0.4
+set key outside right top Left reverse noenhanced spacing 1.2 samplen 2.5
+
+# Powers of two: 512, 1K, 128K.
+octave(e) = e < 10 ? sprintf("%d", 2 ** e) : sprintf("%dK", 2 ** (e - 10))
+
+# Labels at 1, 2, 5, 10, ... where that is not too many, else at powers of ten. Label number k:
+digit(k) = int(word("1 2 5", 1 + k % 3))
+power(k) = k / 3 - 6
+tic(k) = digit(k) * 10.0 ** power(k)
+scientific(k) = digit(k) == 1 ? sprintf("10^{%d}", power(k)) \
+                              : sprintf("%d·10^{%d}", digit(k), power(k))
+fine(low, high) = log10(high / low) < 2.5
+
+starts(s, prefix) = s[1:strlen(prefix)] eq prefix
+has(s, part) = strstrt(s, part) > 0
+# The chunk length in a name such as "rat L=16"; 16 where there is none.
+chunk(s) = has(s, "L=") ? int(word(s[strstrt(s, "L=") + 2:], 1)) : 16
+
+rat_colour(l) = l <= 16 ? "#0072B2" : l <= 64 ? "#56B4E9" : "#CC79A7"
+colour(s) = starts(s, "attention")  ? "#D55E00" \
+          : starts(s, "swa")        ? "#E69F00" \
+          : starts(s, "recurrence") ? "#009E73" \
+          : starts(s, "rat")        ? rat_colour(chunk(s)) \
+          : starts(s, "gla")        ? "#000000" : "#777777"
+
+# Hybrids are dashed, dotted what a named provider ran or what has no positions.
+dash(s) = has(s, "[") || has(s, "NoPE") ? 3 : has(word(s, 1), "-") ? 2 : 1
+
+# Filled marks; RAT's go by the octave of the chunk length. Open ones where the line is not solid.
+plain_mark(s) = starts(s, "attention")  ? 7 \
+              : starts(s, "recurrence") ? 5 \
+              : starts(s, "swa")        ? 4 \
+              : starts(s, "gla")        ? 6 \
+              : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
+open_mark(mark) = mark % 2 ? mark - 1 : mark
+mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)
