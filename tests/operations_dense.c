@@ -55,14 +55,14 @@ static bool norm_linear_case(struct trial *trial)
 /* The three places a residual's gradient may come from. */
 enum residual { RESIDUAL_NONE, RESIDUAL_APART, RESIDUAL_IN_PLACE };
 
-/* The output of [n, width] that the residual is added to. */
-static struct tensor *residual_output(struct trial *trial, enum residual kind,
-                                      struct tensor *residual, int64_t n, int64_t width)
+/* The output [n, width] that the residual is added to: the residual itself, or another tensor. */
+static struct tensor *residual_output(struct trial *trial, struct tensor *in_place, int64_t n,
+                                      int64_t width)
 {
-	if (kind != RESIDUAL_IN_PLACE)
+	if (!in_place)
 		return trial_flat_output(trial, trial->backend->activation, n, width);
-	trial_expect_written(residual);
-	return residual;
+	trial_expect_written(in_place);
+	return in_place;
 }
 
 static void add(int64_t count, double *to, const double *from)
@@ -106,7 +106,8 @@ static bool norm_linear_backward_case(struct trial *trial)
 	else
 		memcpy(dx, dxn, (size_t)(n * in) * sizeof *dx);
 	add(n * in, dx, values_of(residual));
-	struct tensor *dx_out = residual_output(trial, kind, residual, n, in);
+	struct tensor *dx_out =
+	        residual_output(trial, kind == RESIDUAL_IN_PLACE ? residual : NULL, n, in);
 	trial_expect_scratch(scratch);
 	if (!trial_run(trial, OP_NORM_LINEAR_BACKWARD,
 	               &(struct norm_linear_backward_args){
@@ -137,7 +138,8 @@ static bool linear_residual_case(struct trial *trial)
 	               (int)kind);
 	reference_linear(n, in, out, x->values, weight->values, y);
 	add(n * out, y, values_of(residual));
-	struct tensor *y_out = residual_output(trial, kind, residual, n, out);
+	struct tensor *y_out =
+	        residual_output(trial, kind == RESIDUAL_IN_PLACE ? residual : NULL, n, out);
 	if (!trial_run(trial, OP_LINEAR_RESIDUAL,
 	               &(struct linear_residual_args){n, in, out, data_of(x), data_of(weight),
 	                                              data_of(residual), data_of(y_out)}))

@@ -21,6 +21,7 @@ struct count {
 
 /* Some memory that must never be looked at. */
 static float nowhere;
+static int32_t nowhere_int;
 
 static const struct view some_view = {&nowhere, 1, 1, 1}, no_view;
 
@@ -517,7 +518,7 @@ static double elementwise_flops(double count, int per_element)
 {
 	double flops = 0;
 
-	for (double i = 0; i < count; i++)
+	for (int64_t i = 0; i < (int64_t)count; i++)
 		for (int j = 0; j < per_element; j++)
 			flops++;
 	return flops;
@@ -584,7 +585,7 @@ static void model_case(double act)
 	      (struct count){elementwise_flops(logits, 5), act * logits + 4 * N, act * logits + 4});
 	check(act, OP_ARGMAX, &argmax,
 	      (struct count){elementwise_flops(logits, 1), act * logits, 4 * N});
-	argmax.position = (int32_t *)&nowhere;
+	argmax.position = &nowhere_int;
 	check(act, OP_ARGMAX, &argmax,
 	      (struct count){elementwise_flops(logits, 1), act * logits + 4, 4 * N + 4});
 }

@@ -93,7 +93,7 @@ static size_t add_tests(struct CMUnitTest *tests, struct subject *subjects, size
 int main(int argc, char **argv)
 {
 	const struct operation_test *const lists[] = {dense_tests, attention_tests, recurrent_tests,
-	                                              matrix_tests};
+	                                              matrix_tests, NULL};
 	const char *backend = getenv("BACKEND");
 	int factor = argc > 2 ? atoi(argv[2]) : 1;
 	struct CMUnitTest tests[MAX_TESTS];
@@ -108,8 +108,8 @@ int main(int argc, char **argv)
 		fprintf(stderr, "%s\n", status_message());
 		return 1;
 	}
-	for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
-		count = add_tests(tests, subjects, count, lists[i], &trial, factor);
+	for (const struct operation_test *const *list = lists; *list; list++)
+		count = add_tests(tests, subjects, count, *list, &trial, factor);
 	failed = _cmocka_run_group_tests("operations", tests, count, NULL, NULL);
 	trial_close(&trial);
 	return failed;

@@ -426,10 +426,10 @@ enum status reference_attention_step(const struct reference_attention_step *s, d
 	int64_t count = s->window < 0 ? s->position + 1 : smaller(s->position, s->window) + 1;
 	size_t n_token = (size_t)(s->batch * s->n_heads * s->d_head);
 	double *q = malloc(n_token * (size_t)(2 + 2 * count) * sizeof *q);
-	double *k = q + n_token, *keys = k + n_token, *values = keys + n_token * (size_t)count;
 
 	if (!q)
 		return out_of_memory((double)n_token * (double)(2 + 2 * count));
+	double *k = q + n_token, *keys = k + n_token, *values = keys + n_token * (size_t)count;
 	memcpy(q, s->q, n_token * sizeof *q);
 	memcpy(k, s->k, n_token * sizeof *k);
 	if (s->rope) {

@@ -261,16 +261,18 @@ void reference_embedding_backward(int64_t n, int64_t vocab, int64_t d, const int
 			dtable[tokens[i] * d + j] += dy[i * d + j];
 }
 
-/* log of the sum of e^logit over one row. */
+/* log of the sum of e^logit over one row; the largest of them is the 1 of log1p. */
 static double log_sum_exp(int64_t count, const double *logits)
 {
-	double max = -INFINITY, sum = 0;
+	int64_t largest = 0;
+	double others = 0;
 
+	for (int64_t i = 1; i < count; i++)
+		largest = logits[i] > logits[largest] ? i : largest;
 	for (int64_t i = 0; i < count; i++)
-		max = logits[i] > max ? logits[i] : max;
-	for (int64_t i = 0; i < count; i++)
-		sum += exp(logits[i] - max);
-	return max + log(sum);
+		if (i != largest)
+			others += exp(logits[i] - logits[largest]);
+	return logits[largest] + log1p(others);
 }
 
 double reference_cross_entropy(int64_t n, int64_t vocab, const double *logits,

@@ -110,10 +110,11 @@ enum status reference_rat_scan_forward(const struct reference_rat_scan *s,
                                        const struct reference_rat_scan_out *out)
 {
 	size_t count = (size_t)(s->batch * s->seq_len * s->n_heads * s->d_head);
-	double *k_scan = malloc(2 * count * sizeof *k_scan), *v_scan = k_scan + count;
+	double *k_scan = malloc(2 * count * sizeof *k_scan);
 
 	if (!k_scan)
 		return out_of_memory(2 * count);
+	double *v_scan = k_scan + count;
 	scan(s, k_scan, v_scan);
 	if (out->k_scan)
 		memcpy(out->k_scan, k_scan, count * sizeof *k_scan);
@@ -229,11 +230,11 @@ enum status reference_rat_scan_backward(const struct reference_rat_scan *s,
 	size_t width = (size_t)(s->n_heads * s->d_head);
 	size_t count = (size_t)(s->batch * s->seq_len) * width;
 	size_t total = 3 * count + (size_t)(s->batch * n_chunks(s)) * width;
-	double *k_scan = malloc(total * sizeof *k_scan), *v_scan = k_scan + count;
-	double *dk_scan = v_scan + count, *dk_final = dk_scan + count;
+	double *k_scan = malloc(total * sizeof *k_scan);
 
 	if (!k_scan)
 		return out_of_memory(total);
+	double *v_scan = k_scan + count, *dk_scan = v_scan + count, *dk_final = dk_scan + count;
 	scan(s, k_scan, v_scan);
 	rotate_back(s, grads, dk_final);
 	direct_gradients(s, grads, k_scan, dk_final, dk_scan, grads->dv);
@@ -267,10 +268,10 @@ enum status reference_rat_step(const struct reference_rat_step *s, double *out, 
 	size_t n_token = (size_t)(s->batch * s->n_heads * s->d_head);
 	size_t n_own = (size_t)(s->batch * s->n_heads);
 	double *q = malloc((n_q + 2 * n_token + n_own) * sizeof *q);
-	double *kt = q + n_q, *vt = kt + n_token, *own_score = vt + n_token;
 
 	if (!q)
 		return out_of_memory(n_q + 2 * n_token + n_own);
+	double *kt = q + n_q, *vt = kt + n_token, *own_score = vt + n_token;
 	advance(s, kt, vt);
 	struct reference_rat_scan token = {.batch = s->batch,
 	                                   .seq_len = 1,
