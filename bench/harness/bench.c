@@ -242,12 +242,18 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	return record_append(&run->file, &r);
 }
 
-/* bf16 keeps 8 bits; gradients pass through twice as many roundings. */
+/*
+ * The error allowed in the worst row. bf16 keeps 8 bits; a model's logits and gradients pass
+ * through more roundings. In fp32 the gradient of a gate's bias sums over all tokens what
+ * nearly cancels: 7e-5 at T = 8192.
+ */
 static double tolerance(const struct backend *backend, const char *pass)
 {
+	bool deep = strcmp(pass, "train") == 0 || strcmp(pass, "throughput") == 0;
+
 	if (backend->activation == DTYPE_F32)
-		return 1e-4;
-	return strcmp(pass, "train") == 0 ? 3e-2 : 1.5e-2;
+		return deep ? 5e-4 : 1e-4;
+	return deep ? 3e-2 : 1.5e-2;
 }
 
 /* Prepares the variants for a case; returns whether any has still to be measured. */

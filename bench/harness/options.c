@@ -121,6 +121,7 @@ static const struct preset {
           {"window", "128"},
           {"min-time", "0.05"},
           {"max-time", "0.4"},
+          {"case-seconds", "60"},
           {"model", "tiny"},
           {"prompt", "384"},
           {"generate", "128"},
