@@ -316,11 +316,10 @@ enum status cpu_matrix_recurrence(const void *args, void *workspace)
 {
 	const struct matrix_recurrence_args *a = args;
 	int64_t n_blocks = count_blocks(a);
-	int n_threads = omp_get_max_threads();
 	struct scratch_arena size = {0};
 
 	lay_out(a, &size);
-#pragma omp parallel for schedule(static) num_threads(n_threads)
+#pragma omp parallel for schedule(static)
 	for (int64_t i = 0; i < a->batch * a->n_heads * n_blocks; i++) {
 		struct scratch_arena arena = {.memory = (float *)workspace +
 		                                        size.used * (size_t)omp_get_thread_num()};
