@@ -494,24 +494,33 @@ static enum status plan_add_repeated(struct kernel_plan *plan, const struct kern
 	return STATUS_OK;
 }
 
-/* Forward, then all steps at the cost of the one in the middle. */
+/* Plans a step at `position`. */
+static enum status plan_step(struct stack *stack, const struct context *ctx, int64_t position,
+                             struct kernel_plan *work)
+{
+	struct context planning = *ctx;
+
+	planning.plan = work;
+	return stack_step(stack, &planning, position);
+}
+
+/* Forward, then all steps at the cost of the one in the middle; the last one's workspace is the
+ * largest. */
 static enum status plan_throughput(struct stack *stack, struct context *ctx,
                                    struct kernel_plan *work)
 {
-	int64_t steps = stack->shape.capacity - stack->shape.seq_len - 1;
+	int64_t first = stack->shape.seq_len, end = stack->shape.capacity - 1;
 	struct kernel_plan middle = {0}, last = {0};
 	enum status status = stack_forward(stack, ctx);
 
-	if (steps == 0 || status != STATUS_OK)
+	if (first == end || status != STATUS_OK)
 		return status;
-	ctx->plan = &middle;
-	status = stack_step(stack, ctx, stack->shape.seq_len + (steps - 1) / 2);
-	ctx->plan = &last;
+	status = plan_step(stack, ctx, (first + end - 1) / 2, &middle);
 	if (status == STATUS_OK)
-		status = stack_step(stack, ctx, stack->shape.capacity - 1);
+		status = plan_step(stack, ctx, end, &last);
 	if (last.workspace_bytes > middle.workspace_bytes)
 		middle.workspace_bytes = last.workspace_bytes;
-	return status == STATUS_OK ? plan_add_repeated(work, &middle, steps) : status;
+	return status == STATUS_OK ? plan_add_repeated(work, &middle, end - first) : status;
 }
 
 /* An address that no tensor has, for plans: never dereferenced, and as aligned as a real one. */
@@ -542,7 +551,7 @@ enum status stack_plan(const struct stack *stack, const struct context *ctx,
 {
 	enum status status = check_shape(stack, shape);
 	struct stack *copy = malloc(sizeof *copy);
-	struct kernel_plan own_work;
+	struct kernel_plan own_work = {0};
 
 	work = work ? work : &own_work;
 	if (!copy)

@@ -77,7 +77,7 @@ static struct stack_snapshot *snapshot_take(int64_t n_sequences, int64_t states)
 	if (snapshot) {
 		snapshot->n_sequences = n_sequences;
 		snapshot->sequences = (int64_t *)(snapshot + 1);
-		snapshot->states = (float *)(snapshot->sequences + n);
+		snapshot->states = (void *)(snapshot->sequences + n);
 	}
 	return snapshot;
 }

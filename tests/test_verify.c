@@ -305,7 +305,7 @@ static void expect_caught(const char *pattern, enum pass pass, enum operation op
 	struct kernel kernels[MAX_KERNELS];
 
 	for (int damage = 0; damage < N_DAMAGES; damage++)
-		for (int i = 0; i < 3; i++) {
+		for (int i = damage == ROW_WRONG || damage == ONE_NAN ? 0 : 2; i < 3; i++) {
 			mutant.operation = operation;
 			mutant.rows = rows;
 			mutant.damage = (enum damage)damage;
