@@ -11,8 +11,8 @@
 #include "layers/stack.h"
 
 enum {
-	PREFILL_TOKENS = 32768, /* prefilled at a time */
-	N_CHECKED = 2           /* sequences to verify: the first and the last */
+	MAX_PREFILL_TOKENS = 32768, /* prefilled at a time */
+	N_CHECKED = 2               /* sequences to verify: the first and the last */
 };
 
 struct generation {
@@ -113,23 +113,21 @@ static int64_t smaller(int64_t a, int64_t b)
 	return a < b ? a : b;
 }
 
-static struct layer_shape shape_of(const struct bench_case *c, int64_t batch)
+static struct layer_shape shape_of(const struct bench_case *c)
 {
-	int64_t micro_batch = PREFILL_TOKENS / c->prompt;
-
 	return (struct layer_shape){
 	        .pass = PASS_THROUGHPUT,
-	        .batch = batch,
+	        .batch = c->batch,
 	        .seq_len = c->prompt,
 	        .capacity = c->seq_len,
-	        .micro_batch = smaller(batch, micro_batch > 0 ? micro_batch : 1),
+	        .micro_batch = smaller(c->batch, c->micro_batch),
 	};
 }
 
 static enum status bytes_for(struct generation *g, const struct context *ctx,
-                             const struct bench_case *c, int64_t batch, size_t *bytes)
+                             const struct bench_case *c, size_t *bytes)
 {
-	struct layer_shape shape = shape_of(c, batch);
+	struct layer_shape shape = shape_of(c);
 	struct memory_plan memory;
 	enum status status = stack_plan(&g->stack, ctx, &shape, &memory, NULL);
 
@@ -137,31 +135,82 @@ static enum status bytes_for(struct generation *g, const struct context *ctx,
 	return status;
 }
 
-/* The largest batch that fits into `available` bytes; 1 if none does. */
-static enum status find_batch(struct generation *g, const struct context *ctx,
-                              const struct bench_case *c, size_t available, int64_t *batch)
+/* Whether `value` in *size, one of the sizes of case c, still fits. */
+static enum status try_size(struct generation *g, const struct context *ctx,
+                            const struct bench_case *c, int64_t *size, int64_t value,
+                            size_t available, bool *fits)
 {
-	int64_t fits = 1, too_many = 2;
 	size_t bytes = 0;
+
+	*size = value;
+	enum status status = bytes_for(g, ctx, c, &bytes);
+	*fits = status == STATUS_OK && bytes <= available;
+	return status;
+}
+
+/* Sets c->batch to the largest that fits into `available` bytes; 1 if none does. */
+static enum status find_batch(struct generation *g, const struct context *ctx, struct bench_case *c,
+                              size_t available)
+{
+	int64_t largest = 1, too_many = 2;
+	bool fits = true;
 	enum status status = STATUS_OK;
 
 	while (status == STATUS_OK && too_many < INT32_MAX) {
-		status = bytes_for(g, ctx, c, too_many, &bytes);
-		if (bytes > available)
+		status = try_size(g, ctx, c, &c->batch, too_many, available, &fits);
+		if (!fits)
 			break;
-		fits = too_many;
+		largest = too_many;
 		too_many *= 2;
 	}
-	while (status == STATUS_OK && too_many - fits > 1) {
-		int64_t middle = fits + (too_many - fits) / 2;
+	while (status == STATUS_OK && too_many - largest > 1) {
+		int64_t middle = largest + (too_many - largest) / 2;
 
-		status = bytes_for(g, ctx, c, middle, &bytes);
-		if (bytes > available)
-			too_many = middle;
+		status = try_size(g, ctx, c, &c->batch, middle, available, &fits);
+		if (fits)
+			largest = middle;
 		else
-			fits = middle;
+			too_many = middle;
 	}
-	*batch = fits;
+	c->batch = largest;
+	return status;
+}
+
+/*
+ * Prefills as many sequences at a time as cost less than a hundredth of the
+ * largest batch: their activations take memory from the caches.
+ */
+static enum status choose_batches(struct generation *g, const struct context *ctx,
+                                  struct bench_case *c, size_t available)
+{
+	enum status status = find_batch(g, ctx, c, available);
+	int64_t alone = c->batch;
+
+	while (status == STATUS_OK && 2 * c->micro_batch * c->prompt <= MAX_PREFILL_TOKENS) {
+		c->micro_batch *= 2;
+		status = find_batch(g, ctx, c, available);
+		if (c->batch >= alone - alone / 100 && c->batch >= c->micro_batch)
+			continue;
+		c->micro_batch /= 2;
+		if (status == STATUS_OK)
+			status = find_batch(g, ctx, c, available);
+		break;
+	}
+	return status;
+}
+
+/* The same where the user chose the batch: as many as fit beside it. */
+static enum status choose_micro_batch(struct generation *g, const struct context *ctx,
+                                      struct bench_case *c, size_t available)
+{
+	enum status status = STATUS_OK;
+	bool fits = true;
+
+	while (status == STATUS_OK && fits &&
+	       2 * c->micro_batch * c->prompt <= MAX_PREFILL_TOKENS && c->micro_batch < c->batch)
+		status = try_size(g, ctx, c, &c->micro_batch, 2 * c->micro_batch, available, &fits);
+	if (!fits)
+		c->micro_batch /= 2;
 	return status;
 }
 
@@ -200,10 +249,12 @@ static enum status plan(void *self, const struct context *ctx, struct bench_case
 	struct generation *g = self;
 	enum status status = configure_stack(g, c);
 
-	if (status == STATUS_OK && c->batch == NO_VALUE)
-		status = find_batch(g, ctx, c, available_memory(g, memory_free), &c->batch);
+	c->micro_batch = 1;
 	if (status == STATUS_OK)
-		status = bytes_for(g, ctx, c, c->batch, bytes);
+		status = (c->batch == NO_VALUE ? choose_batches : choose_micro_batch)(
+		        g, ctx, c, available_memory(g, memory_free));
+	if (status == STATUS_OK)
+		status = bytes_for(g, ctx, c, bytes);
 	if (status == STATUS_OK)
 		status = plan_steps(g, ctx, c, work);
 	c->tokens = c->batch * (c->generate - 1);
@@ -241,7 +292,7 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
                            uint64_t seed)
 {
 	struct generation *g = self;
-	struct layer_shape shape = shape_of(c, c->batch);
+	struct layer_shape shape = shape_of(c);
 	bool enough = true;
 
 	g->seed = seed;
@@ -289,7 +340,7 @@ static enum status rewind_prompt(void *self, struct context *ctx, const struct b
                                  bool to_verify, double *prefill_ms)
 {
 	struct generation *g = self;
-	struct layer_shape shape = shape_of(c, c->batch);
+	struct layer_shape shape = shape_of(c);
 	size_t row = (size_t)c->prompt;
 	enum status status = g->allocated ? STATUS_OK : take_stack(g, ctx, c, &shape);
 

@@ -134,7 +134,7 @@ static void finds_the_largest_batch(void **state)
 	for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) {
 		char line[160];
 		double bytes, more;
-		int64_t batch, one_more;
+		int64_t batch, found;
 
 		snprintf(line, sizeof line,
 		         "--backend cpu --preset tiny --prompt 21 --generate 6 --memory 4 "
@@ -143,11 +143,13 @@ static void finds_the_largest_batch(void **state)
 		assert_int_equal(run(throughput_main, line), 0);
 		only_row(&bytes, &batch);
 		assert_true(bytes <= limit);
+		/* A hundredth may be given up for prefilling several sequences at a time. */
+		int64_t larger = batch + batch / 99 + 2;
 		snprintf(line + strlen(line), sizeof line - strlen(line), " --batch %" PRId64,
-		         batch + 1);
+		         larger);
 		assert_int_equal(run(throughput_main, line), 0);
-		only_row(&more, &one_more);
-		assert_int_equal(one_more, batch + 1);
+		only_row(&more, &found);
+		assert_int_equal(found, larger);
 		assert_true(more > limit);
 	}
 }

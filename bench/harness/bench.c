@@ -179,6 +179,7 @@ static void record_case(const struct bench_case *c, struct record *r)
 	r->n_layers = c->n_layers;
 	r->prompt = c->prompt;
 	r->generate = c->generate;
+	r->micro_batch = c->micro_batch;
 }
 
 static void record_plan(const struct planned *plan, struct record *r)

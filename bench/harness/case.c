@@ -70,6 +70,7 @@ static struct bench_case case_at(const struct options *o, const int i[N_AXES])
 	        .d_head = NO_VALUE,
 	        .n_layers = NO_VALUE,
 	        .tokens = NO_VALUE,
+	        .micro_batch = NO_VALUE,
 	};
 }
 

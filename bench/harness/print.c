@@ -14,7 +14,8 @@ static size_t append(char *text, size_t size, size_t length, const char *label, 
 
 void describe_case(const struct bench_case *c, char *text, size_t size)
 {
-	bool single = strcmp(c->pattern, c->block) == 0;
+	/* The name of a block, and of a model's, says what its layers are. */
+	bool single = c->model[0] || strcmp(c->pattern, c->block) == 0;
 	size_t length = (size_t)snprintf(text, size, "%s%s%s%s%s %s", c->block, single ? "" : " ",
 	                                 single ? "" : c->pattern, c->model[0] ? " " : "", c->model,
 	                                 c->pass);
@@ -97,10 +98,10 @@ static void print_size(FILE *file, int width, int64_t value)
 
 static void print_table_row(FILE *file, const struct record *r)
 {
+	const char *more = r->model[0] ? r->model : r->pattern;
 	char name[64];
 
-	snprintf(name, sizeof name, "%s%s%s%s%s", r->block, r->pattern[0] ? " " : "", r->pattern,
-	         r->model[0] ? " " : "", r->model);
+	snprintf(name, sizeof name, "%s%s%s", r->block, more[0] ? " " : "", more);
 	fprintf(file, "%-22s %-10s", name, r->pass);
 	print_size(file, 7, r->seq_len);
 	print_size(file, 6, r->batch);

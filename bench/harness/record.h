@@ -25,7 +25,7 @@ struct record {
 	const char *position;
 	int64_t d_model, n_heads, d_head, n_layers;
 	const char *model;
-	int64_t prompt, generate;
+	int64_t prompt, generate, micro_batch;
 	double latency_ms, latency_p20_ms, latency_p80_ms, latency_min_ms;
 	int64_t samples;
 	double prefill_ms; /* throughput: of the prompt, which tokens_per_s leaves out */
