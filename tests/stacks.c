@@ -47,6 +47,15 @@ struct stack_options small_options(const char *pattern)
 	};
 }
 
+const char *pattern_at(const char *const *more, int i)
+{
+	int n = 0;
+
+	while (layer_classes[n])
+		n++;
+	return i < n ? layer_classes[i]->name : more[i - n];
+}
+
 /* Makes the matrices larger, and the norms' weights something other than 1. */
 static void spread_parameters(struct fixture *fixture, uint64_t seed)
 {

@@ -18,6 +18,10 @@ int stacks_teardown(void **state);
 /* Options of a small stack: D = 48 in 4 heads, L = 6, W = 7, two groups. */
 struct stack_options small_options(const char *pattern);
 
+/* Pattern number i: every registered layer by itself, then those of `more`, which ends with NULL;
+ * NULL behind the last. So a new layer is tested without a word. */
+const char *pattern_at(const char *const *more, int i);
+
 /* Configures, allocates, poisons what runs write, and initializes. `backend` NULL: the CPU. The
  * weights are five times as large as in training, so that scores are not all alike. */
 struct fixture *fixture_open(const struct backend *backend, const struct stack_options *options,

@@ -281,18 +281,17 @@ static double verified(const struct backend *backend, const struct stack_options
 
 static void test_right_runs_pass(void **state)
 {
-	static const char *const patterns[] = {"attention", "swa",    "recurrence",   "gla",
-	                                       "rat",       "rat:45", "rat:15,swa:16"};
+	static const char *const more[] = {"rat:45", "rat:15,swa:16", NULL};
 	static const enum pass passes[] = {PASS_PREFILL, PASS_TRAIN, PASS_GENERATION};
 
 	(void)state;
-	for (int i = 0; i < 7; i++)
+	for (int i = 0; pattern_at(more, i); i++)
 		for (int j = 0; j < 3; j++) {
-			struct stack_options options = small_options(patterns[i]);
+			struct stack_options options = small_options(pattern_at(more, i));
 			double error = verified(NULL, &options, shape_of(passes[j]));
 
 			if (!(error > 0 && error < allowed))
-				fail_msg("%s %s: error %g", patterns[i], pass_name(passes[j]),
+				fail_msg("%s %s: error %g", options.pattern, pass_name(passes[j]),
 				         error);
 		}
 }
