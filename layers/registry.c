@@ -9,6 +9,7 @@
 	entry(swa) \
 	entry(recurrence) \
 	entry(gla) \
+	entry(retention) \
 	entry(rat)
 /* clang-format on */
 
