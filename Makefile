@@ -45,7 +45,7 @@ endif
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CPPFLAGS += -isystem $(CUDA_HOME)/include
 LDFLAGS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64
-LDLIBS += -lcublasLt -lcublas -lcudart_static -lstdc++ -ldl -lrt -lpthread
+LDLIBS += -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 SOURCES += $(wildcard kernels/cuda/*.c kernels/cuda/*.cu kernels/portable/*.cu \
 	kernels/hopper/*.cu baselines/*/*.c baselines/*/*.cu)
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
@@ -167,7 +167,7 @@ test-gpu:
 
 .PHONY: run-gpu-tests
 run-gpu-tests:
-	@tests/run.sh $(GPU_TESTS)
+	@BACKEND=cuda tests/run.sh $(GPU_TESTS) $(BUILD)/tests/test_operations
 	@$(BUILD)/golden --backend cuda tests/golden/*.safetensors
 
 asan:

@@ -1,0 +1,30 @@
+#!/bin/sh
+# Nsight Compute on one operation of one block:
+#
+#   scripts/ncu.sh OPERATION PATTERN PASS SEQ_LEN [TOKENS [D_MODEL [PROVIDERS]]]
+#   scripts/ncu.sh attention rat:16 prefill 4096
+#
+# Profiles the kernels inside the operation's NVTX ranges, once per kernel, and
+# prints the details; NCU_ARGS adds options, such as NCU_ARGS="-o report".
+set -eu
+
+build=${BUILD:-build}
+if [ $# -lt 4 ]; then
+	sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+	exit 2
+fi
+if ! command -v ncu >/dev/null 2>&1; then
+	echo "ncu (Nsight Compute) is not installed or not in PATH" >&2
+	exit 1
+fi
+if [ ! -x "$build/operations" ]; then
+	echo "$build/operations is missing: make CUDA=1 programs" >&2
+	exit 1
+fi
+operation=$1
+shift
+# Clocks are left as they are: locking them needs rights, and other figures are taken unlocked.
+# shellcheck disable=SC2086
+exec ncu --clock-control none --nvtx --nvtx-include "$operation/" --set basic \
+	--section SpeedOfLight --section MemoryWorkloadAnalysis --launch-count 8 \
+	${NCU_ARGS:-} "$build/operations" cuda "$@"
