@@ -514,6 +514,19 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	return status;
 }
 
+/* Slot `chunk` of the caches = the running pair of state, k rotated (in k_state, which holds it).
+ */
+static void store_chunk(const struct layer_config *config, int64_t n_seq, int64_t slots,
+                        int64_t chunk, double *k_state, double *const *state)
+{
+	int64_t h = config->n_heads, d = head_width(config);
+
+	if (config->rope)
+		reference_rotate(n_seq, 1, h, d, chunk, 1, k_state, k_state);
+	mixing_store_slot(n_seq * h, slots, chunk, d, k_state, state[STATE_K_CHUNK]);
+	mixing_store_slot(n_seq * h, slots, chunk, d, state[STATE_V], state[STATE_V_CHUNK]);
+}
+
 static enum status reference_step(const struct layer_config *config,
                                   const struct layer_shape *shape, const double *const *param,
                                   int64_t n_seq, int64_t position, const double *proj,
@@ -561,14 +574,8 @@ static enum status reference_step(const struct layer_config *config,
 	status = reference_rat_step(&step, mix, k_state, v_state);
 	mixing_copy(row, k_state, state[STATE_K]);
 	mixing_copy(row, v_state, state[STATE_V]);
-	if (position % config->chunk == config->chunk - 1) {
-		int64_t chunk = position / config->chunk;
-
-		if (config->rope)
-			reference_rotate(n_seq, 1, h, d, chunk, 1, k_state, k_state);
-		mixing_store_slot(n_seq * h, slots, chunk, d, k_state, state[STATE_K_CHUNK]);
-		mixing_store_slot(n_seq * h, slots, chunk, d, v_state, state[STATE_V_CHUNK]);
-	}
+	if (position % config->chunk == config->chunk - 1)
+		store_chunk(config, n_seq, slots, position / config->chunk, k_state, state);
 	free(r.memory);
 	free(memory);
 	return status;

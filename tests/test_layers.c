@@ -114,6 +114,29 @@ static double *projection_of(const struct fixture *f, int64_t n, int64_t width)
 	return values;
 }
 
+/* Of RAT's InProj with two groups: z, and q, gate-scaled k, v, one per head and rotated. */
+enum { ONE_B = 2, ONE_T = 37, ONE_H = 4, ONE_D = 48, ONE_DH = ONE_D / ONE_H, ONE_G = 2 };
+enum { ONE_N = ONE_B * ONE_T, ONE_P = 3 * ONE_D + 2 * ONE_G * ONE_DH };
+
+static void scale_by_gates(const double *proj, const float *bias, double *z, double *q, double *k,
+                           double *v)
+{
+	for (int64_t n = 0; n < ONE_N; n++)
+		for (int64_t i = 0; i < ONE_D; i++) {
+			const double *row = proj + n * ONE_P;
+			int64_t to = n * ONE_D + i,
+			        grouped = i / ONE_DH % ONE_G * ONE_DH + i % ONE_DH;
+			double keep = 1 - 1 / (1 + exp(-row[2 * ONE_D + i] - bias[i]));
+
+			z[to] = row[i];
+			v[to] = keep * row[ONE_D + i];
+			q[to] = row[3 * ONE_D + grouped];
+			k[to] = keep * row[3 * ONE_D + ONE_G * ONE_DH + grouped];
+		}
+	reference_rotate(ONE_B, ONE_T, ONE_H, ONE_DH, 0, 1, q, q);
+	reference_rotate(ONE_B, ONE_T, ONE_H, ONE_DH, 0, 1, k, k);
+}
+
 /*
  * With L = 1 every token is its own chunk: it is attended to by all later ones
  * as (1-g) v and (1-g) k (k of group h mod G), the key rotated at its position
@@ -123,60 +146,43 @@ static double *projection_of(const struct fixture *f, int64_t n, int64_t width)
  */
 static void test_rat_of_chunk_1_is_attention(void **state)
 {
-	enum { B = 2, T = 37, H = 4, D = 48, DH = D / H, G = 2, N = B * T, P = 3 * D + 2 * G * DH };
+	enum { COUNT = ONE_N * ONE_D };
 	struct stack_options options = small_options("rat:1");
 	/* Training leaves the projection unrotated. */
-	struct fixture *f = fixture_open(NULL, &options, train(B, T), 11);
-	double *q = malloc(sizeof(double) * N * D), *k = malloc(sizeof(double) * N * D);
-	double *v = malloc(sizeof(double) * N * D), *gate = malloc(sizeof(double) * N * D);
-	double *out = malloc(sizeof(double) * N * D);
-	float *expected = malloc(sizeof(float) * N * D), *bias = malloc(sizeof(float) * D);
+	struct fixture *f = fixture_open(NULL, &options, train(ONE_B, ONE_T), 11);
+	double *memory = malloc(sizeof(double) * 5 * COUNT), *z = memory, *out = z + COUNT;
+	double *q = out + COUNT, *k = q + COUNT, *v = k + COUNT;
+	float *expected = malloc(sizeof(float) * COUNT), bias[ONE_D];
 
 	(void)state;
+	assert_true(memory && expected);
 	require_ok(stack_forward(&f->stack, &f->ctx));
 	require_ok(stack_get_parameter(&f->stack, 0, PARAM_OTHER, bias));
-	double *proj = projection_of(f, N, P);
-	for (int64_t n = 0; n < N; n++)
-		for (int64_t i = 0; i < D; i++) {
-			const double *row = proj + n * P;
-			int64_t grouped = i / DH % G * DH + i % DH;
-			double keep = 1 - 1 / (1 + exp(-row[2 * D + i] - bias[i]));
-
-			gate[n * D + i] = row[i];
-			v[n * D + i] = keep * row[D + i];
-			q[n * D + i] = row[3 * D + grouped];
-			k[n * D + i] = keep * row[3 * D + G * DH + grouped];
-		}
-	reference_rotate(B, T, H, DH, 0, 1, q, q);
-	reference_rotate(B, T, H, DH, 0, 1, k, k);
+	double *proj = projection_of(f, ONE_N, ONE_P);
+	scale_by_gates(proj, bias, z, q, k, v);
 	const struct reference_attention attention = {
-	        .batch = B,
-	        .n_heads = H,
-	        .q_heads = H,
-	        .d_head = DH,
-	        .seq_len = T,
-	        .kv_len = T,
+	        .batch = ONE_B,
+	        .n_heads = ONE_H,
+	        .q_heads = ONE_H,
+	        .d_head = ONE_DH,
+	        .seq_len = ONE_T,
+	        .kv_len = ONE_T,
 	        .mask = MASK_CAUSAL,
-	        .scale = 1 / sqrt(DH),
+	        .scale = 1 / sqrt(ONE_DH),
 	        .q = q,
 	        .k = k,
 	        .v = v,
-	        .gate = gate,
+	        .gate = z,
 	};
 	require_ok(reference_attention_forward(&attention, 0, NULL, out, NULL, NULL));
-	for (int64_t i = 0; i < N * D; i++)
+	for (int64_t i = 0; i < COUNT; i++)
 		expected[i] = (float)out[i];
-	float *mix = read_floats(f, f->stack.memory[0].saved[SAVED_MIX], 0, N * D);
-	assert_true(float_error(N * D, mix, expected) < allowed);
+	float *mix = read_floats(f, f->stack.memory[0].saved[SAVED_MIX], 0, COUNT);
+	assert_true(float_error(COUNT, mix, expected) < allowed);
 	free(mix);
 	free(proj);
-	free(q);
-	free(k);
-	free(v);
-	free(gate);
-	free(out);
+	free(memory);
 	free(expected);
-	free(bias);
 	fixture_close(f);
 }
 
