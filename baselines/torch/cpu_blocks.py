@@ -316,6 +316,7 @@ def main():
         "recurrence": (Recurrence, []),
     }
     print(f"PyTorch {torch.__version__}, {a.threads} threads, fp32, B=1 {sizes}")
+    print(f"load of the machine before: {os.getloadavg()[0]:.1f}")
     lines = []
     for program, (block_class, options) in ours.items():
         options = [str(o) for o in common + options]
