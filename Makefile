@@ -139,17 +139,17 @@ SUBMAKE = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(PARA
 bench-latency:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
-	@bench/latency.sh $(BUILD) $(ARGS)
+	@bench/latency.sh $(BUILD) latency.csv $(ARGS)
 
 bench-generation:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
-	@bench/latency.sh $(BUILD) --pass generation $(ARGS)
+	@bench/latency.sh $(BUILD) generation.csv --pass generation $(ARGS)
 
 table2:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
-	@$(BUILD)/throughput $(ARGS)
+	@$(BUILD)/throughput $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
 plots:
 	@scripts/bootstrap.sh run
@@ -190,11 +190,8 @@ check:
 		--enable=warning,performance,portability \
 		--suppress=missingIncludeSystem $(CPU_FILES)
 
-# Each fuzz target is linked with the parsers it feeds, built by clang with coverage.
-FUZZ_SOURCES = $(wildcard bench/harness/*.c kernels/status.c kernels/kernels.c) $(SHARED)
 fuzz:
 	@scripts/bootstrap.sh check
-	@$(MAKE) --no-print-directory $(BUILD)/version.h
 	@tests/fuzz/run.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
 
 help:

@@ -1,19 +1,25 @@
 #!/bin/sh
 # Measures every block as one run (one file, one run_id), then draws the plots.
 #
-#   bench/latency.sh BUILD [options of the programs]
+#   bench/latency.sh BUILD FILE [options of the programs]
+#
+# Rows go to FILE in the device's folder of results/, unless --out says where.
 #
 # With --resume an interrupted run goes on where it was.
 set -eu
 
 build=$1
-shift
+file=$2
+shift 2
 RUN_ID=${RUN_ID:-$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$}
 export RUN_ID
 
 # The programs say where rows go, and complain about options, before anything is measured.
 list=$("$build/attention" --list "$@") || exit $?
 out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')
+case $out in
+results/*/latency.csv) out=${out%latency.csv}$file ;;
+esac
 first=--truncate
 measures=yes
 for option in "$@"; do
@@ -26,7 +32,7 @@ done
 failed=0
 for program in attention recurrence gla rat hybrid; do
 	code=0
-	"$build/$program" $first "$@" || code=$?
+	"$build/$program" $first "$@" --out "$out" || code=$?
 	first=
 	# 1: a case failed, and its row says how; 2: the options are wrong.
 	[ "$code" -lt 2 ] || exit "$code"
