@@ -28,10 +28,12 @@ static void summarizes_samples(void **state)
 	assert_true(s.minimum == 7 && s.p20 == 7 && s.median == 7 && s.p80 == 7);
 }
 
-/* Samples taken until the rule is content, with normal noise of relative size `noise`. */
+/* Samples taken until the rule is content, with normal noise of relative size `noise`, and as
+ * much time between them as in them. */
 static int samples_taken(const struct stopping_rule *rule, double ms, double noise)
 {
 	static double samples[MAX_SAMPLES];
+	double elapsed = 0;
 	int count = 0;
 
 	srand(1);
@@ -41,7 +43,8 @@ static int samples_taken(const struct stopping_rule *rule, double ms, double noi
 		for (int i = 0; i < 12; i++)
 			normal += (double)rand() / RAND_MAX;
 		samples[count++] = ms * (1 + noise * normal);
-	} while (!samples_suffice(rule, samples, count));
+		elapsed += 2e-3 * ms;
+	} while (!samples_suffice(rule, samples, count, elapsed));
 	return count;
 }
 
@@ -57,7 +60,7 @@ static void stops_when_the_noise_has_settled(void **state)
 	/* The error of the median is 1.25 sigma / sqrt(n): 156 samples for 5%. */
 	assert_in_range(samples_taken(&rule, 1, 0.05), 60, 400);
 	assert_in_range(samples_taken(&longer, 1, 0), 499, 501);
-	assert_in_range(samples_taken(&capped, 1, 0.5), 20, 60);
+	assert_int_equal(samples_taken(&capped, 1, 0.5), 15);
 	assert_int_equal(samples_taken(&capped, 1000, 0.5), MIN_SAMPLES);
 	assert_int_equal(samples_taken(&exact, 1000, 0.5), 5);
 }

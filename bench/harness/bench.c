@@ -275,6 +275,7 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 		v->plan = run->plans[index * run->n_variants + i];
 		v->predicted_ms = 0;
 		v->n_samples = 0;
+		v->sampling_seconds = 0;
 		v->rel_err = NAN;
 		v->prefill_ms = NAN;
 		/* Any status but OK keeps a finished variant from being measured. */

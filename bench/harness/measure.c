@@ -49,7 +49,7 @@ static enum status take_sample(const struct subject *subject, const struct bench
                                struct variant *v, bool warm, bool to_verify)
 {
 	const struct backend *backend = v->ctx.backend;
-	double ms;
+	double ms, before = seconds_now();
 	enum status status = subject->rewind(subject->self, &v->ctx, c, to_verify, &v->prefill_ms);
 
 	if (status == STATUS_OK && !warm)
@@ -62,6 +62,7 @@ static enum status take_sample(const struct subject *subject, const struct bench
 		status = backend->stopwatch_stop(&ms);
 	if (status == STATUS_OK)
 		v->samples[v->n_samples++] = ms;
+	v->sampling_seconds += seconds_now() - before;
 	return status;
 }
 
@@ -107,7 +108,8 @@ static void sample_alternately(const struct subject *subject, const struct bench
 			struct variant *v = &variants[i];
 
 			if (v->status != STATUS_OK ||
-			    samples_suffice(&rule->stop, v->samples, v->n_samples))
+			    samples_suffice(&rule->stop, v->samples, v->n_samples,
+			                    v->sampling_seconds))
 				continue;
 			enum status status = take_sample(subject, c, v, rule->warm, false);
 

@@ -29,6 +29,7 @@ struct variant {
 	char message[MAX_MESSAGE];
 	double samples[MAX_SAMPLES]; /* milliseconds */
 	int n_samples;
+	double sampling_seconds; /* spent on the samples, preparations included */
 	double rel_err, prefill_ms;
 };
 

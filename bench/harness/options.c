@@ -65,7 +65,7 @@ static const struct option_spec specs[] = {
          "samples to take (0: until the noise has settled)"},
         {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL, "least time of sampling"},
         {"max-time", KIND_REAL, AT(max_time), 0, false, "SECONDS", NULL,
-         "most time of sampling, three samples granted"},
+         "most time of sampling, cache flushes included; three samples are granted"},
         {"noise", KIND_REAL, AT(noise), 0, false, "FRACTION", "0.005",
          "standard error of the median, relative to it, at which sampling stops"},
         {"case-seconds", KIND_REAL, AT(case_seconds), 0, false, "SECONDS", "20",

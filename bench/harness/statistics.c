@@ -36,7 +36,7 @@ struct summary summarize(double *samples, int count)
 	return s;
 }
 
-bool samples_suffice(const struct stopping_rule *rule, double *samples, int count)
+bool samples_suffice(const struct stopping_rule *rule, double *samples, int count, double elapsed)
 {
 	double seconds = 0;
 
@@ -44,12 +44,10 @@ bool samples_suffice(const struct stopping_rule *rule, double *samples, int coun
 		return count >= rule->samples;
 	if (count < MIN_SAMPLES)
 		return false;
-	if (count == MAX_SAMPLES)
+	if (count == MAX_SAMPLES || elapsed >= rule->max_time)
 		return true;
 	for (int i = 0; i < count; i++)
 		seconds += 1e-3 * samples[i];
-	if (seconds >= rule->max_time)
-		return true;
 	return seconds >= rule->min_time && count >= MIN_NOISE_SAMPLES &&
 	       summarize(samples, count).relative_error <= rule->noise;
 }

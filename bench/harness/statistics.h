@@ -16,15 +16,16 @@ struct summary summarize(double *samples, int count);
 
 /* When sampling may end. Times in seconds. */
 struct stopping_rule {
-	int samples;               /* exactly so many; 0: by the rest of the rule */
-	double min_time, max_time; /* of sampling, launches only */
-	double noise;              /* relative standard error of the median to reach */
+	int samples;     /* exactly so many; 0: by the rest of the rule */
+	double min_time; /* of the samples together */
+	double max_time; /* of sampling, what lies between the samples included */
+	double noise;    /* relative standard error of the median to reach */
 };
 
 /* Least number of samples, whatever they cost, and least number for the noise to be judged. */
 enum { MIN_SAMPLES = 3, MIN_NOISE_SAMPLES = 7, MAX_SAMPLES = 2000 };
 
-/* Whether samples[count] (milliseconds; reordered) suffice. */
-bool samples_suffice(const struct stopping_rule *rule, double *samples, int count);
+/* Whether samples[count] (milliseconds; reordered), which took `elapsed` seconds, suffice. */
+bool samples_suffice(const struct stopping_rule *rule, double *samples, int count, double elapsed);
 
 #endif
