@@ -381,6 +381,21 @@ static enum status read_options(struct run *run, int argc, char **argv, bool *do
 	return status;
 }
 
+/* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
+ * which then gets nothing else. */
+static void name_output(struct run *run)
+{
+	struct options *o = &run->options;
+
+	if (!o->out[0])
+		snprintf(o->out, sizeof o->out, "results/%s/%s", run->environment.device_folder,
+		         run->driver->file);
+	if (strcmp(o->out, "-") == 0) {
+		snprintf(o->out, sizeof o->out, "/dev/stdout");
+		snprintf(o->format.word[0], sizeof o->format.word[0], "none");
+	}
+}
+
 /* Options that need to know where the run takes place, and the sweep they make. */
 static enum status make_sweep(struct run *run)
 {
@@ -399,9 +414,8 @@ static enum status make_sweep(struct run *run)
 	if (status == STATUS_OK)
 		status = sweep_create(&run->sweep, &run->options, run->subject->configure,
 		                      run->subject->self);
-	if (status == STATUS_OK && !run->options.out[0])
-		snprintf(run->options.out, sizeof run->options.out, "results/%s/%s",
-		         run->environment.device_folder, run->driver->file);
+	if (status == STATUS_OK)
+		name_output(run);
 	return status;
 }
 
