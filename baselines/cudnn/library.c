@@ -150,13 +150,18 @@ static const char *open_library(void)
 	return cudnn.library.version < OLDEST ? "cuDNN is older than 9.0" : NULL;
 }
 
+static void open_once(void)
+{
+	if (!cudnn.tried)
+		cudnn.why = open_library();
+	cudnn.tried = true;
+}
+
 const struct cudnn_library *cudnn_library_get(const char **why)
 {
 	struct cudnn_library *l = &cudnn.library;
 
-	if (!cudnn.tried)
-		cudnn.why = open_library();
-	cudnn.tried = true;
+	open_once();
 	*why = cudnn.why;
 	if (cudnn.why)
 		return NULL;
@@ -170,7 +175,8 @@ const struct cudnn_library *cudnn_library_get(const char **why)
 
 size_t cudnn_library_version(void)
 {
-	return cudnn.library.version;
+	open_once();
+	return cudnn.why ? 0 : cudnn.library.version;
 }
 
 void cudnn_library_close(void)

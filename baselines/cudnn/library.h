@@ -132,7 +132,7 @@ struct cudnn_library {
  */
 const struct cudnn_library *cudnn_library_get(const char **why);
 
-/* Its version, or 0 as long as cudnn_library_get() has not opened it. */
+/* Its version, 0 if there is none. Opens the library, but no device. */
 size_t cudnn_library_version(void);
 
 /* Closes the handle; the library stays in memory. */

@@ -9,6 +9,7 @@
 #include <inttypes.h>
 #include <nvtx3/nvToolsExt.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "baselines/cudnn/sdpa.h"
@@ -32,6 +33,7 @@ struct timekeeping {
 
 static struct {
 	bool is_open;
+	bool is_hopper; /* runs sm_90a code */
 	struct cudaDeviceProp properties;
 	cudaStream_t stream;
 	cudaEvent_t start, stop, staged[N_STAGING];
@@ -65,12 +67,20 @@ int cuda_sm_count(void)
 
 bool cuda_is_hopper(void)
 {
-	return device.is_open && device.properties.major == 9 && device.properties.minor == 0;
+	return device.is_open && device.is_hopper;
 }
 
 size_t cuda_shared_limit(void)
 {
 	return device.is_open ? device.properties.sharedMemPerBlockOptin : 0;
+}
+
+/* sm_90a code has no PTX beside it, which is all that the driver takes under this variable. */
+static bool takes_machine_code(void)
+{
+	const char *forced = getenv("CUDA_FORCE_PTX_JIT");
+
+	return !forced || strcmp(forced, "0") == 0;
 }
 
 /* One line for each way in which a machine can lack what is needed. */
@@ -175,11 +185,13 @@ static enum status cuda_open(int index)
 	}
 	if (cudaDeviceGetPCIBusId(pci_bus_id, sizeof pci_bus_id, index) == cudaSuccess)
 		nvml_open(pci_bus_id);
+	device.is_hopper = device.properties.major == 9 && device.properties.minor == 0 &&
+	                   takes_machine_code();
 	device.is_open = true;
 	return STATUS_OK;
 }
 
-/* The versions of all libraries that a row may have used; cuDNN's only once it is open. */
+/* The versions of all libraries that a row may have used. */
 static enum status describe_runtime(char *text, size_t size)
 {
 	const size_t blas = cublasLtGetVersion(), cudnn = cudnn_library_version();

@@ -4,10 +4,13 @@
 
 enum { THREADS = 128, TOKENS = 8 };
 
-/* log(1 / (1 + e^-x)), accurate at both ends. */
+/* log(1 / (1 + e^-x)); where e^-|x| is small, log(1 + e) by its series. */
 static __device__ __forceinline__ float log_sigmoid(float x)
 {
-	return fminf(x, 0.0f) - log1pf(__expf(-fabsf(x)));
+	const float e = __expf(-fabsf(x));
+	const float log = e < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
+
+	return fminf(x, 0.0f) - log;
 }
 
 /* A thread computes two columns of TOKENS tokens, reading each weight once. */
@@ -36,14 +39,15 @@ static __global__ void __launch_bounds__(THREADS)
 			}
 		}
 	}
-	const float bias0 = a.bias[column], bias1 = a.bias[column + 1];
+	const float bias0 = a.bias[column], bias1 = a.bias[column + 1],
+	            factor = 1.0f / a.normalizer;
 	auto *out = static_cast<bf16 *>(a.log_decay) + first * a.d_out + column;
 #pragma unroll
 	for (int i = 0; i < TOKENS; i++)
 		if (first + i < a.n_tokens)
 			*reinterpret_cast<uint32_t *>(out + i * a.d_out) =
-			        pack(log_sigmoid(sum[i][0] + bias0) / a.normalizer,
-			             log_sigmoid(sum[i][1] + bias1) / a.normalizer);
+			        pack(factor * log_sigmoid(sum[i][0] + bias0),
+			             factor * log_sigmoid(sum[i][1] + bias1));
 }
 
 extern "C" const char *portable_decay_gate_unsupported(const void *args)
