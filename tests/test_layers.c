@@ -12,6 +12,7 @@
 #include "kernels/reference/reference.h"
 #include "layers/mixing.h"
 #include "tests/stacks.h"
+#include "tests/support.h"
 
 static const double allowed = 2e-5, allowed_row = 1e-4;
 
@@ -150,12 +151,12 @@ static void test_rat_of_chunk_1_is_attention(void **state)
 	struct stack_options options = small_options("rat:1");
 	/* Training leaves the projection unrotated. */
 	struct fixture *f = fixture_open(NULL, &options, train(ONE_B, ONE_T), 11);
-	double *memory = malloc(sizeof(double) * 5 * COUNT), *z = memory, *out = z + COUNT;
+	double *z = new_doubles(5 * COUNT), *out = z + COUNT;
 	double *q = out + COUNT, *k = q + COUNT, *v = k + COUNT;
 	float *expected = malloc(sizeof(float) * COUNT), bias[ONE_D];
 
 	(void)state;
-	assert_true(memory && expected);
+	assert_non_null(expected);
 	require_ok(stack_forward(&f->stack, &f->ctx));
 	require_ok(stack_get_parameter(&f->stack, 0, PARAM_OTHER, bias));
 	double *proj = projection_of(f, ONE_N, ONE_P);
@@ -181,7 +182,7 @@ static void test_rat_of_chunk_1_is_attention(void **state)
 	assert_true(float_error(COUNT, mix, expected) < allowed);
 	free(mix);
 	free(proj);
-	free(memory);
+	free(z);
 	free(expected);
 	fixture_close(f);
 }
