@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "kernels/cuda/cuda_backend.h"
 
+#include <cblas.h>
 #include <cublasLt.h>
 #include <inttypes.h>
 #include <nvtx3/nvToolsExt.h>
@@ -187,6 +188,9 @@ static enum status cuda_open(int index)
 		nvml_open(pci_bus_id);
 	device.is_hopper = device.properties.major == 9 && device.properties.minor == 0 &&
 	                   takes_machine_code();
+	/* Verification calls BLAS from OpenMP's threads, on whose cores its own would get in the
+	 * way. */
+	openblas_set_num_threads(1);
 	device.is_open = true;
 	return STATUS_OK;
 }

@@ -5,20 +5,23 @@
  *   2. a scan over the chunks, which leaves the state before each one;
  *   3. each chunk's outputs from that state and its own tokens, in parallel.
  * With G_t the sum of log2 A over the chunk's tokens up to t, every factor is
- * 2^(difference of G) with an exponent <= 0, so no decay is too strong: across
+ * 2^(difference of G) with an exponent <= 0, so that no decay is too strong: across
  * sub-chunks of 16 tokens the difference is split at the later sub-chunk's
- * start, and inside a sub-chunk it is taken pair by pair.
+ * start. Inside a sub-chunk it is split at the middle, where one of the two
+ * factors exceeds 1, if the sub-chunk decays mildly; otherwise it is taken
+ * pair by pair.
  */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/portable.h"
 
 enum {
 	THREADS = 128,
-	ROWS = 64,      /* tokens of a chunk at most */
-	SLAB = 64,      /* channels of q and k, or of v, taken at a time */
-	STRIDE = 72,    /* of tiles in shared memory: no bank conflicts between rows */
-	SUB = 16,       /* tokens of a sub-chunk, one per warp */
-	SCAN_CHUNKS = 4 /* chunks read ahead by the scan */
+	ROWS = 64,       /* tokens of a chunk at most */
+	SLAB = 64,       /* channels of q and k, or of v, taken at a time */
+	STRIDE = 72,     /* of tiles in shared memory: no bank conflicts between rows */
+	SUB = 16,        /* tokens of a sub-chunk, one per warp */
+	SCAN_CHUNKS = 4, /* chunks read ahead by the scan */
+	MILD = 60        /* log2 of a decay whose inverse can be a factor in bf16 */
 };
 
 /* How the sequence is cut and what is kept of each chunk. */
@@ -181,6 +184,41 @@ multiply_tile(float (&d)[SLAB / 8][4], const uint32_t (&a)[4], const bf16 *tile,
 	}
 }
 
+/*
+ * Writes one of the two row halves of 16 x 64 products, times `factor`: this lane's
+ * row begins at `row`, NULL to write nothing. The four lanes of a row trade
+ * pairs first, so that they write 32 bytes side by side.
+ */
+static __device__ __forceinline__ void store_row(bf16 *row, const float (&d)[SLAB / 8][4], int half,
+                                                 float factor, int64_t first, int64_t width)
+{
+	const int c = threadIdx.x % 4;
+
+#pragma unroll
+	for (int n = 0; n < SLAB / 8; n += 2) {
+		const uint32_t a = pack(factor * d[n][2 * half], factor * d[n][2 * half + 1]);
+		const uint32_t b =
+		        pack(factor * d[n + 1][2 * half], factor * d[n + 1][2 * half + 1]);
+		const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
+		const uint32_t low = c < 2 ? a : far, high = c < 2 ? far : b;
+		const uint32_t near = __shfl_xor_sync(0xffffffffu, c % 2 ? low : high, 1);
+		const int64_t column = first + 8 * n + 4 * c;
+
+		if (row && column < width)
+			*reinterpret_cast<uint2 *>(row + column) =
+			        make_uint2(c % 2 ? near : low, c % 2 ? high : near);
+	}
+}
+
+/* Starts loading v of the chunk, columns first .. first + 63. */
+static __device__ __forceinline__ void load_values(bf16 *tile,
+                                                   const struct matrix_recurrence_args &a,
+                                                   const struct place &p, int64_t first)
+{
+	load_tile(tile, at(a.v, p.b, p.first, p.h), a.v.token, p.rows, first, a.d_v);
+	copy_commit();
+}
+
 /* 1. The chunk's contribution to 64 rows of the state: (decayed k)^T v, 16 rows per warp. */
 template <bool DIAGONAL>
 static __global__ void __launch_bounds__(THREADS)
@@ -194,6 +232,7 @@ static __global__ void __launch_bounds__(THREADS)
 	bf16 *keys = reinterpret_cast<bf16 *>(g + ROWS * STRIDE), *values = keys + ROWS * STRIDE;
 	uint32_t left[ROWS / 16][4];
 
+	load_values(values, a, p, 0);
 	if (DIAGONAL)
 		sum_diagonal(g, a, p, slab);
 	else
@@ -206,26 +245,24 @@ static __global__ void __launch_bounds__(THREADS)
 		                         keys + (16 * step + lane / 16 * 8 + lane % 8) * STRIDE +
 		                                 16 * warp + lane / 8 % 2 * 8);
 	for (int64_t first = 0; first < a.d_v; first += SLAB) {
+		const bf16 *tile = values + first / SLAB % 2 * ROWS * STRIDE;
 		float d[SLAB / 8][4] = {};
 
-		load_tile(values, at(a.v, p.b, p.first, p.h), a.v.token, p.rows, first, a.d_v);
-		copy_commit();
 		copy_wait<0>();
 		__syncthreads();
+		if (first + SLAB < a.d_v)
+			load_values(values + (first / SLAB + 1) % 2 * ROWS * STRIDE, a, p,
+			            first + SLAB);
 #pragma unroll
 		for (int step = 0; step < ROWS / 16; step++)
-			multiply_tile(d, left[step], values, step);
+			multiply_tile(d, left[step], tile, step);
 #pragma unroll
-		for (int i = 0; i < SLAB / 8 * 2; i++) {
-			const int64_t row = slab * SLAB + 16 * warp + 8 * (i % 2) + lane / 4;
-			const int64_t column = first + 8 * (i / 2) + 2 * (lane % 4);
+		for (int half = 0; half < 2; half++) {
+			const int64_t row = slab * SLAB + 16 * warp + 8 * half + lane / 4;
 
-			if (row < a.d_k && column < a.d_v)
-				*reinterpret_cast<uint32_t *>(
-				        c.states + (p.chunk * a.d_k + row) * a.d_v + column) =
-				        pack(d[i / 2][2 * (i % 2)], d[i / 2][2 * (i % 2) + 1]);
+			store_row(row < a.d_k ? c.states + (p.chunk * a.d_k + row) * a.d_v : NULL,
+			          d, half, 1.0f, first, a.d_v);
 		}
-		__syncthreads();
 	}
 }
 
@@ -284,10 +321,18 @@ static __device__ __forceinline__ uint32_t query_pair(const struct matrix_recurr
 	                                       : 0;
 }
 
+/* A pair of bf16, and what their rounding left out. */
+struct exact_pair {
+	uint32_t rounded, rest;
+};
+
 /* Both channels of a pair times 2^x, 2^y. */
-static __device__ __forceinline__ uint32_t decayed(uint32_t pair, float x, float y)
+static __device__ __forceinline__ exact_pair decayed(uint32_t pair, float x, float y)
 {
-	return pack(low_half(pair) * exp2_fast(x), high_half(pair) * exp2_fast(y));
+	const float low = low_half(pair) * exp2_fast(x), high = high_half(pair) * exp2_fast(y);
+	const uint32_t rounded = pack(low, high);
+
+	return {rounded, pack(low - low_half(rounded), high - high_half(rounded))};
 }
 
 /*
@@ -346,38 +391,95 @@ static __device__ void add_diagonal(float (&sum)[SUB], const struct matrix_recur
 	}
 }
 
+/* q of one k16 step times 2^(G - G of the reference row), and what rounding left out. */
+static __device__ __forceinline__ void decayed_queries(uint32_t (&left)[4], uint32_t (&rest)[4],
+                                                       const uint32_t (&q)[4], const float *g,
+                                                       const float *reference, int step)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int row = SUB * warp + lane / 4, channel = 16 * step + 2 * (lane % 4);
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const float *now = g + (row + 8 * (i % 2)) * STRIDE + channel + 8 * (i / 2);
+		const float *then = reference + channel + 8 * (i / 2);
+		const exact_pair pair = decayed(q[i], now[0] - then[0], now[1] - then[1]);
+
+		left[i] = pair.rounded;
+		rest[i] = pair.rest;
+	}
+}
+
+/* k of one k16 step, keys 8 n .. 8 n + 7, times 2^(G of the reference row - G). */
+static __device__ __forceinline__ void decayed_tile(exact_pair (&right)[2], const float *g,
+                                                    const bf16 *keys, const float *reference, int n,
+                                                    int step)
+{
+	const int lane = threadIdx.x % WARP, channel = 16 * step + 2 * (lane % 4);
+
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		const int offset = (8 * n + lane / 4) * STRIDE + channel + 8 * i;
+		const float *then = reference + channel + 8 * i;
+
+		right[i] = decayed(*reinterpret_cast<const uint32_t *>(keys + offset),
+		                   then[0] - g[offset], then[1] - g[offset + 1]);
+	}
+}
+
 /* One k16 step of the scores between sub-chunks, decays split at this sub-chunk's start. */
 static __device__ __forceinline__ void add_between(float (&s)[ROWS / 8][4], const uint32_t (&q)[4],
                                                    const float *g, const bf16 *keys, int step)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-	const int row = SUB * warp + lane / 4, channel = 16 * step + 2 * (lane % 4);
-	const float *start = g + (SUB * warp - 1) * STRIDE + channel;
-	uint32_t left[4], right[2];
+	const int warp = threadIdx.x / WARP;
+	const float *start = g + (SUB * warp - 1) * STRIDE;
+	uint32_t left[4], rest[4];
+	exact_pair right[2];
 
 	if (warp == 0)
 		return;
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		const float *now = g + (row + 8 * (i % 2)) * STRIDE + channel + 8 * (i / 2);
-
-		left[i] =
-		        decayed(q[i], now[0] - start[8 * (i / 2)], now[1] - start[8 * (i / 2) + 1]);
-	}
+	decayed_queries(left, rest, q, g, start, step);
 #pragma unroll
 	for (int n = 0; n < ROWS / 8 - 2; n++) {
 		if (n >= 2 * warp)
 			break;
-#pragma unroll
-		for (int i = 0; i < 2; i++) {
-			const int offset = (8 * n + lane / 4) * STRIDE + channel + 8 * i;
-			const uint32_t k = *reinterpret_cast<const uint32_t *>(keys + offset);
-
-			right[i] = decayed(k, start[8 * i] - g[offset],
-			                   start[8 * i + 1] - g[offset + 1]);
-		}
-		multiply_add(s[n], left, right[0], right[1]);
+		decayed_tile(right, g, keys, start, n, step);
+		multiply_add(s[n], left, right[0].rounded, right[1].rounded);
 	}
+}
+
+/*
+ * One k16 step of the scores inside the sub-chunk, decays split at its middle:
+ * mild ones only. The first tokens of a sequence have few scores, which can
+ * all be small: they keep what rounding would cost.
+ */
+static __device__ __forceinline__ void add_inside(float (&s)[ROWS / 8][4], const uint32_t (&q)[4],
+                                                  const float *g, const bf16 *keys, int step)
+{
+	const int warp = threadIdx.x / WARP;
+	const float *middle = g + (SUB * warp + SUB / 2) * STRIDE;
+	uint32_t left[4], rest[4];
+	exact_pair right[2];
+
+	decayed_queries(left, rest, q, g, middle, step);
+#pragma unroll
+	for (int n = 0; n < ROWS / 8; n++) {
+		if (n / 2 != warp)
+			continue;
+		decayed_tile(right, g, keys, middle, n, step);
+		multiply_add(s[n], left, right[0].rounded, right[1].rounded);
+		multiply_add(s[n], rest, right[0].rounded, right[1].rounded);
+		multiply_add(s[n], left, right[0].rest, right[1].rest);
+	}
+}
+
+/* Whether no channel of the slab decays by more than 2^-MILD inside this warp's sub-chunk. */
+static __device__ __forceinline__ bool decays_mildly(const float *g)
+{
+	const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * SUB;
+	const float *begin = g + first * STRIDE + 2 * lane, *end = begin + (SUB - 1) * STRIDE;
+
+	return __all_sync(0xffffffffu, begin[0] - end[0] <= MILD && begin[1] - end[1] <= MILD);
 }
 
 /* One k16 step of the scores where no channel decays differently: undecayed products. */
@@ -409,6 +511,7 @@ static __device__ void add_slab(float (&s)[ROWS / 8][4], float (&inside)[SUB], b
                                 int64_t slab)
 {
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const bool mild = DIAGONAL && decays_mildly(g);
 
 #pragma unroll
 	for (int step = 0; step < SLAB / 16; step++) {
@@ -423,18 +526,24 @@ static __device__ void add_slab(float (&s)[ROWS / 8][4], float (&inside)[SUB], b
 			*reinterpret_cast<uint32_t *>(queries + row * queries_stride + slab * SLAB +
 			                              channel) =
 			        decayed(q[i], cumulative<DIAGONAL>(g, row, channel),
-			                cumulative<DIAGONAL>(g, row, channel + 1));
+			                cumulative<DIAGONAL>(g, row, channel + 1))
+			                .rounded;
 		}
 		if (DIAGONAL)
 			add_between(s, q, g, keys, step);
 		else
 			add_undecayed(s, q, keys, step);
+		if (DIAGONAL && mild)
+			add_inside(s, q, g, keys, step);
 	}
-	if (DIAGONAL)
+	if (DIAGONAL && !mild)
 		add_diagonal(inside, a, p, g, keys, slab);
 }
 
-/* Puts the scores inside the sub-chunk, lane l's s = l / 2, where products want them. */
+/*
+ * Adds the exact scores inside the sub-chunk, lane l's s = l / 2, to those of the
+ * tensor cores, of which only those of keys up to the query count.
+ */
 static __device__ __forceinline__ void place_diagonal(float (&s)[ROWS / 8][4],
                                                       const float (&inside)[SUB], float *scratch)
 {
@@ -447,12 +556,16 @@ static __device__ __forceinline__ void place_diagonal(float (&s)[ROWS / 8][4],
 			mine[t * (SUB + 1) + lane / 2] = inside[t];
 	__syncwarp();
 #pragma unroll
-	for (int n = 0; n < ROWS / 8; n++)
+	for (int n = 0; n < ROWS / 8; n++) {
 #pragma unroll
-		for (int i = 0; i < 4; i++)
+		for (int i = 0; i < 4; i++) {
+			const int t = lane / 4 + 8 * (i / 2);
+			const int key = 8 * (n % 2) + 2 * (lane % 4) + i % 2;
+
 			if (n / 2 == warp)
-				s[n][i] = mine[(lane / 4 + 8 * (i / 2)) * (SUB + 1) + 8 * (n % 2) +
-				               2 * (lane % 4) + i % 2];
+				s[n][i] = (key <= t ? s[n][i] : 0.0f) + mine[t * (SUB + 1) + key];
+		}
+	}
 }
 
 /* Undecayed scores times 2^(G_t - G_s); those of later keys become zero. */
@@ -480,11 +593,12 @@ static __device__ __forceinline__ void load_operand(bf16 *tile,
 {
 	const int64_t first = i / (c.slabs + 1) * SLAB, slab = i % (c.slabs + 1) - 1;
 
-	if (slab < 0)
-		load_tile(tile, at(a.v, p.b, p.first, p.h), a.v.token, p.rows, first, a.d_v);
-	else
-		load_tile(tile, c.states + (p.chunk * a.d_k + slab * SLAB) * a.d_v, a.d_v,
-		          a.d_k - slab * SLAB, first, a.d_v);
+	if (slab < 0) {
+		load_values(tile, a, p, first);
+		return;
+	}
+	load_tile(tile, c.states + (p.chunk * a.d_k + slab * SLAB) * a.d_v, a.d_v,
+	          a.d_k - slab * SLAB, first, a.d_v);
 	copy_commit();
 }
 
@@ -496,16 +610,15 @@ static __device__ __forceinline__ void store_slice(float (&o)[SLAB / 8][4],
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
 #pragma unroll
-	for (int i = 0; i < SLAB / 8 * 2; i++) {
-		const int row = SUB * warp + 8 * (i % 2) + lane / 4;
-		const int64_t column = first + 8 * (i / 2) + 2 * (lane % 4);
-		float *pair = &o[i / 2][2 * (i % 2)];
+	for (int half = 0; half < 2; half++) {
+		const int row = SUB * warp + 8 * half + lane / 4;
 
-		if (row < p.rows && column < a.d_v)
-			*reinterpret_cast<uint32_t *>(at(a.out, p.b, p.first + row, p.h) + column) =
-			        pack(a.scale * pair[0], a.scale * pair[1]);
-		pair[0] = pair[1] = 0.0f;
+		store_row(row < p.rows ? at(a.out, p.b, p.first + row, p.h) : NULL, o, half,
+		          a.scale, first, a.d_v);
 	}
+#pragma unroll
+	for (int i = 0; i < SLAB / 8 * 4; i++)
+		o[i / 4][i % 4] = 0.0f;
 }
 
 /* o = scores v + (decayed q) state, slice after slice of o's columns. */
@@ -618,7 +731,7 @@ static enum status run(const struct matrix_recurrence_args *a, const struct chun
 	const size_t queries = ROWS * (size_t)(c.slabs * SLAB + 8) * sizeof(bf16);
 	enum status status = launch("matrix_recurrence", contribution_kernel<DIAGONAL>,
 	                            dim3((unsigned)c.count, (unsigned)c.slabs, sequences), THREADS,
-	                            g + 2 * tile, *a, c);
+	                            g + 3 * tile, *a, c);
 
 	if (status == STATUS_OK)
 		status = launch("matrix_recurrence", scan_kernel,
