@@ -336,7 +336,7 @@ def main():
             f"| {medians[2] / medians[0]:.2f} | {minima[1]:.1f} | {minima[3]:.1f} "
             f"| {minima[3] / minima[1]:.2f} |"
         )
-    print("\n| block | PyTorch form | PyTorch, ms | ours | ratio | minima: PyTorch | ours | ratio |")
+    print("\n| block | PyTorch form | PyTorch, ms | ours | ratio | least: PyTorch | ours | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 
