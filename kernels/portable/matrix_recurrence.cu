@@ -130,7 +130,7 @@ static __device__ void sum_scalar(float *g, const struct matrix_recurrence_args 
 		single[threadIdx.x] = scalar_decay(a, p, threadIdx.x);
 	__syncthreads();
 	if (threadIdx.x < ROWS) {
-		for (int row = 0; row <= threadIdx.x; row++)
+		for (int row = 0; row <= (int)threadIdx.x; row++)
 			sum += single[row];
 		g[threadIdx.x] = sum;
 	}

@@ -58,7 +58,11 @@ keep_pair(const struct rat_step_args &a, const struct rope_table &table, const r
 	store8(at(a.v_chunk, b, slot, h) + 8 * lane, pair.v);
 }
 
-/* Split 0 updates the running pair and attends to it; own scores are not rotated. */
+/*
+ * Split 0 updates the running pair and attends to it; own scores are not
+ * rotated. Only what the first D / 8 lanes compute counts: the others may read
+ * the state while it is being replaced.
+ */
 template <int D>
 static __device__ __forceinline__ void
 take_own_token(softmax_state &state, const float (&q)[8], const struct rat_step_args &a,
@@ -67,8 +71,6 @@ take_own_token(softmax_state &state, const float (&q)[8], const struct rat_step_
 	const running_pair pair = update<D>(a, b, h, position);
 	float dot = 0.0f;
 
-	/* Every lane has read the old state before the first ones replace it. */
-	__syncthreads();
 	keep_pair<D>(a, table, pair, b, h, position);
 #pragma unroll
 	for (int i = 0; i < 8; i++)
