@@ -6,6 +6,8 @@
 # Whole models are taken from table2.csv beside it. Pictures go to FOLDER
 # (plots/out), as PNG and SVG.
 set -eu
+# gnuplot cannot draw letters beyond ASCII in the locale of an empty environment.
+export LC_ALL=C.UTF-8
 
 [ $# -ge 1 ] || { echo "usage: plots/draw.sh RESULTS.csv [FOLDER]" >&2; exit 2; }
 results=$1
