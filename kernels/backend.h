@@ -26,6 +26,7 @@ size_t dtype_size(enum dtype dtype);
 const char *dtype_name(enum dtype dtype);
 
 struct kernel;
+struct reference_device;
 
 /* What a row says about the device. Strings are owned by the backend. */
 struct device_info {
@@ -70,6 +71,19 @@ struct backend {
 	 * the harness then measures that.
 	 */
 	enum status (*bandwidth)(double *copy_gb_per_s, double *read_gb_per_s);
+
+	/*
+	 * What the host would be slow at where tensors are large and far away;
+	 * each is NULL where the host does it. normal_floats: elements 0 .. count-1
+	 * of a stream of normal(0, scale) (layers/noise.h) as type `dtype`.
+	 * count_nonfinite: *n = how many elements are NaN or Inf.
+	 */
+	enum status (*normal_floats)(enum dtype dtype, void *memory, int64_t count, float scale,
+	                             uint64_t seed, uint64_t stream);
+	enum status (*count_nonfinite)(enum dtype dtype, const void *memory, int64_t count,
+	                               int64_t *n);
+	/* The fp64 reference, running on this device (kernels/reference/reference.h). */
+	const struct reference_device *reference;
 
 	/* Named ranges for a profiler (NVTX on CUDA, nothing on a CPU). */
 	void (*range_push)(const char *name);

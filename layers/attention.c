@@ -272,7 +272,7 @@ static enum status reference_inputs(const struct layer_config *config, int64_t n
                                     struct reference_attention *a)
 {
 	int64_t d = head_width(config), n = n_seq * seq_len, count = n * config->d_model;
-	enum status status = mixing_take_doubles(3 * count, memory);
+	enum status status = reference_take(3 * count, memory);
 
 	if (status != STATUS_OK)
 		return status;
@@ -313,7 +313,7 @@ static enum status reference_mix(const struct layer_config *config, const double
 	if (status != STATUS_OK)
 		return status;
 	status = reference_attention_forward(&a, n_rows, rows, mix, NULL, NULL);
-	free(memory);
+	reference_release(memory);
 	return status;
 }
 
@@ -331,7 +331,7 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	(void)grad;
 	if (status != STATUS_OK)
 		return status;
-	status = mixing_take_doubles(3 * count, &gradients);
+	status = reference_take(3 * count, &gradients);
 	if (status == STATUS_OK) {
 		const struct reference_attention_grads grads = {
 		        .dv = gradients, .dq = gradients + count, .dk = gradients + 2 * count};
@@ -346,9 +346,9 @@ static enum status reference_mix_backward(const struct layer_config *config,
 			reference_set_columns(n, proj_width(config), i * config->d_model,
 			                      config->d_model, block, dproj);
 		}
-		free(gradients);
+		reference_release(gradients);
 	}
-	free(memory);
+	reference_release(memory);
 	return status;
 }
 
@@ -360,7 +360,7 @@ static enum status reference_step(const struct layer_config *config,
 	int64_t d = head_width(config), h = config->n_heads, slots = cache_slots(config, shape);
 	int64_t row = n_seq * config->d_model, cache = row * slots;
 	double *memory;
-	enum status status = mixing_take_doubles(4 * row + 2 * cache, &memory);
+	enum status status = reference_take(4 * row + 2 * cache, &memory);
 
 	(void)param;
 	if (status != STATUS_OK)
@@ -391,7 +391,7 @@ static enum status reference_step(const struct layer_config *config,
 	status = reference_attention_step(&step, mix, k_stored);
 	mixing_store_slot(n_seq * h, slots, position % slots, d, k_stored, state[STATE_K]);
 	mixing_store_slot(n_seq * h, slots, position % slots, d, v, state[STATE_V]);
-	free(memory);
+	reference_release(memory);
 	return status;
 }
 
@@ -411,6 +411,7 @@ const struct layer_class attention_layer = {
         .forward = attention_forward,
         .backward = attention_backward,
         .step = attention_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,
@@ -428,6 +429,7 @@ const struct layer_class swa_layer = {
         .forward = attention_forward,
         .backward = attention_backward,
         .step = attention_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,

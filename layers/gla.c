@@ -308,7 +308,7 @@ struct reference_tensors {
 static enum status take_tensors(const struct layer_config *config, int64_t n,
                                 struct reference_tensors *r)
 {
-	enum status status = mixing_take_doubles(
+	enum status status = reference_take(
 	        n * (proj_width(config) + key_width(config) + config->d_model), &r->memory);
 
 	if (status != STATUS_OK)
@@ -372,9 +372,9 @@ static enum status reference_mix(const struct layer_config *config, const double
 		return status;
 	reference_inputs(config, param, n_seq, seq_len, proj, &r, &m);
 	status = reference_matrix_forward(&m, r.out, NULL);
-	mixing_take_rows(config->d_model, n_rows, rows,
-	                 reference_out(config, param, n_seq * seq_len, &r), mix);
-	free(r.memory);
+	reference_get_rows(config->d_model, n_rows, rows,
+	                   reference_out(config, param, n_seq * seq_len, &r), mix);
+	reference_release(r.memory);
 	return status;
 }
 
@@ -393,7 +393,7 @@ static enum status reference_step(const struct layer_config *config,
 	(void)position;
 	if (status != STATUS_OK)
 		return status;
-	status = mixing_take_doubles(count, &h0);
+	status = reference_take(count, &h0);
 	if (status == STATUS_OK) {
 		reference_inputs(config, param, n_seq, 1, proj, &r, &m);
 		mixing_copy(count, state[STATE_S], h0);
@@ -401,8 +401,8 @@ static enum status reference_step(const struct layer_config *config,
 		status = reference_matrix_forward(&m, r.out, state[STATE_S]);
 		mixing_copy(n_seq * config->d_model, reference_out(config, param, n_seq, &r), mix);
 	}
-	free(h0);
-	free(r.memory);
+	reference_release(h0);
+	reference_release(r.memory);
 	return status;
 }
 
@@ -447,7 +447,7 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	if (status == STATUS_OK)
 		status = take_tensors(config, n, &g);
 	for (int i = PARAM_OTHER; i < N_PARAMS && status == STATUS_OK; i++)
-		status = mixing_take_doubles(tensor_count(&specs[i]), &dparam[i]);
+		status = reference_take(tensor_count(&specs[i]), &dparam[i]);
 	if (status == STATUS_OK) {
 		reference_inputs(config, param, batch, seq_len, proj, &r, &m);
 		status = reference_matrix_forward(&m, r.out, NULL);
@@ -460,9 +460,9 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	for (int i = PARAM_OTHER; i < N_PARAMS && status == STATUS_OK; i++)
 		mixing_add(tensor_count(&specs[i]), dparam[i], grad[i]);
 	for (int i = PARAM_OTHER; i < N_PARAMS; i++)
-		free(dparam[i]);
-	free(r.memory);
-	free(g.memory);
+		reference_release(dparam[i]);
+	reference_release(r.memory);
+	reference_release(g.memory);
 	return status;
 }
 
@@ -500,6 +500,7 @@ const struct layer_class gla_layer = {
         .forward = gla_forward,
         .backward = gla_backward,
         .step = gla_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,

@@ -133,9 +133,13 @@ struct layer_class {
 	 * layers that mix no tokens. Parameters and states are doubles in the
 	 * order and shape of the spec lists.
 	 *
+	 * reference_anywhere: reference_mix touches doubles only through functions that run
+	 * anywhere (kernels/reference/reference.h), so it can be given those of a device.
+	 *
 	 * reference_mix: rows of the tensor that enters OutProj, from all of
 	 * InProj's output. proj [n_seq, T, P] (unrotated), rows: indices into n_seq*T.
 	 */
+	bool reference_anywhere;
 	enum status (*reference_mix)(const struct layer_config *config, const double *const *param,
 	                             int64_t n_seq, int64_t seq_len, const double *proj,
 	                             int64_t n_rows, const int64_t *rows, double *mix);

@@ -182,25 +182,9 @@ struct view mixing_slots(void *cache, int64_t n_heads, int64_t slots, int64_t d_
 	return (struct view){cache, n_heads * slots * d_head, d_head, slots * d_head};
 }
 
-enum status mixing_take_doubles(int64_t count, double **memory)
-{
-	*memory = malloc((size_t)count * sizeof **memory);
-	if (!*memory)
-		return status_set(STATUS_OOM, "no memory for %lld doubles of a reference",
-		                  (long long)count);
-	return STATUS_OK;
-}
-
 void mixing_copy(int64_t count, const double *from, double *to)
 {
 	memcpy(to, from, (size_t)count * sizeof *to);
-}
-
-void mixing_take_rows(int64_t width, int64_t n_rows, const int64_t *rows, const double *from,
-                      double *to)
-{
-	for (int64_t i = 0; i < n_rows; i++)
-		mixing_copy(width, from + rows[i] * width, to + i * width);
 }
 
 void mixing_add(int64_t count, const double *from, double *to)

@@ -50,11 +50,7 @@ void *mixing_column(const struct context *ctx, void *memory, int64_t first);
 /* A cache [B, H, slots, d] as a view [B, slots, H, d]. */
 struct view mixing_slots(void *cache, int64_t n_heads, int64_t slots, int64_t d_head);
 
-/* Takes `count` doubles for a reference's tensors; STATUS_OOM. The caller frees *memory. */
-enum status mixing_take_doubles(int64_t count, double **memory);
-/* to [n_rows, width] = the rows named of from. */
-void mixing_take_rows(int64_t width, int64_t n_rows, const int64_t *rows, const double *from,
-                      double *to);
+/* For references, on the host alone. */
 void mixing_copy(int64_t count, const double *from, double *to);
 /* to += from. */
 void mixing_add(int64_t count, const double *from, double *to);

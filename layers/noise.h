@@ -4,8 +4,7 @@
 
 #include <stdint.h>
 
-/* 64 random bits: element `index` of a stream. */
-uint64_t noise_bits(uint64_t seed, uint64_t stream, uint64_t index);
+#include "kernels/noise.h"
 
 /* out[i] = element first + i of a stream of normal(0, scale). */
 void noise_normal(uint64_t seed, uint64_t stream, int64_t first, int64_t count, float scale,

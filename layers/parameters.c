@@ -10,9 +10,12 @@
 
 /* Floats that are made or moved at a time. */
 enum { BLOCK_COUNT = 4 << 20 };
-/* Caches repeat a block of random numbers. Its length is a prime, so that no two sequences, heads
- * or slots of any usual size hold the same numbers. */
+/* Caches made on the host repeat a block of random numbers. Its length is a prime, so that no two
+ * sequences, heads or slots of any usual size hold the same numbers. */
 enum { CACHE_BLOCK_COUNT = 1048573 };
+
+/* Standard deviation of INIT_NORMAL. */
+static const float INIT_SCALE = 0.02f;
 
 /* Streams of random numbers; parameter j of layer i has stream i*MAX_TENSORS + j. */
 enum {
@@ -232,7 +235,7 @@ static void make_values(const struct layer_config *config, enum init init, uint6
                         uint64_t stream, int64_t first, int64_t count, float *values)
 {
 	if (init == INIT_NORMAL) {
-		noise_normal(seed, stream, first, count, 0.02f, values);
+		noise_normal(seed, stream, first, count, INIT_SCALE, values);
 		return;
 	}
 	if (init == INIT_GATE_BIAS) {
@@ -256,6 +259,9 @@ static enum status fill_parameter(struct stack *stack, int layer, int index, uin
 		return STATUS_OK;
 	enum dtype dtype = tensor_dtype(&p.spec, stack->backend);
 	int64_t count = tensor_count(&p.spec);
+	if (p.spec.init == INIT_NORMAL && stack->backend->normal_floats)
+		return stack->backend->normal_floats(dtype, p.value, count, INIT_SCALE, seed,
+		                                     stream);
 	for (int64_t i = 0; i < count && status == STATUS_OK; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
@@ -274,6 +280,8 @@ static enum status fill_activation(const struct stack *stack, void *tensor, int6
 	enum dtype dtype = stack->backend->activation;
 	enum status status = STATUS_OK;
 
+	if (tensor && stack->backend->normal_floats)
+		return stack->backend->normal_floats(dtype, tensor, count, 1.0f, seed, stream);
 	for (int64_t i = 0; i < count && tensor && status == STATUS_OK; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
@@ -347,14 +355,17 @@ enum status stack_set_tokens(struct stack *stack, const int32_t *tokens)
 	return status;
 }
 
-/* Fills one cache with the block over and over. */
+/* Fills one cache with a block of random numbers over and over. */
 static enum status fill_cache(const struct backend *backend, const struct tensor_spec *spec,
-                              void *cache, const float *block)
+                              void *cache, uint64_t seed, uint64_t stream, float *block)
 {
 	enum dtype dtype = tensor_dtype(spec, backend);
 	int64_t count = tensor_count(spec);
 	enum status status = STATUS_OK;
 
+	if (backend->normal_floats)
+		return backend->normal_floats(dtype, cache, count, 1.0f, seed, stream);
+	noise_normal(seed, stream, 0, smaller(CACHE_BLOCK_COUNT, count), 1.0f, block);
 	for (int64_t i = 0; i < count && status == STATUS_OK; i += CACHE_BLOCK_COUNT)
 		status = backend_upload_floats(backend, dtype,
 		                               (char *)cache + (size_t)i * dtype_size(dtype), block,
@@ -375,12 +386,8 @@ enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t see
 		int n = config->class->state(config, &stack->shape, specs);
 
 		for (int j = 0; j < n && status == STATUS_OK; j++) {
-			uint64_t stream = (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j);
-
-			noise_normal(seed, stream, 0,
-			             smaller(CACHE_BLOCK_COUNT, tensor_count(&specs[j])), 1.0f,
-			             block);
 			status = fill_cache(stack->backend, &specs[j], stack->memory[i].state[j],
+			                    seed, (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j),
 			                    block);
 		}
 	}

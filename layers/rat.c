@@ -359,7 +359,7 @@ static enum status take_tensors(const struct layer_config *config, int64_t n_seq
                                 struct reference_tensors *r)
 {
 	int64_t n = n_seq * seq_len, chunks = n_seq * chunks_of(config, seq_len);
-	enum status status = mixing_take_doubles(
+	enum status status = reference_take(
 	        n * (proj_width(config) + config->d_model + config->n_heads + group_width(config)) +
 	                2 * chunks * config->d_model,
 	        &r->memory);
@@ -448,7 +448,7 @@ static enum status reference_mix(const struct layer_config *config, const double
 	status = reference_scan(config, param, n_seq, seq_len, proj, &r, &scan, &attention);
 	if (status == STATUS_OK)
 		status = reference_attention_forward(&attention, n_rows, rows, mix, NULL, NULL);
-	free(r.memory);
+	reference_release(r.memory);
 	return status;
 }
 
@@ -496,7 +496,7 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	if (status == STATUS_OK)
 		status = take_tensors(config, batch, seq_len, &g);
 	if (status == STATUS_OK)
-		status = mixing_take_doubles(config->d_model, &dgate_bias);
+		status = reference_take(config->d_model, &dgate_bias);
 	if (status == STATUS_OK)
 		status = reference_scan(config, param, batch, seq_len, proj, &r, &scan, &attention);
 	if (status == STATUS_OK)
@@ -508,9 +508,9 @@ static enum status reference_mix_backward(const struct layer_config *config,
 			                      g.block[i], dproj);
 		mixing_add(config->d_model, dgate_bias, grad[PARAM_GATE_BIAS]);
 	}
-	free(r.memory);
-	free(g.memory);
-	free(dgate_bias);
+	reference_release(r.memory);
+	reference_release(g.memory);
+	reference_release(dgate_bias);
 	return status;
 }
 
@@ -539,9 +539,9 @@ static enum status reference_step(const struct layer_config *config,
 	enum status status = take_tensors(config, n_seq, 1, &r);
 
 	if (status == STATUS_OK)
-		status = mixing_take_doubles(2 * row + 2 * cache, &memory);
+		status = reference_take(2 * row + 2 * cache, &memory);
 	if (status != STATUS_OK) {
-		free(r.memory);
+		reference_release(r.memory);
 		return status;
 	}
 	double *k_state = memory, *v_state = k_state + row;
@@ -576,8 +576,8 @@ static enum status reference_step(const struct layer_config *config,
 	mixing_copy(row, v_state, state[STATE_V]);
 	if (position % config->chunk == config->chunk - 1)
 		store_chunk(config, n_seq, slots, position / config->chunk, k_state, state);
-	free(r.memory);
-	free(memory);
+	reference_release(r.memory);
+	reference_release(memory);
 	return status;
 }
 
@@ -600,6 +600,7 @@ const struct layer_class rat_layer = {
         .forward = rat_forward,
         .backward = rat_backward,
         .step = rat_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,

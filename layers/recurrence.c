@@ -164,7 +164,7 @@ static enum status reference_inputs(const struct layer_config *config, const dou
                                     int64_t extra, double **memory, struct reference_recurrence *r)
 {
 	int64_t n = n_seq * seq_len, count = n * config->d_model;
-	enum status status = mixing_take_doubles(3 * count + extra, memory);
+	enum status status = reference_take(3 * count + extra, memory);
 
 	if (status != STATUS_OK)
 		return status;
@@ -198,8 +198,8 @@ static enum status reference_mix(const struct layer_config *config, const double
 		return status;
 	double *out = memory + 3 * count;
 	reference_recurrence_forward(&r, out, NULL, NULL);
-	mixing_take_rows(config->d_model, n_rows, rows, out, mix);
-	free(memory);
+	reference_get_rows(config->d_model, n_rows, rows, out, mix);
+	reference_release(memory);
 	return STATUS_OK;
 }
 
@@ -229,7 +229,7 @@ static enum status reference_mix_backward(const struct layer_config *config,
 		reference_set_columns(n, proj_width(config), i * d, d, gradients + i * count,
 		                      dproj);
 	mixing_add(d, dgate_bias, grad[PARAM_GATE_BIAS]);
-	free(memory);
+	reference_release(memory);
 	return status;
 }
 
@@ -251,7 +251,7 @@ static enum status reference_step(const struct layer_config *config,
 	mixing_copy(count, state[STATE_H], h0);
 	r.h0 = h0;
 	reference_recurrence_forward(&r, mix, NULL, state[STATE_H]);
-	free(memory);
+	reference_release(memory);
 	return STATUS_OK;
 }
 
@@ -274,6 +274,7 @@ const struct layer_class recurrence_layer = {
         .forward = recurrence_forward,
         .backward = recurrence_backward,
         .step = recurrence_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,

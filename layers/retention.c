@@ -231,7 +231,7 @@ static enum status reference_inputs(const struct layer_config *config, int64_t n
 {
 	int64_t d = config->d_model, n = n_seq * seq_len, width = head_width(config);
 	double *memory;
-	enum status status = mixing_take_doubles((N_BLOCKS + 1) * n * d + extra, &memory);
+	enum status status = reference_take((N_BLOCKS + 1) * n * d + extra, &memory);
 
 	block[0] = NULL;
 	if (status != STATUS_OK)
@@ -277,9 +277,9 @@ static enum status reference_mix(const struct layer_config *config, const double
 	if (status == STATUS_OK)
 		status = reference_matrix_forward(&m, block[N_BLOCKS], NULL);
 	if (status == STATUS_OK)
-		mixing_take_rows(config->d_model, n_rows, rows, reference_gate(&m, param, block),
-		                 mix);
-	free(block[0]);
+		reference_get_rows(config->d_model, n_rows, rows, reference_gate(&m, param, block),
+		                   mix);
+	reference_release(block[0]);
 	return status;
 }
 
@@ -304,7 +304,7 @@ static enum status reference_step(const struct layer_config *config,
 	}
 	if (status == STATUS_OK)
 		mixing_copy(n_seq * config->d_model, reference_gate(&m, param, block), mix);
-	free(block[0]);
+	reference_release(block[0]);
 	return status;
 }
 
@@ -342,7 +342,7 @@ static enum status reference_mix_backward(const struct layer_config *config,
 		for (int i = 0; i < N_BLOCKS; i++)
 			reference_set_columns(n, proj_width(config), i * d, d, gradient[i], dproj);
 	}
-	free(block[0]);
+	reference_release(block[0]);
 	return status;
 }
 
@@ -376,6 +376,7 @@ const struct layer_class retention_layer = {
         .forward = retention_forward,
         .backward = retention_backward,
         .step = retention_step,
+        .reference_anywhere = true,
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,

@@ -67,30 +67,64 @@ enum status verify_download_rows(const struct backend *backend, const void *tens
 	return status;
 }
 
-/* *worst = INFINITY if any of `count` elements is NaN or Inf. */
-static enum status verify_finite(const struct backend *backend, enum dtype dtype,
-                                 const void *tensor, int64_t count, double *worst)
+/* The host's way of backend->count_nonfinite. */
+static enum status count_nonfinite(const struct backend *backend, enum dtype dtype,
+                                   const void *tensor, int64_t count, int64_t *n)
 {
-	double *block;
-	enum status status = mixing_take_doubles(BLOCK_COUNT, &block);
+	float *block = malloc((size_t)smaller(BLOCK_COUNT, count) * sizeof *block + 1);
+	enum status status = STATUS_OK;
 
-	if (status != STATUS_OK)
-		return status;
+	*n = 0;
+	if (!block)
+		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int64_t i = 0; i < count && status == STATUS_OK; i += BLOCK_COUNT) {
-		int64_t n = smaller(BLOCK_COUNT, count - i);
-		bool finite = true;
+		int64_t length = smaller(BLOCK_COUNT, count - i);
 
-		status = verify_download(backend, dtype, tensor, i, n, block);
-		for (int64_t j = 0; j < n && status == STATUS_OK; j++)
-			finite = finite && isfinite(block[j]);
-		if (!finite)
-			*worst = INFINITY;
+		status = backend_download_floats(
+		        backend, dtype, block, (const char *)tensor + (size_t)i * dtype_size(dtype),
+		        (size_t)length);
+		for (int64_t j = 0; j < length && status == STATUS_OK; j++)
+			*n += !isfinite(block[j]);
 	}
 	free(block);
 	return status;
 }
 
-/* ---- a layer on the host ---- */
+/* *worst = INFINITY if any of `count` elements is NaN or Inf. */
+static enum status verify_finite(const struct backend *backend, enum dtype dtype,
+                                 const void *tensor, int64_t count, double *worst)
+{
+	int64_t n = 0;
+	enum status status = backend->count_nonfinite
+	                             ? backend->count_nonfinite(dtype, tensor, count, &n)
+	                             : count_nonfinite(backend, dtype, tensor, count, &n);
+
+	if (n > 0)
+		*worst = INFINITY;
+	return status;
+}
+
+/* ---- a layer in fp64 ---- */
+
+/* Elements of a tensor as doubles, where the reference runs. */
+static enum status load(const struct backend *backend, enum dtype dtype, const void *tensor,
+                        int64_t first, int64_t count, double *to)
+{
+	const char *from = (const char *)tensor + (size_t)first * dtype_size(dtype);
+
+	if (reference_in_use())
+		return reference_in_use()->load(dtype, from, count, to);
+	return verify_download(backend, dtype, tensor, first, count, to);
+}
+
+/* The reference's doubles on the host. */
+static enum status store(int64_t count, const double *from, double *host)
+{
+	if (reference_in_use())
+		return reference_in_use()->store(count, from, host);
+	mixing_copy(count, from, host);
+	return STATUS_OK;
+}
 
 bool verify_layer(const struct stack *stack, int layer)
 {
@@ -115,11 +149,10 @@ enum status subject_open(struct subject *subject, const struct stack *stack, int
 	for (int i = 0; i < n && status == STATUS_OK; i++) {
 		int64_t count = tensor_count(&specs[i]);
 
-		status = mixing_take_doubles(count, &subject->param[i]);
+		status = reference_take(count, &subject->param[i]);
 		if (status == STATUS_OK)
-			status = verify_download(
-			        stack->backend, tensor_dtype(&specs[i], stack->backend),
-			        stack->memory[layer].param[i], 0, count, subject->param[i]);
+			status = load(stack->backend, tensor_dtype(&specs[i], stack->backend),
+			              stack->memory[layer].param[i], 0, count, subject->param[i]);
 	}
 	return status;
 }
@@ -127,19 +160,25 @@ enum status subject_open(struct subject *subject, const struct stack *stack, int
 void subject_close(struct subject *subject)
 {
 	for (int i = 0; i < MAX_TENSORS; i++)
-		free(subject->param[i]);
+		reference_release(subject->param[i]);
 }
 
 void verify_project(const struct subject *subject, int64_t n, const double *x, double *x_norm,
                     double *proj)
 {
+	int64_t d = subject->d_model;
+	enum dtype dtype = subject->stack->backend->activation;
+
 	if (subject->config->prenorm)
-		reference_rms_norm(n, subject->d_model, subject->config->norm_eps, x,
-		                   subject->param[PARAM_NORM], x_norm, NULL);
+		reference_rms_norm(n, d, subject->config->norm_eps, x, subject->param[PARAM_NORM],
+		                   x_norm, NULL);
 	else
-		mixing_copy(n * subject->d_model, x, x_norm);
-	reference_linear(n, subject->d_model, subject->d_proj, x_norm,
-	                 subject->param[PARAM_IN_PROJ], proj);
+		reference_get_columns(n, d, 0, d, x, x_norm);
+	if (dtype == DTYPE_BF16)
+		reference_round(dtype, n * d, x_norm);
+	reference_linear(n, d, subject->d_proj, x_norm, subject->param[PARAM_IN_PROJ], proj);
+	if (dtype == DTYPE_BF16)
+		reference_round(dtype, n * subject->d_proj, proj);
 }
 
 /* ---- errors of rows ---- */
@@ -262,24 +301,27 @@ static void pick_rows(const struct layer_config *config, int64_t seq_len, int64_
 
 /* ---- forward ---- */
 
-/* The fp64 tensors of one sequence of T tokens, of which `rows` are looked at. */
+/* The fp64 tensors of one sequence of T tokens, of which `rows` are looked at: where the reference
+ * runs, and the rows on the host. */
 struct sequence {
 	int64_t seq_len, n_rows;
 	int64_t *rows;
 	bool *marked;
-	double *memory;
-	double *x, *x_norm, *proj;   /* [T, D], [T, D], [T, P] */
-	double *mix, *branch;        /* [n_rows, D]: expected mix, OutProj of it */
-	double *actual, *x_rows;     /* [n_rows, D] */
-	double *dy, *dmix, *dproj;   /* training: [T, D], [T, D], [T, P] */
-	double *dx_norm, *dx, *grad; /* [T, D], [T, D], the largest parameter */
+	double *memory, *host;
+	double *x, *x_norm, *proj;               /* [T, D], [T, D], [T, P] */
+	double *mix, *branch, *x_rows;           /* [n_rows, D]: expected mix, OutProj of it */
+	double *mix_host, *branch_host, *x_host; /* [n_rows, D]: the same on the host */
+	double *actual;                          /* host [n_rows, D] */
+	double *dy, *dmix, *dproj;               /* training: [T, D], [T, D], [T, P] */
+	double *dx_norm, *dx, *grad;             /* [T, D], [T, D], the largest parameter */
 };
 
 static void sequence_release(struct sequence *s)
 {
 	free(s->rows);
 	free(s->marked);
-	free(s->memory);
+	free(s->host);
+	reference_release(s->memory);
 }
 
 static double *take(double **next, int64_t count)
@@ -300,10 +342,11 @@ static enum status sequence_take(struct sequence *s, const struct subject *subje
 	*s = (struct sequence){.seq_len = seq_len, .n_rows = n_rows};
 	s->rows = malloc((size_t)n_rows * sizeof *s->rows);
 	s->marked = malloc((size_t)seq_len * sizeof *s->marked);
-	if (!s->rows || !s->marked)
+	s->host = malloc((size_t)(n_rows * 4 * d) * sizeof *s->host);
+	if (!s->rows || !s->marked || !s->host)
 		return status_set(STATUS_OOM, "no memory to verify with");
-	enum status status = mixing_take_doubles(
-	        seq_len * (2 * d + p) + n_rows * 4 * d + tokens * (4 * d + p) + grad, &s->memory);
+	enum status status = reference_take(
+	        seq_len * (2 * d + p) + n_rows * 3 * d + tokens * (4 * d + p) + grad, &s->memory);
 	if (status != STATUS_OK)
 		return status;
 	next = s->memory;
@@ -312,7 +355,6 @@ static enum status sequence_take(struct sequence *s, const struct subject *subje
 	s->proj = take(&next, seq_len * p);
 	s->mix = take(&next, n_rows * d);
 	s->branch = take(&next, n_rows * d);
-	s->actual = take(&next, n_rows * d);
 	s->x_rows = take(&next, n_rows * d);
 	s->dy = take(&next, tokens * d);
 	s->dmix = take(&next, tokens * d);
@@ -320,7 +362,37 @@ static enum status sequence_take(struct sequence *s, const struct subject *subje
 	s->dx_norm = take(&next, tokens * d);
 	s->dx = take(&next, tokens * d);
 	s->grad = take(&next, grad);
+	next = s->host;
+	s->mix_host = take(&next, n_rows * d);
+	s->branch_host = take(&next, n_rows * d);
+	s->x_host = take(&next, n_rows * d);
+	s->actual = take(&next, n_rows * d);
 	return STATUS_OK;
+}
+
+/* What the sequence's rows should have been. */
+static enum status expect_rows(const struct subject *subject, int64_t sequence, struct sequence *s)
+{
+	const struct stack *stack = subject->stack;
+	const struct layer_config *config = subject->config;
+	int64_t d = subject->d_model, count = s->n_rows * d;
+	enum status status =
+	        load(stack->backend, stack->backend->activation, stack->layer_x[subject->layer],
+	             sequence * s->seq_len * d, s->seq_len * d, s->x);
+
+	if (status != STATUS_OK)
+		return status;
+	verify_project(subject, s->seq_len, s->x, s->x_norm, s->proj);
+	status = config->class->reference_mix(config, (const double *const *)subject->param, 1,
+	                                      s->seq_len, s->proj, s->n_rows, s->rows, s->mix);
+	if (status != STATUS_OK)
+		return status;
+	reference_linear(s->n_rows, d, d, s->mix, subject->param[PARAM_OUT_PROJ], s->branch);
+	reference_get_rows(d, s->n_rows, s->rows, s->x, s->x_rows);
+	status = store(count, s->mix, s->mix_host);
+	if (status == STATUS_OK)
+		status = store(count, s->branch, s->branch_host);
+	return status == STATUS_OK ? store(count, s->x_rows, s->x_host) : status;
 }
 
 /* Mix and y of the sequence's rows: what was computed, and what should have been. */
@@ -328,32 +400,22 @@ static enum status verify_rows(const struct subject *subject, int64_t sequence, 
                                double *worst)
 {
 	const struct stack *stack = subject->stack;
-	const struct layer_config *config = subject->config;
 	int64_t d = subject->d_model, first = sequence * s->seq_len;
-	enum status status =
-	        verify_download(stack->backend, stack->backend->activation,
-	                        stack->layer_x[subject->layer], first * d, s->seq_len * d, s->x);
+	enum status status = expect_rows(subject, sequence, s);
 
-	if (status != STATUS_OK)
-		return status;
-	verify_project(subject, s->seq_len, s->x, s->x_norm, s->proj);
-	status = config->class->reference_mix(config, (const double *const *)subject->param, 1,
-	                                      s->seq_len, s->proj, s->n_rows, s->rows, s->mix);
 	if (status == STATUS_OK)
 		status = verify_download_rows(stack->backend,
 		                              stack->memory[subject->layer].saved[SAVED_MIX], d,
 		                              first, s->n_rows, s->rows, s->actual);
 	if (status != STATUS_OK)
 		return status;
-	raise_to(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix));
-	reference_linear(s->n_rows, d, d, s->mix, subject->param[PARAM_OUT_PROJ], s->branch);
-	mixing_take_rows(d, s->n_rows, s->rows, s->x, s->x_rows);
+	raise_to(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix_host));
 	status = verify_download_rows(stack->backend, stack->layer_x[subject->layer + 1], d, first,
 	                              s->n_rows, s->rows, s->actual);
 	if (status == STATUS_OK)
 		raise_to(worst, verify_worst_sum(s->n_rows, d, s->actual,
-		                                 config->residual ? s->x_rows : NULL, s->branch,
-		                                 stack->backend->activation));
+		                                 subject->config->residual ? s->x_host : NULL,
+		                                 s->branch_host, stack->backend->activation));
 	return status;
 }
 
@@ -466,7 +528,7 @@ static enum status verify_gradients(const struct subject *subject, double *const
 
 		if (count == 0)
 			continue;
-		status = mixing_take_doubles(count, &actual);
+		status = reference_take(count, &actual);
 		if (status == STATUS_OK)
 			status = verify_download(subject->stack->backend, DTYPE_F32,
 			                         subject->stack->memory[subject->layer].grad[i], 0,
@@ -513,7 +575,7 @@ static enum status verify_train(const struct subject *subject, double *worst)
 	enum status status = sequence_take(&s, subject, seq_len, seq_len, true);
 
 	for (int i = 0; i < n && status == STATUS_OK; i++) {
-		status = mixing_take_doubles(tensor_count(&specs[i]), &grads[i]);
+		status = reference_take(tensor_count(&specs[i]), &grads[i]);
 		if (status == STATUS_OK)
 			memset(grads[i], 0, (size_t)tensor_count(&specs[i]) * sizeof(double));
 	}
@@ -540,20 +602,43 @@ static enum status verify_subject(const struct subject *subject, int64_t min_row
 	}
 }
 
+/* One layer, its reference on `device`, or on the host. */
+static enum status verify_on(const struct reference_device *device, const struct stack *stack,
+                             int layer, int64_t min_rows, uint64_t seed, double *worst)
+{
+	struct subject subject;
+
+	reference_use(device);
+	enum status status = subject_open(&subject, stack, layer);
+	if (status == STATUS_OK)
+		status = verify_subject(&subject, min_rows, seed, worst);
+	subject_close(&subject);
+	reference_use(NULL);
+	return status;
+}
+
+/* The reference's other place, where this layer's can run there. */
+static const struct reference_device *device_for(const struct stack *stack, int layer)
+{
+	bool can = stack->shape.pass == PASS_PREFILL &&
+	           stack->layers[layer].class->reference_anywhere;
+
+	return can ? stack->backend->reference : NULL;
+}
+
 enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, double *rel_err)
 {
 	enum status status = STATUS_OK;
 
 	*rel_err = 0;
 	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
-		struct subject subject;
+		const struct reference_device *device = device_for(stack, i);
 
 		if (!verify_layer(stack, i))
 			continue;
-		status = subject_open(&subject, stack, i);
-		if (status == STATUS_OK)
-			status = verify_subject(&subject, min_rows, seed, rel_err);
-		subject_close(&subject);
+		status = verify_on(device, stack, i, min_rows, seed, rel_err);
+		if (device && (status == STATUS_OOM || status == STATUS_UNSUPPORTED))
+			status = verify_on(NULL, stack, i, min_rows, seed, rel_err);
 	}
 	return status;
 }

@@ -1,13 +1,13 @@
 /*
- * The two halves of verification share this: one layer on the host in fp64,
- * and the errors of rows. Used by layers/verify*.c alone.
+ * The two halves of verification share this: one layer in fp64, and the errors
+ * of rows. Used by layers/verify*.c alone.
  */
 #ifndef LAYERS_VERIFY_H
 #define LAYERS_VERIFY_H
 
 #include "layers/stack.h"
 
-/* One layer of a stack, with its parameters as doubles. */
+/* One layer of a stack, with its parameters as doubles where the reference runs. */
 struct subject {
 	const struct stack *stack;
 	int layer;
@@ -30,7 +30,8 @@ enum status verify_download(const struct backend *backend, enum dtype dtype, con
 enum status verify_download_rows(const struct backend *backend, const void *tensor, int64_t width,
                                  int64_t first, int64_t n_rows, const int64_t *rows, double *out);
 
-/* x_norm [n, D] and proj [n, P] from x [n, D]. */
+/* x_norm [n, D] and proj [n, P] from x [n, D], where the reference runs. Both are what a backend
+ * stores, and rounded as it must round them where its activations are bf16. */
 void verify_project(const struct subject *subject, int64_t n, const double *x, double *x_norm,
                     double *proj);
 

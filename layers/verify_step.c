@@ -134,7 +134,7 @@ static enum status step_take(struct step *step, const struct subject *subject)
 		states += count;
 		largest = count > largest ? count : largest;
 	}
-	enum status status = mixing_take_doubles(5 * d + p + 2 * states + largest, &step->memory);
+	enum status status = reference_take(5 * d + p + 2 * states + largest, &step->memory);
 	if (status != STATUS_OK)
 		return status;
 	double *next = step->memory;

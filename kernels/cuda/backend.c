@@ -18,6 +18,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/nvml.h"
+#include "kernels/cuda/reference.h"
 
 enum {
 	N_STAGING = 2,
@@ -26,10 +27,11 @@ enum {
 	CLOCK_NS = 50 * 1000
 };
 
-/* Memory that host and device share while they keep time. */
-struct timekeeping {
+/* Memory that host and device share: to keep time, and for an answer. */
+struct shared_memory {
 	int gate;
 	struct clock_sample clock;
+	unsigned long long found;
 };
 
 static struct {
@@ -38,9 +40,9 @@ static struct {
 	struct cudaDeviceProp properties;
 	cudaStream_t stream;
 	cudaEvent_t start, stop, staged[N_STAGING];
-	char *staging[N_STAGING]; /* pinned */
-	struct timekeeping *time; /* pinned */
-	int ticket;               /* value of time->gate that lets the last held work run */
+	char *staging[N_STAGING];     /* pinned */
+	struct shared_memory *shared; /* pinned */
+	int ticket;                   /* value of shared->gate that lets the last held work run */
 	void *flush_buffer;
 	size_t flush_bytes;
 	bool throttled; /* in any sample since the last info() */
@@ -127,9 +129,9 @@ static enum status create_resources(void)
 		CUDA_TRY(cudaEventCreateWithFlags(&device.staged[i], cudaEventDisableTiming));
 		CUDA_TRY(cudaEventRecord(device.staged[i], device.stream));
 	}
-	void *shared;
-	CUDA_TRY(cudaMallocHost(&shared, sizeof *device.time));
-	device.time = memset(shared, 0, sizeof *device.time);
+	void *pinned;
+	CUDA_TRY(cudaMallocHost(&pinned, sizeof *device.shared));
+	device.shared = memset(pinned, 0, sizeof *device.shared);
 	device.flush_bytes = 3 * (size_t)device.properties.l2CacheSize;
 	CUDA_TRY(cudaMalloc(&device.flush_buffer, device.flush_bytes));
 	CUDA_TRY(cudaMemsetAsync(device.flush_buffer, 0, device.flush_bytes, device.stream));
@@ -144,7 +146,7 @@ static void cuda_close(void)
 	gemm_close();
 	nvml_close();
 	cudaFree(device.flush_buffer);
-	cudaFreeHost(device.time);
+	cudaFreeHost(device.shared);
 	for (int i = 0; i < N_STAGING; i++) {
 		cudaFreeHost(device.staging[i]);
 		if (device.staged[i])
@@ -213,7 +215,7 @@ static enum status describe_runtime(char *text, size_t size)
 
 static enum status cuda_info(struct device_info *info)
 {
-	const struct clock_sample *clock = &device.time->clock;
+	const struct clock_sample *clock = &device.shared->clock;
 	int driver = 0;
 
 	*info = (struct device_info){0};
@@ -325,7 +327,7 @@ static enum status cuda_synchronize(void)
 static enum status cuda_stopwatch_start(void)
 {
 	device.ticket++;
-	CUDA_TRY(device_hold(device.stream, &device.time->gate, device.ticket, HOLD_LIMIT_NS));
+	CUDA_TRY(device_hold(device.stream, &device.shared->gate, device.ticket, HOLD_LIMIT_NS));
 	CUDA_TRY(cudaEventRecord(device.start, device.stream));
 	return STATUS_OK;
 }
@@ -335,8 +337,8 @@ static enum status cuda_stopwatch_stop(double *milliseconds)
 	float elapsed = 0.0f;
 
 	CUDA_TRY(cudaEventRecord(device.stop, device.stream));
-	CUDA_TRY(device_clock(device.stream, CLOCK_NS, &device.time->clock));
-	__atomic_store_n(&device.time->gate, device.ticket, __ATOMIC_RELEASE);
+	CUDA_TRY(device_clock(device.stream, CLOCK_NS, &device.shared->clock));
+	__atomic_store_n(&device.shared->gate, device.ticket, __ATOMIC_RELEASE);
 	device.throttled |= nvml_throttled();
 	CUDA_TRY(cudaStreamSynchronize(device.stream));
 	CUDA_TRY(cudaGetLastError());
@@ -348,6 +350,26 @@ static enum status cuda_stopwatch_stop(double *milliseconds)
 static enum status cuda_flush_cache(void)
 {
 	CUDA_TRY(device_read(device.stream, device.flush_buffer, device.flush_bytes));
+	return STATUS_OK;
+}
+
+static enum status cuda_normal_floats(enum dtype dtype, void *memory, int64_t count, float scale,
+                                      uint64_t seed, uint64_t stream)
+{
+	CUDA_TRY(device_normal(device.stream, memory, dtype == DTYPE_BF16, count, scale, seed,
+	                       stream));
+	return STATUS_OK;
+}
+
+/* Counts in pinned memory, which the device can reach. */
+static enum status cuda_count_nonfinite(enum dtype dtype, const void *memory, int64_t count,
+                                        int64_t *n)
+{
+	device.shared->found = 0;
+	CUDA_TRY(device_count_nonfinite(device.stream, memory, dtype == DTYPE_BF16, count,
+	                                &device.shared->found));
+	CUDA_TRY(cudaStreamSynchronize(device.stream));
+	*n = (int64_t)device.shared->found;
 	return STATUS_OK;
 }
 
@@ -377,6 +399,9 @@ const struct backend cuda_backend = {
         .stopwatch_stop = cuda_stopwatch_stop,
         .flush_cache = cuda_flush_cache,
         .bandwidth = bandwidth_measure,
+        .normal_floats = cuda_normal_floats,
+        .count_nonfinite = cuda_count_nonfinite,
+        .reference = &cuda_reference,
         .range_push = cuda_range_push,
         .range_pop = cuda_range_pop,
         .kernels = cuda_kernels,

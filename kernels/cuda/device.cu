@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/noise.h"
 
 static __device__ uint64_t now_ns()
 {
@@ -111,6 +112,34 @@ static __global__ void random_kernel(__nv_bfloat16 *memory, size_t count, uint32
 	}
 }
 
+/* layers/noise.c, in the device's arithmetic. */
+template <typename T>
+static __global__ void normal_kernel(T *memory, int64_t count, float scale, uint64_t seed,
+                                     uint64_t noise_stream)
+{
+	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+
+	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
+		const uint64_t bits = noise_bits(seed, noise_stream, (uint64_t)i);
+		const float angle = 6.28318531f * noise_unit(bits);
+
+		memory[i] = (T)(scale * sqrtf(-2.0f * logf(noise_unit(bits >> 32))) * cosf(angle));
+	}
+}
+
+template <typename T>
+static __global__ void count_nonfinite_kernel(const T *memory, int64_t count,
+                                              unsigned long long *found)
+{
+	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+	unsigned long long mine = 0;
+
+	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride)
+		mine += !isfinite((float)memory[i]);
+	if (mine > 0)
+		atomicAdd(found, mine);
+}
+
 cudaError_t device_code_present()
 {
 	cudaFuncAttributes attributes;
@@ -154,5 +183,33 @@ cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint3
 {
 	random_kernel<<<1024, THREADS, 0, stream>>>(static_cast<__nv_bfloat16 *>(memory), count,
 	                                            seed);
+	return cudaGetLastError();
+}
+
+cudaError_t device_normal(cudaStream_t stream, void *memory, bool bf16, int64_t count, float scale,
+                          uint64_t seed, uint64_t noise_stream)
+{
+	const unsigned blocks = (unsigned)(cuda_sm_count() * BLOCKS_PER_SM);
+
+	if (bf16)
+		normal_kernel<<<blocks, THREADS, 0, stream>>>(static_cast<__nv_bfloat16 *>(memory),
+		                                              count, scale, seed, noise_stream);
+	else
+		normal_kernel<<<blocks, THREADS, 0, stream>>>(static_cast<float *>(memory), count,
+		                                              scale, seed, noise_stream);
+	return cudaGetLastError();
+}
+
+cudaError_t device_count_nonfinite(cudaStream_t stream, const void *memory, bool bf16,
+                                   int64_t count, unsigned long long *found)
+{
+	const unsigned blocks = (unsigned)(cuda_sm_count() * BLOCKS_PER_SM);
+
+	if (bf16)
+		count_nonfinite_kernel<<<blocks, THREADS, 0, stream>>>(
+		        static_cast<const __nv_bfloat16 *>(memory), count, found);
+	else
+		count_nonfinite_kernel<<<blocks, THREADS, 0, stream>>>(
+		        static_cast<const float *>(memory), count, found);
 	return cudaGetLastError();
 }

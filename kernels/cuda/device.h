@@ -3,6 +3,7 @@
 #define KERNELS_CUDA_DEVICE_H
 
 #include <cuda_runtime_api.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -40,6 +41,14 @@ cudaError_t device_copy(cudaStream_t stream, void *to, const void *from, size_t 
 
 /* `count` random bf16 values, uniform in -1 .. 1, reproducible from `seed`. */
 cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint32_t seed);
+
+/* Elements 0 .. count-1 of a stream of normal(0, scale), as bf16 or as fp32. */
+cudaError_t device_normal(cudaStream_t stream, void *memory, bool bf16, int64_t count, float scale,
+                          uint64_t seed, uint64_t noise_stream);
+
+/* Adds to *found (device memory) how many elements of bf16 or fp32 are NaN or Inf. */
+cudaError_t device_count_nonfinite(cudaStream_t stream, const void *memory, bool bf16,
+                                   int64_t count, unsigned long long *found);
 
 #ifdef __cplusplus
 }

@@ -371,6 +371,46 @@ enum status gemm_run(const struct gemm *gemm, void *workspace)
 	return status;
 }
 
+static enum status describe_double(int64_t rows, int64_t columns, int64_t inner,
+                                   struct description *d)
+{
+	const cublasOperation_t transposed = CUBLAS_OP_T;
+
+	BLAS_TRY(cublasLtMatmulDescCreate(&d->operation, CUBLAS_COMPUTE_64F, CUDA_R_64F));
+	BLAS_TRY(cublasLtMatmulDescSetAttribute(d->operation, CUBLASLT_MATMUL_DESC_TRANSA,
+	                                        &transposed, sizeof transposed));
+	enum status status = layout_create(&d->left, CUDA_R_64F, inner, columns, inner, 1, 0);
+	if (status == STATUS_OK)
+		status = layout_create(&d->right, CUDA_R_64F, inner, rows, inner, 1, 0);
+	if (status == STATUS_OK)
+		status = layout_create(&d->out, CUDA_R_64F, columns, rows, columns, 1, 0);
+	return status;
+}
+
+static enum status multiply_double(const struct description *d, const double *x,
+                                   const double *weight, double *y)
+{
+	const double one = 1.0, zero = 0.0;
+
+	BLAS_TRY(cublasLtMatmul(blas.handle, d->operation, &one, weight, d->left, x, d->right,
+	                        &zero, y, d->out, y, d->out, NULL, NULL, 0, cuda_stream()));
+	return STATUS_OK;
+}
+
+enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
+                        const double *weight, double *y)
+{
+	struct description description = {0};
+
+	enum status status = gemm_open();
+	if (status == STATUS_OK)
+		status = describe_double(rows, columns, inner, &description);
+	if (status == STATUS_OK)
+		status = multiply_double(&description, x, weight, y);
+	description_destroy(&description);
+	return status;
+}
+
 void gemm_close(void)
 {
 	if (blas.handle)

@@ -48,6 +48,10 @@ struct gemm gemm_linear(int64_t n, int64_t d_in, int64_t d_out, const void *x, c
  * algorithm. */
 enum status gemm_run(const struct gemm *gemm, void *workspace);
 
+/* y [rows, columns] = x [rows, inner] weight^T, all fp64: for references, not for speed. */
+enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
+                        const double *weight, double *y);
+
 /* Forgets the algorithms and the library's handle. */
 void gemm_close(void);
 

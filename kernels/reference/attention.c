@@ -211,6 +211,8 @@ enum status reference_attention_forward(const struct reference_attention *a, int
                                         const int64_t *rows, double *out, double *out_ungated,
                                         double *lse)
 {
+	if (reference_in_use())
+		return reference_in_use()->attention_forward(a, n_rows, rows, out);
 	int64_t n = rows ? n_rows : a->batch * a->seq_len;
 	size_t per_thread = (size_t)(BLOCK_ROWS * (a->kv_len + a->d_head));
 	size_t scratch_count = per_thread * (size_t)omp_get_max_threads();

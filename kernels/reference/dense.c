@@ -10,6 +10,10 @@
 void reference_get_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
                            const double *from, double *to)
 {
+	if (reference_in_use()) {
+		reference_in_use()->get_columns(n_rows, width, first, count, from, to);
+		return;
+	}
 	for (int64_t n = 0; n < n_rows; n++)
 		memcpy(to + n * count, from + n * width + first, sizeof *to * (size_t)count);
 }
@@ -36,6 +40,10 @@ static int64_t slice(int64_t count, int64_t i, int64_t n, int64_t *first)
 void reference_linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, const double *weight,
                       double *y)
 {
+	if (reference_in_use()) {
+		reference_in_use()->linear(n, d_in, d_out, x, weight, y);
+		return;
+	}
 	int slices = omp_get_max_threads();
 
 #pragma omp parallel for
@@ -82,6 +90,10 @@ static double inverse_rms(int64_t d, double eps, const double *x)
 void reference_rms_norm(int64_t n, int64_t d, double eps, const double *x, const double *weight,
                         double *y, double *rstd)
 {
+	if (reference_in_use()) {
+		reference_in_use()->rms_norm(n, d, eps, x, weight, y);
+		return;
+	}
 #pragma omp parallel for
 	for (int64_t row = 0; row < n; row++) {
 		double r = inverse_rms(d, eps, x + row * d);
@@ -149,6 +161,10 @@ static void rotate_all(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t 
 void reference_rotate(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
                       int64_t first, int64_t period, const double *x, double *y)
 {
+	if (reference_in_use()) {
+		reference_in_use()->rotate(batch, seq_len, n_heads, d_head, first, period, x, y);
+		return;
+	}
 	rotate_all(batch, seq_len, n_heads, d_head, first, period, 1, x, y);
 }
 
@@ -168,6 +184,11 @@ void reference_decay_gate(int64_t n, int64_t rank, int64_t d_out, double normali
                           const double *x, const double *weight, const double *bias,
                           double *log_decay)
 {
+	if (reference_in_use()) {
+		reference_in_use()->decay_gate(n, rank, d_out, normalizer, x, weight, bias,
+		                               log_decay);
+		return;
+	}
 	reference_linear(n, rank, d_out, x, weight, log_decay);
 #pragma omp parallel for
 	for (int64_t i = 0; i < n * d_out; i++)
@@ -200,6 +221,10 @@ enum status reference_decay_gate_backward(int64_t n, int64_t rank, int64_t d_out
 void reference_norm_gate(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
                          const double *weight, const double *gate, double *out, double *rstd)
 {
+	if (reference_in_use()) {
+		reference_in_use()->norm_gate(n, n_heads, d_head, eps, x, weight, gate, out);
+		return;
+	}
 	reference_rms_norm(n * n_heads, d_head, eps, x, weight, out, rstd);
 	for (int64_t i = 0; i < n * n_heads * d_head; i++)
 		out[i] *= gate[i] * reference_sigmoid(gate[i]);

@@ -109,6 +109,8 @@ static void rotate_queries(const struct reference_rat_scan *s, double *q_out)
 enum status reference_rat_scan_forward(const struct reference_rat_scan *s,
                                        const struct reference_rat_scan_out *out)
 {
+	if (reference_in_use())
+		return reference_in_use()->rat_scan_forward(s, out);
 	size_t count = (size_t)(s->batch * s->seq_len * s->n_heads * s->d_head);
 	double *k_scan = malloc(2 * count * sizeof *k_scan);
 

@@ -22,6 +22,10 @@ static struct coefficients coefficients(const struct reference_recurrence *r, in
 void reference_recurrence_forward(const struct reference_recurrence *r, double *out, double *h,
                                   double *h_final)
 {
+	if (reference_in_use()) {
+		reference_in_use()->recurrence_forward(r, out);
+		return;
+	}
 	int64_t width = r->d_model;
 
 #pragma omp parallel for collapse(2)

@@ -2,6 +2,8 @@
  * Slow, obvious fp64 versions of every operation of kernels/kernels.h, on the
  * host. They share no code with any kernel: tests compare kernels with them,
  * and layers use them to verify what a timed run has left in its buffers.
+ * Some can run elsewhere (struct reference_device): naive fp64 again, for long
+ * sequences.
  *
  * All tensors are contiguous arrays of double in the order of the shape given
  * ([B, T, H, d]: element ((b*T + t)*H + h)*d + i), owned by the caller, never
@@ -20,24 +22,87 @@
 
 #include "kernels/kernels.h"
 
-/* to [n_rows, count] = columns first .. first+count of from [n_rows, width]. */
+/* ---- where they run ---- */
+
+struct reference_attention;
+struct reference_rat_scan;
+struct reference_rat_scan_out;
+struct reference_recurrence;
+struct reference_matrix;
+
+/*
+ * Another place than the host, with doubles in its own memory: the functions
+ * below of the same names, which are marked "anywhere". Rows are on the host
+ * nevertheless. Where a function has no status its errors wait for the next
+ * one that has.
+ */
+struct reference_device {
+	/* STATUS_OOM without a message of its own if there is no memory. */
+	enum status (*take)(int64_t count, double **memory);
+	void (*release)(double *memory);
+	/* to [count] = elements of a tensor in the backend's memory. */
+	enum status (*load)(enum dtype dtype, const void *tensor, int64_t count, double *to);
+	/* host [count] = from, once all work is done. */
+	enum status (*store)(int64_t count, const double *from, double *host);
+	void (*get_columns)(int64_t n_rows, int64_t width, int64_t first, int64_t count,
+	                    const double *from, double *to);
+	void (*get_rows)(int64_t width, int64_t n_rows, const int64_t *rows, const double *from,
+	                 double *to);
+	void (*round)(enum dtype dtype, int64_t count, double *x);
+	void (*linear)(int64_t n, int64_t d_in, int64_t d_out, const double *x,
+	               const double *weight, double *y);
+	void (*rms_norm)(int64_t n, int64_t d, double eps, const double *x, const double *weight,
+	                 double *y);
+	void (*rotate)(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
+	               int64_t first, int64_t period, const double *x, double *y);
+	enum status (*attention_forward)(const struct reference_attention *a, int64_t n_rows,
+	                                 const int64_t *rows, double *out);
+	enum status (*rat_scan_forward)(const struct reference_rat_scan *s,
+	                                const struct reference_rat_scan_out *out);
+	void (*recurrence_forward)(const struct reference_recurrence *r, double *out);
+	enum status (*matrix_forward)(const struct reference_matrix *m, double *out);
+	void (*decay_gate)(int64_t n, int64_t rank, int64_t d_out, double normalizer,
+	                   const double *x, const double *weight, const double *bias,
+	                   double *log_decay);
+	void (*norm_gate)(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
+	                  const double *weight, const double *gate, double *out);
+};
+
+/* From now on the functions marked "anywhere" run on `device`, and nothing else may be called;
+ * NULL: on the host, as at the start. Their optional outputs must then be NULL. */
+void reference_use(const struct reference_device *device);
+const struct reference_device *reference_in_use(void);
+
+/* Anywhere: memory for `count` doubles, STATUS_OOM; memory NULL is let be. */
+enum status reference_take(int64_t count, double **memory);
+void reference_release(double *memory);
+
+/* ---- the functions ---- */
+
+/* Anywhere: to [n_rows, count] = columns first .. first+count of from [n_rows, width]. */
 void reference_get_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
                            const double *from, double *to);
 /* Columns first .. first+count of to [n_rows, width] = from [n_rows, count]. */
 void reference_set_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
                            const double *from, double *to);
 
+/* Anywhere: to [n_rows, width] = the rows named of from. */
+void reference_get_rows(int64_t width, int64_t n_rows, const int64_t *rows, const double *from,
+                        double *to);
+/* Anywhere: rounds to what an element of type `dtype` can hold. */
+void reference_round(enum dtype dtype, int64_t count, double *x);
+
 /* sigmoid(x), accurate at both ends. */
 double reference_sigmoid(double x);
 
-/* y [n, d_out] = x [n, d_in] W^T, W [d_out, d_in]. */
+/* Anywhere: y [n, d_out] = x [n, d_in] W^T, W [d_out, d_in]. */
 void reference_linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, const double *weight,
                       double *y);
 /* dx [n, d_in] or NULL, dweight [d_out, d_in] or NULL, from dy [n, d_out]. */
 void reference_linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double *x,
                                const double *weight, const double *dy, double *dx, double *dweight);
 
-/* y = x / sqrt(mean(x^2) + eps) * weight, rows of length d; rstd [n] or NULL. */
+/* Anywhere: y = x / sqrt(mean(x^2) + eps) * weight, rows of length d; rstd [n] or NULL. */
 void reference_rms_norm(int64_t n, int64_t d, double eps, const double *x, const double *weight,
                         double *y, double *rstd);
 /* dx [n, d] or NULL, dweight [d] or NULL. */
@@ -46,7 +111,7 @@ void reference_rms_norm_backward(int64_t n, int64_t d, double eps, const double 
                                  double *dweight);
 
 /*
- * Rotary embedding: y = x rotated, [batch, seq_len, n_heads, d_head]; token t
+ * Anywhere. Rotary embedding: y = x rotated, [batch, seq_len, n_heads, d_head]; token t
  * has the position (first + t) / period, rounded down: first 0 and period 1
  * in attention, period L for RAT's chunk index. y may be x.
  */
@@ -79,7 +144,7 @@ struct reference_attention_grads {
 };
 
 /*
- * The rows named (indices b*T + t; rows NULL: all B*T of them, n_rows is then
+ * Anywhere. The rows named (indices b*T + t; rows NULL: all B*T of them, n_rows is then
  * ignored): out [n_rows, H, d] with the gate applied, out_ungated [n_rows, H,
  * d] or NULL, lse [n_rows, H] or NULL (not the kernels' [B, H, T]).
  */
@@ -135,6 +200,7 @@ struct reference_rat_scan_grads {
 	double *dgate_bias;                /* out [H*d] */
 };
 
+/* Anywhere. */
 enum status reference_rat_scan_forward(const struct reference_rat_scan *s,
                                        const struct reference_rat_scan_out *out);
 enum status reference_rat_scan_backward(const struct reference_rat_scan *s,
@@ -175,7 +241,7 @@ struct reference_recurrence_grads {
 	double *dh0;        /* [B, D] or NULL */
 };
 
-/* out [B, T, D]; h [B, T, D] or NULL: the states; h_final [B, D] or NULL. */
+/* Anywhere. out [B, T, D]; h [B, T, D] or NULL: the states; h_final [B, D] or NULL. */
 void reference_recurrence_forward(const struct reference_recurrence *r, double *out, double *h,
                                   double *h_final);
 enum status reference_recurrence_backward(const struct reference_recurrence *r, const double *dout,
@@ -204,14 +270,15 @@ struct reference_matrix_grads {
 	double *dh0;        /* [B, H, d_k, d_v] or NULL */
 };
 
-/* out [B, T, H, d_v]; final_state [B, H, d_k, d_v] or NULL. */
+/* Anywhere. out [B, T, H, d_v]; final_state [B, H, d_k, d_v] or NULL. */
 enum status reference_matrix_forward(const struct reference_matrix *m, double *out,
                                      double *final_state);
 /* Keeps the states of about 2 sqrt(T) tokens per thread. */
 enum status reference_matrix_backward(const struct reference_matrix *m, const double *dout,
                                       const struct reference_matrix_grads *grads);
 
-/* log_decay [n, d_out] = logsigmoid(x W^T + bias) / normalizer; x [n, rank], W [d_out, rank]. */
+/* Anywhere: log_decay [n, d_out] = logsigmoid(x W^T + bias) / normalizer; x [n, rank], W [d_out,
+ * rank]. */
 void reference_decay_gate(int64_t n, int64_t rank, int64_t d_out, double normalizer,
                           const double *x, const double *weight, const double *bias,
                           double *log_decay);
@@ -221,8 +288,8 @@ enum status reference_decay_gate_backward(int64_t n, int64_t rank, int64_t d_out
                                           const double *dlog_decay, double *dx, double *dweight,
                                           double *dbias);
 
-/* out [n, H, d] = RMSNorm of each head of x [n, H, d], times weight [d], times silu(gate); rstd
- * [n, H] or NULL. */
+/* Anywhere: out [n, H, d] = RMSNorm of each head of x [n, H, d], times weight [d], times
+ * silu(gate); rstd [n, H] or NULL. */
 void reference_norm_gate(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
                          const double *weight, const double *gate, double *out, double *rstd);
 /* dx, dgate [n, H, d], dweight [d]. */
