@@ -5,6 +5,9 @@
 #
 # Rows go to FILE in the device's folder of results/, unless --out says where.
 #
+# On a GPU attention is measured by three providers, their samples alternating: the fastest of
+# ours, cuDNN, and the portable kernels; --provider picks others.
+#
 # With --resume an interrupted run goes on where it was.
 set -eu
 
@@ -22,17 +25,28 @@ results/*/latency.csv) out=${out%latency.csv}$file ;;
 esac
 first=--truncate
 measures=yes
+rivals=
+if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
+	rivals=yes
+fi
 for option in "$@"; do
 	case $option in
 	--resume) first= ;;
 	--dry-run | --list | --help) measures= ;;
+	--provider | --provider=*) rivals= ;;
 	esac
 done
 
 failed=0
 for program in attention recurrence gla rat hybrid; do
 	code=0
-	"$build/$program" $first "$@" --out "$out" || code=$?
+	if [ "$rivals" ] && [ "$program" = attention ]; then
+		"$build/$program" $first "$@" --out "$out" --provider '' \
+			--provider attention=cudnn,attention_step=cudnn --provider portable ||
+			code=$?
+	else
+		"$build/$program" $first "$@" --out "$out" || code=$?
+	fi
 	first=
 	# 1: a case failed, and its row says how; 2: the options are wrong.
 	[ "$code" -lt 2 ] || exit "$code"

@@ -53,8 +53,11 @@ static enum status open_backend(struct run *run)
 	for (int i = 0; backends[i]; i++) {
 		run->backend = backends[i];
 		status = run->backend->open(0);
-		if (status == STATUS_OK)
+		if (status == STATUS_OK) {
+			snprintf(run->options.backend, sizeof run->options.backend, "%s",
+			         run->backend->name);
 			return status;
+		}
 		if (backends[i + 1])
 			fprintf(stderr, "%s: %s not used: %s\n", run->driver->program,
 			        backends[i]->name, status_message());
@@ -271,7 +274,8 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 		record_case(c, &r);
 		r.requested = run->options.provider.word[i];
 		finished[i] = record_done(&run->file, &r, run->driver->finds_batch);
-		v->ctx = (struct context){.backend = run->backend, .choice = v->choice};
+		v->ctx = (struct context){
+		        .backend = run->backend, .choice = v->choice, .ranges = run->options.nvtx};
 		v->plan = run->plans[index * run->n_variants + i];
 		v->predicted_ms = 0;
 		v->n_samples = 0;

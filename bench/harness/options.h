@@ -29,13 +29,13 @@ struct options {
 	struct values seq_len, chunk, window, groups, heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
-	int64_t memory;                             /* MiB to use at most; 0: all that is free */
-	int64_t threads;                            /* 0: as OpenMP finds them */
-	int64_t samples;                            /* 0: until the noise has settled */
-	double min_time, max_time, noise;           /* seconds, seconds, fraction of the median */
-	double case_seconds;                        /* 0: no limit */
-	int64_t rows, seed;                         /* of verification */
-	bool warm, list, dry_run, resume, truncate; /* flags */
+	int64_t memory;                   /* MiB to use at most; 0: all that is free */
+	int64_t threads;                  /* 0: as OpenMP finds them */
+	int64_t samples;                  /* 0: until the noise has settled */
+	double min_time, max_time, noise; /* seconds, seconds, fraction of the median */
+	double case_seconds;              /* 0: no limit */
+	int64_t rows, seed;               /* of verification */
+	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
 	bool help;
 	char out[MAX_PATH], run_id[MAX_WORD];
 	uint64_t set; /* which options have a value: one bit per line of the table */

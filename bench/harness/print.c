@@ -152,7 +152,7 @@ void print_list(FILE *file, const struct driver *driver, const struct options *o
 	if (driver->patterns)
 		fprintf(file, "patterns: %s\n", driver->patterns);
 	options_print_presets(file);
-	fprintf(file, "preset now: %s\n", options->preset);
+	fprintf(file, "preset now: %s\nbackend now: %s\n", options->preset, options->backend);
 	for (int i = 0; backends[i]; i++) {
 		fprintf(file, "backend %s (%s):\n", backends[i]->name,
 		        dtype_name(backends[i]->activation));

@@ -3,6 +3,7 @@
 
 #include <cublasLt.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,6 +33,7 @@ struct tuned {
 
 static struct {
 	cublasLtHandle_t handle;
+	bool missing; /* it does not start on this device */
 	cudaEvent_t start, stop;
 	struct tuned *tuned;
 	int n_tuned;
@@ -347,11 +349,21 @@ static enum status find_algorithm(const struct gemm *g, const struct description
 
 static enum status gemm_open(void)
 {
-	if (blas.handle)
+	if (blas.handle || blas.missing)
 		return STATUS_OK;
 	CUDA_TRY(cudaEventCreate(&blas.start));
 	CUDA_TRY(cudaEventCreate(&blas.stop));
-	BLAS_TRY(cublasLtCreate(&blas.handle));
+	cublasStatus_t error = cublasLtCreate(&blas.handle);
+	if (error == CUBLAS_STATUS_NOT_INITIALIZED || error == CUBLAS_STATUS_ARCH_MISMATCH) {
+		fprintf(stderr,
+		        "cuda: cuBLASLt does not start (%s); matrix products will be slow\n",
+		        cublasLtGetStatusString(error));
+		cudaGetLastError();
+		blas.handle = NULL;
+		blas.missing = true;
+		return STATUS_OK;
+	}
+	BLAS_TRY(error);
 	return STATUS_OK;
 }
 
@@ -361,6 +373,8 @@ enum status gemm_run(const struct gemm *gemm, void *workspace)
 	cublasLtMatmulAlgo_t algorithm;
 
 	enum status status = gemm_open();
+	if (status == STATUS_OK && blas.missing)
+		return plain_gemm(gemm);
 	if (status == STATUS_OK)
 		status = describe(gemm, &description);
 	if (status == STATUS_OK)
@@ -403,6 +417,8 @@ enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const doub
 	struct description description = {0};
 
 	enum status status = gemm_open();
+	if (status == STATUS_OK && blas.missing)
+		return plain_gemm_double(rows, columns, inner, x, weight, y);
 	if (status == STATUS_OK)
 		status = describe_double(rows, columns, inner, &description);
 	if (status == STATUS_OK)

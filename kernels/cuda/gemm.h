@@ -52,6 +52,11 @@ enum status gemm_run(const struct gemm *gemm, void *workspace);
 enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
                         const double *weight, double *y);
 
+/* The same two without cuBLASLt, which they stand in for where it does not start. */
+enum status plain_gemm(const struct gemm *gemm);
+enum status plain_gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
+                              const double *weight, double *y);
+
 /* Forgets the algorithms and the library's handle. */
 void gemm_close(void);
 
