@@ -29,9 +29,9 @@ LDLIBS := -lopenblas -lm
 SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
 SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*.c \
 	bench/harness/*.c) bench/block.c \
-	bench/generate.c bench/pattern.c
+	bench/generate.c bench/kernel.c bench/kernel_check.c bench/pattern.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput report \
+DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput kernel_latency report \
 	compare plotdata),\
 	$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))

@@ -26,8 +26,8 @@ struct run {
 	struct environment environment;
 	struct ceilings ceilings;
 	struct sweep sweep;
-	struct planned *plans; /* [sweep.count * n_variants] */
-	struct variant *variants;
+	struct planned (*plans)[MAX_VARIANTS]; /* [sweep.count] */
+	struct variant variants[MAX_VARIANTS]; /* of the case under way */
 	int n_variants;
 	struct record_file file;
 	struct progress progress;
@@ -65,24 +65,43 @@ static enum status open_backend(struct run *run)
 	return status;
 }
 
-/* Each --provider is a variant; without any there is one, of the fastest. */
-static enum status make_variants(struct run *run)
+/* The providers that a case's only operation has on this backend. */
+static void list_providers(struct run *run, enum operation operation)
+{
+	run->n_variants = 0;
+	for (const struct kernel *k = run->backend->kernels; k->run; k++)
+		if (k->operation == operation && run->n_variants < MAX_VARIANTS)
+			snprintf(run->variants[run->n_variants++].requested, MAX_WORD, "%s",
+			         k->provider);
+}
+
+/*
+ * The variants of a case, without their plans: each --provider, without any one
+ * of the fastest; of a single operation each of its providers.
+ */
+static enum status make_variants(struct run *run, const struct bench_case *c)
 {
 	const struct words *wanted = &run->options.provider;
+	const bool single = run->subject->operation != NULL;
+	const int operation = single ? (int)run->subject->operation(run->subject->self, c) : -1;
 
+	memset(run->variants, 0, sizeof run->variants);
 	run->n_variants = wanted->count;
-	if (wanted->count > MAX_VARIANTS)
-		return status_set(STATUS_INVALID, "--provider: given more than %d times",
-		                  MAX_VARIANTS);
-	run->variants = calloc((size_t)wanted->count, sizeof *run->variants);
-	if (!run->variants)
-		return status_set(STATUS_OOM, "no memory for %d variants", wanted->count);
-	for (int i = 0; i < wanted->count; i++) {
-		enum status status = provider_choice_parse(&run->variants[i].choice, run->backend,
-		                                           wanted->word[i]);
+	for (int i = 0; i < wanted->count; i++)
+		snprintf(run->variants[i].requested, MAX_WORD, "%s", wanted->word[i]);
+	if (single && !options_given(&run->options, "provider"))
+		list_providers(run, (enum operation)operation);
+	for (int i = 0; i < run->n_variants; i++) {
+		struct variant *v = &run->variants[i];
+		enum status status =
+		        provider_choice_parse(&v->choice, run->backend, v->requested);
 
 		if (status != STATUS_OK)
 			return status;
+		/* A single operation never falls back on another provider. */
+		for (int j = 0; single && j < v->choice.count; j++)
+			if (v->choice.choice[j].operation < 0)
+				v->choice.choice[j].operation = operation;
 	}
 	return STATUS_OK;
 }
@@ -91,6 +110,9 @@ static enum status check_options(const struct options *options)
 {
 	if (options->samples > MAX_SAMPLES)
 		return status_set(STATUS_INVALID, "--samples: at most %d", MAX_SAMPLES);
+	if (options->provider.count > MAX_VARIANTS)
+		return status_set(STATUS_INVALID, "--provider: given more than %d times",
+		                  MAX_VARIANTS);
 	if (options->threads > 1024)
 		return status_set(STATUS_INVALID, "--threads: at most 1024");
 	if (options->resume && options->truncate)
@@ -128,14 +150,18 @@ static enum status plan_case(struct run *run, struct bench_case *c, struct plann
 
 static enum status plan_all(struct run *run)
 {
-	run->plans = calloc((size_t)run->sweep.count * (size_t)run->n_variants, sizeof *run->plans);
+	enum status status = STATUS_OK;
+
+	run->plans = calloc((size_t)run->sweep.count, sizeof *run->plans);
 	if (!run->plans)
 		return status_set(STATUS_OOM, "no memory for %d plans", run->sweep.count);
-	for (int i = 0; i < run->sweep.count; i++)
-		for (int v = 0; v < run->n_variants; v++)
-			plan_case(run, &run->sweep.cases[i], &run->plans[i * run->n_variants + v],
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
+		status = make_variants(run, &run->sweep.cases[i]);
+		for (int v = 0; status == STATUS_OK && v < run->n_variants; v++)
+			plan_case(run, &run->sweep.cases[i], &run->plans[i][v],
 			          &run->variants[v].choice);
-	return STATUS_OK;
+	}
+	return status;
 }
 
 static void record_environment(const struct run *run, struct record *r)
@@ -179,6 +205,8 @@ static void record_case(const struct bench_case *c, struct record *r)
 	r->d_model = c->d_model;
 	r->n_heads = c->n_heads;
 	r->d_head = c->d_head;
+	r->d_k = c->d_k;
+	r->d_v = c->d_v;
 	r->n_layers = c->n_layers;
 	r->prompt = c->prompt;
 	r->generate = c->generate;
@@ -232,7 +260,7 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	run->backend->info(&after);
 	time_utc(now);
 	r.time_utc = now;
-	r.requested = run->options.provider.word[v - run->variants];
+	r.requested = v->requested;
 	describe_providers(&v->ctx, provider, sizeof provider, providers, sizeof providers);
 	r.provider = provider;
 	r.providers = providers;
@@ -243,6 +271,8 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	run->rows_by_status[v->status]++;
 	progress_clear(&run->progress);
 	print_row(stdout, &r, run->options.format.word[0]);
+	if (run->subject->note)
+		run->subject->note(run->subject->self, c, &r);
 	return record_append(&run->file, &r);
 }
 
@@ -260,10 +290,22 @@ static double tolerance(const struct backend *backend, const char *pass)
 	return deep ? 3e-2 : 1.5e-2;
 }
 
+/* Whether any of a case's variants can run it. */
+static bool provider_takes(const struct run *run, int index)
+{
+	for (int i = 0; i < run->n_variants; i++)
+		if (run->plans[index][i].status != STATUS_UNSUPPORTED)
+			return true;
+	return false;
+}
+
 /* Prepares the variants for a case; returns whether any has still to be measured. */
 static bool reset_variants(struct run *run, int index, bool *finished)
 {
 	const struct bench_case *c = &run->sweep.cases[index];
+	/* Of an operation's providers nobody asked for only those count that take the case. */
+	const bool asked = !run->subject->operation || !provider_takes(run, index) ||
+	                   options_given(&run->options, "provider");
 	bool any = false;
 
 	for (int i = 0; i < run->n_variants; i++) {
@@ -272,11 +314,12 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 
 		record_environment(run, &r);
 		record_case(c, &r);
-		r.requested = run->options.provider.word[i];
-		finished[i] = record_done(&run->file, &r, run->driver->finds_batch);
+		r.requested = v->requested;
+		finished[i] = record_done(&run->file, &r, run->driver->finds_batch) ||
+		              (!asked && run->plans[index][i].status == STATUS_UNSUPPORTED);
 		v->ctx = (struct context){
 		        .backend = run->backend, .choice = v->choice, .ranges = run->options.nvtx};
-		v->plan = run->plans[index * run->n_variants + i];
+		v->plan = run->plans[index][i];
 		v->predicted_ms = 0;
 		v->n_samples = 0;
 		v->sampling_seconds = 0;
@@ -305,10 +348,10 @@ static enum status run_case(struct run *run, int index, struct experience *exper
 	struct device_info before = run->environment.device;
 	bool finished[MAX_VARIANTS];
 	char label[160];
-	enum status status = STATUS_OK;
+	enum status status = make_variants(run, c);
 
-	if (!reset_variants(run, index, finished))
-		return STATUS_OK;
+	if (status != STATUS_OK || !reset_variants(run, index, finished))
+		return status;
 	describe_case(c, label, sizeof label);
 	progress_show(&run->progress, label);
 	run->backend->info(&before);
@@ -322,7 +365,7 @@ static enum status run_case(struct run *run, int index, struct experience *exper
 /* What a case weighs in the progress line: a constant, and the launches. */
 static double case_work(const struct run *run, int index)
 {
-	double ms = run->plans[index * run->n_variants].roofline_ms;
+	double ms = run->plans[index][0].roofline_ms;
 
 	return 1e3 * run->options.max_time / 2 + (isnan(ms) ? 0 : 20 * ms);
 }
@@ -411,13 +454,15 @@ static enum status make_sweep(struct run *run)
 	if (status == STATUS_OK && run->options.threads > 0)
 		omp_set_num_threads((int)run->options.threads);
 	if (status == STATUS_OK)
-		status = make_variants(run);
-	if (status == STATUS_OK)
 		status = environment_read(&run->environment, run->backend, run->options.run_id);
 	run->subject->use(run->subject->self, run->backend);
-	if (status == STATUS_OK)
+	if (status == STATUS_OK && run->subject->sweep)
+		status = run->subject->sweep(run->subject->self, &run->options, &run->sweep);
+	else if (status == STATUS_OK)
 		status = sweep_create(&run->sweep, &run->options, run->subject->configure,
 		                      run->subject->self);
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++)
+		status = make_variants(run, &run->sweep.cases[i]); /* complains early */
 	if (status == STATUS_OK)
 		name_output(run);
 	return status;
@@ -455,6 +500,9 @@ static enum status measure_sweep(struct run *run)
 	print_header(stdout, run->options.format.word[0]);
 	if (status == STATUS_OK)
 		status = run_all(run);
+	if (status == STATUS_OK && run->subject->finish &&
+	    strcmp(run->options.format.word[0], "table") == 0)
+		run->subject->finish(run->subject->self, stdout);
 	if (status == STATUS_OK)
 		print_totals(run);
 	return status;
@@ -465,11 +513,14 @@ static enum status print_plans(struct run *run)
 {
 	enum status status = plan_all(run);
 
-	for (int i = 0; status == STATUS_OK && i < run->sweep.count * run->n_variants; i++) {
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
 		char label[160];
 
-		describe_case(&run->sweep.cases[i / run->n_variants], label, sizeof label);
-		print_plan(stdout, label, &run->plans[i], run->environment.device.memory_free);
+		describe_case(&run->sweep.cases[i], label, sizeof label);
+		status = make_variants(run, &run->sweep.cases[i]);
+		for (int v = 0; status == STATUS_OK && v < run->n_variants; v++)
+			print_plan(stdout, label, &run->plans[i][v],
+			           run->environment.device.memory_free);
 	}
 	return status;
 }
@@ -479,12 +530,13 @@ static void release(struct run *run)
 	record_close(&run->file);
 	sweep_release(&run->sweep);
 	free(run->plans);
-	free(run->variants);
 }
 
 int bench_main(const struct driver *driver, const struct subject *subject, int argc, char **argv)
 {
-	struct run run = {.driver = driver, .subject = subject, .file = {.descriptor = -1}};
+	static struct run run; /* with room for all samples of a case */
+
+	run = (struct run){.driver = driver, .subject = subject, .file = {.descriptor = -1}};
 	bool done;
 	enum status status = read_options(&run, argc, argv, &done);
 

@@ -7,9 +7,11 @@
 #define BENCH_HARNESS_BENCH_H
 
 #include <stddef.h>
+#include <stdio.h>
 
 #include "bench/harness/case.h"
 #include "bench/harness/driver.h"
+#include "bench/harness/record.h"
 #include "kernels/kernels.h"
 
 /*
@@ -20,6 +22,14 @@
  */
 struct subject {
 	void *self;
+	/* Makes the sweep where it is not the product of the options' lists; or NULL. */
+	enum status (*sweep)(void *self, const struct options *options, struct sweep *sweep);
+	/* The one operation of a case: without --provider each of its providers is measured that
+	 * takes the case. NULL: each --provider is, and without any the fastest. */
+	enum operation (*operation)(void *self, const struct bench_case *c);
+	/* Told of every row, and of their end; or NULL. */
+	void (*note)(void *self, const struct bench_case *c, const struct record *record);
+	void (*finish)(void *self, FILE *file);
 	/* Handed the backend before anything else. */
 	void (*use)(void *self, const struct backend *backend);
 	/* As in case.h. */

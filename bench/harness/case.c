@@ -69,6 +69,8 @@ static struct bench_case case_at(const struct options *o, const int i[N_AXES])
 	        .generate = NO_VALUE,
 	        .d_head = NO_VALUE,
 	        .n_layers = NO_VALUE,
+	        .d_k = NO_VALUE,
+	        .d_v = NO_VALUE,
 	        .tokens = NO_VALUE,
 	        .micro_batch = NO_VALUE,
 	};

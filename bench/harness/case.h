@@ -23,6 +23,7 @@ struct bench_case {
 	/* For the row alone; set by configure. */
 	char block[MAX_WORD]; /* "rat", "hybrid", ... */
 	int64_t d_head, n_layers;
+	int64_t d_k, d_v;    /* of single operations */
 	int64_t tokens;      /* that one launch processes */
 	int64_t micro_batch; /* sequences of a model that are prefilled at a time */
 	/* STATUS_UNSUPPORTED, with the reason, if the combination makes no sense. */

@@ -8,7 +8,7 @@
 #include "bench/harness/bench.h"
 #include "bench/harness/statistics.h"
 
-enum { MAX_VARIANTS = 4 };
+enum { MAX_VARIANTS = 8 };
 
 /* What one launch of a case wants and does. */
 struct planned {
@@ -21,6 +21,7 @@ struct planned {
 
 /* One choice of providers for a case, and how it went. */
 struct variant {
+	char requested[MAX_WORD]; /* as --provider would have it */
 	struct provider_choice choice;
 	struct context ctx;
 	struct planned plan;

@@ -375,6 +375,7 @@ enum status options_parse(struct options *options, const struct driver *driver, 
 	}
 	if (optind < argc)
 		return status_set(STATUS_INVALID, "'%.100s': options begin with --", argv[optind]);
+	options->given = options->set;
 	return STATUS_OK;
 }
 
@@ -384,6 +385,13 @@ static int spec_find(const char *name)
 		if (strcmp(specs[i].name, name) == 0)
 			return i;
 	return -1;
+}
+
+bool options_given(const struct options *options, const char *name)
+{
+	const int index = spec_find(name);
+
+	return index >= 0 && (options->given >> index & 1);
 }
 
 /* Applies a list of defaults to the options that have no value. */

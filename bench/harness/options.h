@@ -38,7 +38,8 @@ struct options {
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
 	bool help;
 	char out[MAX_PATH], run_id[MAX_WORD];
-	uint64_t set; /* which options have a value: one bit per line of the table */
+	uint64_t set;   /* which options have a value: one bit per line of the table */
+	uint64_t given; /* those that the command line gave */
 };
 
 /*
@@ -47,6 +48,9 @@ struct options {
  */
 enum status options_parse(struct options *options, const struct driver *driver, int argc,
                           char **argv);
+
+/* Whether the command line gave an option, `name` without dashes. */
+bool options_given(const struct options *options, const char *name);
 
 /*
  * Fills in what the user left out: the driver's defaults, then those of the

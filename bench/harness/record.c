@@ -55,6 +55,8 @@ static const struct column columns[] = {
         {FIELD(d_model), KIND_INTEGER, true},
         {FIELD(n_heads), KIND_INTEGER, true},
         {FIELD(d_head), KIND_INTEGER, false},
+        {FIELD(d_k), KIND_INTEGER, true},
+        {FIELD(d_v), KIND_INTEGER, true},
         {FIELD(n_layers), KIND_INTEGER, false},
         {FIELD(model), KIND_TEXT, true},
         {FIELD(prompt), KIND_INTEGER, true},

@@ -23,7 +23,7 @@ struct record {
 	const char *pass, *dtype;
 	int64_t batch, seq_len, chunk, window, groups;
 	const char *position;
-	int64_t d_model, n_heads, d_head, n_layers;
+	int64_t d_model, n_heads, d_head, d_k, d_v, n_layers;
 	const char *model;
 	int64_t prompt, generate, micro_batch;
 	double latency_ms, latency_p20_ms, latency_p80_ms, latency_min_ms;

@@ -200,6 +200,62 @@ enum status reference_matrix_forward(const struct reference_matrix *m, double *o
 	return STATUS_OK;
 }
 
+/* Decays the weights of a row's sum past token x; false if nothing is left of them. */
+static bool decay_weights(const struct reference_matrix *m, const struct token *x, double *weight)
+{
+	bool any = false;
+
+	for (int64_t i = 0; m->decay != DECAY_NONE && i < m->d_k; i++) {
+		weight[i] *= decay_of(m, x->row, i);
+		any = any || fabs(weight[i]) > 1e-20;
+	}
+	return any || m->decay == DECAY_NONE;
+}
+
+/*
+ * o_t = scale * sum over s <= t of (w_s . k_s) v_s, the last s first: w_t = q_t, and each step back
+ * multiplies w by the decay it passes. With a bonus t itself counts u, and its decay is not passed.
+ */
+static void sum_row(const struct reference_matrix *m, int64_t b, int64_t h, int64_t t,
+                    double *weight, double *out)
+{
+	const bool bonus = m->rule == RULE_BONUS;
+	bool any = true;
+
+	memcpy(weight, token_at(m, b, h, t).q, sizeof *weight * (size_t)m->d_k);
+	memset(out, 0, sizeof *out * (size_t)m->d_v);
+	for (int64_t s = t; any && s >= 0; s--) {
+		const struct token x = token_at(m, b, h, s);
+		const double score =
+		        m->scale * (bonus && s == t ? bonus_weight(m, &x) : dot(m->d_k, weight, x.k));
+
+		for (int64_t j = 0; j < m->d_v; j++)
+			out[j] += score * x.v[j];
+		any = (bonus && s == t) || decay_weights(m, &x, weight);
+	}
+	for (int64_t i = 0; any && m->h0 && i < m->d_k; i++)
+		for (int64_t j = 0; j < m->d_v; j++)
+			out[j] += m->scale * weight[i] *
+			          m->h0[((b * m->n_heads + h) * m->d_k + i) * m->d_v + j];
+}
+
+enum status reference_matrix_rows(const struct reference_matrix *m, int64_t n_rows,
+                                  const int64_t *rows, double *out)
+{
+	double *scratch = allocate_scratch(m->d_k);
+
+	if (!scratch)
+		return STATUS_OOM;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+	for (int64_t i = 0; i < n_rows; i++)
+		for (int64_t h = 0; h < m->n_heads; h++)
+			sum_row(m, rows[i] / m->seq_len, h, rows[i] % m->seq_len,
+			        scratch + m->d_k * omp_get_thread_num(),
+			        out + (i * m->n_heads + h) * m->d_v);
+	free(scratch);
+	return STATUS_OK;
+}
+
 /* Scratch of one head's backward pass. */
 struct scratch {
 	double *kept;           /* states before every segment's first token */

@@ -273,6 +273,12 @@ struct reference_matrix_grads {
 /* Anywhere. out [B, T, H, d_v]; final_state [B, H, d_k, d_v] or NULL. */
 enum status reference_matrix_forward(const struct reference_matrix *m, double *out,
                                      double *final_state);
+/*
+ * The rows named (indices b*T + t) alone, out [n_rows, H, d_v], each as a sum over the tokens
+ * before it, which ends where the decays have left nothing. Not for RULE_DELTA.
+ */
+enum status reference_matrix_rows(const struct reference_matrix *m, int64_t n_rows,
+                                  const int64_t *rows, double *out);
 /* Keeps the states of about 2 sqrt(T) tokens per thread. */
 enum status reference_matrix_backward(const struct reference_matrix *m, const double *dout,
                                       const struct reference_matrix_grads *grads);
