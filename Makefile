@@ -60,8 +60,8 @@ GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
-.PHONY: all programs drivers tests help bench-latency bench-generation table2 plots test test-gpu \
-	check asan fuzz golden clean run-latency FORCE
+.PHONY: all programs drivers tests help bench-latency bench-generation bench-kernels \
+	bench-chunkwise table2 plots test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -146,6 +146,16 @@ bench-generation:
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) generation.csv --pass generation $(ARGS)
 
+bench-kernels:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) drivers
+	@$(BUILD)/kernel_latency $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
+
+bench-chunkwise:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) drivers
+	@bench/chunkwise.sh $(BUILD) $(ARGS)
+
 table2:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
@@ -197,6 +207,8 @@ fuzz:
 help:
 	@echo 'make bench-latency      latency of every block: prefill, training, generation; then plots'
 	@echo 'make bench-generation   generation alone'
+	@echo 'make bench-kernels      single operations, every provider of each'
+	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'
 	@echo 'make plots              pictures of the results (RESULTS=file.csv picks another file)'
 	@echo 'make test               every test that needs no GPU'

@@ -76,8 +76,8 @@ static struct view output_tokens(struct kernel_problem *p, int64_t seq_len, int6
 
 static struct view input_slots(struct kernel_problem *p)
 {
-	return slots(input(p, p->batch * p->n_heads * p->kv_len * p->d_head), p->kv_len,
-	             p->n_heads, p->d_head);
+	return slots(input(p, p->batch * p->n_heads * p->kv_len * p->d_head), p->kv_len, p->n_heads,
+	             p->d_head);
 }
 
 static float head_scale(int64_t d)
@@ -169,10 +169,10 @@ static void build_rat_scan(struct kernel_problem *p)
 	a->own_score = take(p, OPERAND_OUTPUT, DTYPE_F32, DRAW_NONE, 0,
 	                    p->batch * p->seq_len * p->n_heads);
 	a->q_out = output_tokens(p, p->seq_len, p->groups, p->d_head);
-	a->k_chunk = slots(output(p, p->batch * p->kv_len * width), p->kv_len, p->n_heads,
-	                   p->d_head);
-	a->v_chunk = slots(output(p, p->batch * p->kv_len * width), p->kv_len, p->n_heads,
-	                   p->d_head);
+	a->k_chunk =
+	        slots(output(p, p->batch * p->kv_len * width), p->kv_len, p->n_heads, p->d_head);
+	a->v_chunk =
+	        slots(output(p, p->batch * p->kv_len * width), p->kv_len, p->n_heads, p->d_head);
 }
 
 static void build_rat_step(struct kernel_problem *p)
@@ -212,10 +212,8 @@ static void build_recurrence(struct kernel_problem *p)
 	const int64_t width = p->n_heads * p->d_head, count = p->batch * p->seq_len * width;
 	struct recurrence_args *a = &p->args.recurrence;
 
-	*a = (struct recurrence_args){.batch = p->batch,
-	                              .seq_len = p->seq_len,
-	                              .d_model = width,
-	                              .form = GATE_LOG_DECAY};
+	*a = (struct recurrence_args){
+	        .batch = p->batch, .seq_len = p->seq_len, .d_model = width, .form = GATE_LOG_DECAY};
 	a->x = input_tokens(p, p->seq_len, 1, width);
 	a->gate = tokens(take(p, OPERAND_INPUT, p->backend->activation, DRAW_LOG_DECAY, 1, count),
 	                 p->seq_len, 1, width);
@@ -228,10 +226,8 @@ static void build_gated_recurrence(struct kernel_problem *p)
 	const int64_t width = p->n_heads * p->d_head;
 	struct recurrence_args *a = &p->args.recurrence;
 
-	*a = (struct recurrence_args){.batch = p->batch,
-	                              .seq_len = p->seq_len,
-	                              .d_model = width,
-	                              .form = GATE_SIGMOID};
+	*a = (struct recurrence_args){
+	        .batch = p->batch, .seq_len = p->seq_len, .d_model = width, .form = GATE_SIGMOID};
 	a->x = input_tokens(p, p->seq_len, 1, width);
 	a->gate = input_tokens(p, p->seq_len, 1, width);
 	a->z = input_tokens(p, p->seq_len, 1, width);
@@ -362,7 +358,7 @@ const struct kernel_kind kernel_kinds[] = {
         {"attention_forward", OP_ATTENTION, .axes = "window,chunk", .build = build_attention,
          .check = check_attention},
         {"attention_decode", OP_ATTENTION_STEP, .step = true, .axes = "",
-         .build = build_attention_step, .check = check_attention_step},
+         .build = build_attention_step, .check = check_attention_step, .keep = keep_attention_step},
         {"rat_scan_forward", OP_RAT_SCAN, .axes = "chunk,groups", .build = build_rat_scan,
          .check = check_rat_scan},
         {"rat_decode", OP_RAT_STEP, .step = true, .axes = "chunk,groups", .build = build_rat_step,
@@ -374,8 +370,8 @@ const struct kernel_kind kernel_kinds[] = {
         {"recurrence_step", OP_RECURRENCE_STEP, .step = true, .axes = "",
          .build = build_recurrence_step, .check = check_recurrence_step,
          .keep = keep_recurrence_step},
-        {"gla_forward", OP_MATRIX_RECURRENCE, MATRIX(DECAY_DIAGONAL, RULE_PLAIN),
-         .half_keys = true, .build = build_matrix, .check = check_matrix},
+        {"gla_forward", OP_MATRIX_RECURRENCE, MATRIX(DECAY_DIAGONAL, RULE_PLAIN), .half_keys = true,
+         .build = build_matrix, .check = check_matrix},
         {"scalar_decay_forward", OP_MATRIX_RECURRENCE, MATRIX(DECAY_SCALAR, RULE_PLAIN),
          .build = build_matrix, .check = check_matrix},
         {"retention_forward", OP_MATRIX_RECURRENCE, MATRIX(DECAY_CONSTANT, RULE_PLAIN),

@@ -15,10 +15,13 @@
 #include "layers/verify.h"
 
 enum {
-	BLOCK_COUNT = 1 << 22,      /* elements that are downloaded together */
-	PAIR_ELEMENTS = 1 << 22,    /* of one tensor of all pairs, where two of them allow it */
-	MOST_PAIRS = 8, STEP_PAIRS = 16,
-	FEWEST_ROWS = 16, CHANNELS = 64, LINEAR_ROWS = 32
+	BLOCK_COUNT = 1 << 22,   /* elements that are downloaded together */
+	PAIR_ELEMENTS = 1 << 22, /* of one tensor of all pairs, where two of them allow it */
+	MOST_PAIRS = 8,
+	STEP_PAIRS = 16,
+	FEWEST_ROWS = 16,
+	CHANNELS = 64,
+	LINEAR_ROWS = 32
 };
 
 /* What the reference may cost for sampled rows: a second or two. */
@@ -150,10 +153,10 @@ static double *head_of(struct scratch *s, const struct kernel_problem *p, const 
 	double *to = take(s, n_tokens * width);
 
 	if (s->status == STATUS_OK)
-		s->status = download_strided(
-		        p->backend, view->data,
-		        pair.b * view->batch + first * view->token + pair.h * view->head,
-		        view->token, width, n_tokens, to);
+		s->status = download_strided(p->backend, view->data,
+		                             pair.b * view->batch + first * view->token +
+		                                     pair.h * view->head,
+		                             view->token, width, n_tokens, to);
 	return to;
 }
 
@@ -242,10 +245,10 @@ static enum status compare_rows(const struct kernel_problem *p, const struct vie
 	for (int64_t i = 0, run; i < n && s.status == STATUS_OK; i += run) {
 		for (run = 1; i + run < n && rows[i + run] == rows[i] + run; run++)
 			;
-		s.status = download_strided(
-		        p->backend, view->data,
-		        pair.b * view->batch + rows[i] * view->token + pair.h * view->head,
-		        view->token, width, run, actual + i * width);
+		s.status = download_strided(p->backend, view->data,
+		                            pair.b * view->batch + rows[i] * view->token +
+		                                    pair.h * view->head,
+		                            view->token, width, run, actual + i * width);
 	}
 	if (s.status == STATUS_OK)
 		raise_to(worst, verify_worst_row(n, width, actual, expected));
@@ -336,8 +339,8 @@ enum status check_attention(struct kernel_problem *p, int64_t rows, uint64_t see
 	        pick_sequences(p->batch, p->n_heads, p->seq_len * p->d_head, seed, pairs);
 	int64_t *list;
 	const int64_t n = pick_rows(
-	        p->seq_len,
-	        rows_each(rows, n_pairs, 4.0 * (double)p->d_head * (double)p->kv_len), seed, &list);
+	        p->seq_len, rows_each(rows, n_pairs, 4.0 * (double)p->d_head * (double)p->kv_len),
+	        seed, &list);
 	bool known;
 	enum status status = take_expected(p, n_pairs * n * p->d_head, &known);
 
@@ -364,11 +367,10 @@ static enum status poison_slot(const struct kernel_problem *p, const struct view
 	enum status status = STATUS_OK;
 
 	for (int i = 0; i < n && status == STATUS_OK; i++)
-		status = p->backend->fill((char *)cache->data +
-		                                  (size_t)(pairs[i].b * cache->batch +
-		                                           slot * cache->token +
-		                                           pairs[i].h * cache->head) *
-		                                          size,
+		status = p->backend->fill((char *)cache->data + (size_t)(pairs[i].b * cache->batch +
+		                                                         slot * cache->token +
+		                                                         pairs[i].h * cache->head) *
+		                                                        size,
 		                          0xff, (size_t)p->d_head * size);
 	return status;
 }
@@ -438,20 +440,20 @@ static enum status check_rat_scan_pair(const struct kernel_problem *p, struct pa
 	const int64_t t = p->seq_len, d = p->d_head, n_chunks = p->kv_len;
 	const struct pair group = {pair.b, pair.h % a->groups};
 	struct scratch s = {0};
-	const struct reference_rat_scan r = {
-	        .batch = 1,
-	        .seq_len = t,
-	        .n_heads = 1,
-	        .groups = 1,
-	        .d_head = d,
-	        .chunk = a->chunk,
-	        .rope = a->rope,
-	        .scale = a->scale,
-	        .v = head_of(&s, p, &a->v, pair, 0, t, d),
-	        .gate = head_of(&s, p, &a->gate, pair, 0, t, d),
-	        .q = head_of(&s, p, &a->q, group, 0, t, d),
-	        .k = head_of(&s, p, &a->k, group, 0, t, d),
-	        .gate_bias = floats_of(&s, p, a->gate_bias, pair.h * d, d)};
+	const struct reference_rat_scan r = {.batch = 1,
+	                                     .seq_len = t,
+	                                     .n_heads = 1,
+	                                     .groups = 1,
+	                                     .d_head = d,
+	                                     .chunk = a->chunk,
+	                                     .rope = a->rope,
+	                                     .scale = a->scale,
+	                                     .v = head_of(&s, p, &a->v, pair, 0, t, d),
+	                                     .gate = head_of(&s, p, &a->gate, pair, 0, t, d),
+	                                     .q = head_of(&s, p, &a->q, group, 0, t, d),
+	                                     .k = head_of(&s, p, &a->k, group, 0, t, d),
+	                                     .gate_bias =
+	                                             floats_of(&s, p, a->gate_bias, pair.h * d, d)};
 	const struct reference_rat_scan_out out = {.v_scan = take(&s, t * d),
 	                                           .own_score = take(&s, t),
 	                                           .q_out = take(&s, t * d),
@@ -619,9 +621,9 @@ static enum status expect_recurrence(const struct kernel_problem *p, struct pair
 	        .x = head_of(&s, p, &x, pair, 0, a->seq_len, channels),
 	        .gate = head_of(&s, p, &gate, pair, 0, a->seq_len, channels),
 	        .z = z.data ? head_of(&s, p, &z, pair, 0, a->seq_len, channels) : NULL,
-	        .gate_bias = a->gate_bias ? floats_of(&s, p, a->gate_bias, pair.h * channels,
-	                                              channels)
-	                                  : NULL};
+	        .gate_bias = a->gate_bias
+	                             ? floats_of(&s, p, a->gate_bias, pair.h * channels, channels)
+	                             : NULL};
 
 	if (s.status == STATUS_OK)
 		reference_recurrence_forward(&r, expected, NULL, NULL);
@@ -756,8 +758,7 @@ static enum status expect_matrix(const struct kernel_problem *p, struct pair pai
 	if (s.status == STATUS_OK)
 		s.status = reference_matrix_forward(&r, out, NULL);
 	for (int64_t i = 0; i < n && s.status == STATUS_OK; i++)
-		memcpy(expected + i * p->d_v, out + rows[i] * p->d_v,
-		       (size_t)p->d_v * sizeof *out);
+		memcpy(expected + i * p->d_v, out + rows[i] * p->d_v, (size_t)p->d_v * sizeof *out);
 	return finish(&s);
 }
 

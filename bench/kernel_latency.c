@@ -17,9 +17,10 @@ enum { MAX_CASES = 1024, MAX_LENGTHS = 4, MAX_NOTES = 4096 };
 /* A kind of operation at some sizes. */
 struct case_row {
 	const char *block;
-	int64_t seq_len[MAX_LENGTHS]; /* none: those of --seq-len */
-	int64_t n_heads;              /* 0: --heads */
-	int64_t batch;                /* of steps; 0: --batch */
+	int64_t seq_len[MAX_LENGTHS];  /* none: those of --seq-len */
+	int64_t n_heads;               /* 0: --heads */
+	bool wide_keys;                /* keys as wide as values, whatever the kind */
+	int64_t batch;                 /* of steps; 0: --batch */
 	int64_t window, chunk, groups; /* 0: none */
 };
 
@@ -37,7 +38,7 @@ static const struct case_row paper[] = {
         {.block = "gated_recurrence_forward", .seq_len = {4096, 131072, 262144}},
         {.block = "recurrence_step", .seq_len = {1}},
         {.block = "gla_forward", .seq_len = {4096, 131072}, .n_heads = 4},
-        {.block = "gla_forward", .seq_len = {4096}, .n_heads = 16},
+        {.block = "gla_forward", .seq_len = {4096}, .n_heads = 16, .wide_keys = true},
         {.block = "scalar_decay_forward", .seq_len = {4096}},
         {.block = "retention_forward", .seq_len = {4096}},
         {.block = "linear_attention_forward", .seq_len = {4096}},
@@ -103,7 +104,8 @@ static struct values axis(const struct options *o, const char *name, const struc
 
 static bool same_case(const struct bench_case *a, const struct bench_case *b)
 {
-	return a->seq_len == b->seq_len && a->batch == b->batch && case_same_series(a, b);
+	return a->seq_len == b->seq_len && a->batch == b->batch && a->d_k == b->d_k &&
+	       case_same_series(a, b);
 }
 
 static bool wanted(const struct options *o, const char *block)
@@ -119,7 +121,8 @@ static enum status add_case(const struct options *o, const struct case_row *row,
                             struct bench_case *c, struct sweep *sweep)
 {
 	const struct kernel_kind *kind = kernel_kind_find(row->block);
-	const int64_t keys = kind->half_keys ? c->d_model / 2 : c->d_model;
+	const bool half = kind->half_keys && !row->wide_keys;
+	const int64_t keys = half ? c->d_model / 2 : c->d_model;
 
 	c->status = STATUS_OK;
 	if (c->d_model % (2 * c->n_heads) != 0)
@@ -165,15 +168,15 @@ static struct bench_case empty_case(const struct case_row *row)
 }
 
 /* A row's cases: every combination of its lists, sequence length innermost. */
-static enum status add_row(const struct options *o, const struct case_row *row,
-                           struct sweep *sweep)
+static enum status add_row(const struct options *o, const struct case_row *row, struct sweep *sweep)
 {
 	const struct values heads = axis(o, "heads", &o->heads, row->n_heads);
 	/* Attention has chunks only in RAT's rows, matrix recurrences where the user says so. */
-	const bool chunks = row->chunk || (strcmp(kernel_kind_find(row->block)->axes, "chunk") == 0 &&
-	                                   options_given(o, "chunk"));
-	const struct values chunk = chunks ? axis(o, "chunk", &o->chunk, row->chunk)
-	                                   : (struct values){1, {NO_VALUE}};
+	const bool chunks =
+	        row->chunk || (strcmp(kernel_kind_find(row->block)->axes, "chunk") == 0 &&
+	                       options_given(o, "chunk"));
+	const struct values chunk =
+	        chunks ? axis(o, "chunk", &o->chunk, row->chunk) : (struct values){1, {NO_VALUE}};
 	struct values lengths = {0};
 	enum status status = STATUS_OK;
 
@@ -375,7 +378,8 @@ int main(int argc, char **argv)
 {
 	static const struct driver driver = {
 	        .program = "kernel_latency",
-	        .summary = "single operations, every provider of each; d-model is split over the heads",
+	        .summary = "single operations, every provider of each; d-model is split over the "
+	                   "heads",
 	        .file = "kernels.csv",
 	        .passes = "kernel",
 	        .patterns = "attention_forward/attention_decode/rat_scan_forward/rat_decode/"

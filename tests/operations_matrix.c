@@ -1,7 +1,11 @@
 /* Cases of the matrix-state recurrence. */
 #include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <cmocka.h>
 
 #include "tests/operations.h"
 
@@ -150,6 +154,21 @@ static struct matrix_trial new_matrix(struct trial *trial)
 	return x;
 }
 
+/* Rows by themselves are those of the whole sequence. */
+static void check_rows(const struct matrix_trial *x, const double *out)
+{
+	const struct matrix_recurrence_args *a = &x->args;
+	const int64_t rows[] = {0, (a->batch * a->seq_len) / 2, a->batch * a->seq_len - 1};
+	const int64_t width = a->n_heads * a->d_v;
+	double *alone = new_doubles(3 * width);
+
+	assert_int_equal(reference_matrix_rows(&x->reference, 3, rows, alone), STATUS_OK);
+	for (int i = 0; i < 3; i++)
+		assert_true(relative_error(width, alone + i * width, out + rows[i] * width, 0) <
+		            1e-9);
+	free(alone);
+}
+
 static bool run_matrix(struct trial *trial, struct matrix_trial *x)
 {
 	const struct matrix_recurrence_args *a = &x->args;
@@ -158,6 +177,8 @@ static bool run_matrix(struct trial *trial, struct matrix_trial *x)
 
 	if (reference_matrix_forward(&x->reference, out, final_state) != STATUS_OK)
 		return false;
+	if (a->rule != RULE_DELTA && !trial->with_nan)
+		check_rows(x, out);
 	if (!trial_run(trial, OP_MATRIX_RECURRENCE, a))
 		return false;
 	trial_check(trial, x->out, "out", out, trial->tolerance);

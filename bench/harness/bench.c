@@ -93,8 +93,7 @@ static enum status make_variants(struct run *run, const struct bench_case *c)
 		list_providers(run, (enum operation)operation);
 	for (int i = 0; i < run->n_variants; i++) {
 		struct variant *v = &run->variants[i];
-		enum status status =
-		        provider_choice_parse(&v->choice, run->backend, v->requested);
+		enum status status = provider_choice_parse(&v->choice, run->backend, v->requested);
 
 		if (status != STATUS_OK)
 			return status;

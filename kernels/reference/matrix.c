@@ -226,8 +226,8 @@ static void sum_row(const struct reference_matrix *m, int64_t b, int64_t h, int6
 	memset(out, 0, sizeof *out * (size_t)m->d_v);
 	for (int64_t s = t; any && s >= 0; s--) {
 		const struct token x = token_at(m, b, h, s);
-		const double score =
-		        m->scale * (bonus && s == t ? bonus_weight(m, &x) : dot(m->d_k, weight, x.k));
+		const double score = m->scale * (bonus && s == t ? bonus_weight(m, &x)
+		                                                 : dot(m->d_k, weight, x.k));
 
 		for (int64_t j = 0; j < m->d_v; j++)
 			out[j] += score * x.v[j];
