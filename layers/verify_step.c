@@ -8,7 +8,7 @@
 #include "layers/verify.h"
 
 /* Floats of states to keep where that leaves a choice, and the sequences to keep at least. */
-enum { SNAPSHOT_FLOATS = 64 << 20, SNAPSHOT_SEQUENCES = 2 };
+enum { SNAPSHOT_FLOATS = 16 << 20, SNAPSHOT_SEQUENCES = 2 };
 
 /* States of some sequences: layer by layer, state by state, sequence by sequence. */
 struct stack_snapshot {

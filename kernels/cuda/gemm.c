@@ -354,7 +354,7 @@ static enum status gemm_open(void)
 	CUDA_TRY(cudaEventCreate(&blas.start));
 	CUDA_TRY(cudaEventCreate(&blas.stop));
 	cublasStatus_t error = cublasLtCreate(&blas.handle);
-	if (error == CUBLAS_STATUS_NOT_INITIALIZED || error == CUBLAS_STATUS_ARCH_MISMATCH) {
+	if (error != CUBLAS_STATUS_SUCCESS && error != CUBLAS_STATUS_ALLOC_FAILED) {
 		fprintf(stderr,
 		        "cuda: cuBLASLt does not start (%s); matrix products will be slow\n",
 		        cublasLtGetStatusString(error));
