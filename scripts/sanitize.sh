@@ -1,0 +1,27 @@
+#!/bin/sh
+# The CUDA kernels under compute-sanitizer: every operation's cases, a share of them.
+#
+#   scripts/sanitize.sh [TOOL [SHARE]]
+#   scripts/sanitize.sh memcheck 0.1
+#   scripts/sanitize.sh racecheck 0.05
+#
+# Without arguments memcheck and racecheck, as above. Needs: make CUDA=1 tests
+set -eu
+
+build=${BUILD:-build}
+if ! command -v compute-sanitizer >/dev/null 2>&1; then
+	echo "compute-sanitizer is not installed or not in PATH" >&2
+	exit 1
+fi
+if [ ! -x "$build/tests/test_operations" ]; then
+	echo "$build/tests/test_operations is missing: make CUDA=1 tests" >&2
+	exit 1
+fi
+if [ $# -eq 0 ]; then
+	"$0" memcheck 0.1
+	exec "$0" racecheck 0.05
+fi
+# The libraries' kernels are theirs to check.
+compute-sanitizer --tool "$1" --error-exitcode 1 \
+	--kernel-name-exclude regex:'cudnn|nvjet|cutlass|cublas|sm90_xmma|sm80_xmma|gemm' \
+	"$build/tests/test_operations" cuda "${2:-0.1}"
