@@ -184,7 +184,9 @@ struct view mixing_slots(void *cache, int64_t n_heads, int64_t slots, int64_t d_
 
 void mixing_copy(int64_t count, const double *from, double *to)
 {
-	memcpy(to, from, (size_t)count * sizeof *to);
+#pragma omp parallel for simd if (count > 1 << 16)
+	for (int64_t i = 0; i < count; i++)
+		to[i] = from[i];
 }
 
 void mixing_add(int64_t count, const double *from, double *to)
@@ -196,12 +198,14 @@ void mixing_add(int64_t count, const double *from, double *to)
 void mixing_from_slots(int64_t n_seq, int64_t n_heads, int64_t slots, int64_t d_head,
                        const double *cache, double *to)
 {
-	for (int64_t b = 0; b < n_seq; b++)
-		for (int64_t h = 0; h < n_heads; h++)
-			for (int64_t s = 0; s < slots; s++)
-				mixing_copy(d_head,
-				            cache + ((b * n_heads + h) * slots + s) * d_head,
-				            to + ((b * slots + s) * n_heads + h) * d_head);
+	size_t bytes = (size_t)d_head * sizeof *to;
+
+#pragma omp parallel for
+	for (int64_t row = 0; row < n_seq * n_heads; row++)
+		for (int64_t s = 0; s < slots; s++)
+			memcpy(to + ((row / n_heads * slots + s) * n_heads + row % n_heads) *
+			                       d_head,
+			       cache + (row * slots + s) * d_head, bytes);
 }
 
 void mixing_store_slot(int64_t n_heads, int64_t slots, int64_t slot, int64_t d_head,

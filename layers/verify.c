@@ -46,7 +46,10 @@ enum status verify_download(const struct backend *backend, enum dtype dtype, con
 
 		status = backend_download_floats(backend, dtype, block,
 		                                 from + (size_t)i * dtype_size(dtype), (size_t)n);
-		for (int64_t j = 0; j < n && status == STATUS_OK; j++)
+		if (status != STATUS_OK)
+			break;
+#pragma omp parallel for simd
+		for (int64_t j = 0; j < n; j++)
 			out[i + j] = block[j];
 	}
 	free(block);
@@ -620,8 +623,8 @@ static enum status verify_on(const struct reference_device *device, const struct
 /* The reference's other place, where this layer's can run there. */
 static const struct reference_device *device_for(const struct stack *stack, int layer)
 {
-	bool can = stack->shape.pass == PASS_PREFILL &&
-	           stack->layers[layer].class->reference_anywhere;
+	bool can =
+	        stack->shape.pass == PASS_PREFILL && stack->layers[layer].class->reference_anywhere;
 
 	return can ? stack->backend->reference : NULL;
 }

@@ -163,6 +163,7 @@ static void load_states(const struct subject *subject, int64_t s, struct step *s
 	for (int j = 0; j < step->n_states; j++) {
 		int64_t count = state_count(stack, &step->specs[j]);
 
+#pragma omp parallel for simd
 		for (int64_t i = 0; i < count; i++)
 			step->before[j][i] = states[s * count + i];
 		mixing_copy(count, step->before[j], step->after[j]);
@@ -187,6 +188,7 @@ static double state_error(const struct tensor_spec *spec, int64_t count, const d
 	int64_t width = spec->storage == STORAGE_FP32 ? count : spec->dims[spec->n_dims - 1];
 	double worst = 0;
 
+#pragma omp parallel for reduction(max : worst)
 	for (int64_t i = 0; i < count; i += width) {
 		if (same(width, before + i, after + i) && same(width, before + i, now + i))
 			continue;

@@ -19,7 +19,6 @@ static const double tolerance = 1e-11;
 
 /* A case's random tensors, on the host and on the device. */
 static struct {
-	int count;
 	int64_t length[MAX_ARRAYS];
 	double *host[MAX_ARRAYS], *device[MAX_ARRAYS];
 	bool on_device;
@@ -31,10 +30,10 @@ static void require(enum status status)
 		fail_msg("%s: %s", status_name(status), status_message());
 }
 
-/* Tensor number `i`, made of `length` random numbers at its first use in the host's run. */
+/* Tensor number `i`, made of `length` random numbers at its first use; the numbers have no gaps. */
 static double *array(int i, int64_t length)
 {
-	if (i == arrays.count) {
+	if (!arrays.host[i]) {
 		float *noise = malloc((size_t)length * sizeof *noise);
 		double *values = malloc((size_t)length * sizeof *values);
 
@@ -47,7 +46,6 @@ static double *array(int i, int64_t length)
 		                            (size_t)length * sizeof *values));
 		arrays.host[i] = values;
 		arrays.length[i] = length;
-		arrays.count++;
 		free(noise);
 	}
 	return arrays.on_device ? arrays.device[i] : arrays.host[i];
@@ -55,7 +53,7 @@ static double *array(int i, int64_t length)
 
 static double *negative(int i, int64_t length)
 {
-	bool fresh = i == arrays.count;
+	bool fresh = !arrays.host[i];
 	double *values = array(i, length);
 
 	for (int64_t j = 0; fresh && j < length; j++)
@@ -74,7 +72,7 @@ static void compare(const char *name, void (*run)(int64_t variant), int64_t vari
 	arrays.on_device = true;
 	reference_use(&cuda_reference);
 	run(variant);
-	for (int i = 0; i < arrays.count; i++) {
+	for (int i = 0; i < MAX_ARRAYS && arrays.host[i]; i++) {
 		double *back = malloc((size_t)arrays.length[i] * sizeof *back);
 		double largest = 0;
 
@@ -90,7 +88,7 @@ static void compare(const char *name, void (*run)(int64_t variant), int64_t vari
 		free(back);
 	}
 	reference_use(NULL);
-	for (int i = 0; i < arrays.count; i++) {
+	for (int i = 0; i < MAX_ARRAYS; i++) {
 		cuda_reference.release(arrays.device[i]);
 		free(arrays.host[i]);
 	}
@@ -98,21 +96,21 @@ static void compare(const char *name, void (*run)(int64_t variant), int64_t vari
 
 static void run_dense(int64_t variant)
 {
-	int64_t n = 37 + variant, d_in = 40, d_out = 72;
+	int64_t n = 37 + variant, d_in = 40, d_out = 72, wide = n * d_out;
 
 	reference_linear(n, d_in, d_out, array(0, n * d_in), array(1, d_out * d_in),
-	                 array(2, n * d_out));
-	reference_rms_norm(n, d_out, 1e-6, array(2, 0), array(3, d_out), array(4, n * d_out), NULL);
-	reference_round(variant ? DTYPE_BF16 : DTYPE_F32, n * d_out, array(4, 0));
-	reference_get_columns(n, d_out, 8, 16, array(4, 0), array(5, n * 16));
+	                 array(2, wide));
+	reference_rms_norm(n, d_out, 1e-6, array(2, wide), array(3, d_out), array(4, wide), NULL);
+	reference_round(variant ? DTYPE_BF16 : DTYPE_F32, n * d_out, array(4, wide));
+	reference_get_columns(n, d_out, 8, 16, array(4, wide), array(5, n * 16));
 	const int64_t rows[] = {0, 5, n - 1};
-	reference_get_rows(d_out, 3, rows, array(4, 0), array(6, 3 * d_out));
-	reference_decay_gate(n, 16, 24, 16, array(5, 0), array(7, 24 * 16), array(8, 24),
+	reference_get_rows(d_out, 3, rows, array(4, wide), array(6, 3 * d_out));
+	reference_decay_gate(n, 16, 24, 16, array(5, n * 16), array(7, 24 * 16), array(8, 24),
 	                     array(9, n * 24));
-	reference_norm_gate(n, 3, 24, 1e-5, array(4, 0), array(10, 24), array(2, 0),
-	                    array(11, n * d_out), NULL);
-	reference_rotate(1, n, 3, 24, 2, 1 + variant, array(11, 0), array(12, n * d_out));
-	reference_rotate(1, n, 3, 24, 0, 1, array(12, 0), array(12, 0));
+	reference_norm_gate(n, 3, 24, 1e-5, array(4, wide), array(10, 24), array(2, wide),
+	                    array(11, wide), NULL);
+	reference_rotate(1, n, 3, 24, 2, 1 + variant, array(11, wide), array(12, wide));
+	reference_rotate(1, n, 3, 24, 0, 1, array(12, wide), array(12, wide));
 }
 
 static void run_attention(int64_t variant)
