@@ -85,9 +85,11 @@ static void any_matrix_inputs(struct trial *trial, struct matrix_trial *x)
 		                         1);
 }
 
-/* Sizes, and every decay with every rule. */
+/* Sizes, and every decay with every rule. What is chunkwise on tensor cores cuts wide heads into
+ * slices and long sequences into segments, so these come now and then. */
 static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args *a, int64_t longest)
 {
+	static const int64_t widths[] = {8, 40, 64, 72, 128, 136, 256};
 	struct random *random = &trial->random;
 
 	a->batch = random_integer(random, 1, 3);
@@ -101,7 +103,19 @@ static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args 
 		a->decay = DECAY_DIAGONAL;
 		a->rule = RULE_PLAIN;
 	}
+	if (random_integer(random, 0, 3) == 0)
+		a->rule = RULE_PLAIN;
 	a->chunk = random_integer(random, 0, random_bool(random) ? 70 : 2 * a->seq_len);
+	if (trial->narrow && random_bool(random))
+		a->chunk = 64 * random_integer(random, 0, 1);
+	if (trial->narrow && random_integer(random, 0, 3) == 0) {
+		a->d_k = random_choice(random, widths, 7);
+		a->d_v = random_choice(random, widths, 7);
+	}
+	if (trial->narrow && longest > 1 && random_integer(random, 0, 9) == 0) {
+		a->batch = 1;
+		a->seq_len = random_integer(random, 150, 1400);
+	}
 	a->scale = (float)(1 / sqrt((double)a->d_k));
 }
 

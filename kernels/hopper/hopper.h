@@ -23,6 +23,20 @@ const char *hopper_rat_step_unsupported(const void *args);
 size_t hopper_rat_step_workspace(const void *args);
 enum status hopper_rat_step(const void *args, void *workspace);
 
+/* OP_MATRIX_RECURRENCE, plain rule, decays that channels share; d_k up to 256. The form picked by
+ * the shape; all on the chip; with the states between short segments in memory. */
+const char *hopper_scalar_decay_unsupported(const void *args);
+size_t hopper_scalar_decay_workspace(const void *args);
+enum status hopper_scalar_decay(const void *args, void *workspace);
+size_t hopper_scalar_decay_onchip_workspace(const void *args);
+enum status hopper_scalar_decay_onchip(const void *args, void *workspace);
+size_t hopper_scalar_decay_materialise_workspace(const void *args);
+enum status hopper_scalar_decay_materialise(const void *args, void *workspace);
+
+/* OP_MATRIX_RECURRENCE_STEP, every decay and rule. */
+const char *hopper_matrix_recurrence_step_unsupported(const void *args);
+enum status hopper_matrix_recurrence_step(const void *args, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif
