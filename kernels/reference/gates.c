@@ -1,6 +1,5 @@
 /* fp64 short convolution, time step, forget gate, and the norm behind a gate. */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "kernels/reference/reference.h"
@@ -48,16 +47,33 @@ static double conv_sum(const struct reference_conv *c, int64_t b, int64_t t, int
 
 void reference_short_conv(const struct reference_conv *c, double *out, double *history)
 {
+	int64_t row = c->n_readers * c->channels;
+
+	if (reference_in_use()) {
+		reference_in_use()->short_conv(c, out);
+		return;
+	}
 #pragma omp parallel for
 	for (int64_t n = 0; n < c->batch * c->seq_len; n++)
-		for (int64_t i = 0; i < c->channels; i++)
-			out[n * c->channels + i] =
-			        silu(conv_sum(c, n / c->seq_len, n % c->seq_len, i));
+		for (int64_t i = 0; i < row; i++)
+			out[n * row + i] =
+			        silu(conv_sum(c, n / c->seq_len, n % c->seq_len, i % c->channels));
 	for (int64_t b = 0; history && b < c->batch; b++)
 		for (int64_t j = 0; j < CONV_HISTORY; j++)
 			for (int64_t i = 0; i < c->channels; i++)
 				history[(b * CONV_HISTORY + j) * c->channels + i] =
 				        conv_input(c, b, c->seq_len - CONV_HISTORY + j, i);
+}
+
+/* The gradient of channel i of token n before the activation. */
+static double conv_sum_gradient(const struct reference_conv *c, int64_t n, int64_t i,
+                                const double *dout)
+{
+	double sum = 0;
+
+	for (int64_t r = 0; r < c->n_readers; r++)
+		sum += dout[(n * c->n_readers + r) * c->channels + i];
+	return sum * silu_derivative(conv_sum(c, n / c->seq_len, n % c->seq_len, i));
 }
 
 void reference_short_conv_backward(const struct reference_conv *c, const double *dout, double *dx,
@@ -70,8 +86,7 @@ void reference_short_conv_backward(const struct reference_conv *c, const double 
 	for (int64_t i = 0; i < c->channels; i++)
 		for (int64_t n = 0; n < c->batch * c->seq_len; n++) {
 			int64_t b = n / c->seq_len, t = n % c->seq_len;
-			double dsum =
-			        dout[n * c->channels + i] * silu_derivative(conv_sum(c, b, t, i));
+			double dsum = conv_sum_gradient(c, n, i, dout);
 
 			dbias[i] += dsum;
 			for (int64_t j = 0; j < CONV_WIDTH; j++) {
@@ -94,6 +109,12 @@ void reference_time_step(int64_t n, int64_t n_heads, int64_t d_head, const doubl
                          const double *bias, const double *log_rate, const double *x,
                          double *log_decay, double *out)
 {
+	if (reference_in_use()) {
+		reference_in_use()->time_step(n, n_heads, d_head, logit, bias, log_rate, x,
+		                              log_decay, out);
+		return;
+	}
+#pragma omp parallel for
 	for (int64_t row = 0; row < n * n_heads; row++) {
 		double dt = softplus(logit[row] + bias[row % n_heads]);
 
@@ -128,6 +149,11 @@ void reference_time_step_backward(int64_t n, int64_t n_heads, int64_t d_head, co
 void reference_forget_gate(int64_t n, int64_t width, const double *logit, const double *bound,
                            const double *x, double *log_decay, double *key, double *out)
 {
+	if (reference_in_use()) {
+		reference_in_use()->forget_gate(n, width, logit, bound, x, log_decay, key, out);
+		return;
+	}
+#pragma omp parallel for
 	for (int64_t i = 0; i < n * width; i++) {
 		double input = reference_sigmoid(-bound[i % width]) * reference_sigmoid(-logit[i]);
 
@@ -165,30 +191,26 @@ static double skipped(const struct reference_gate_norm *g, int64_t i)
 /* Before the norm. */
 static void gated(const struct reference_gate_norm *g, double *u)
 {
+	if (reference_in_use()) {
+		reference_in_use()->gated(g, u);
+		return;
+	}
+#pragma omp parallel for
 	for (int64_t i = 0; i < g->n * g->n_heads * g->d_head; i++)
 		u[i] = skipped(g, i) * (g->gate ? silu(g->gate[i]) : 1);
-}
-
-static enum status take(int64_t count, double **memory)
-{
-	*memory = malloc((size_t)count * sizeof **memory);
-	if (!*memory)
-		return status_set(STATUS_OOM, "reference: no memory for %lld doubles",
-		                  (long long)count);
-	return STATUS_OK;
 }
 
 enum status reference_gate_norm(const struct reference_gate_norm *g, double *out, double *rstd)
 {
 	int64_t width = g->n_heads * g->d_head;
 	double *u;
-	enum status status = take(g->n * width, &u);
+	enum status status = reference_take(g->n * width, &u);
 
 	if (status != STATUS_OK)
 		return status;
 	gated(g, u);
 	reference_rms_norm(g->n * g->groups, width / g->groups, g->eps, u, g->weight, out, rstd);
-	free(u);
+	reference_release(u);
 	return STATUS_OK;
 }
 
@@ -197,7 +219,7 @@ enum status reference_gate_norm_backward(const struct reference_gate_norm *g, co
 {
 	int64_t width = g->n_heads * g->d_head, count = g->n * width;
 	double *u, *du;
-	enum status status = take(2 * count, &u);
+	enum status status = reference_take(2 * count, &u);
 
 	if (status != STATUS_OK)
 		return status;
@@ -218,6 +240,6 @@ enum status reference_gate_norm_backward(const struct reference_gate_norm *g, co
 			grads->dskip_weight[h] += grads->dx[i] * g->skip[i];
 		}
 	}
-	free(u);
+	reference_release(u);
 	return STATUS_OK;
 }
