@@ -33,8 +33,7 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
 FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2
 DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence rat hybrid $(FAMILY) throughput \
-	kernel_latency report \
-	compare plotdata),\
+	kernel_latency report compare plotdata),\
 	$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
