@@ -4,7 +4,7 @@
  *   S_t = exp(-rate dt_t) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + skip x_t,
  * and RMSNorm(o silu(z)) over all channels. C is the family's q and B its k, 128 wide and shared by
  * the heads; x is its v, z its gate. InProj's columns are C, B, x, dt (one per head), z. The inner
- * width is D, not 2D (layers/linear_family.h); heads are 64 wide, as in the paper, with --heads D/64.
+ * width is D, not 2D (layers/linear_family.h); --heads D/64 makes heads 64 wide, as in the paper.
  */
 #include "layers/linear_family.h"
 
