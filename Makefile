@@ -31,8 +31,9 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*
 	bench/harness/*.c) bench/block.c \
 	bench/generate.c bench/kernel.c bench/kernel_check.c bench/pattern.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence gla rat hybrid throughput kernel_latency report \
-	compare plotdata),\
+FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2
+DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence rat hybrid $(FAMILY) throughput \
+	kernel_latency report compare plotdata),\
 	$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
@@ -60,7 +61,7 @@ GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
-.PHONY: all programs drivers tests help bench-latency bench-generation bench-kernels \
+.PHONY: all programs drivers tests help bench-latency bench-generation bench-family bench-kernels \
 	bench-chunkwise table2 plots test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
@@ -146,6 +147,11 @@ bench-generation:
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) generation.csv --pass generation $(ARGS)
 
+bench-family:
+	@scripts/bootstrap.sh run
+	@$(SUBMAKE) drivers
+	@BLOCKS="attention $(FAMILY)" bench/latency.sh $(BUILD) family.csv $(ARGS)
+
 bench-kernels:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
@@ -207,6 +213,7 @@ fuzz:
 help:
 	@echo 'make bench-latency      latency of every block: prefill, training, generation; then plots'
 	@echo 'make bench-generation   generation alone'
+	@echo 'make bench-family       the linear-attention family beside attention: $(FAMILY)'
 	@echo 'make bench-kernels      single operations, every provider of each'
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'

@@ -8,6 +8,8 @@
 # On a GPU attention is measured by three providers, their samples alternating: the fastest of
 # ours, cuDNN, and the portable kernels; --provider picks others.
 #
+# BLOCKS in the environment names other programs (make bench-family).
+#
 # With --resume an interrupted run goes on where it was.
 set -eu
 
@@ -38,7 +40,7 @@ for option in "$@"; do
 done
 
 failed=0
-for program in attention recurrence gla rat hybrid; do
+for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 	code=0
 	if [ "$rivals" ] && [ "$program" = attention ]; then
 		"$build/$program" $first "$@" --out "$out" --provider '' \

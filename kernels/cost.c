@@ -23,6 +23,10 @@ enum {
 	ROTATE_FLOPS = 3,          /* 4 multiplications and 2 additions for two elements */
 	SILU_GATE_FLOPS = 5,       /* exp, add, divide; times the gate, times x */
 	LOG_DECAY_FLOPS = 5,       /* bias; exp, add, log; divide */
+	SILU_FLOPS = 4,            /* exp, add, divide; times x */
+	TIME_STEP_FLOPS = 5,       /* bias; exp, add, log; times the rate */
+	FORGET_GATE_FLOPS = 12,    /* exp, add, divide; times 1-b, subtract, log; silu; times 1-f */
+	SKIP_FLOPS = 2,            /* times its weight, add */
 	GELU_FLOPS = 5,            /* divide, erf, add, halve, times x */
 	SOFTMAX_LOSS_FLOPS = 4,    /* maximum, subtract, exp, add */
 	SOFTMAX_GRADIENT_FLOPS = 1 /* divide by the sum */
@@ -395,6 +399,18 @@ static double token_width(enum decay decay, enum rule rule, double d_k, double d
 	return 2 * d_k + d_v + decay_width(decay, d_k) + (rule == RULE_DELTA ? 1 : 0);
 }
 
+/* Whether all heads read the same rows. */
+static bool is_shared(const struct view *v)
+{
+	return v->head == 0 && v->token > 0;
+}
+
+/* Elements of q and k that need not be read for each of the heads, per token and head. */
+static double shared_width(const struct view *q, const struct view *k, double heads, double d_k)
+{
+	return (is_shared(q) + is_shared(k)) * d_k * (1 - 1 / heads);
+}
+
 static struct cost matrix_recurrence_cost(double act, const void *args)
 {
 	const struct matrix_recurrence_args *a = args;
@@ -405,7 +421,9 @@ static struct cost matrix_recurrence_cost(double act, const void *args)
 
 	return (struct cost){
 	        .flops = matrix_recurrence_flops(a),
-	        .bytes_read = act * tokens * token_width(a->decay, a->rule, d_k, d_v) +
+	        .bytes_read = act * tokens *
+	                              (token_width(a->decay, a->rule, d_k, d_v) -
+	                               shared_width(&a->q, &a->k, heads, d_k)) +
 	                      fp32 * (bonus + (a->h0 ? state : 0)),
 	        .bytes_written = act * tokens * d_v + (a->final_state ? fp32 * state : 0),
 	};
@@ -421,10 +439,12 @@ static struct cost matrix_recurrence_backward_cost(double act, const void *args)
 	double state = (double)a->batch * heads * d_k * d_v;
 	double bonus = a->rule == RULE_BONUS ? heads * d_k : 0;
 	double inputs = tokens * token_width(a->decay, a->rule, d_k, d_v);
+	double shared = tokens * shared_width(&a->q, &a->k, heads, d_k);
 
 	return (struct cost){
 	        .flops = mixing_backward * matrix_recurrence_flops(a),
-	        .bytes_read = act * (inputs + tokens * d_v) + fp32 * (bonus + (a->h0 ? state : 0)),
+	        .bytes_read = act * (inputs - shared + tokens * d_v) +
+	                      fp32 * (bonus + (a->h0 ? state : 0)),
 	        .bytes_written = act * inputs + fp32 * (bonus + (b->dh0 ? state : 0)),
 	};
 }
@@ -437,7 +457,9 @@ static struct cost matrix_recurrence_step_cost(double act, const void *args)
 
 	return (struct cost){
 	        .flops = rows * plain_state_flops(a->rule, d_k, d_v),
-	        .bytes_read = act * rows * token_width(a->decay, a->rule, d_k, d_v) +
+	        .bytes_read = act * rows *
+	                              (token_width(a->decay, a->rule, d_k, d_v) -
+	                               shared_width(&a->q, &a->k, heads, d_k)) +
 	                      fp32 * (state + (a->rule == RULE_BONUS ? heads * d_k : 0)),
 	        .bytes_written = act * rows * d_v + fp32 * state,
 	};
@@ -492,6 +514,148 @@ static struct cost norm_gate_backward_cost(double act, const void *args)
 	        .flops = elementwise_backward * (NORM_FLOPS + SILU_GATE_FLOPS) * rows * d,
 	        .bytes_read = act * 3 * rows * d + fp32 * (rows + d),
 	        .bytes_written = act * 2 * rows * d + fp32 * d,
+	};
+}
+
+/* q and k, in place. */
+static struct cost rotate_step_cost(double act, const void *args)
+{
+	const struct rotate_step_args *a = args;
+	double count = 2 * (double)(a->batch * a->n_heads * a->d_head);
+
+	return (struct cost){ROTATE_FLOPS * count, act * count + int32, act * count};
+}
+
+static double conv_flops(double count)
+{
+	return (2 * CONV_WIDTH + SILU_FLOPS) * count;
+}
+
+static struct cost short_conv_cost(double act, const void *args)
+{
+	const struct short_conv_args *a = args;
+	double c = (double)a->channels, count = (double)(a->batch * a->seq_len) * c;
+	double history = a->history ? (double)(a->batch * CONV_HISTORY) * c : 0;
+
+	return (struct cost){
+	        .flops = conv_flops(count),
+	        .bytes_read = act * count + fp32 * (CONV_WIDTH + 1) * c,
+	        .bytes_written = act * (count + history),
+	};
+}
+
+/* Adds the readers' gradients up first. */
+static struct cost short_conv_backward_cost(double act, const void *args)
+{
+	const struct short_conv_backward_args *b = args;
+	const struct short_conv_args *a = &b->forward;
+	double c = (double)a->channels, count = (double)(a->batch * a->seq_len) * c;
+	double readers = (double)b->n_readers, weights = fp32 * (CONV_WIDTH + 1) * c;
+
+	return (struct cost){
+	        .flops = product_backward * conv_flops(count) + (readers - 1) * count,
+	        .bytes_read = act * (1 + readers) * count + weights,
+	        .bytes_written = act * count + weights,
+	};
+}
+
+static struct cost short_conv_step_cost(double act, const void *args)
+{
+	const struct short_conv_step_args *a = args;
+	double c = (double)a->channels, count = (double)a->batch * c;
+
+	return (struct cost){
+	        .flops = conv_flops(count),
+	        .bytes_read = act * CONV_WIDTH * count + fp32 * (CONV_WIDTH + 1) * c,
+	        .bytes_written = act * CONV_WIDTH * count,
+	};
+}
+
+static struct cost time_step_cost(double act, const void *args)
+{
+	const struct time_step_args *a = args;
+	double heads = (double)a->n_heads, rows = (double)a->n_tokens * heads;
+	double count = rows * (double)a->d_head;
+
+	return (struct cost){
+	        .flops = TIME_STEP_FLOPS * rows + count,
+	        .bytes_read = act * (rows + count) + fp32 * 2 * heads,
+	        .bytes_written = act * (rows + count),
+	};
+}
+
+static struct cost time_step_backward_cost(double act, const void *args)
+{
+	const struct time_step_backward_args *b = args;
+	const struct time_step_args *a = &b->forward;
+	double heads = (double)a->n_heads, rows = (double)a->n_tokens * heads;
+	double count = rows * (double)a->d_head, skip = b->dskip ? count : 0;
+
+	return (struct cost){
+	        .flops = elementwise_backward * (TIME_STEP_FLOPS * rows + count) + skip,
+	        .bytes_read = act * (2 * (rows + count) + skip) + fp32 * 2 * heads,
+	        .bytes_written = act * (rows + count) + fp32 * 2 * heads,
+	};
+}
+
+static struct cost forget_gate_cost(double act, const void *args)
+{
+	const struct forget_gate_args *a = args;
+	double width = (double)a->width, count = (double)a->n_tokens * width;
+
+	return (struct cost){
+	        .flops = FORGET_GATE_FLOPS * count,
+	        .bytes_read = act * 2 * count + fp32 * width,
+	        .bytes_written = act * (a->key ? 3 : 2) * count,
+	};
+}
+
+static struct cost forget_gate_backward_cost(double act, const void *args)
+{
+	const struct forget_gate_backward_args *b = args;
+	const struct forget_gate_args *a = &b->forward;
+	double width = (double)a->width, count = (double)a->n_tokens * width;
+
+	return (struct cost){
+	        .flops = elementwise_backward * FORGET_GATE_FLOPS * count,
+	        .bytes_read = act * (a->key ? 5 : 4) * count + fp32 * width,
+	        .bytes_written = act * 2 * count + fp32 * width,
+	};
+}
+
+static double gate_norm_flops(const struct gate_norm_args *a, double count)
+{
+	return (NORM_FLOPS + (a->gate ? SILU_GATE_FLOPS : 0) + (a->skip ? SKIP_FLOPS : 0)) * count;
+}
+
+static struct cost gate_norm_cost(double act, const void *args)
+{
+	const struct gate_norm_args *a = args;
+	double heads = (double)a->n_heads, groups = (double)a->groups;
+	double width = heads * (double)a->d_head, count = (double)a->n_tokens * width;
+
+	return (struct cost){
+	        .flops = gate_norm_flops(a, count),
+	        .bytes_read = act * (1 + (a->skip != NULL) + (a->gate != NULL)) * count +
+	                      fp32 * (width / groups + (a->skip ? heads : 0)),
+	        .bytes_written = act * count + (a->rstd ? fp32 * (double)a->n_tokens * groups : 0),
+	};
+}
+
+static struct cost gate_norm_backward_cost(double act, const void *args)
+{
+	const struct gate_norm_backward_args *b = args;
+	const struct gate_norm_args *a = &b->forward;
+	double heads = (double)a->n_heads, groups = (double)a->groups;
+	double width = heads * (double)a->d_head, count = (double)a->n_tokens * width;
+	double tensors = 1 + (a->skip != NULL) + (a->gate != NULL);
+	double weights = width / groups + (a->skip ? heads : 0);
+
+	return (struct cost){
+	        .flops = elementwise_backward * gate_norm_flops(a, count),
+	        .bytes_read = act * (tensors + 1) * count +
+	                      fp32 * ((double)a->n_tokens * groups + weights),
+	        .bytes_written = act * tensors * count + fp32 * weights,
 	};
 }
 
@@ -573,6 +737,16 @@ static cost_function *const cost_functions[OP_COUNT] = {
         [OP_DECAY_GATE_BACKWARD] = decay_gate_backward_cost,
         [OP_NORM_GATE] = norm_gate_cost,
         [OP_NORM_GATE_BACKWARD] = norm_gate_backward_cost,
+        [OP_ROTATE_STEP] = rotate_step_cost,
+        [OP_SHORT_CONV] = short_conv_cost,
+        [OP_SHORT_CONV_BACKWARD] = short_conv_backward_cost,
+        [OP_SHORT_CONV_STEP] = short_conv_step_cost,
+        [OP_TIME_STEP] = time_step_cost,
+        [OP_TIME_STEP_BACKWARD] = time_step_backward_cost,
+        [OP_FORGET_GATE] = forget_gate_cost,
+        [OP_FORGET_GATE_BACKWARD] = forget_gate_backward_cost,
+        [OP_GATE_NORM] = gate_norm_cost,
+        [OP_GATE_NORM_BACKWARD] = gate_norm_backward_cost,
         [OP_GELU] = gelu_cost,
         [OP_GELU_BACKWARD] = gelu_backward_cost,
         [OP_EMBEDDING] = embedding_cost,

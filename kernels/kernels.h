@@ -61,6 +61,16 @@ enum operation {
 	OP_DECAY_GATE_BACKWARD,
 	OP_NORM_GATE,
 	OP_NORM_GATE_BACKWARD,
+	OP_ROTATE_STEP,
+	OP_SHORT_CONV,
+	OP_SHORT_CONV_BACKWARD,
+	OP_SHORT_CONV_STEP,
+	OP_TIME_STEP,
+	OP_TIME_STEP_BACKWARD,
+	OP_FORGET_GATE,
+	OP_FORGET_GATE_BACKWARD,
+	OP_GATE_NORM,
+	OP_GATE_NORM_BACKWARD,
 	OP_GELU,
 	OP_GELU_BACKWARD,
 	OP_EMBEDDING,
@@ -352,7 +362,8 @@ struct matrix_recurrence_args {
 	int64_t chunk; /* chunk length of the chunkwise form; 1: the plain recurrence; 0: the kernel
 	                  picks */
 	float scale;
-	struct view q, k;      /* [B, T, H, d_k] */
+	struct view q, k;      /* [B, T, H, d_k]; a head stride of 0: the same for all heads
+	                          (Mamba-2), whose gradients dq, dk remain apart */
 	struct view v;         /* [B, T, H, d_v] */
 	struct view log_decay; /* [B, T, H, d_k] (diagonal) or [B, T, H, 1] (scalar), natural log,
 	                          <= 0; data NULL otherwise */
@@ -421,6 +432,122 @@ struct norm_gate_backward_args {
 	void *dx;                      /* out [n_tokens, H*d] */
 	void *dgate;                   /* out, rows gate_stride apart */
 	float *dweight;                /* out [d] */
+};
+
+/* One token per sequence, at *position: q and k rotated in place, as by struct rotate_args. */
+struct rotate_step_args {
+	int64_t batch, n_heads, d_head;
+	const int32_t *position; /* one, in device memory, the same for all sequences */
+	struct view q, k;        /* in, out [B, 1, H, d] */
+};
+
+enum { CONV_WIDTH = 4, CONV_HISTORY = CONV_WIDTH - 1 };
+
+/*
+ * Mamba's short convolution, causal and channel by channel, and its activation:
+ *   out_t = silu(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence.
+ */
+struct short_conv_args {
+	int64_t batch, seq_len, channels;
+	int64_t x_stride;    /* of x and dx */
+	const void *x;       /* [B*T, channels], rows x_stride apart */
+	const float *weight; /* [channels, CONV_WIDTH]; the last is the token's own */
+	const float *bias;   /* [channels] */
+	void *out;           /* out [B*T, channels] */
+	void *history;       /* out [B, CONV_HISTORY, channels]: the last x, oldest first, or NULL */
+};
+
+struct short_conv_backward_args {
+	struct short_conv_args forward; /* its out and history are not read */
+	int64_t n_readers;              /* dout is the sum of theirs: keys that heads share */
+	const void *dout;               /* [B*T, n_readers, channels] */
+	void *dx;                       /* out [B*T, channels], rows x_stride apart */
+	float *dweight, *dbias;         /* out */
+};
+
+/* One token; history moves on by one. */
+struct short_conv_step_args {
+	int64_t batch, channels, x_stride;
+	const void *x; /* [B, channels], rows x_stride apart */
+	const float *weight, *bias;
+	void *history; /* in, out [B, CONV_HISTORY, channels] */
+	void *out;     /* out [B, channels] */
+};
+
+/*
+ * Mamba-2's discretization, head by head, dt = softplus(logit + bias):
+ *   log_decay = -exp(log_rate) dt,  out = dt x.
+ */
+struct time_step_args {
+	int64_t n_tokens, n_heads, d_head;
+	int64_t logit_stride, x_stride;
+	const void *logit;     /* [n_tokens, H], rows logit_stride apart */
+	const float *bias;     /* [H] */
+	const float *log_rate; /* [H] */
+	const void *x;         /* [n_tokens, H*d], rows x_stride apart */
+	void *log_decay;       /* out [n_tokens, H] */
+	void *out;             /* out [n_tokens, H*d] */
+};
+
+struct time_step_backward_args {
+	struct time_step_args forward; /* its outputs are not read */
+	const void *dlog_decay;        /* [n_tokens, H] */
+	const void *dout;              /* [n_tokens, H*d] */
+	const void *dskip;             /* [n_tokens, H*d] added to dx, or NULL */
+	void *dlogit;                  /* out, rows logit_stride apart */
+	void *dx;                      /* out [n_tokens, H*d]; may alias dskip */
+	float *dbias, *dlog_rate;      /* out [H] */
+};
+
+/*
+ * HGRN's forget gate with its lower bound: f = b + (1-b) sigmoid(logit), b = sigmoid(bound).
+ *   log_decay = ln f
+ *   key given (HGRN2):  key = 1-f,  out = silu(x)   (x is the query)
+ *   else      (HGRN):   out = (1-f) silu(x)         (x is the input)
+ */
+struct forget_gate_args {
+	int64_t n_tokens, width, stride;
+	const void *logit, *x; /* [n_tokens, width], rows `stride` apart */
+	const float *bound;    /* [width] */
+	void *log_decay;       /* out [n_tokens, width] */
+	void *key;             /* out [n_tokens, width] or NULL */
+	void *out;             /* out [n_tokens, width] */
+};
+
+struct forget_gate_backward_args {
+	struct forget_gate_args forward; /* of its outputs only whether key is NULL matters */
+	const void *dlog_decay, *dout;   /* [n_tokens, width] */
+	const void *dkey;                /* [n_tokens, width] iff key */
+	void *dlogit, *dx;               /* out, rows `stride` apart */
+	float *dbound;                   /* out [width] */
+};
+
+/*
+ * The output of the layers that gate before they normalize, or do not gate:
+ *   u = (x + skip_weight_h * skip) * silu(gate),  out = u * rstd_g * weight,
+ * rstd_g = 1/sqrt(mean(u^2) + eps) over each of `groups` equal parts of a row.
+ */
+struct gate_norm_args {
+	int64_t n_tokens, n_heads, d_head, groups;
+	int64_t skip_stride, gate_stride;
+	float eps;
+	const void *x;            /* [n_tokens, H*d] */
+	const void *skip;         /* [n_tokens, H*d], rows skip_stride apart, or NULL: 0 */
+	const float *skip_weight; /* [H] iff skip */
+	const void *gate;         /* [n_tokens, H*d], rows gate_stride apart, or NULL: no gate */
+	const float *weight;      /* [H*d / groups], shared by the groups */
+	float *rstd;              /* out [n_tokens, groups] or NULL */
+	void *out;                /* out [n_tokens, H*d] */
+};
+
+struct gate_norm_backward_args {
+	struct gate_norm_args forward; /* rstd holds the forward's result */
+	const void *dout;              /* [n_tokens, H*d] */
+	void *dx;                      /* out [n_tokens, H*d] */
+	void *dskip;                   /* out [n_tokens, H*d] iff skip */
+	void *dgate;                   /* out, rows gate_stride apart, iff gate */
+	float *dskip_weight;           /* out [H] iff skip */
+	float *dweight;                /* out [H*d / groups] */
 };
 
 /* gelu(x) = x * (1 + erf(x/sqrt(2))) / 2. */

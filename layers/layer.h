@@ -20,8 +20,13 @@ enum init {
 	INIT_NORMAL, /* normal(0, 0.02) */
 	INIT_ONES,
 	INIT_ZEROS,
-	INIT_GATE_BIAS /* log(uniform(1, max(L-1, 1))); L the chunk, for recurrence the training
-	                  length */
+	INIT_GATE_BIAS,  /* log(uniform(1, max(L-1, 1))); L the chunk, for recurrence the training
+	                    length */
+	INIT_CONV,       /* uniform(-1/2, 1/2): 1/sqrt of the taps */
+	INIT_TIME_STEP,  /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
+	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
+	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
+	                    bound is near 0, and the last (HGRN) */
 };
 
 enum storage { STORAGE_ACTIVATION, STORAGE_FP32 };
@@ -93,11 +98,14 @@ struct layer_shape {
 	                        are for these, its caches for batch); 0: all */
 };
 
+struct family_member;
+
 struct layer_class {
 	const char *name; /* "attention", "rat", ... as in the CSV */
 	/* Which options matter to it: a subset of "chunk,window,groups,position". A number in a
 	 * pattern ("rat:16", "swa:1024") sets the first of them. */
 	const char *tunables;
+	const struct family_member *family; /* of the linear-attention family, or NULL */
 
 	/* STATUS_INVALID with one line naming the option and what is allowed. */
 	enum status (*check)(const struct layer_config *config);

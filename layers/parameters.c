@@ -231,6 +231,40 @@ static float gate_length(const struct layer_config *config)
 	return length > 2 ? (float)(length - 1) : 1.0f;
 }
 
+/* Functions of a uniform number; false if `init` is not one of them. */
+static bool make_spread(const struct layer_config *config, enum init init, uint64_t seed,
+                        uint64_t stream, int64_t first, int64_t count, float *values)
+{
+	const struct {
+		enum init init;
+		float low, high;
+	} ranges[] = {
+	        {INIT_GATE_BIAS, 1.0f, config ? gate_length(config) : 1.0f},
+	        {INIT_CONV, -0.5f, 0.5f},
+	        {INIT_TIME_STEP, logf(0.001f), logf(0.1f)},
+	        {INIT_LOG_RATE, 1.0f, 16.0f},
+	        {INIT_LOWER_BOUND, 0.01f, 0.9f},
+	};
+	size_t i = 0, n = sizeof ranges / sizeof ranges[0];
+
+	while (i < n && ranges[i].init != init)
+		i++;
+	if (i == n)
+		return false;
+	noise_uniform(seed, stream, first, count, ranges[i].low, ranges[i].high, values);
+	for (int64_t j = 0; j < count; j++) {
+		float u = values[j];
+
+		if (init == INIT_GATE_BIAS || init == INIT_LOG_RATE)
+			values[j] = logf(u);
+		else if (init == INIT_TIME_STEP)
+			values[j] = logf(expm1f(expf(u)));
+		else if (init == INIT_LOWER_BOUND)
+			values[j] = logf(u / (1.0f - u));
+	}
+	return true;
+}
+
 static void make_values(const struct layer_config *config, enum init init, uint64_t seed,
                         uint64_t stream, int64_t first, int64_t count, float *values)
 {
@@ -238,12 +272,8 @@ static void make_values(const struct layer_config *config, enum init init, uint6
 		noise_normal(seed, stream, first, count, INIT_SCALE, values);
 		return;
 	}
-	if (init == INIT_GATE_BIAS) {
-		noise_uniform(seed, stream, first, count, 1.0f, gate_length(config), values);
-		for (int64_t i = 0; i < count; i++)
-			values[i] = logf(values[i]);
+	if (make_spread(config, init, seed, stream, first, count, values))
 		return;
-	}
 	for (int64_t i = 0; i < count; i++)
 		values[i] = init == INIT_ONES ? 1.0f : 0.0f;
 }

@@ -9,8 +9,12 @@
 	entry(swa) \
 	entry(recurrence) \
 	entry(gla) \
-	entry(retention) \
-	entry(rat)
+	entry(rat) \
+	entry(linear_attention) \
+	entry(retnet) \
+	entry(mamba2) \
+	entry(hgrn) \
+	entry(hgrn2)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;
@@ -22,6 +26,8 @@ const struct layer_class *const layer_classes[] = {LAYERS(ADDRESS) NULL};
 
 const struct layer_class *layer_class_find(const char *name)
 {
+	if (strcmp(name, "retention") == 0) /* RetNet's layer, by the name of its mechanism */
+		name = "retnet";
 	for (int i = 0; layer_classes[i]; i++)
 		if (strcmp(layer_classes[i]->name, name) == 0)
 			return layer_classes[i];

@@ -38,7 +38,12 @@ colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "swa")        ? "#E69F00" \
           : starts(s, "recurrence") ? "#009E73" \
           : starts(s, "rat")        ? rat_colour(chunk(s)) \
-          : starts(s, "gla")        ? "#000000" : "#777777"
+          : starts(s, "gla")        ? "#000000" \
+          : starts(s, "linear")     ? "#F0E442" \
+          : starts(s, "retnet")     ? "#CC79A7" \
+          : starts(s, "mamba2")     ? "#0072B2" \
+          : starts(s, "hgrn2")      ? "#56B4E9" \
+          : starts(s, "hgrn")       ? "#E69F00" : "#777777"
 
 # Hybrids are dashed, dotted what a named provider ran or what has no positions.
 dash(s) = has(s, "[") || has(s, "NoPE") ? 3 : has(word(s, 1), "-") ? 2 : 1
@@ -48,6 +53,11 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "recurrence") ? 5 \
               : starts(s, "swa")        ? 4 \
               : starts(s, "gla")        ? 6 \
+              : starts(s, "linear")     ? 2 \
+              : starts(s, "retnet")     ? 9 \
+              : starts(s, "mamba2")     ? 11 \
+              : starts(s, "hgrn2")      ? 13 \
+              : starts(s, "hgrn")       ? 12 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)

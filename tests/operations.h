@@ -20,5 +20,6 @@ extern const struct operation_test dense_tests[];
 extern const struct operation_test attention_tests[];
 extern const struct operation_test recurrent_tests[];
 extern const struct operation_test matrix_tests[];
+extern const struct operation_test family_tests[];
 
 #endif

@@ -14,6 +14,7 @@ struct matrix_trial {
 	struct matrix_recurrence_args args;
 	struct reference_matrix reference;
 	int64_t rows; /* B*T*H */
+	bool shared;  /* q and k are those of all heads */
 	struct tensor *q, *k, *v, *log_decay, *bonus, *beta, *h0, *out, *final_state;
 };
 
@@ -70,8 +71,15 @@ static void any_matrix_inputs(struct trial *trial, struct matrix_trial *x)
 {
 	struct matrix_recurrence_args *a = &x->args;
 
-	x->q = trial_input(trial, a->batch, a->seq_len, a->n_heads, a->d_k, 1);
-	x->k = any_keys(trial, a);
+	x->shared =
+	        a->decay == DECAY_SCALAR && a->rule == RULE_PLAIN && random_bool(&trial->random);
+	if (x->shared) {
+		x->q = trial_input(trial, a->batch, a->seq_len, 1, a->d_k, 1);
+		x->k = trial_input(trial, a->batch, a->seq_len, 1, a->d_k, 1);
+	} else {
+		x->q = trial_input(trial, a->batch, a->seq_len, a->n_heads, a->d_k, 1);
+		x->k = any_keys(trial, a);
+	}
 	x->v = trial_input(trial, a->batch, a->seq_len, a->n_heads, a->d_v, 1);
 	if (a->decay == DECAY_SCALAR || a->decay == DECAY_DIAGONAL)
 		x->log_decay = any_decay(trial, a->batch, a->seq_len, a->n_heads,
@@ -119,7 +127,33 @@ static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args 
 	a->scale = (float)(1 / sqrt((double)a->d_k));
 }
 
-static void matrix_reference(struct matrix_trial *x)
+/* q or k as the operation sees it: without a stride between heads if they share it. */
+static struct view row_view(const struct matrix_trial *x, const struct tensor *tensor)
+{
+	struct view view = view_of(tensor);
+
+	view.head = x->shared ? 0 : view.head;
+	return view;
+}
+
+/* Its values, one row per head. */
+static const double *row_values(struct trial *trial, const struct matrix_trial *x,
+                                const struct tensor *tensor)
+{
+	int64_t d = x->args.d_k, heads = x->args.n_heads;
+	int64_t rows = x->args.batch * x->args.seq_len * heads;
+	double *values;
+
+	if (!x->shared)
+		return tensor->values;
+	values = trial_doubles(trial, rows * d);
+	for (int64_t row = 0; row < rows; row++)
+		memcpy(values + row * d, tensor->values + row / heads * d,
+		       (size_t)d * sizeof *values);
+	return values;
+}
+
+static void matrix_reference(struct trial *trial, struct matrix_trial *x)
 {
 	const struct matrix_recurrence_args *a = &x->args;
 
@@ -131,8 +165,8 @@ static void matrix_reference(struct matrix_trial *x)
 	                                         .decay = a->decay,
 	                                         .rule = a->rule,
 	                                         .scale = a->scale,
-	                                         .q = values_of(x->q),
-	                                         .k = values_of(x->k),
+	                                         .q = row_values(trial, x, x->q),
+	                                         .k = row_values(trial, x, x->k),
 	                                         .v = values_of(x->v),
 	                                         .log_decay = values_of(x->log_decay),
 	                                         .bonus = values_of(x->bonus),
@@ -152,11 +186,14 @@ static struct matrix_trial new_matrix(struct trial *trial)
 	if (random_bool(&trial->random))
 		x.final_state =
 		        trial_flat_output(trial, DTYPE_F32, a->batch * a->n_heads, a->d_k * a->d_v);
-	trial_describe(trial, "%s decay, %s rule, B %ld, T %ld, H %ld, %ld x %ld, chunk %ld, h0 %d",
+	trial_describe(trial,
+	               "%s decay, %s rule, B %ld, T %ld, H %ld, %ld x %ld, chunk %ld, h0 %d, "
+	               "shared %d",
 	               decay_name(a->decay), rule_name(a->rule), (long)a->batch, (long)a->seq_len,
-	               (long)a->n_heads, (long)a->d_k, (long)a->d_v, (long)a->chunk, x.h0 != NULL);
-	a->q = view_of(x.q);
-	a->k = view_of(x.k);
+	               (long)a->n_heads, (long)a->d_k, (long)a->d_v, (long)a->chunk, x.h0 != NULL,
+	               x.shared);
+	a->q = row_view(&x, x.q);
+	a->k = row_view(&x, x.k);
 	a->v = view_of(x.v);
 	a->log_decay = view_of(x.log_decay);
 	a->bonus = data_of(x.bonus);
@@ -164,7 +201,7 @@ static struct matrix_trial new_matrix(struct trial *trial)
 	a->h0 = data_of(x.h0);
 	a->out = view_of(x.out);
 	a->final_state = data_of(x.final_state);
-	matrix_reference(&x);
+	matrix_reference(trial, &x);
 	return x;
 }
 
@@ -277,7 +314,7 @@ static bool matrix_step_case(struct trial *trial)
 	trial_describe(trial, "%s decay, %s rule, B %ld, H %ld, %ld x %ld", decay_name(a->decay),
 	               rule_name(a->rule), (long)a->batch, (long)a->n_heads, (long)a->d_k,
 	               (long)a->d_v);
-	matrix_reference(&x);
+	matrix_reference(trial, &x);
 	x.reference.h0 = state->values;
 	if (reference_matrix_forward(&x.reference, expected, after) != STATUS_OK)
 		return false;
@@ -285,8 +322,9 @@ static bool matrix_step_case(struct trial *trial)
 	if (!trial_run(trial, OP_MATRIX_RECURRENCE_STEP,
 	               &(struct matrix_recurrence_step_args){
 	                       a->batch, a->n_heads, a->d_k, a->d_v, a->decay, a->rule, a->scale,
-	                       view_of(x.q), view_of(x.k), view_of(x.v), view_of(x.log_decay),
-	                       view_of(x.beta), data_of(x.bonus), data_of(state), view_of(out)}))
+	                       row_view(&x, x.q), row_view(&x, x.k), view_of(x.v),
+	                       view_of(x.log_decay), view_of(x.beta), data_of(x.bonus),
+	                       data_of(state), view_of(out)}))
 		return false;
 	trial_check(trial, out, "out", expected, trial->tolerance);
 	trial_check(trial, state, "state", after, trial->tolerance);

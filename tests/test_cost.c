@@ -559,6 +559,94 @@ static void gate_costs(void **state)
 	with_both_sizes(gate_case);
 }
 
+static void conv_case(double act)
+{
+	enum { B = 2, T = 5, C = 6, R = 3 };
+	double x = elements(B, T, 1, C), kept = elements(B, CONV_HISTORY, 1, C);
+	double weights = 4 * (elements(1, 1, C, CONV_WIDTH) + C);
+	/* Four taps; exp, 1 +, divide, times x. */
+	double flops = elementwise_flops(x, 2 * CONV_WIDTH + 4);
+	struct short_conv_args conv = {
+	        .batch = B, .seq_len = T, .channels = C, .x_stride = 50, .history = &nowhere};
+	struct short_conv_backward_args back = {.forward = conv, .n_readers = R};
+	struct short_conv_step_args step = {.batch = B, .channels = C, .x_stride = 50};
+
+	check(act, OP_SHORT_CONV, &conv,
+	      (struct count){flops, act * x + weights, act * (x + kept)});
+	check(act, OP_SHORT_CONV_BACKWARD, &back,
+	      (struct count){2 * flops + (R - 1) * x, act * (1 + R) * x + weights,
+	                     act * x + weights});
+	check(act, OP_SHORT_CONV_STEP, &step,
+	      (struct count){flops / T, act * (x / T + kept) + weights, act * (x / T + kept)});
+}
+
+static void family_gate_case(double act)
+{
+	enum { N = 5, H = 2, D = 4 };
+	double rows = elements(1, 1, N, H), x = elements(1, N, H, D), token = rows;
+	struct time_step_args steps = {.n_tokens = N, .n_heads = H, .d_head = D};
+	struct time_step_backward_args steps_back = {.forward = steps, .dskip = &nowhere};
+	struct forget_gate_args forget = {.n_tokens = N, .width = H * D};
+	struct forget_gate_backward_args forget_back = {.forward = forget};
+	struct gate_norm_args norm = {
+	        .n_tokens = N, .n_heads = H, .d_head = D, .groups = 1, .rstd = &nowhere};
+	struct rotate_step_args rotate = {.batch = N, .n_heads = H, .d_head = D};
+
+	/* bias; exp, 1 +, log; times the rate; times x. */
+	check(act, OP_TIME_STEP, &steps,
+	      (struct count){elementwise_flops(token, 5) + x, act * (rows + x) + 4 * 2 * H,
+	                     act * (rows + x)});
+	check(act, OP_TIME_STEP_BACKWARD, &steps_back,
+	      (struct count){2 * (elementwise_flops(token, 5) + x) + x,
+	                     act * (2 * (rows + x) + x) + 4 * 2 * H, act * (rows + x) + 4 * 2 * H});
+	/* sigmoid 3, times 1-b, 1 -, log; silu 4, with 1-f; b's own are counted as one more. */
+	check(act, OP_FORGET_GATE, &forget,
+	      (struct count){elementwise_flops(x, 12), act * 2 * x + 4 * H * D, act * 2 * x});
+	check(act, OP_FORGET_GATE_BACKWARD, &forget_back,
+	      (struct count){2 * elementwise_flops(x, 12), act * 4 * x + 4 * H * D,
+	                     act * 2 * x + 4 * H * D});
+	forget.key = &nowhere;
+	check(act, OP_FORGET_GATE, &forget,
+	      (struct count){elementwise_flops(x, 12), act * 2 * x + 4 * H * D, act * 3 * x});
+	check(act, OP_GATE_NORM, &norm,
+	      (struct count){norm_flops(N, H * D), act * x + 4 * H * D, act * x + 4 * N});
+	norm.skip = norm.gate = &nowhere;
+	check(act, OP_GATE_NORM, &norm,
+	      (struct count){norm_flops(N, H * D) + elementwise_flops(x, 2 + 5),
+	                     act * 3 * x + 4 * (H * D + H), act * x + 4 * N});
+	struct gate_norm_backward_args norm_back = {.forward = norm};
+	check(act, OP_GATE_NORM_BACKWARD, &norm_back,
+	      (struct count){2 * (norm_flops(N, H * D) + elementwise_flops(x, 2 + 5)),
+	                     act * 4 * x + 4 * (N + H * D + H), act * 3 * x + 4 * (H * D + H)});
+	check(act, OP_ROTATE_STEP, &rotate,
+	      (struct count){elementwise_flops(2 * x, 3), act * 2 * x + 4, act * 2 * x});
+}
+
+static void family_costs(void **state)
+{
+	(void)state;
+	with_both_sizes(conv_case);
+	with_both_sizes(family_gate_case);
+}
+
+/* Heads that read the same q and k: these come once. */
+static void shared_keys_cost(void **state)
+{
+	enum { T = 12, H = 2, K = 2, V = 5 };
+	struct backend backend = backend_of(4);
+	struct matrix_recurrence_args a = {
+	        .batch = 2, .seq_len = T, .n_heads = H, .d_k = K, .d_v = V};
+
+	(void)state;
+	a.q.token = a.k.token = H * K;
+	a.q.head = a.k.head = K;
+	double apart = kernel_cost(&backend, OP_MATRIX_RECURRENCE, &a).bytes_read;
+	a.q.token = a.k.token = K;
+	a.q.head = a.k.head = 0;
+	double shared = kernel_cost(&backend, OP_MATRIX_RECURRENCE, &a).bytes_read;
+	assert_true(apart - shared == 4 * 2 * elements(2, T, H - 1, K));
+}
+
 static void model_case(double act)
 {
 	enum { N = 5, V = 11, D = 3 };
@@ -631,6 +719,8 @@ int main(void)
 	        cmocka_unit_test(recurrence_costs),
 	        cmocka_unit_test(matrix_costs),
 	        cmocka_unit_test(gate_costs),
+	        cmocka_unit_test(family_costs),
+	        cmocka_unit_test(shared_keys_cost),
 	        cmocka_unit_test(model_costs),
 	        cmocka_unit_test(plan_sums_costs),
 	};

@@ -354,6 +354,181 @@ static void matrix_gradients(void **state)
 				matrix_case((enum decay)decay, (enum rule)rule, h0 == 1);
 }
 
+struct conv_problem {
+	struct reference_conv c;
+	const double *dout;
+	double *out;
+};
+
+static double conv_loss(void *problem)
+{
+	struct conv_problem *p = problem;
+
+	reference_short_conv(&p->c, p->out, NULL);
+	return dot(p->c.batch * p->c.seq_len * p->c.n_readers * p->c.channels, p->out, p->dout);
+}
+
+static void short_conv_gradients(void **state)
+{
+	enum { B = 2, T = 7, C = 3, N = B * T * C };
+
+	(void)state;
+	for (int64_t readers = 1; readers <= 2; readers++) {
+		struct pool pool = {.random = {41}};
+		struct conv_problem p = {.c = {.batch = B,
+		                               .seq_len = T,
+		                               .channels = C,
+		                               .n_readers = readers,
+		                               .x = random_array(&pool, N),
+		                               .weight = random_array(&pool, C * CONV_WIDTH),
+		                               .bias = random_array(&pool, C)},
+		                         .dout = random_array(&pool, readers * N),
+		                         .out = poisoned(&pool, readers * N)};
+		double *dx = poisoned(&pool, N), *dweight = poisoned(&pool, C * CONV_WIDTH);
+		double *dbias = poisoned(&pool, C);
+
+		reference_short_conv_backward(&p.c, p.dout, dx, dweight, dbias);
+		check("short_conv dx", conv_loss, &p, p.c.x, dx, N);
+		check("short_conv dweight", conv_loss, &p, p.c.weight, dweight, C * CONV_WIDTH);
+		check("short_conv dbias", conv_loss, &p, p.c.bias, dbias, C);
+		free_pool(&pool);
+	}
+}
+
+enum { STEP_N = 5, STEP_H = 2, STEP_D = 3, STEP_ROWS = STEP_N * STEP_H };
+
+struct time_step_problem {
+	const double *logit, *bias, *log_rate, *x, *dlog_decay, *dout;
+	double *log_decay, *out;
+};
+
+static double time_step_loss(void *problem)
+{
+	struct time_step_problem *p = problem;
+
+	reference_time_step(STEP_N, STEP_H, STEP_D, p->logit, p->bias, p->log_rate, p->x,
+	                    p->log_decay, p->out);
+	return dot(STEP_ROWS, p->log_decay, p->dlog_decay) +
+	       dot(STEP_ROWS * STEP_D, p->out, p->dout);
+}
+
+static void time_step_gradients(void **state)
+{
+	struct pool pool = {.random = {42}};
+	struct time_step_problem p = {.logit = random_array(&pool, STEP_ROWS),
+	                              .bias = random_array(&pool, STEP_H),
+	                              .log_rate = random_array(&pool, STEP_H),
+	                              .x = random_array(&pool, STEP_ROWS * STEP_D),
+	                              .dlog_decay = random_array(&pool, STEP_ROWS),
+	                              .dout = random_array(&pool, STEP_ROWS * STEP_D),
+	                              .log_decay = poisoned(&pool, STEP_ROWS),
+	                              .out = poisoned(&pool, STEP_ROWS * STEP_D)};
+	double *dlogit = poisoned(&pool, STEP_ROWS), *dbias = poisoned(&pool, STEP_H);
+	double *dlog_rate = poisoned(&pool, STEP_H), *dx = poisoned(&pool, STEP_ROWS * STEP_D);
+
+	(void)state;
+	reference_time_step_backward(STEP_N, STEP_H, STEP_D, p.logit, p.bias, p.log_rate, p.x,
+	                             p.dlog_decay, p.dout, dlogit, dbias, dlog_rate, dx);
+	check("time_step dlogit", time_step_loss, &p, p.logit, dlogit, STEP_ROWS);
+	check("time_step dbias", time_step_loss, &p, p.bias, dbias, STEP_H);
+	check("time_step dlog_rate", time_step_loss, &p, p.log_rate, dlog_rate, STEP_H);
+	check("time_step dx", time_step_loss, &p, p.x, dx, STEP_ROWS * STEP_D);
+	free_pool(&pool);
+}
+
+enum { FORGET_N = 6, FORGET_W = 4, FORGET_COUNT = FORGET_N * FORGET_W };
+
+struct forget_problem {
+	const double *logit, *bound, *x, *dlog_decay, *dkey, *dout;
+	double *log_decay, *key, *out;
+};
+
+static double forget_loss(void *problem)
+{
+	struct forget_problem *p = problem;
+
+	reference_forget_gate(FORGET_N, FORGET_W, p->logit, p->bound, p->x, p->log_decay, p->key,
+	                      p->out);
+	return dot(FORGET_COUNT, p->log_decay, p->dlog_decay) + dot(FORGET_COUNT, p->out, p->dout) +
+	       (p->key ? dot(FORGET_COUNT, p->key, p->dkey) : 0);
+}
+
+static void forget_gate_gradients(void **state)
+{
+	(void)state;
+	for (int key = 0; key < 2; key++) {
+		struct pool pool = {.random = {43}};
+		struct forget_problem p = {.logit = random_array(&pool, FORGET_COUNT),
+		                           .bound = random_array(&pool, FORGET_W),
+		                           .x = random_array(&pool, FORGET_COUNT),
+		                           .dlog_decay = random_array(&pool, FORGET_COUNT),
+		                           .dkey = key ? random_array(&pool, FORGET_COUNT) : NULL,
+		                           .dout = random_array(&pool, FORGET_COUNT),
+		                           .log_decay = poisoned(&pool, FORGET_COUNT),
+		                           .key = key ? poisoned(&pool, FORGET_COUNT) : NULL,
+		                           .out = poisoned(&pool, FORGET_COUNT)};
+		double *dlogit = poisoned(&pool, FORGET_COUNT), *dbound = poisoned(&pool, FORGET_W);
+		double *dx = poisoned(&pool, FORGET_COUNT);
+
+		reference_forget_gate_backward(FORGET_N, FORGET_W, p.logit, p.bound, p.x,
+		                               p.dlog_decay, p.dkey, p.dout, dlogit, dbound, dx);
+		check("forget_gate dlogit", forget_loss, &p, p.logit, dlogit, FORGET_COUNT);
+		check("forget_gate dbound", forget_loss, &p, p.bound, dbound, FORGET_W);
+		check("forget_gate dx", forget_loss, &p, p.x, dx, FORGET_COUNT);
+		free_pool(&pool);
+	}
+}
+
+struct gate_norm_problem {
+	struct reference_gate_norm g;
+	const double *dout;
+	double *out;
+};
+
+static double gate_norm_loss(void *problem)
+{
+	struct gate_norm_problem *p = problem;
+
+	assert_int_equal(reference_gate_norm(&p->g, p->out, NULL), STATUS_OK);
+	return dot(p->g.n * p->g.n_heads * p->g.d_head, p->out, p->dout);
+}
+
+static void gate_norm_case(bool skip, bool gate, int64_t groups)
+{
+	enum { N = 4, H = 2, D = 3, COUNT = N * H * D };
+	struct pool pool = {.random = {44}};
+	struct gate_norm_problem p = {.g = {N, H, D, groups, 0.1, random_array(&pool, COUNT),
+	                                    skip ? random_array(&pool, COUNT) : NULL,
+	                                    skip ? random_array(&pool, H) : NULL,
+	                                    gate ? random_array(&pool, COUNT) : NULL,
+	                                    random_array(&pool, H * D / groups)},
+	                              .dout = random_array(&pool, COUNT),
+	                              .out = poisoned(&pool, COUNT)};
+	const struct reference_gate_norm_grads grads = {
+	        poisoned(&pool, COUNT), poisoned(&pool, COUNT), poisoned(&pool, H),
+	        poisoned(&pool, COUNT), poisoned(&pool, H * D / groups)};
+
+	assert_int_equal(reference_gate_norm_backward(&p.g, p.dout, &grads), STATUS_OK);
+	check("gate_norm dx", gate_norm_loss, &p, p.g.x, grads.dx, COUNT);
+	check("gate_norm dweight", gate_norm_loss, &p, p.g.weight, grads.dweight, H * D / groups);
+	if (skip) {
+		check("gate_norm dskip", gate_norm_loss, &p, p.g.skip, grads.dskip, COUNT);
+		check("gate_norm dskip_weight", gate_norm_loss, &p, p.g.skip_weight,
+		      grads.dskip_weight, H);
+	}
+	if (gate)
+		check("gate_norm dgate", gate_norm_loss, &p, p.g.gate, grads.dgate, COUNT);
+	free_pool(&pool);
+}
+
+static void gate_norm_gradients(void **state)
+{
+	(void)state;
+	for (int64_t groups = 1; groups <= 2; groups++)
+		for (int i = 0; i < 4; i++)
+			gate_norm_case(i & 1, i & 2, groups);
+}
+
 /* Functions of x, a weight and perhaps a bias or gate, on N rows. */
 struct dense_problem {
 	int64_t n, d_in, d_out;
@@ -519,10 +694,12 @@ static void rotation_inverts(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(attention_gradients),  cmocka_unit_test(rat_gradients),
-	        cmocka_unit_test(recurrence_gradients), cmocka_unit_test(matrix_gradients),
-	        cmocka_unit_test(linear_gradients),     cmocka_unit_test(norm_gradients),
-	        cmocka_unit_test(model_gradients),      cmocka_unit_test(rotation_inverts),
+	        cmocka_unit_test(attention_gradients),   cmocka_unit_test(rat_gradients),
+	        cmocka_unit_test(recurrence_gradients),  cmocka_unit_test(matrix_gradients),
+	        cmocka_unit_test(linear_gradients),      cmocka_unit_test(norm_gradients),
+	        cmocka_unit_test(short_conv_gradients),  cmocka_unit_test(time_step_gradients),
+	        cmocka_unit_test(forget_gate_gradients), cmocka_unit_test(gate_norm_gradients),
+	        cmocka_unit_test(model_gradients),       cmocka_unit_test(rotation_inverts),
 	};
 
 	/* The cases are tiny: waking a second thread would cost more than it does. */

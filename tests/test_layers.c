@@ -483,7 +483,7 @@ static void test_plan_is_what_is_written(void **state)
 /* Caches per sequence and layer, as the specification counts them. */
 static void test_sizes_of_caches(void **state)
 {
-	enum { D = 64, H = 4, T = 64, W = 7, L = 16 };
+	enum { D = 64, H = 4, T = 64, W = 7, L = 16, N = 128 };
 	static const struct {
 		const char *pattern;
 		size_t bytes;
@@ -494,6 +494,11 @@ static void test_sizes_of_caches(void **state)
 	        {"rat:16", 2 * (T / L) * D * 4 + 2 * D * 4},
 	        {"recurrence", D * 4},
 	        {"gla", H * (D / 2 / H) * (D / H) * 4},
+	        {"linear_attention", H * (D / H) * (D / H) * 4},
+	        {"retnet", H * (D / H) * (D / H) * 4},
+	        {"mamba2", H * N * (D / H) * 4 + 3 * (2 * N + D) * 4},
+	        {"hgrn", D * 4},
+	        {"hgrn2", H * (D / H) * (D / H) * 4},
 	        {"rat:16,recurrence", 2 * (T / L) * D * 4 + 2 * D * 4 + D * 4},
 	};
 
@@ -597,6 +602,55 @@ static void test_bad_options(void **state)
 	expect_refused(&options, "layers");
 }
 
+/* HGRN's states, before their norm, among its saved tensors. */
+enum { SAVED_OUT_OF_FAMILY = SAVED_OTHER + 4 };
+
+/* RetNet's layer answers to the name of its mechanism. */
+static void test_alias(void **state)
+{
+	(void)state;
+	assert_non_null(layer_class_find("retnet"));
+	assert_ptr_equal(layer_class_find("retention"), layer_class_find("retnet"));
+	assert_null(layer_class_find("retentive"));
+}
+
+/*
+ * HGRN with a bound of 0 and no norm to speak of is the gated linear recurrence with silu on its
+ * input: both reduce to h_t = f h_{t-1} + (1-f) x. Here by their references' InProj columns: the
+ * same logits, silu(i) for v.
+ */
+static void test_hgrn_is_a_gated_recurrence(void **state)
+{
+	enum { T = 29, D = 48 };
+	struct stack_options options = small_options("hgrn");
+	struct fixture *f = fixture_open(NULL, &options, prefill(1, T), 71);
+	float bound[D], *h = malloc(sizeof(float) * T * D);
+
+	(void)state;
+	assert_non_null(h);
+	for (int i = 0; i < D; i++)
+		bound[i] = -80;
+	for (int i = PARAM_OTHER; i < MAX_TENSORS; i++)
+		if (i != PARAM_OTHER && stack_parameter_count(&f->stack, 0, i) == D)
+			require_ok(stack_set_parameter(&f->stack, 0, i, bound));
+	fixture_run(f);
+	double *proj = projection_of(f, T, 3 * D);
+	for (int64_t t = 0; t < T; t++)
+		for (int64_t i = 0; i < D; i++) {
+			double x = proj[t * 3 * D + i], gate = proj[t * 3 * D + D + i];
+			double keep = 1 / (1 + exp(-gate)), input = x / (1 + exp(-x));
+
+			h[t * D + i] =
+			        (float)(keep * (t ? h[(t - 1) * D + i] : 0) + (1 - keep) * input);
+		}
+	float *out = read_floats(f, f->stack.memory[0].saved[SAVED_OUT_OF_FAMILY], 0, T * D);
+	assert_true(float_error(T * D, out, h) < allowed);
+	free(out);
+	free(proj);
+	free(h);
+	fixture_close(f);
+}
+
 static void test_chunk_longer_than_sequence(void **state)
 {
 	struct stack_options options = small_options("attention,rat:33");
@@ -653,6 +707,8 @@ int main(void)
 	        cmocka_unit_test(test_sizes_of_caches),
 	        cmocka_unit_test(test_plan_counts_work),
 	        cmocka_unit_test(test_bad_options),
+	        cmocka_unit_test(test_alias),
+	        cmocka_unit_test(test_hgrn_is_a_gated_recurrence),
 	        cmocka_unit_test(test_chunk_longer_than_sequence),
 	        cmocka_unit_test(test_default_heads),
 	};

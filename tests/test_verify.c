@@ -109,6 +109,56 @@ static struct rows decay_weight_rows(const void *args)
 	return (struct rows){a->dweight, a->forward.d_out, a->forward.rank, a->forward.rank};
 }
 
+static struct rows gate_norm_rows(const void *args)
+{
+	const struct gate_norm_args *a = args;
+	int64_t width = a->n_heads * a->d_head;
+
+	return (struct rows){a->out, a->n_tokens, width, width};
+}
+
+static struct rows matrix_out_rows(const void *args)
+{
+	const struct matrix_recurrence_args *a = args;
+
+	return rows_of_view(&a->out, a->batch, a->seq_len, a->n_heads * a->d_v);
+}
+
+static struct rows conv_weight_rows(const void *args)
+{
+	const struct short_conv_backward_args *a = args;
+
+	return (struct rows){a->dweight, a->forward.channels, CONV_WIDTH, CONV_WIDTH};
+}
+
+static struct rows bound_rows(const void *args)
+{
+	const struct forget_gate_backward_args *a = args;
+
+	return (struct rows){a->dbound, 1, a->forward.width, a->forward.width};
+}
+
+static struct rows log_rate_rows(const void *args)
+{
+	const struct time_step_backward_args *a = args;
+
+	return (struct rows){a->dlog_rate, 1, a->forward.n_heads, a->forward.n_heads};
+}
+
+static struct rows history_rows(const void *args)
+{
+	const struct short_conv_step_args *a = args;
+
+	return (struct rows){a->history, a->batch * CONV_HISTORY, a->channels, a->channels};
+}
+
+static struct rows rotated_rows(const void *args)
+{
+	const struct rotate_step_args *a = args;
+
+	return rows_of_view(&a->k, a->batch, 1, a->n_heads * a->d_head);
+}
+
 static struct rows attention_step_rows(const void *args)
 {
 	const struct attention_step_args *a = args;
@@ -296,29 +346,44 @@ static void test_right_runs_pass(void **state)
 		}
 }
 
-/* Every damage to these rows must be reported: NaN and Inf as INFINITY, poison too. */
-static void expect_caught(const char *pattern, enum pass pass, enum operation operation,
-                          struct rows (*rows)(const void *args))
+/* Damage to these rows must be reported, wherever it is: NaN and Inf as INFINITY, poison too. */
+static void expect_damage_caught(const char *pattern, enum pass pass, enum operation operation,
+                                 struct rows (*rows)(const void *args), enum damage damage)
 {
 	struct stack_options options = small_options(pattern);
 	struct kernel kernels[MAX_KERNELS];
 
-	for (int damage = 0; damage < N_DAMAGES; damage++)
-		for (int i = damage == ROW_WRONG || damage == ONE_NAN ? 0 : 2; i < 3; i++) {
-			mutant.operation = operation;
-			mutant.rows = rows;
-			mutant.damage = (enum damage)damage;
-			mutant.where = i / 2.0;
-			struct backend backend = mutated(kernels);
-			double error = verified(&backend, &options, shape_of(pass));
-			bool infinite = damage >= ROW_UNWRITTEN && damage <= ONE_INF;
-			double least = damage == ZEROED ? 0.5 : damage == ROW_WRONG ? 2e-3 : 1e-2;
+	for (int i = damage == ROW_WRONG || damage == ONE_NAN ? 0 : 2; i < 3; i++) {
+		mutant.operation = operation;
+		mutant.rows = rows;
+		mutant.damage = damage;
+		mutant.where = i / 2.0;
+		struct backend backend = mutated(kernels);
+		double error = verified(&backend, &options, shape_of(pass));
+		bool infinite = damage >= ROW_UNWRITTEN && damage <= ONE_INF;
+		double least = damage == ZEROED ? 0.5 : damage == ROW_WRONG ? 2e-3 : 1e-2;
 
-			if (infinite ? error != (double)INFINITY : !(error > least))
-				fail_msg("%s %s, %s: %s at %g of the rows gives %g", pattern,
-				         pass_name(pass), operation_name(operation),
-				         damage_names[damage], mutant.where, error);
-		}
+		if (infinite ? error != (double)INFINITY : !(error > least))
+			fail_msg("%s %s, %s: %s at %g of the rows gives %g", pattern,
+			         pass_name(pass), operation_name(operation), damage_names[damage],
+			         mutant.where, error);
+	}
+}
+
+static void expect_caught(const char *pattern, enum pass pass, enum operation operation,
+                          struct rows (*rows)(const void *args))
+{
+	for (int damage = 0; damage < N_DAMAGES; damage++)
+		expect_damage_caught(pattern, pass, operation, rows, (enum damage)damage);
+}
+
+/* The same of rows behind which a norm takes a common factor out: not that one is too large. */
+static void expect_caught_before_norm(const char *pattern, enum pass pass, enum operation operation,
+                                      struct rows (*rows)(const void *args))
+{
+	for (int damage = 0; damage < N_DAMAGES; damage++)
+		if (damage != ROW_WRONG)
+			expect_damage_caught(pattern, pass, operation, rows, (enum damage)damage);
 }
 
 static void test_wrong_mixing_is_caught(void **state)
@@ -333,6 +398,28 @@ static void test_wrong_mixing_is_caught(void **state)
 		expect_caught("recurrence", passes[i], OP_RECURRENCE, recurrence_rows);
 		expect_caught("gla", passes[i], OP_NORM_GATE, norm_gate_rows);
 	}
+}
+
+/* The linear-attention family: the recurrence itself, wherever the skip connection of Mamba-2 or
+ * the norm might hide it, and what stands around it. */
+static void test_wrong_family_is_caught(void **state)
+{
+	static const char *const matrices[] = {"linear_attention", "retention", "gla", "mamba2",
+	                                       "hgrn2"};
+
+	(void)state;
+	for (int i = 0; i < 5; i++)
+		expect_caught_before_norm(matrices[i], PASS_PREFILL, OP_MATRIX_RECURRENCE,
+		                          matrix_out_rows);
+	expect_caught_before_norm("hgrn", PASS_PREFILL, OP_RECURRENCE, recurrence_rows);
+	expect_caught("mamba2", PASS_TRAIN, OP_GATE_NORM, gate_norm_rows);
+	expect_caught("mamba2", PASS_TRAIN, OP_SHORT_CONV_BACKWARD, conv_weight_rows);
+	expect_caught("mamba2", PASS_TRAIN, OP_TIME_STEP_BACKWARD, log_rate_rows);
+	expect_caught("hgrn", PASS_TRAIN, OP_FORGET_GATE_BACKWARD, bound_rows);
+	expect_caught("hgrn2", PASS_TRAIN, OP_FORGET_GATE_BACKWARD, bound_rows);
+	expect_caught("mamba2", PASS_GENERATION, OP_SHORT_CONV_STEP, history_rows);
+	expect_caught("retnet", PASS_GENERATION, OP_ROTATE_STEP, rotated_rows);
+	expect_caught("hgrn", PASS_GENERATION, OP_RECURRENCE_STEP, h_rows);
 }
 
 /* Whichever layer of a stack is wrong. */
@@ -500,6 +587,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 	        cmocka_unit_test(test_right_runs_pass),
 	        cmocka_unit_test(test_wrong_mixing_is_caught),
+	        cmocka_unit_test(test_wrong_family_is_caught),
 	        cmocka_unit_test(test_wrong_layer_of_a_stack_is_caught),
 	        cmocka_unit_test(test_wrong_projections_are_caught),
 	        cmocka_unit_test(test_wrong_gradients_are_caught),

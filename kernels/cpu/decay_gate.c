@@ -6,28 +6,6 @@
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/vector_math.h"
 
-/* log(1 + e) for 0 <= e <= 1 as 2 atanh(e / (2 + e)): relatively accurate however small e is. */
-static inline float log1p_f32(float e)
-{
-	float y = e / (2.0f + e), s = y * y;
-	float p = 1.0f / 15.0f;
-
-	p = fmaf(p, s, 1.0f / 13.0f);
-	p = fmaf(p, s, 1.0f / 11.0f);
-	p = fmaf(p, s, 1.0f / 9.0f);
-	p = fmaf(p, s, 1.0f / 7.0f);
-	p = fmaf(p, s, 1.0f / 5.0f);
-	p = fmaf(p, s, 1.0f / 3.0f);
-	return 2.0f * fmaf(p * s, y, y);
-}
-
-static inline float log_sigmoid_f32(float x)
-{
-	float negative = x > 0.0f ? 0.0f : x;
-
-	return negative - log1p_f32(exp_f32(-fabsf(x)));
-}
-
 /* Tokens are taken in blocks whose logits stay in cache between the product and the gate. */
 enum { BLOCK_TOKENS = 64 };
 

@@ -36,6 +36,16 @@ enum status cpu_decay_gate(const void *args, void *workspace);
 enum status cpu_decay_gate_backward(const void *args, void *workspace);
 enum status cpu_norm_gate(const void *args, void *workspace);
 enum status cpu_norm_gate_backward(const void *args, void *workspace);
+enum status cpu_rotate_step(const void *args, void *workspace);
+enum status cpu_short_conv(const void *args, void *workspace);
+enum status cpu_short_conv_backward(const void *args, void *workspace);
+enum status cpu_short_conv_step(const void *args, void *workspace);
+enum status cpu_time_step(const void *args, void *workspace);
+enum status cpu_time_step_backward(const void *args, void *workspace);
+enum status cpu_forget_gate(const void *args, void *workspace);
+enum status cpu_forget_gate_backward(const void *args, void *workspace);
+enum status cpu_gate_norm(const void *args, void *workspace);
+enum status cpu_gate_norm_backward(const void *args, void *workspace);
 enum status cpu_gelu(const void *args, void *workspace);
 enum status cpu_gelu_backward(const void *args, void *workspace);
 enum status cpu_embedding(const void *args, void *workspace);
@@ -60,9 +70,16 @@ size_t cpu_matrix_recurrence_backward_workspace(const void *args);
 size_t cpu_matrix_recurrence_step_workspace(const void *args);
 size_t cpu_decay_gate_backward_workspace(const void *args);
 size_t cpu_norm_gate_backward_workspace(const void *args);
+size_t cpu_rotate_step_workspace(const void *args);
+size_t cpu_short_conv_backward_workspace(const void *args);
+size_t cpu_time_step_backward_workspace(const void *args);
+size_t cpu_forget_gate_workspace(const void *args);
+size_t cpu_forget_gate_backward_workspace(const void *args);
+size_t cpu_gate_norm_backward_workspace(const void *args);
 
 /* NULL, or why the kernel cannot take these arguments. */
 const char *cpu_rotate_unsupported(const void *args);
 const char *cpu_rotate_backward_unsupported(const void *args);
+const char *cpu_rotate_step_unsupported(const void *args);
 
 #endif

@@ -249,3 +249,39 @@ enum status cpu_rotate_backward(const void *args, void *workspace)
 		rotate_q_and_k(&back, -1, workspace);
 	return STATUS_OK;
 }
+
+const char *cpu_rotate_step_unsupported(const void *args)
+{
+	const struct rotate_step_args *a = args;
+
+	return rotation_unsupported(true, a->d_head);
+}
+
+/* Cosines and sines of one position, for all sequences. */
+size_t cpu_rotate_step_workspace(const void *args)
+{
+	const struct rotate_step_args *a = args;
+
+	return (size_t)a->d_head * sizeof(float);
+}
+
+enum status cpu_rotate_step(const void *args, void *workspace)
+{
+	const struct rotate_step_args *a = args;
+	int64_t half = a->d_head / 2;
+	float *cosines = workspace;
+	const struct angles angles = {NULL, NULL, cosines, cosines + half};
+
+	for (int64_t i = 0; i < half; i++) {
+		double angle = (double)*a->position * frequency(i, a->d_head);
+
+		angles.cos[i] = (float)cos(angle);
+		angles.sin[i] = (float)sin(angle);
+	}
+#pragma omp parallel for schedule(static)
+	for (int64_t b = 0; b < a->batch; b++) {
+		rotate_token(&a->q, 0, &a->q, b, 0, a->n_heads, half, &angles, 1);
+		rotate_token(&a->k, 0, &a->k, b, 0, a->n_heads, half, &angles, 1);
+	}
+	return STATUS_OK;
+}

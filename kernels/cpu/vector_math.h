@@ -37,4 +37,43 @@ static inline float sigmoid_f32(float x)
 	return 1.0f / (1.0f + exp_f32(-x));
 }
 
+/* log(1 + e) for -1/2 <= e <= 1 as 2 atanh(e / (2 + e)): relatively accurate however small e is. */
+static inline float log1p_f32(float e)
+{
+	float y = e / (2.0f + e), s = y * y;
+	float p = 1.0f / 15.0f;
+
+	p = fmaf(p, s, 1.0f / 13.0f);
+	p = fmaf(p, s, 1.0f / 11.0f);
+	p = fmaf(p, s, 1.0f / 9.0f);
+	p = fmaf(p, s, 1.0f / 7.0f);
+	p = fmaf(p, s, 1.0f / 5.0f);
+	p = fmaf(p, s, 1.0f / 3.0f);
+	return 2.0f * fmaf(p * s, y, y);
+}
+
+static inline float log_sigmoid_f32(float x)
+{
+	float negative = x > 0.0f ? 0.0f : x;
+
+	return negative - log1p_f32(exp_f32(-fabsf(x)));
+}
+
+/* log(x) for normal x > 0: x = 2^e m with m near 1, log(m) = 2 atanh((m - 1) / (m + 1)). */
+static inline float log_f32(float x)
+{
+	uint32_t bits, m_bits;
+	memcpy(&bits, &x, sizeof bits);
+	m_bits = (bits - 0x3f3504f3u) & 0x007fffffu; /* from sqrt(1/2) to sqrt(2) */
+	float e = (float)((int32_t)(bits - 0x3f3504f3u) >> 23), m;
+	m_bits += 0x3f3504f3u;
+	memcpy(&m, &m_bits, sizeof m);
+	float y = (m - 1.0f) / (m + 1.0f), s = y * y;
+	float p = 1.0f / 9.0f;
+	p = fmaf(p, s, 1.0f / 7.0f);
+	p = fmaf(p, s, 1.0f / 5.0f);
+	p = fmaf(p, s, 1.0f / 3.0f);
+	return fmaf(e, 0.693147181f, 2.0f * fmaf(p * s, y, y)) + (x - x);
+}
+
 #endif

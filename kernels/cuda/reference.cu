@@ -488,6 +488,103 @@ static void recurrence_forward(const struct reference_recurrence *r, double *out
 	note_launch("reference recurrence");
 }
 
+/* ---- the linear-attention family's gates ---- */
+
+static __device__ double silu64(double x)
+{
+	return x * sigmoid64(x);
+}
+
+static __global__ void short_conv_kernel(struct reference_conv c, double *out)
+{
+	FOR_ALL(index, c.batch * c.seq_len * c.n_readers * c.channels)
+	{
+		const int64_t i = index % c.channels, n = index / c.channels / c.n_readers;
+		double sum = c.bias[i];
+
+		for (int64_t j = 0; j < CONV_WIDTH; j++)
+			if (n % c.seq_len + j >= CONV_HISTORY)
+				sum += c.weight[i * CONV_WIDTH + j] *
+				       c.x[(n - CONV_HISTORY + j) * c.channels + i];
+		out[index] = silu64(sum);
+	}
+}
+
+/* Sequences start without a history. */
+static void short_conv(const struct reference_conv *c, double *out)
+{
+	short_conv_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(*c, out);
+	note_launch("reference short_conv");
+}
+
+static __global__ void time_step_kernel(int64_t n, int64_t n_heads, int64_t d_head,
+                                        const double *logit, const double *bias,
+                                        const double *log_rate, const double *x, double *log_decay,
+                                        double *out)
+{
+	FOR_ALL(i, n * n_heads * d_head)
+	{
+		const int64_t row = i / d_head, h = row % n_heads;
+		const double shifted = logit[row] + bias[h];
+		const double dt = fmax(shifted, 0.0) + log1p(exp(-fabs(shifted)));
+
+		out[i] = dt * x[i];
+		if (i % d_head == 0)
+			log_decay[row] = -exp(log_rate[h]) * dt;
+	}
+}
+
+static void time_step(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
+                      const double *bias, const double *log_rate, const double *x,
+                      double *log_decay, double *out)
+{
+	time_step_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(n, n_heads, d_head, logit, bias,
+	                                                      log_rate, x, log_decay, out);
+	note_launch("reference time_step");
+}
+
+static __global__ void forget_gate_kernel(int64_t count, int64_t width, const double *logit,
+                                          const double *bound, const double *x, double *log_decay,
+                                          double *key, double *out)
+{
+	FOR_ALL(i, count)
+	{
+		const double input = sigmoid64(-bound[i % width]) * sigmoid64(-logit[i]);
+
+		log_decay[i] = log1p(-input);
+		if (key)
+			key[i] = input;
+		out[i] = silu64(x[i]) * (key ? 1 : input);
+	}
+}
+
+static void forget_gate(int64_t n, int64_t width, const double *logit, const double *bound,
+                        const double *x, double *log_decay, double *key, double *out)
+{
+	forget_gate_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(n * width, width, logit, bound, x,
+	                                                        log_decay, key, out);
+	note_launch("reference forget_gate");
+}
+
+static __global__ void gated_kernel(struct reference_gate_norm g, double *u)
+{
+	FOR_ALL(i, g.n * g.n_heads * g.d_head)
+	{
+		const double skip =
+		        g.skip ? g.skip_weight[i / g.d_head % g.n_heads] * g.skip[i] : 0;
+
+		u[i] = (g.x[i] + skip) * (g.gate ? silu64(g.gate[i]) : 1);
+	}
+}
+
+static void gated(const struct reference_gate_norm *g, double *u)
+{
+	gated_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(*g, u);
+	note_launch("reference gated");
+}
+
+/* ---- the matrix recurrence ---- */
+
 static __global__ void exp_kernel(int64_t count, const double *x, double *y)
 {
 	FOR_ALL(i, count)
@@ -581,4 +678,8 @@ const struct reference_device cuda_reference = {
         .matrix_forward = matrix_forward,
         .decay_gate = decay_gate,
         .norm_gate = norm_gate,
+        .short_conv = short_conv,
+        .time_step = time_step,
+        .forget_gate = forget_gate,
+        .gated = gated,
 };

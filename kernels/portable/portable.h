@@ -60,6 +60,24 @@ enum status portable_decay_gate(const void *args, void *workspace);
 const char *portable_norm_gate_unsupported(const void *args);
 enum status portable_norm_gate(const void *args, void *workspace);
 
+const char *portable_rotate_step_unsupported(const void *args);
+enum status portable_rotate_step(const void *args, void *workspace);
+
+const char *portable_short_conv_unsupported(const void *args);
+enum status portable_short_conv(const void *args, void *workspace);
+
+const char *portable_short_conv_step_unsupported(const void *args);
+enum status portable_short_conv_step(const void *args, void *workspace);
+
+const char *portable_time_step_unsupported(const void *args);
+enum status portable_time_step(const void *args, void *workspace);
+
+const char *portable_forget_gate_unsupported(const void *args);
+enum status portable_forget_gate(const void *args, void *workspace);
+
+const char *portable_gate_norm_unsupported(const void *args);
+enum status portable_gate_norm(const void *args, void *workspace);
+
 enum status portable_gelu(const void *args, void *workspace);
 
 const char *portable_embedding_unsupported(const void *args);

@@ -98,3 +98,51 @@ extern "C" enum status portable_rotate(const void *args, void *)
 	}
 	return status;
 }
+
+/* A thread takes 8 pairs of one head, of q or of k. */
+static __global__ void __launch_bounds__(THREADS)
+        rotate_step_kernel(const __grid_constant__ struct rotate_step_args a,
+                           const __grid_constant__ struct rope_table table)
+{
+	const int64_t pieces = a.d_head / 16;
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t row = index / pieces, b = row / a.n_heads;
+	const int piece = (int)(index % pieces);
+	float cosine[8], sine[8], low[8], high[8];
+
+	if (b >= a.batch)
+		return;
+	rope_angles(cosine, sine, table, 8 * piece, *a.position);
+	bf16 *x = at(blockIdx.y ? a.k : a.q, b, 0, row % a.n_heads) + 8 * piece;
+	load8(low, x);
+	load8(high, x + a.d_head / 2);
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const float value = low[i];
+
+		low[i] = value * cosine[i] - high[i] * sine[i];
+		high[i] = high[i] * cosine[i] + value * sine[i];
+	}
+	store8(x, low);
+	store8(x + a.d_head / 2, high);
+}
+
+extern "C" const char *portable_rotate_step_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct rotate_step_args *>(args);
+	const struct view *const views[] = {&a->q, &a->k};
+
+	if (a->d_head % 16 || a->d_head > MAX_ROPE_WIDTH)
+		return "head width must be a multiple of 16 up to 128";
+	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
+}
+
+extern "C" enum status portable_rotate_step(const void *args, void *)
+{
+	const auto *a = static_cast<const struct rotate_step_args *>(args);
+	const int64_t threads = a->batch * a->n_heads * (a->d_head / 16);
+
+	return launch("rotate_step", rotate_step_kernel,
+	              dim3((unsigned)divide_up(threads, THREADS), 2), THREADS, 0, *a,
+	              rope_table_of(a->d_head));
+}

@@ -29,6 +29,8 @@ struct reference_rat_scan;
 struct reference_rat_scan_out;
 struct reference_recurrence;
 struct reference_matrix;
+struct reference_conv;
+struct reference_gate_norm;
 
 /*
  * Another place than the host, with doubles in its own memory: the functions
@@ -66,6 +68,14 @@ struct reference_device {
 	                   double *log_decay);
 	void (*norm_gate)(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
 	                  const double *weight, const double *gate, double *out);
+	void (*short_conv)(const struct reference_conv *c, double *out);
+	void (*time_step)(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
+	                  const double *bias, const double *log_rate, const double *x,
+	                  double *log_decay, double *out);
+	void (*forget_gate)(int64_t n, int64_t width, const double *logit, const double *bound,
+	                    const double *x, double *log_decay, double *key, double *out);
+	/* u = (x + skip_weight skip) silu(gate), what reference_gate_norm() normalizes. */
+	void (*gated)(const struct reference_gate_norm *g, double *u);
 };
 
 /* From now on the functions marked "anywhere" run on `device`, and nothing else may be called;
@@ -303,6 +313,64 @@ enum status reference_norm_gate_backward(int64_t n, int64_t n_heads, int64_t d_h
                                          const double *x, const double *weight, const double *gate,
                                          const double *dout, double *dx, double *dgate,
                                          double *dweight);
+
+/* Short convolution; see struct short_conv_args. A step is T = 1 behind its history. */
+struct reference_conv {
+	int64_t batch, seq_len, channels;
+	int64_t n_readers;           /* each gets its own copy of the output */
+	const double *x;             /* [B, T, channels] */
+	const double *weight, *bias; /* [channels, CONV_WIDTH], [channels] */
+	const double *history;       /* [B, CONV_HISTORY, channels], oldest first, or NULL: zero */
+};
+
+/* Anywhere: out [B, T, n_readers, channels]; history [B, CONV_HISTORY, channels] after the last
+ * token, or NULL. */
+void reference_short_conv(const struct reference_conv *c, double *out, double *history);
+/* From dout [B, T, n_readers, channels]. */
+void reference_short_conv_backward(const struct reference_conv *c, const double *dout, double *dx,
+                                   double *dweight, double *dbias);
+
+/* Anywhere: Mamba-2's discretization; see struct time_step_args. logit, log_decay [n, H]; x, out
+ * [n, H, d].
+ */
+void reference_time_step(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
+                         const double *bias, const double *log_rate, const double *x,
+                         double *log_decay, double *out);
+void reference_time_step_backward(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
+                                  const double *bias, const double *log_rate, const double *x,
+                                  const double *dlog_decay, const double *dout, double *dlogit,
+                                  double *dbias, double *dlog_rate, double *dx);
+
+/* Anywhere: HGRN's forget gate; see struct forget_gate_args. All [n, width] but bound [width]; key
+ * or NULL. */
+void reference_forget_gate(int64_t n, int64_t width, const double *logit, const double *bound,
+                           const double *x, double *log_decay, double *key, double *out);
+void reference_forget_gate_backward(int64_t n, int64_t width, const double *logit,
+                                    const double *bound, const double *x, const double *dlog_decay,
+                                    const double *dkey, const double *dout, double *dlogit,
+                                    double *dbound, double *dx);
+
+/* The norm behind a gate; see struct gate_norm_args. */
+struct reference_gate_norm {
+	int64_t n, n_heads, d_head, groups;
+	double eps;
+	const double *x;                  /* [n, H, d] */
+	const double *skip, *skip_weight; /* [n, H, d], [H], or NULL */
+	const double *gate;               /* [n, H, d] or NULL */
+	const double *weight;             /* [H*d / groups] */
+};
+
+struct reference_gate_norm_grads {
+	double *dx;                   /* [n, H, d] */
+	double *dskip, *dskip_weight; /* iff skip */
+	double *dgate;                /* iff gate */
+	double *dweight;
+};
+
+/* Anywhere: out [n, H, d]; rstd [n, groups] or NULL. */
+enum status reference_gate_norm(const struct reference_gate_norm *g, double *out, double *rstd);
+enum status reference_gate_norm_backward(const struct reference_gate_norm *g, const double *dout,
+                                         const struct reference_gate_norm_grads *grads);
 
 /* y = x * (1 + erf(x/sqrt(2))) / 2. */
 void reference_gelu(int64_t count, const double *x, double *y);

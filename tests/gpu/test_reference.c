@@ -13,7 +13,7 @@
 #include "kernels/cuda/reference.h"
 #include "layers/noise.h"
 
-enum { MAX_ARRAYS = 16 };
+enum { MAX_ARRAYS = 24 };
 
 static const double tolerance = 1e-11;
 
@@ -218,6 +218,47 @@ static void run_matrix(int64_t variant)
 	require(reference_matrix_forward(&m, array(next, b * t * h * d_v), NULL));
 }
 
+static void run_family(int64_t variant)
+{
+	int64_t b = 2, t = 21, h = 3, d = 16, n = b * t, width = h * d;
+	const struct reference_conv c = {
+	        .batch = b,
+	        .seq_len = t,
+	        .channels = d,
+	        .n_readers = variant ? h : 1,
+	        .x = array(0, n * d),
+	        .weight = array(1, d * CONV_WIDTH),
+	        .bias = array(2, d),
+	};
+	const struct reference_gate_norm g = {
+	        .n = n,
+	        .n_heads = h,
+	        .d_head = d,
+	        .groups = variant ? 1 : h,
+	        .eps = 1e-5,
+	        .x = array(3, n * width),
+	        .skip = variant ? array(4, n * width) : NULL,
+	        .skip_weight = variant ? array(5, h) : NULL,
+	        .gate = variant ? array(6, n * width) : NULL,
+	        .weight = array(variant ? 7 : 4, variant ? width : d),
+	};
+	int next = variant ? 8 : 5;
+	const int64_t lengths[] = {
+	        c.n_readers * n * d, n * width, n * h,     h,         h,        n * h,
+	        n * width,           width,     n * width, n * width, n * width};
+
+	/* An array is made at its first use, in the order of the numbers. */
+	for (int i = 0; i < (variant ? 11 : 10); i++)
+		array(next + i, lengths[i]);
+	reference_short_conv(&c, array(next, 0), NULL);
+	require(reference_gate_norm(&g, array(next + 1, 0), NULL));
+	reference_time_step(n, h, d, array(next + 2, 0), array(next + 3, 0), array(next + 4, 0),
+	                    array(3, 0), array(next + 5, 0), array(next + 6, 0));
+	reference_forget_gate(n, width, array(3, 0), array(next + 7, 0), array(next + 6, 0),
+	                      array(next + 8, 0), variant ? array(next + 10, 0) : NULL,
+	                      array(next + 9, 0));
+}
+
 static void compare_all(const char *name, void (*run)(int64_t variant), int64_t variants)
 {
 	for (int64_t i = 0; i < variants; i++)
@@ -254,6 +295,12 @@ static void test_matrix(void **state)
 	compare_all("matrix", run_matrix, 8);
 }
 
+static void test_family(void **state)
+{
+	(void)state;
+	compare_all("family", run_family, 2);
+}
+
 static int open_device(void **state)
 {
 	(void)state;
@@ -275,7 +322,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 	        cmocka_unit_test(test_dense),    cmocka_unit_test(test_attention),
 	        cmocka_unit_test(test_rat_scan), cmocka_unit_test(test_recurrence),
-	        cmocka_unit_test(test_matrix),
+	        cmocka_unit_test(test_matrix),   cmocka_unit_test(test_family),
 	};
 
 	return cmocka_run_group_tests(tests, open_device, close_device);

@@ -30,11 +30,20 @@ static const struct subject subjects[] = {
         {"rat:64", PASS_PREFILL, 2, 2047, NULL},
         {"recurrence", PASS_PREFILL, 1, 65537, NULL},
         {"gla", PASS_PREFILL, 1, 4097, NULL},
+        {"linear_attention", PASS_PREFILL, 1, 4097, NULL},
+        {"retnet", PASS_PREFILL, 1, 4097, NULL},
+        {"mamba2", PASS_PREFILL, 1, 4097, NULL},
+        {"hgrn", PASS_PREFILL, 1, 4097, NULL},
+        {"hgrn2", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"rat:16", PASS_GENERATION, 7, 1500, "portable"},
         {"gla", PASS_GENERATION, 7, 1500, NULL},
         {"recurrence", PASS_GENERATION, 7, 1500, NULL},
+        {"retnet", PASS_GENERATION, 7, 1500, NULL},
+        {"mamba2", PASS_GENERATION, 7, 1500, NULL},
+        {"hgrn", PASS_GENERATION, 7, 1500, NULL},
+        {"hgrn2", PASS_GENERATION, 7, 1500, NULL},
 };
 
 static void require(enum status status)

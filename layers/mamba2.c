@@ -1,0 +1,22 @@
+/*
+ * Mamba-2 (arXiv 2405.21060, section 7). A short convolution with silu runs over C, B and x; then,
+ * with dt = softplus(. + bias) and a rate per head,
+ *   S_t = exp(-rate dt_t) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + skip x_t,
+ * and RMSNorm(o silu(z)) over all channels. C is the family's q and B its k, 128 wide and shared by
+ * the heads; x is its v, z its gate. InProj's columns are C, B, x, dt (one per head), z. The inner
+ * width is D, not 2D (layers/linear_family.h); --heads D/64 makes heads 64 wide, as in the paper.
+ */
+#include "layers/linear_family.h"
+
+static const struct family_member mamba2 = {
+        .decay = DECAY_SCALAR,
+        .input = INPUT_CONVOLVED,
+        .output = OUTPUT_GATE_NORM,
+        .unscaled = true,
+        .norm_over_all = true,
+        .shared_keys = 128,
+        .decay_name = "dt_proj.weight",
+};
+
+const struct layer_class mamba2_layer = {
+        .name = "mamba2", .tunables = "chunk", .family = &mamba2, FAMILY_FUNCTIONS};
