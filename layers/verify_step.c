@@ -188,6 +188,8 @@ static double state_error(const struct tensor_spec *spec, int64_t count, const d
 	int64_t width = spec->storage == STORAGE_FP32 ? count : spec->dims[spec->n_dims - 1];
 	double worst = 0;
 
+	if (count == 0)
+		return 0;
 #pragma omp parallel for reduction(max : worst)
 	for (int64_t i = 0; i < count; i += width) {
 		if (same(width, before + i, after + i) && same(width, before + i, now + i))
