@@ -163,20 +163,22 @@ int family_state(const struct layer_config *config, const struct layer_shape *sh
 {
 	const struct family_member *m = family_member(config);
 	int64_t h = config->n_heads, d = shape->capacity > 0 ? config->d_model : 0;
-	int64_t conv = m->input == INPUT_CONVOLVED && d > 0 ? family_conv_width(config) : 0;
+	const struct tensor_spec matrix = {"s",
+	                                   STORAGE_FP32,
+	                                   4,
+	                                   {shape->batch, h, family_key_width(config), d / h},
+	                                   INIT_ZEROS};
+	const struct tensor_spec vector = {"h", STORAGE_FP32, 2, {shape->batch, d}, INIT_ZEROS};
 
-	if (m->vector_state)
-		specs[STATE_S] =
-		        (struct tensor_spec){"h", STORAGE_FP32, 2, {shape->batch, d}, INIT_ZEROS};
-	else
-		specs[STATE_S] =
-		        (struct tensor_spec){"s",
-		                             STORAGE_FP32,
-		                             4,
-		                             {shape->batch, h, family_key_width(config), d / h},
-		                             INIT_ZEROS};
+	specs[STATE_S] = m->vector_state ? vector : matrix;
+	if (m->input != INPUT_CONVOLVED)
+		return STATE_CONV;
 	specs[STATE_CONV] = (struct tensor_spec){
-	        "conv", STORAGE_ACTIVATION, 3, {shape->batch, CONV_HISTORY, conv}, INIT_ZEROS};
+	        "conv",
+	        STORAGE_ACTIVATION,
+	        3,
+	        {shape->batch, CONV_HISTORY, d > 0 ? family_conv_width(config) : 0},
+	        INIT_ZEROS};
 	return N_FAMILY_STATES;
 }
 

@@ -104,6 +104,7 @@ enum {
 	N_FAMILY_PARAMS
 };
 
+/* STATE_CONV only behind INPUT_CONVOLVED. */
 enum { STATE_S, STATE_CONV, N_FAMILY_STATES };
 
 enum { GATE_RANK = 16, GATE_NORMALIZER = 16 };

@@ -396,7 +396,8 @@ enum status family_reference_step(const struct layer_config *config,
 	if (status == STATUS_OK)
 		status = reference_take(count, &before);
 	if (status == STATUS_OK)
-		status = prepare(&p, proj, &t, state[STATE_CONV]);
+		status = prepare(&p, proj, &t,
+		                 p.member->input == INPUT_CONVOLVED ? state[STATE_CONV] : NULL);
 	if (status == STATUS_OK) {
 		mixing_copy(count, state[STATE_S], before);
 		p.state = before;

@@ -109,7 +109,8 @@ static double loss_after(struct fixture *f, const struct parameter *p, double ra
 }
 
 /* Along each parameter's gradient g the loss changes by |g|^2: central differences, as far as fp32
- * can tell. */
+ * can tell. Short ones: the norm behind linear attention is steep where a token's score is near 0.
+ */
 static void test_gradients_of_the_loss(void **state)
 {
 	(void)state;
@@ -124,7 +125,7 @@ static void test_gradients_of_the_loss(void **state)
 			if (p.count == 0)
 				continue;
 			double length = length_of(p.gradient, p.count);
-			double step = fmin(1e-3 / length, 0.02 * length_of(p.value, p.count));
+			double step = fmin(2e-4 / length, 0.02 * length_of(p.value, p.count));
 			double rate = step / length;
 			double change = loss_after(f, &p, rate) - loss_after(f, &p, -rate);
 			double expected = 2 * step * length;
