@@ -42,7 +42,7 @@ BLOCKS = {
 
 
 def shard_autotuning(shard, shards):
-    """Lets this process see only its part of every kernel's variants."""
+    """Lets this process see only its part of every kernel's variants, and time none of them."""
     from triton.runtime.autotuner import Autotuner
 
     plain = Autotuner.__init__
@@ -50,7 +50,12 @@ def shard_autotuning(shard, shards):
     def init(self, fn, arg_names, configs, *more, **named):
         plain(self, fn, arg_names, list(configs)[shard::shards] or list(configs)[:1], *more, **named)
 
+    def run_once(call, **_):
+        call()
+        return [1.0, 1.0, 1.0]
+
     Autotuner.__init__ = init
+    Autotuner.do_bench = property(lambda self: run_once)
 
 
 class Case:
@@ -383,9 +388,7 @@ def print_table(rows):
 
 def compile_ahead(path, blocks, jobs):
     command = [sys.executable, os.path.abspath(__file__), path, "--blocks", ",".join(blocks)]
-    workers = [subprocess.Popen(command + ["--compile-only", f"{i}/{jobs}"],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-               for i in range(jobs)]
+    workers = [subprocess.Popen(command + ["--compile-only", f"{i}/{jobs}"]) for i in range(jobs)]
     for worker in workers:
         worker.wait()
 
