@@ -29,12 +29,12 @@ LDLIBS := -lopenblas -lm
 SHARED := $(filter $(patsubst %.h,%.c,$(wildcard bench/*.h)),$(wildcard bench/*.c))
 SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/reference/*.c layers/*.c \
 	bench/harness/*.c) bench/block.c \
-	bench/generate.c bench/kernel.c bench/kernel_check.c bench/pattern.c
+	bench/generate.c bench/kernel.c bench/kernel_bench.c bench/kernel_check.c \
+	bench/pattern.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
 FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2
 DRIVERS := $(filter $(addprefix $(BUILD)/,attention recurrence rat hybrid $(FAMILY) throughput \
-	kernel_latency report compare plotdata),\
-	$(PROGRAMS))
+	kernel_latency chunkwise report compare plotdata),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
 TEST_LIBRARY := $(BUILD)/libtests.a

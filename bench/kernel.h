@@ -61,9 +61,9 @@ struct kernel_kind {
 	const char *name; /* "gla_forward" */
 	enum operation operation;
 	bool step;        /* one token for each of --batch sequences */
-	const char *axes; /* as a driver's, those that it has of groups, window, chunk */
 	enum decay decay; /* of the matrix recurrences */
 	enum rule rule;
+	bool chunkwise;   /* --chunk sets its chunk length */
 	bool half_keys;   /* keys are half as wide as values */
 	int64_t widening; /* of products: d_out / d_in */
 	/* Takes the operands and makes the arguments. */

@@ -3,8 +3,8 @@
 #
 #   plots/draw.sh RESULTS.csv [FOLDER]
 #
-# Whole models are taken from table2.csv beside it. Pictures go to FOLDER
-# (plots/out), as PNG and SVG.
+# Whole models are taken from table2.csv beside it, linear attention in chunks from chunkwise.csv.
+# Pictures go to FOLDER (plots/out), as PNG and SVG.
 set -eu
 # gnuplot cannot draw letters beyond ASCII in the locale of an empty environment.
 export LC_ALL=C.UTF-8
@@ -13,6 +13,8 @@ export LC_ALL=C.UTF-8
 results=$1
 folder=${2:-plots/out}
 table2=$(dirname "$results")/table2.csv
+chunkwise=$(dirname "$results")/chunkwise.csv
+[ -r "$chunkwise" ] || chunkwise=$results
 plotdata=${BUILD:-build}/plotdata
 
 [ -r "$results" ] || { echo "plots/draw.sh: $results cannot be read" >&2; exit 1; }
@@ -65,6 +67,9 @@ for pass in prefill train generation; do
 			name='$title work'"
 	fi
 done
+if select_data chunkwise kernel seq_len latency_ms $paper/latency.csv "$chunkwise"; then
+	picture chunkwise chunkwise "data='$work/chunkwise.gp'; name='Linear attention in chunks'"
+fi
 if [ -r "$table2" ] &&
 	select_data models throughput model tokens_per_s $paper/table2.csv "$table2"; then
 	picture throughput throughput "data='$work/models.gp'; name='Throughput of whole models'"

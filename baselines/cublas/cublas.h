@@ -19,6 +19,11 @@ const char *cublas_attention_unsupported(const void *args);
 size_t cublas_attention_workspace(const void *args);
 enum status cublas_attention(const void *args, void *workspace);
 
+/* OP_MATRIX_RECURRENCE with the plain rule and no, constant or scalar decay, chunk by chunk. */
+const char *cublas_matrix_recurrence_unsupported(const void *args);
+size_t cublas_matrix_recurrence_workspace(const void *args);
+enum status cublas_matrix_recurrence(const void *args, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif

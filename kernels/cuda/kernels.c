@@ -41,6 +41,8 @@ const struct kernel cuda_kernels[] = {
          hopper_scalar_decay_materialise_workspace, hopper_scalar_decay_materialise},
         {OP_MATRIX_RECURRENCE, "portable", portable_matrix_recurrence_unsupported,
          portable_matrix_recurrence_workspace, portable_matrix_recurrence},
+        {OP_MATRIX_RECURRENCE, "cublas", cublas_matrix_recurrence_unsupported,
+         cublas_matrix_recurrence_workspace, cublas_matrix_recurrence},
         {OP_MATRIX_RECURRENCE_STEP, "hopper", hopper_matrix_recurrence_step_unsupported, NULL,
          hopper_matrix_recurrence_step},
         {OP_MATRIX_RECURRENCE_STEP, "portable", portable_matrix_recurrence_step_unsupported, NULL,

@@ -1,0 +1,30 @@
+/* The main() of the programs that measure single operations: kernel_latency, chunkwise. */
+#ifndef BENCH_KERNEL_BENCH_H
+#define BENCH_KERNEL_BENCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "bench/harness/driver.h"
+
+enum { MAX_LENGTHS = 8 };
+
+/* A kind of operation at some sizes; what the command line gives takes their place. */
+struct case_row {
+	const char *block;             /* bench/kernel.h; NULL ends a list */
+	int64_t seq_len[MAX_LENGTHS];  /* none: those of --seq-len; 1: the length does not matter */
+	int64_t n_heads;               /* 0: --heads */
+	bool wide_keys;                /* keys as wide as values, whatever the kind */
+	int64_t batch;                 /* of steps, else tokens; 0: --batch, --tokens */
+	int64_t window, chunk, groups; /* 0: none */
+};
+
+/*
+ * Measures every provider of each case's operation, their samples alternating:
+ * the cases of `paper` under that preset, those of `other` under the others.
+ * Widths are --d-model's. Ends with a table of all. Returns the exit code.
+ */
+int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
+                      const struct case_row *other, int argc, char **argv);
+
+#endif
