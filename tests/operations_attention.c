@@ -358,9 +358,10 @@ static bool attention_backward_case(struct trial *trial)
 	return true;
 }
 
-/* A cache [B, slots, H, d] of which only the slots that `seen` marks hold anything. */
-static struct tensor *any_cache(struct trial *trial, int64_t batch, int64_t slots, int64_t heads,
-                                int64_t d, const bool *seen)
+/* A cache [B, slots, H, d] of which only the slots that `seen` marks hold anything; with gaps
+ * between its rows, or `by_head`: as layers lay it out. */
+static struct tensor *any_cache(struct trial *trial, bool by_head, int64_t batch, int64_t slots,
+                                int64_t heads, int64_t d, const bool *seen)
 {
 	int64_t row = heads * d;
 	double *values = random_doubles(&trial->random, batch * slots * row, 1);
@@ -370,7 +371,8 @@ static struct tensor *any_cache(struct trial *trial, int64_t batch, int64_t slot
 		for (int64_t s = 0; s < slots; s++)
 			for (int64_t i = 0; !seen[s] && i < row; i++)
 				values[(b * slots + s) * row + i] = NAN;
-	cache = trial_input_values(trial, batch, slots, heads, d, values);
+	cache = by_head ? trial_by_head_values(trial, batch, slots, heads, d, values)
+	                : trial_input_values(trial, batch, slots, heads, d, values);
 	free(values);
 	return cache;
 }
@@ -396,30 +398,77 @@ static struct tensor *any_position(struct trial *trial, int64_t position)
 	return trial_flat_values(trial, DTYPE_I32, 1, 1, &value);
 }
 
-enum { MAX_SLOTS = 700 };
+enum { MAX_SLOTS = 3100 };
+
+/* Where a step is: anywhere, or at a cache's first token. */
+static int64_t any_position_below(struct trial *trial, int64_t longest)
+{
+	return random_integer(&trial->random, 0, 9) == 0 ? 0 : any_length(trial, longest) - 1;
+}
+
+/* Sizes of a step; position and cache are apart. */
+struct step_shape {
+	int64_t batch, heads, d, window, slots, position;
+	bool rope, by_head;
+};
+
+static struct step_shape any_step_shape(struct trial *trial)
+{
+	struct random *random = &trial->random;
+	struct step_shape s = {.batch = random_integer(random, 1, 5),
+	                       .heads = random_integer(random, 1, 4),
+	                       .d = any_head(trial),
+	                       .window = -1,
+	                       .rope = random_bool(random),
+	                       .by_head = random_bool(random)};
+
+	int64_t longest = 300;
+	/* Now and then more heads than a device can have blocks, or a long cache of few. */
+	switch (random_integer(random, 0, 19)) {
+	case 0:
+		s.heads = random_integer(random, 700, 900) / s.batch;
+		longest = 3;
+		break;
+	case 1:
+	case 2:
+	case 3:
+		s.batch = 1;
+		s.heads = random_integer(random, 1, 2);
+		longest = 1500;
+	}
+	s.position = any_position_below(trial, longest);
+	s.slots = s.position + 1 + random_integer(random, 0, longest);
+	if (random_bool(random)) {
+		s.window = random_integer(random, 0, longest);
+		s.slots = s.window + 1 + random_integer(random, 0, 9);
+	}
+	/* The slot after the ring's last is its first. */
+	if (s.window >= 0 && random_integer(random, 0, 2) == 0)
+		s.position = s.slots * random_integer(random, 1, 3) + random_integer(random, -1, 1);
+	return s;
+}
 
 static bool attention_step_case(struct trial *trial)
 {
-	struct random *random = &trial->random;
-	int64_t batch = random_integer(random, 1, 5), heads = random_integer(random, 1, 4);
-	int64_t d = any_head(trial), position = any_length(trial, 300) - 1;
-	bool windowed = random_bool(random), rope = random_bool(random);
-	int64_t window = windowed ? random_integer(random, 0, 300) : -1;
-	int64_t slots = windowed ? window + 1 + random_integer(random, 0, 9)
-	                         : position + 1 + random_integer(random, 0, 300);
-	int64_t n = windowed ? smaller(window, position) : position;
+	const struct step_shape shape = any_step_shape(trial);
+	const int64_t batch = shape.batch, heads = shape.heads, d = shape.d, window = shape.window;
+	const int64_t slots = shape.slots, position = shape.position;
+	const int64_t n = window >= 0 ? smaller(window, position) : position;
+	const bool rope = shape.rope;
 	bool seen[MAX_SLOTS] = {false};
 
 	for (int64_t i = 1; i <= n; i++)
 		seen[(position - i) % slots] = true;
-	trial_describe(trial, "B %ld, H %ld, d %ld, position %ld, window %ld, %ld slots, rope %d",
-	               (long)batch, (long)heads, (long)d, (long)position, (long)window, (long)slots,
-	               rope);
+	trial_describe(
+	        trial,
+	        "B %ld, H %ld, d %ld, position %ld, window %ld, %ld slots, rope %d, by head %d",
+	        (long)batch, (long)heads, (long)d, (long)position, (long)window, (long)slots, rope,
+	        shape.by_head);
 	struct tensor *q = trial_input(trial, batch, 1, heads, d, 2);
 	struct tensor *k = trial_input(trial, batch, 1, heads, d, 1);
 	struct tensor *v = trial_input(trial, batch, 1, heads, d, 1);
-	struct tensor *k_cache = any_cache(trial, batch, slots, heads, d, seen);
-	struct tensor *v_cache = any_cache(trial, batch, slots, heads, d, seen);
+	struct tensor *k_cache = any_cache(trial, shape.by_head, batch, slots, heads, d, seen);
+	struct tensor *v_cache = any_cache(trial, shape.by_head, batch, slots, heads, d, seen);
 	struct tensor *p = any_position(trial, position);
 	struct tensor *out = trial_output(trial, batch, 1, heads, d);
 	float scale = (float)(1 / sqrt((double)d));
@@ -442,7 +491,7 @@ static bool attention_step_case(struct trial *trial)
 	                                   rope,
 	                                   scale,
 	                                   data_of(p),
-	                                   random_bool(random) ? position : -1,
+	                                   random_bool(&trial->random) ? position : -1,
 	                                   view_of(q),
 	                                   view_of(k),
 	                                   view_of(v),
@@ -649,7 +698,22 @@ static struct reference_rat_step any_rat_step(struct trial *trial)
 	                               .d_head = any_head(trial),
 	                               .chunk = random_integer(random, 1, 20),
 	                               .rope = random_bool(random),
-	                               .position = any_length(trial, 400) - 1};
+	                               .position = any_position_below(trial, 400)};
+
+	/* Now and then more heads than a device can have blocks, or many chunks of few. */
+	switch (random_integer(random, 0, 19)) {
+	case 0:
+		s.n_heads = random_integer(random, 700, 900) / s.batch;
+		s.position = any_position_below(trial, 3);
+		break;
+	case 1:
+	case 2:
+	case 3:
+		s.batch = 1;
+		s.n_heads = random_integer(random, 1, 2);
+		s.chunk = random_integer(random, 2, 4);
+		s.position = any_position_below(trial, 3000);
+	}
 
 	s.groups = any_divisor(trial, s.n_heads);
 	s.scale = (float)(1 / sqrt((double)s.d_head));
@@ -669,6 +733,7 @@ static bool rat_step_case(struct trial *trial)
 	struct reference_rat_step s = any_rat_step(trial);
 	int64_t width = s.n_heads * s.d_head, n = s.batch * width;
 	bool seen[MAX_SLOTS] = {false}, first = s.position % s.chunk == 0;
+	bool by_head = random_bool(&trial->random);
 
 	for (int64_t c = 0; c < s.position / s.chunk; c++)
 		seen[c] = true;
@@ -681,9 +746,9 @@ static bool rat_step_case(struct trial *trial)
 	struct tensor *k_state = any_state(trial, s.batch, width, first);
 	struct tensor *v_state = any_state(trial, s.batch, width, first);
 	struct tensor *k_chunk =
-	        any_cache(trial, s.batch, s.chunk_slots, s.n_heads, s.d_head, seen);
+	        any_cache(trial, by_head, s.batch, s.chunk_slots, s.n_heads, s.d_head, seen);
 	struct tensor *v_chunk =
-	        any_cache(trial, s.batch, s.chunk_slots, s.n_heads, s.d_head, seen);
+	        any_cache(trial, by_head, s.batch, s.chunk_slots, s.n_heads, s.d_head, seen);
 	struct tensor *position = any_position(trial, s.position);
 	struct tensor *out = trial_output(trial, s.batch, 1, s.n_heads, s.d_head);
 	double *expected = trial_doubles(trial, n), *kt = trial_doubles(trial, n);

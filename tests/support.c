@@ -389,6 +389,17 @@ struct tensor *trial_input_values(struct trial *trial, int64_t batch, int64_t to
 	return as_input(trial, random_view(trial, batch, tokens, heads, width), values);
 }
 
+struct tensor *trial_by_head_values(struct trial *trial, int64_t batch, int64_t tokens,
+                                    int64_t heads, int64_t width, const double *values)
+{
+	int64_t shape[4] = {batch, tokens, heads, width};
+
+	return as_input(trial,
+	                new_tensor(trial, trial->backend->activation, shape, heads * tokens * width,
+	                           width, tokens * width),
+	                values);
+}
+
 struct tensor *trial_output(struct trial *trial, int64_t batch, int64_t tokens, int64_t heads,
                             int64_t width)
 {

@@ -112,6 +112,9 @@ struct tensor *trial_input(struct trial *trial, int64_t batch, int64_t tokens, i
 /* The same with given values (contiguous; kept by the caller). */
 struct tensor *trial_input_values(struct trial *trial, int64_t batch, int64_t tokens, int64_t heads,
                                   int64_t width, const double *values);
+/* The same, each head's rows side by side ([batch][heads][tokens][width]) without gaps. */
+struct tensor *trial_by_head_values(struct trial *trial, int64_t batch, int64_t tokens,
+                                    int64_t heads, int64_t width, const double *values);
 struct tensor *trial_output(struct trial *trial, int64_t batch, int64_t tokens, int64_t heads,
                             int64_t width);
 /* Contiguous ones, [rows, width], of any type. */

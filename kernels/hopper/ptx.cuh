@@ -74,6 +74,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity)
 	             : "memory");
 }
 
+/*
+ * Adds one to a counter in global memory, or sets it to zero if it is `last`;
+ * returns what it was. Releases this block's writes before it (those of other
+ * threads behind a barrier) and acquires those of the increments before.
+ */
+__device__ __forceinline__ int increment_wrapping(unsigned int *counter, int last)
+{
+	int before;
+
+	asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+	             : "=r"(before)
+	             : "l"(counter), "r"(last)
+	             : "memory");
+	return before;
+}
+
 /* ---- named barriers: 16 per block, 0 is __syncthreads; `threads` counts arrivers and waiters. */
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads)
@@ -132,6 +148,25 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void *global, u
 	asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
 	             "[%0], [%1], %2, [%3];" ::"r"(shared),
 	             "l"(global), "r"(bytes), "r"(barrier)
+	             : "memory");
+}
+
+/* For bulk_load: what is read once leaves the L2 cache before anything else. */
+__device__ __forceinline__ uint64_t policy_evict_first()
+{
+	uint64_t policy;
+
+	asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+	return policy;
+}
+
+/* The same under an L2 policy. */
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void *global, uint32_t bytes,
+                                          uint32_t barrier, uint64_t policy)
+{
+	asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+	             ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+	             "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
 	             : "memory");
 }
 
@@ -339,6 +374,20 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t *a, uint
 	               "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
 	               "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
+}
+
+/*
+ * d (16 x 8) += A (16 x 16) B (16 x 8), bf16 operands, a warp. Lane l, g = l / 4, c = l % 4: a0, a1
+ * = rows g, g + 8 of columns 2c, 2c + 1, a2, a3 of columns 2c + 8, 2c + 9; b0, b1 = the same of B's
+ * column g; d[0], d[1] = row g, columns 2c, 2c + 1, d[2], d[3] of row g + 8.
+ */
+__device__ __forceinline__ void mma_16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                          uint32_t a3, uint32_t b0, uint32_t b1)
+{
+	asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+	             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+	             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 /* ---- arithmetic */

@@ -5,11 +5,10 @@
  *
  * A block is a producer warp, which streams tiles of 64 keys and values into a
  * two-stage ring with bulk copies, and four consumer warps, which take sixteen
- * keys of each tile: d/8 lanes share a key, 16 bytes each. The tiles of all
- * (sequence, head) pairs form one line, cut into chunks that blocks draw by
- * ticket: multiprocessors do not all get the same bandwidth, so equal parts
- * would end with the slowest. Chunks are whole pairs where there are enough of
- * them; a pair that is cut is put together by whichever chunk finishes last.
+ * keys of each tile: d/8 lanes share a key, 16 bytes each. Blocks draw their
+ * work by ticket, since multiprocessors do not all get the same bandwidth: whole
+ * (sequence, head) pairs first, then pieces of the last pairs, so that all
+ * blocks end together. The piece that is done last merges all of its pair.
  *
  * The rows of the new token travel the same way, in a ring of their own, so that
  * no pair begins with a trip to memory.
@@ -20,13 +19,22 @@
  *
  * What was tried (one H200; attention, B = 512, T = 256 / 4096, then RAT with L = 16, T = 4096;
  * TB/s of cache; cuDNN 9.19 reads 4.28 / 4.68):
- *   equal parts of the line, rows of the token loaded by the consumers  3.93 / 4.55   3.40
+ *   equal parts of the line of all tiles, rows of the token loaded by the consumers
+ *                                                                      3.93 / 4.55   3.40
  *   rows of the token through a ring of their own
  *     (predicted: RAT's per-pair pauses hidden, +20%)                    -0.2% / -2%  +10%
- *   chunks by ticket, 8 a block (predicted: +2%, no slow last block)     4.06 / 4.59  3.96
+ *   chunks of the line by ticket, 8 a block (predicted: +2%, no slow last block)
+ *                                                                      4.06 / 4.59  3.96
  *   tiles of 64 keys, two stages, 16 chunks a block                      4.14 / 4.64  4.02
- * Ring shapes of 32 to 128 keys and two or three blocks a multiprocessor differ by under 1%.
+ * and, where cuDNN reads 4.16 / 4.57 and the last of the above 4.20 / 4.57 and 4.02:
+ *   counters that reset themselves, only the last pairs cut, copies that leave the L2 cache first
+ *     (predicted: +1%, +1%, nothing; the copies' policy alone is +4% / +0.5%;
+ *     pieces of one or two tiles cost 2% at T = 256)                    4.43 / 4.61  4.31
+ * B = 1, RAT at T = 131072: 34.9 us; with one piece a block, all warps merging, and the gate's bias
+ * in the header 27.1 us, of which 15 are the bytes. Ring shapes of 32 to 128 keys and one to three
+ * blocks a multiprocessor differ by under 1% where there is much to read.
  */
+#include <algorithm>
 #include <cuda_runtime.h>
 #include <math.h>
 
@@ -42,7 +50,13 @@ namespace
 
 constexpr int TILE = 64, STAGES = 2, HEADERS = 2, BLOCKS_PER_SM = 3;
 constexpr int CONSUMER_WARPS = 4, CONSUMERS = CONSUMER_WARPS * 32, THREADS = CONSUMERS + 32;
-constexpr int CHUNKS_PER_BLOCK = 16, CHUNKS_PER_PAIR = 16;
+/*
+ * Where there is a pair for every block, the last ones are cut into TAIL_PIECES so that all blocks
+ * end together. Fewer pairs are all cut: each block gets up to ROUNDS pieces, of at least SHORTEST
+ * tiles where one round would do, and no pair more than MAX_PIECES.
+ */
+constexpr int TAIL_PIECES = 8, ROUNDS = 32, SHORTEST = 8, MAX_PIECES = 64;
+constexpr int MAX_BLOCKS = 1024;
 constexpr float LOG2E = 1.44269504f;
 
 struct bf16_view {
@@ -63,9 +77,18 @@ struct parameters {
 	bf16_view q, k, v, z, gate, k_cache, v_cache, out;
 	const float *gate_bias;
 	float *k_state, *v_state;
-	float *partials;      /* [2 * chunks][d + 2] */
-	unsigned int *counts; /* [pairs], then the ticket; zero at the start */
+	int cut;           /* how many pairs are cut */
+	int pieces, round; /* into how many pieces: at most, and for each block to have one */
+	float *partials;   /* [cut * pieces][d + 2] */
 };
+
+/*
+ * Tickets drawn, and pieces of each cut pair that are done. Each counter wraps
+ * to zero with the last increment of a launch, so no launch has to clear them;
+ * a launch that fails to end takes the whole module with it. Launches must not
+ * overlap: the backend has one stream.
+ */
+__device__ unsigned int ticket, pieces_done[MAX_BLOCKS];
 
 /* The keys of earlier tokens: `count` of them, in slots first, first + 1, ... modulo slots. */
 struct history {
@@ -87,35 +110,64 @@ template <bool RAT> __device__ history history_at(const parameters &p, int posit
 	return h;
 }
 
-/* The line of all tiles, `pairs` times tiles, in chunks of `chunk` tiles. */
-struct line {
-	int64_t tiles, chunk;
-	int chunks;
+/* Chunks of work, drawn in this order: `whole` pairs, then the pieces, `length` tiles each, of the
+ * rest. */
+struct schedule {
+	int whole, pieces, length, chunks;
 };
 
-__device__ __forceinline__ line line_of(const parameters &p, const history &past)
+__device__ __forceinline__ schedule schedule_of(const parameters &p, const history &past)
 {
-	const int64_t blocks = gridDim.x;
-	/* Many chunks even out the load, but those of one pair must be merged again. */
-	const int64_t most = min(CHUNKS_PER_BLOCK * blocks,
-	                         max(blocks, static_cast<int64_t>(CHUNKS_PER_PAIR) * p.pairs));
-	line l;
+	schedule s;
 
-	l.tiles = static_cast<int64_t>(p.pairs) * past.tiles;
-	l.chunk = (l.tiles + most - 1) / most;
-	if (2 * p.pairs >= CHUNKS_PER_BLOCK * blocks)
-		l.chunk = (l.chunk + past.tiles - 1) / past.tiles * past.tiles;
-	l.chunks = static_cast<int>((l.tiles + l.chunk - 1) / l.chunk);
-	return l;
+	s.whole = p.pairs - p.cut;
+	s.length = max((past.tiles + p.pieces - 1) / p.pieces,
+	               min((past.tiles + p.round - 1) / p.round, SHORTEST));
+	s.pieces = (past.tiles + s.length - 1) / s.length;
+	s.chunks = s.whole + p.cut * s.pieces;
+	return s;
 }
+
+/* Tiles [first, end) of one pair; a negative pair: no more work. */
+struct work {
+	int pair, first, end;
+};
+
+__device__ __forceinline__ work chunk_at(const schedule &s, const history &past, int chunk)
+{
+	if (chunk < s.whole)
+		return {chunk, 0, past.tiles};
+	const int cut = (chunk - s.whole) / s.pieces;
+	const int first = (chunk - s.whole - cut * s.pieces) * s.length;
+
+	return {s.whole + cut, first, min(first + s.length, past.tiles)};
+}
+
+/*
+ * Rows of a header, D*2 bytes each, but those of floats D*4; the last says what
+ * is to be done.
+ */
+enum {
+	ROW_Q,
+	ROW_K,
+	ROW_V,
+	ROW_Z,
+	ROW_GATE,
+	ROW_BIAS,
+	ROW_K_STATE = 7,
+	ROW_V_STATE = 9,
+	ROW_WORK = 11,
+	HEADER_ROWS
+};
 
 template <int D> struct shared_layout {
 	static constexpr int HALF = TILE * D * 2; /* bytes of a stage's keys, then its values */
 	static constexpr int HEADERS_AT = STAGES * 2 * HALF;
-	static constexpr int BARRIERS = HEADERS_AT + HEADERS * 10 * D * 2;
+	static constexpr int BARRIERS = HEADERS_AT + HEADERS * HEADER_ROWS * D * 2;
 	static constexpr int TABLE = BARRIERS + 2 * (STAGES + HEADERS) * 8; /* cos, sin [D/2] */
 	static constexpr int MERGE = TABLE + D * 4; /* [warps][D + 2] floats */
-	static constexpr int BYTES = MERGE + CONSUMER_WARPS * (D + 2) * 4 + 16;
+	static constexpr int FLAG = MERGE + CONSUMER_WARPS * (D + 2) * 4;
+	static constexpr int BYTES = FLAG + 16;
 };
 
 /* Barriers, 8 bytes each. */
@@ -125,9 +177,6 @@ enum {
 	BAR_HEADER_FULL = BAR_EMPTY + STAGES,
 	BAR_HEADER_EMPTY = BAR_HEADER_FULL + HEADERS
 };
-
-/* Rows of a header, D*2 bytes each but the states' D*4; the last says what is to be done. */
-enum { ROW_Q, ROW_K, ROW_V, ROW_Z, ROW_GATE, ROW_K_STATE, ROW_V_STATE = 7, ROW_WORK = 9 };
 
 /* Position in a ring of n slots; a full trip flips the parity. */
 template <int n> struct ring {
@@ -143,22 +192,28 @@ template <int n> struct ring {
 	}
 };
 
-/* What the new token brings for one pair. */
+/* What the new token brings for one pair; all pieces need q and z, only the first the rest. */
 template <int D, bool RAT>
-__device__ __forceinline__ void load_header(const parameters &p, int b, int h, uint32_t header,
+__device__ __forceinline__ void load_header(const parameters &p, const work &w, uint32_t header,
                                             uint32_t full)
 {
+	const int b = w.pair / p.n_heads, h = w.pair - b * p.n_heads;
+	const bool token = w.first == 0;
 	const int bytes = D * 2;
 
-	barrier_arrive_expect(full, (RAT ? 9 : 3) * bytes);
+	barrier_arrive_expect(full, (token ? RAT ? 11 : 3 : RAT ? 2 : 1) * bytes);
 	bulk_load(header + ROW_Q * bytes, p.q.at(b, h % p.q_heads), bytes, full);
+	if (RAT)
+		bulk_load(header + ROW_Z * bytes, p.z.at(b, h), bytes, full);
+	if (!token)
+		return;
 	bulk_load(header + ROW_K * bytes, p.k.at(b, h % p.q_heads), bytes, full);
 	bulk_load(header + ROW_V * bytes, p.v.at(b, h), bytes, full);
 	if (RAT) {
 		const int64_t state = (static_cast<int64_t>(b) * p.n_heads + h) * D;
 
-		bulk_load(header + ROW_Z * bytes, p.z.at(b, h), bytes, full);
 		bulk_load(header + ROW_GATE * bytes, p.gate.at(b, h), bytes, full);
+		bulk_load(header + ROW_BIAS * bytes, p.gate_bias + h * D, 2 * bytes, full);
 		bulk_load(header + ROW_K_STATE * bytes, p.k_state + state, 2 * bytes, full);
 		bulk_load(header + ROW_V_STATE * bytes, p.v_state + state, 2 * bytes, full);
 	}
@@ -167,19 +222,15 @@ __device__ __forceinline__ void load_header(const parameters &p, int b, int h, u
 /* `count` rows of a ring of slots, from `slot` on. */
 template <int D>
 __device__ __forceinline__ void load_rows(uint32_t shared, const __nv_bfloat16 *cache, int slot,
-                                          int count, int slots, uint32_t full)
+                                          int count, int slots, uint32_t full, uint64_t policy)
 {
 	const int straight = min(count, slots - slot);
 
-	bulk_load(shared, cache + static_cast<int64_t>(slot) * D, straight * D * 2, full);
+	bulk_load(shared, cache + static_cast<int64_t>(slot) * D, straight * D * 2, full, policy);
 	if (count > straight)
-		bulk_load(shared + straight * D * 2, cache, (count - straight) * D * 2, full);
+		bulk_load(shared + straight * D * 2, cache, (count - straight) * D * 2, full,
+		          policy);
 }
-
-/* Tiles [first, end) of one pair; a negative pair: no more work. */
-struct work {
-	int pair, first, end;
-};
 
 template <int D> __device__ __forceinline__ void post_work(uint32_t header, const work &w)
 {
@@ -201,6 +252,7 @@ template <int D, bool RAT> struct producer {
 	const parameters &p;
 	const history &past;
 	uint32_t shared;
+	uint64_t policy;
 	ring<STAGES> stage;
 	ring<HEADERS> header;
 
@@ -211,13 +263,14 @@ template <int D, bool RAT> struct producer {
 
 	__device__ void post(const work &w)
 	{
-		const uint32_t rows = shared + layout::HEADERS_AT + header.slot * 10 * D * 2;
+		const uint32_t rows =
+		        shared + layout::HEADERS_AT + header.slot * HEADER_ROWS * D * 2;
 		const uint32_t full = barrier(BAR_HEADER_FULL + header.slot);
 
 		barrier_wait(barrier(BAR_HEADER_EMPTY + header.slot), header.parity ^ 1);
 		post_work<D>(rows, w);
 		if (w.pair >= 0)
-			load_header<D, RAT>(p, w.pair / p.n_heads, w.pair % p.n_heads, rows, full);
+			load_header<D, RAT>(p, w, rows, full);
 		else
 			barrier_arrive(full);
 		header.advance();
@@ -237,8 +290,9 @@ template <int D, bool RAT> struct producer {
 			barrier_wait(barrier(BAR_EMPTY + stage.slot), stage.parity ^ 1);
 			barrier_arrive_expect(full, count * D * 4);
 			if (count > 0) {
-				load_rows<D>(keys, k, slot, count, p.slots, full);
-				load_rows<D>(keys + layout::HALF, v, slot, count, p.slots, full);
+				load_rows<D>(keys, k, slot, count, p.slots, full, policy);
+				load_rows<D>(keys + layout::HALF, v, slot, count, p.slots, full,
+				             policy);
 			}
 			stage.advance();
 		}
@@ -246,27 +300,18 @@ template <int D, bool RAT> struct producer {
 };
 
 template <int D, bool RAT>
-__device__ __forceinline__ void produce(const parameters &p, const history &past, const line &all,
+__device__ __forceinline__ void produce(const parameters &p, const history &past, const schedule &s,
                                         uint32_t shared)
 {
-	producer<D, RAT> out = {p, past, shared, {}, {}};
+	producer<D, RAT> out = {p, past, shared, policy_evict_first(), {}, {}};
 
-	for (int chunk = blockIdx.x; chunk < all.chunks;) {
-		const int next = gridDim.x + atomicAdd(p.counts + p.pairs, 1);
-		const int64_t end = min((chunk + 1) * all.chunk, all.tiles);
-		int64_t tile = chunk * all.chunk;
+	/* Every chunk taken draws one ticket: s.chunks in all, after which the counter is zero. */
+	for (int chunk = blockIdx.x; chunk < s.chunks;) {
+		const int next = gridDim.x + atomicInc(&ticket, s.chunks - 1);
+		const work w = chunk_at(s, past, chunk);
 
-		while (tile < end) {
-			const int pair = static_cast<int>(tile / past.tiles);
-			const int64_t pair_begin = static_cast<int64_t>(pair) * past.tiles;
-			const int64_t stop = min(pair_begin + past.tiles, end);
-			const work w = {pair, static_cast<int>(tile - pair_begin),
-			                static_cast<int>(stop - pair_begin)};
-
-			out.post(w);
-			out.stream(w);
-			tile = stop;
-		}
+		out.post(w);
+		out.stream(w);
 		chunk = next;
 	}
 	out.post({-1, 0, 0});
@@ -395,12 +440,13 @@ __device__ __forceinline__ void take_token(const parameters &p, int b, int h, in
 	if (RAT) {
 		const int64_t state = (static_cast<int64_t>(b) * p.n_heads + h) * D + channel;
 		const int offset = position % p.chunk;
-		float g[8];
+		float g[8], bias[8];
 
 		load_eight(g, header + (ROW_GATE * D + channel) * 2);
+		load_eight_floats(bias, header + ROW_BIAS * D * 2 + channel * 4);
 #pragma unroll
 		for (int i = 0; i < 8; i++)
-			g[i] = 1.0f / (1.0f + __expf(-g[i] - p.gate_bias[h * D + channel + i]));
+			g[i] = 1.0f / (1.0f + __expf(-g[i] - bias[i]));
 		update_state(p.k_state + state, k, g, header + ROW_K_STATE * D * 2 + channel * 4,
 		             offset == 0, write);
 		update_state(p.v_state + state, v, g, header + ROW_V_STATE * D * 2 + channel * 4,
@@ -502,55 +548,56 @@ __device__ __forceinline__ void merge_block(partial &mine, float *scratch, int w
 	}
 }
 
-/* Joins the parts of a pair that several chunks share. True in the block that has it all. */
+/*
+ * Puts this piece of a cut pair, which warp 0 holds, beside the others. True,
+ * in all warps, if it was the last: then `mine` is this lane's share of all.
+ */
 template <int D>
-__device__ __forceinline__ bool merge_grid(const parameters &p, partial &mine, const line &all,
-                                           const history &past, const work &w, int lane)
+__device__ __forceinline__ bool merge_pieces(const parameters &p, partial &mine, const schedule &s,
+                                             const work &w, uint32_t flag, int warp, int lane)
 {
-	const int64_t pair_begin = static_cast<int64_t>(w.pair) * past.tiles;
-	const int first = static_cast<int>(pair_begin / all.chunk);
-	const int last = static_cast<int>((pair_begin + past.tiles - 1) / all.chunk);
-	const int ours = static_cast<int>((pair_begin + w.first) / all.chunk);
-	const int channel = lane % (D / 8) * 8;
-	/* A chunk has two slots: for the pair its first cut falls into, and for the one of its
-	 * last. */
-	const auto slot = [&](int chunk) {
-		const int tail = chunk * all.chunk <= pair_begin;
+	constexpr int GROUPS = 32 / (D / 8);
+	const int cut = w.pair - s.whole, channel = lane % (D / 8) * 8;
+	const float *const all = p.partials + static_cast<int64_t>(cut) * s.pieces * (D + 2);
 
-		return p.partials + static_cast<int64_t>(2 * chunk + tail) * (D + 2);
-	};
-	int arrived = 0;
+	if (warp == 0) {
+		float *target =
+		        p.partials +
+		        (static_cast<int64_t>(cut) * s.pieces + w.first / s.length) * (D + 2);
 
-	if (first == last)
-		return true;
-	if (lane < D / 8) {
-		float *target = slot(ours);
+		if (lane < D / 8) {
 #pragma unroll
-		for (int i = 0; i < 8; i++)
-			__stcg(target + channel + i, mine.o[i]);
-		if (lane == 0) {
-			__stcg(target + D, mine.max);
-			__stcg(target + D + 1, mine.sum);
+			for (int i = 0; i < 8; i += 2)
+				__stcg(reinterpret_cast<float2 *>(target + channel + i),
+				       make_float2(mine.o[i], mine.o[i + 1]));
+			if (lane == 0)
+				__stcg(reinterpret_cast<float2 *>(target + D),
+				       make_float2(mine.max, mine.sum));
 		}
+		__syncwarp();
+		if (lane == 0)
+			shared_store(flag, increment_wrapping(pieces_done + cut, s.pieces - 1) ==
+			                           s.pieces - 1);
 	}
-	__threadfence();
-	__syncwarp();
-	if (lane == 0)
-		arrived = static_cast<int>(atomicAdd(p.counts + w.pair, 1));
-	arrived = __shfl_sync(~0u, arrived, 0);
-	if (arrived != last - first)
+	named_barrier_sync(1, CONSUMERS);
+	if (!shared_load(flag))
 		return false;
-	__threadfence();
-	/* In the order of the chunks, ours among them, so that the result is always the same. */
+	/* Each piece is always taken by the same lanes, so that the result is always the same. */
 	mine = {-INFINITY, 0, {}};
-#pragma unroll 8
-	for (int chunk = first; chunk <= last; chunk++) {
-		const float *other = slot(chunk);
+#pragma unroll 4
+	for (int piece = warp * GROUPS + lane / (D / 8); piece < s.pieces;
+	     piece += CONSUMER_WARPS * GROUPS) {
+		const float2 *other = reinterpret_cast<const float2 *>(all + piece * (D + 2));
+		const float2 weight = __ldcg(other + D / 2);
 		float o[8];
 #pragma unroll
-		for (int i = 0; i < 8; i++)
-			o[i] = __ldcg(other + channel + i);
-		merge(mine, __ldcg(other + D), __ldcg(other + D + 1), o);
+		for (int i = 0; i < 8; i += 2) {
+			const float2 two = __ldcg(other + (channel + i) / 2);
+
+			o[i] = two.x;
+			o[i + 1] = two.y;
+		}
+		merge(mine, weight.x, weight.y, o);
 	}
 	return true;
 }
@@ -578,7 +625,7 @@ __device__ __forceinline__ void write_out(const parameters &p, partial &mine, in
 }
 
 template <int D, bool RAT>
-__device__ __forceinline__ void consume(const parameters &p, const history &past, const line &all,
+__device__ __forceinline__ void consume(const parameters &p, const history &past, const schedule &s,
                                         int position, uint32_t shared, const float *table,
                                         float *scratch)
 {
@@ -591,7 +638,8 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 	ring<HEADERS> header;
 
 	while (true) {
-		const uint32_t rows = shared + layout::HEADERS_AT + header.slot * 10 * D * 2;
+		const uint32_t rows =
+		        shared + layout::HEADERS_AT + header.slot * HEADER_ROWS * D * 2;
 		partial mine = {-INFINITY, 0, {}};
 		float q[8];
 
@@ -622,7 +670,13 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 			stage.advance();
 		}
 		merge_block<D>(mine, scratch, warp, lane);
-		if (warp == 0 && merge_grid<D>(p, mine, all, past, w, lane))
+		bool done = w.pair < s.whole || s.pieces == 1;
+		if (!done) {
+			done = merge_pieces<D>(p, mine, s, w, shared + layout::FLAG, warp, lane);
+			if (done)
+				merge_block<D>(mine, scratch, warp, lane);
+		}
+		if (warp == 0 && done)
 			write_out<D, RAT>(p, mine, b, h, rows, lane);
 		__syncwarp();
 		if (lane == 0)
@@ -656,8 +710,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	float *table = reinterpret_cast<float *>(memory + layout::TABLE);
 	float *scratch = reinterpret_cast<float *>(memory + layout::MERGE);
 	const int position = *p.position;
-	const history past = history_at<RAT>(p, position);
-	const line all = line_of(p, past);
 
 	if (threadIdx.x == 0) {
 		const uint32_t barriers = shared + layout::BARRIERS;
@@ -673,20 +725,40 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 		barrier_init_fence();
 	}
 	__syncthreads();
+	const history past = history_at<RAT>(p, position);
+	const schedule s = schedule_of(p, past);
+
 	if (threadIdx.x >= CONSUMERS) {
 		if (threadIdx.x == CONSUMERS)
-			produce<D, RAT>(p, past, all, shared);
+			produce<D, RAT>(p, past, s, shared);
 		return;
 	}
 	if (p.rope)
 		fill_table<D>(table, RAT ? position / p.chunk : position);
 	named_barrier_sync(1, CONSUMERS);
-	consume<D, RAT>(p, past, all, position, shared, table, scratch);
+	consume<D, RAT>(p, past, s, position, shared, table, scratch);
 }
 
-int block_count()
+/* How many blocks, how many pairs are cut, and into how many pieces (see parameters). */
+struct split {
+	int blocks, cut, pieces, round;
+};
+
+split split_of(int64_t pairs)
 {
-	return BLOCKS_PER_SM * cuda_sm_count();
+	split s;
+
+	s.blocks = std::min(BLOCKS_PER_SM * cuda_sm_count(), MAX_BLOCKS);
+	s.cut = static_cast<int>(std::min<int64_t>(pairs, s.blocks));
+	s.round = s.blocks / s.cut;
+	s.pieces = TAIL_PIECES;
+	if (pairs < s.blocks) {
+		const int rounds = std::min(MAX_PIECES * s.cut / s.blocks, ROUNDS);
+
+		s.pieces = std::max(rounds * s.blocks / s.cut, std::min(s.round, MAX_PIECES));
+		s.round = std::min(s.round, s.pieces);
+	}
+	return s;
 }
 
 template <int D, bool RAT> enum status launch(const parameters &p)
@@ -695,8 +767,7 @@ template <int D, bool RAT> enum status launch(const parameters &p)
 
 	CUDA_TRY(cudaFuncSetAttribute(step_kernel<D, RAT>,
 	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	CUDA_TRY(cudaMemsetAsync(p.counts, 0, (p.pairs + 1) * sizeof *p.counts, cuda_stream()));
-	step_kernel<D, RAT><<<block_count(), THREADS, bytes, cuda_stream()>>>(p);
+	step_kernel<D, RAT><<<split_of(p.pairs).blocks, THREADS, bytes, cuda_stream()>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
@@ -706,9 +777,14 @@ bf16_view of(const struct view &v)
 	return {static_cast<__nv_bfloat16 *>(v.data), v.batch, v.head};
 }
 
+bool aligned(const void *data)
+{
+	return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
 bool aligned(const struct view &v)
 {
-	return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.batch % 8 == 0 && v.head % 8 == 0;
+	return aligned(v.data) && v.batch % 8 == 0 && v.head % 8 == 0;
 }
 
 const char *unsupported_shape(int64_t d_head, const struct view *k_cache,
@@ -725,23 +801,21 @@ const char *unsupported_shape(int64_t d_head, const struct view *k_cache,
 	return NULL;
 }
 
-/* The counts of the pairs and the ticket, rounded up. */
-size_t counts_bytes(int64_t pairs)
-{
-	return ((pairs + 1) * sizeof(unsigned int) + 255) / 256 * 256;
-}
-
 size_t workspace_bytes(int64_t pairs, int64_t d_head)
 {
-	return counts_bytes(pairs) +
-	       2 * CHUNKS_PER_BLOCK * block_count() * (d_head + 2) * sizeof(float);
+	const split s = split_of(pairs);
+
+	return static_cast<size_t>(s.cut) * s.pieces * (d_head + 2) * sizeof(float);
 }
 
 void place_workspace(parameters &p, void *workspace)
 {
-	p.counts = static_cast<unsigned int *>(workspace);
-	p.partials =
-	        reinterpret_cast<float *>(static_cast<char *>(workspace) + counts_bytes(p.pairs));
+	const split s = split_of(p.pairs);
+
+	p.cut = s.cut;
+	p.pieces = s.pieces;
+	p.round = s.round;
+	p.partials = static_cast<float *>(workspace);
 }
 
 } // namespace
@@ -789,7 +863,8 @@ extern "C" const char *hopper_rat_step_unsupported(const void *args)
 	const struct rat_step_args *a = static_cast<const struct rat_step_args *>(args);
 
 	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->z) ||
-	    !aligned(a->gate) || !aligned(a->out))
+	    !aligned(a->gate) || !aligned(a->out) || !aligned(a->gate_bias) ||
+	    !aligned(a->k_state) || !aligned(a->v_state))
 		return "views must be 16-byte aligned";
 	return unsupported_shape(a->d_head, &a->k_chunk, &a->v_chunk);
 }
