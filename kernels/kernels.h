@@ -454,7 +454,7 @@ struct short_conv_args {
 	const float *weight; /* [channels, CONV_WIDTH]; the last is the token's own */
 	const float *bias;   /* [channels] */
 	void *out;           /* out [B*T, channels] */
-	void *history;       /* out [B, CONV_HISTORY, channels]: the last x, oldest first, or NULL */
+	void *history; /* out [B, CONV_HISTORY, channels]: the last x, oldest first, or NULL */
 };
 
 struct short_conv_backward_args {

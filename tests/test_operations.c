@@ -94,8 +94,8 @@ static size_t add_tests(struct CMUnitTest *tests, struct subject *subjects, size
 
 int main(int argc, char **argv)
 {
-	const struct operation_test *const lists[] = {dense_tests, attention_tests, recurrent_tests,
-	                                              matrix_tests, family_tests, NULL};
+	const struct operation_test *const lists[] = {
+	        dense_tests, attention_tests, recurrent_tests, matrix_tests, family_tests, NULL};
 	const char *backend = getenv("BACKEND");
 	double factor = argc > 2 ? atof(argv[2]) : 1;
 	struct CMUnitTest tests[MAX_TESTS];

@@ -261,7 +261,8 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	r.time_utc = now;
 	r.requested = v->requested;
 	describe_providers(&v->ctx, provider, sizeof provider, providers, sizeof providers);
-	/* A single operation's is the one asked for, whatever it does and even if it could not run. */
+	/* A single operation's is the one asked for, whatever it does and even if it could not run.
+	 */
 	r.provider = provider[0] || !run->subject->operation ? provider : v->requested;
 	r.providers = providers;
 	r.sm_clock_mhz = after.sm_clock_mhz > 0 ? after.sm_clock_mhz : NAN;
