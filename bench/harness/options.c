@@ -109,7 +109,7 @@ static const struct preset {
           {"batch", "512"},
           {"window", "1024"},
           {"min-time", "0.05"},
-          {"max-time", "1"},
+          {"max-time", "0.5"},
           {"model", "1.3B"},
           {"prompt", "3072"},
           {"memory", "0"},
