@@ -50,9 +50,13 @@ LDLIBS += -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
 SOURCES += $(wildcard kernels/cuda/*.c kernels/cuda/*.cu kernels/portable/*.cu \
 	kernels/hopper/*.cu baselines/*/*.c baselines/*/*.cu)
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
+GPU_TEST_SUPPORT := $(patsubst %,$(BUILD)/%.o,$(wildcard tests/gpu/*.cu))
 NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Werror
 SM90A := -gencode arch=compute_90a,code=sm_90a
 PTX80 := -gencode arch=compute_80,code=compute_80
+# What uses instructions of sm_90a itself is for no other device.
+ARCHITECTURES := $(SM90A) $(PTX80)
+$(BUILD)/kernels/hopper/%.cu.o $(BUILD)/tests/gpu/%.cu.o: ARCHITECTURES := $(SM90A)
 endif
 
 LIBRARY := $(BUILD)/libblocks.a
@@ -82,15 +86,10 @@ $(BUILD)/%.o: %.c $(BUILD)/flags
 	@echo "compile $<"
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
-$(BUILD)/kernels/hopper/%.cu.o: kernels/hopper/%.cu $(BUILD)/flags
-	@mkdir -p $(@D)
-	@echo "compile $<"
-	$(Q)$(NVCC) $(NVCCFLAGS) $(SM90A) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
-
 $(BUILD)/%.cu.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "compile $<"
-	$(Q)$(NVCC) $(NVCCFLAGS) $(SM90A) $(PTX80) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	$(Q)$(NVCC) $(NVCCFLAGS) $(ARCHITECTURES) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 $(LIBRARY): $(OBJECTS)
 $(TEST_LIBRARY): $(TEST_SUPPORT) $(GOLDEN_OBJECTS)
@@ -105,9 +104,10 @@ $(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
 $(BUILD)/golden: $(GOLDEN_OBJECTS)
 $(BUILD)/golden: LDLIBS += -lcjson
 
+$(GPU_TESTS): $(GPU_TEST_SUPPORT)
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
 	@echo "link    $@"
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lcmocka -lcjson $(LDLIBS)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) -lcmocka -lcjson $(LDLIBS)
 
 # The two files below are rewritten only when what they say changes.
 define replace_if_changed
@@ -131,7 +131,7 @@ $(BUILD)/version.h: FORCE
 $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
 
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
-	$(GPU_TESTS:=.d) $(TEST_SUPPORT:.o=.d)
+	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)
 
 # Targets a newcomer types. They fetch what is missing first, then build in parallel.
 PARALLEL := $(shell nproc 2>/dev/null || echo 1)

@@ -165,16 +165,27 @@ struct attention_trial {
 	double *expected, *expected_ungated, *expected_lse;
 };
 
-/* Sizes, mask and options. */
-static void any_attention_shape(struct trial *trial, struct attention_args *a)
+/* Often a length about which tiles of queries or keys end. */
+static int64_t any_sequence(struct trial *trial)
+{
+	static const int64_t edges[] = {63, 65, 127, 128, 129, 191, 193, 255, 256, 257};
+
+	if (random_integer(&trial->random, 0, 3) == 0)
+		return random_choice(&trial->random, edges, sizeof edges / sizeof *edges);
+	return any_length(trial, 300);
+}
+
+/* Sizes, mask and options; `may_be_long`: now and then dozens of tiles, the last one cut. */
+static void any_attention_shape(struct trial *trial, struct attention_args *a, bool may_be_long)
 {
 	struct random *random = &trial->random;
+	const bool is_long = may_be_long && random_integer(random, 0, 79) == 0;
 
-	a->batch = random_integer(random, 1, 3);
-	a->n_heads = random_integer(random, 1, 4);
+	a->batch = is_long ? 1 : random_integer(random, 1, 3);
+	a->n_heads = is_long ? 1 : random_integer(random, 1, 4);
 	a->q_heads = a->n_heads;
-	a->d_head = any_attention_head(trial);
-	a->seq_len = a->kv_len = any_length(trial, 300);
+	a->d_head = is_long ? 64 : any_attention_head(trial);
+	a->seq_len = a->kv_len = is_long ? 4095 : any_sequence(trial);
 	a->mask = (enum mask)random_integer(random, MASK_CAUSAL, MASK_FULL);
 	/* From the token alone to more than there are. */
 	a->window = random_integer(random, 0, random_bool(random) ? 20 : 2 * a->seq_len);
@@ -259,7 +270,7 @@ static struct attention_trial new_attention(struct trial *trial, bool train)
 	double spread = random_integer(&trial->random, 0, 4) == 0 ? 40 : 1;
 	bool want_lse = train || random_bool(&trial->random);
 
-	any_attention_shape(trial, a);
+	any_attention_shape(trial, a, !train);
 	any_attention_inputs(trial, &x, spread);
 	bool want_ungated = random_bool(&trial->random) || (train && x.gate);
 	x.tolerance_scale = spread > 1 ? 5 : 1;

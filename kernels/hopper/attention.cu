@@ -1,17 +1,26 @@
 /*
  * Attention forward for sm_90a: d = 64 or 128, bf16 in and out, fp32 softmax.
  *
- * One persistent kernel for every mask. A block is a producer warp and two
- * consumer warpgroups of 64 query rows each; keys and values stream through
- * two-stage rings in tiles of 128. Each mask is an interval of visible keys
- * per query, so only tiles that an end of the interval cuts pay for masking.
+ * One persistent kernel for every mask. A block is a producer warpgroup and two
+ * consumer warpgroups (d = 64: three) of 64 query rows each; keys and values
+ * stream through two-stage rings in tiles of 128. Each mask is an interval of
+ * visible keys per query, so only tiles that an end of the interval cuts pay
+ * for masking. Where all keys fit in the rings (T = 4096 in chunks of 16) they
+ * stay there for several query tiles, and the warpgroups go their own ways.
  *
- *   producer   ticket -> tile; TMA: K, Q, then K and V alternately, and for RAT
- *              the own values (through the K ring) and the gates (the V ring)
+ *   warp 0     ticket -> unit of query tiles; TMA: K and V alternately
+ *   warp 1 + w serves consumer warpgroup w: fetches queries and, for RAT, own
+ *              values and gates of its next 64 rows, sends off its outputs
  *   consumer   S = Q K(n); O += P V(n+1) issued behind it; softmax of S while
- *              the second product runs
+ *              the second product runs. O begins as the own value; the outputs
+ *              take the place of the gates in shared memory
  *
- * Tiles are handed out longest first, heads in groups whose keys and values
+ * The softmax keeps the maximum it has: a power that is large is as good as one
+ * below 1 until it nears the end of fp32. Only where the powers of a tile sum
+ * to over 2^40 are its scores formed again (by mma, which a warp can do alone)
+ * and the maximum moved. So nothing waits for a maximum, and O never moves.
+ *
+ * Units are handed out longest first, heads in groups whose keys and values
  * fit in L2.
  *
  * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s at
@@ -27,11 +36,23 @@
  *     registers moved)                                     580 / 635 / 643
  *   a quarter of the exponentials as cubics on the
  *     multiply-add units (predicted +3%)                   548 / 599 / 598
+ * In another run, cuDNN not beside it:
+ *   the last of these again                                554 / 590 / 642
+ *   rows served by warps of their own                      565 / 622 / 637
+ *   the maximum taken from a constant (wrong: to see what
+ *     it costs)                                            638 / 738 / 704
+ *   the maximum kept until a sum is huge                   632 / 685 / 694
  * The turns cost more than they order: the hardware interleaves two
- * warpgroups well enough by itself. The issue slots, not the exponential unit,
- * are what the products wait for. At d = 64 exponentials and products are
- * equally long, and a third warpgroup hides what is left: 449 -> 477 TFLOP/s at
- * T = 16384 with 32 heads (cuDNN 453).
+ * warpgroups well enough by itself. It was the way from S to the maximum to the
+ * first power that the products waited for: the tensor pipe went from 82% to
+ * 94% of its cycles (ncu, T = 131072). At d = 64 exponentials and products are
+ * equally long, and a third warpgroup hides what is left.
+ *
+ * RAT, L = 16, milliseconds at T = 4096 / 32768 / 131072:
+ *   own values and gates through the rings                 1.78 / 5.06 / 16.0
+ *   rows served by warps of their own                      1.45 / 4.37 / 14.4
+ *   and keys that stay                                     1.24 / 4.33 / 14.2
+ *   and the maximum kept until a sum is huge               1.20 / 4.08 / 13.3
  */
 #include <cuda_runtime.h>
 #include <math.h>
@@ -47,7 +68,10 @@ using namespace hopper;
 namespace
 {
 
-constexpr int TILE_N = 128, STAGES = 2, SCHEDULE_SLOTS = 2;
+/* A sum of powers over this and the maximum is moved; far from where fp32 ends. */
+constexpr float HUGE_SUM = 1099511627776.0f; /* 2^40 */
+
+constexpr int TILE_N = 128, STAGES = 2, SCHEDULE_SLOTS = 4;
 
 /* Of a head width: how many consumer warpgroups, and the registers of a thread of either kind. */
 template <int D> struct shape {
@@ -60,64 +84,86 @@ template <int D> struct shape {
 };
 
 struct parameters {
-	CUtensorMap q, k, v, own_value, gate, out;
+	CUtensorMap q, k, v, own_value, gate, out, ungated;
 	int seq_len, kv_len, n_heads, q_heads, pairs; /* pairs: batch * n_heads */
-	int window, chunk;
+	int window;
+	uint32_t chunk_magic, chunk_shift; /* t / chunk = t * magic >> shift */
 	enum mask mask;
 	float scale_log2; /* scale * log2(e) */
 	const float *own_score;
-	bool has_gate;
+	bool has_gate, has_ungated;
 	float *lse;
-	__nv_bfloat16 *ungated;
-	int64_t ungated_batch, ungated_token, ungated_head;
-	int m_tiles, heads_per_group; /* batch*head pairs whose K and V share L2 */
+	int m_tiles, tiles_per_unit, units_per_pair;
+	int heads_per_group; /* batch*head pairs whose K and V share L2 */
 	int *ticket;
 };
 
-template <int D> struct shared_layout {
-	static constexpr int ROWS_BYTES =
-	        shape<D>::TILE_M * D * 2;                 /* of queries, own values, gates */
-	static constexpr int KEYS_BYTES = TILE_N * D * 2; /* of keys, values */
-	static constexpr int STAGE_BYTES = ROWS_BYTES > KEYS_BYTES ? ROWS_BYTES : KEYS_BYTES;
-	static constexpr int Q = 0;
-	static constexpr int K = Q + ROWS_BYTES;
-	static constexpr int V = K + STAGES * STAGE_BYTES;
-	static constexpr int O = V + STAGES * STAGE_BYTES;
-	static constexpr int BARRIERS = O + ROWS_BYTES;
-	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
-};
-
-/* mbarriers, 8 bytes each, then the tile numbers. */
+/* mbarriers, 8 bytes each; from BAR_ROWS on a set for each consumer warpgroup. */
 enum {
-	BAR_Q_FULL,
-	BAR_Q_EMPTY,
 	BAR_K_FULL,
 	BAR_K_EMPTY = BAR_K_FULL + STAGES,
 	BAR_V_FULL = BAR_K_EMPTY + STAGES,
 	BAR_V_EMPTY = BAR_V_FULL + STAGES,
-	BAR_TILE_FULL = BAR_V_EMPTY + STAGES,
-	BAR_TILE_EMPTY = BAR_TILE_FULL + SCHEDULE_SLOTS,
-	BAR_COUNT = BAR_TILE_EMPTY + SCHEDULE_SLOTS
+	BAR_UNIT_FULL = BAR_V_EMPTY + STAGES,
+	BAR_UNIT_EMPTY = BAR_UNIT_FULL + SCHEDULE_SLOTS,
+	BAR_ROWS = BAR_UNIT_EMPTY + SCHEDULE_SLOTS
 };
 
-/* Position in a ring of n slots; a full trip flips the parity. */
-template <int n> struct ring {
-	int slot = 0;
-	uint32_t parity = 0;
+enum {
+	ROWS_Q_FULL,   /* queries and own scores are there */
+	ROWS_Q_EMPTY,  /* and read */
+	ROWS_OWN_FULL, /* own values are there */
+	ROWS_OWN_EMPTY,
+	ROWS_OUT_READY, /* the last output has left, the gates are there */
+	ROWS_OUT_FULL,  /* outputs may leave */
+	ROWS_COUNT
+};
 
-	__device__ void advance()
+template <int D> struct shared_layout {
+	static constexpr int ROWS_BYTES = 64 * D * 2; /* of a warpgroup's queries, values, gates */
+	static constexpr int KEYS_BYTES = TILE_N * D * 2; /* of keys, values */
+	static constexpr int Q = 0;
+	static constexpr int K = Q + shape<D>::WARPGROUPS * ROWS_BYTES;
+	static constexpr int V = K + STAGES * KEYS_BYTES;
+	static constexpr int OWN = V + STAGES * KEYS_BYTES; /* own values, then O before the gate */
+	static constexpr int OUT = OWN + shape<D>::WARPGROUPS * ROWS_BYTES; /* gates, then O */
+	static constexpr int BARRIERS = OUT + shape<D>::WARPGROUPS * ROWS_BYTES;
+	static constexpr int BARRIER_COUNT = BAR_ROWS + shape<D>::WARPGROUPS * ROWS_COUNT;
+	static constexpr int UNITS = (BARRIERS + BARRIER_COUNT * 8 + 15) / 16 * 16;
+	static constexpr int SCORES = UNITS + 16 * SCHEDULE_SLOTS; /* own scores */
+	static constexpr int BYTES =
+	        SCORES + shape<D>::TILE_M * 4 + 1024; /* 1024: to align the base */
+};
+
+/* Turns of a ring of n (a power of two) slots; a full trip flips the parity. */
+template <int n> struct ring {
+	uint32_t turn = 0;
+
+	__device__ uint32_t slot(uint32_t back = 0) const
 	{
-		if (++slot == n) {
-			slot = 0;
-			parity ^= 1;
-		}
+		return (turn - back) % n;
+	}
+
+	__device__ uint32_t parity(uint32_t back = 0) const
+	{
+		return (turn - back) / n % 2;
 	}
 };
 
-struct tile {
-	int m, b, h;         /* query tile, sequence, head */
-	int n_first, n_last; /* key tiles, visited from the first down to the last; none if first <
-	                        last */
+/* What one ticket stands for: `count` query tiles of a sequence and head, from tile m down. */
+struct unit {
+	int m, count, pair;
+};
+
+/* Key tiles that a query tile sees, visited from the first down to the last; none if first < last.
+ */
+struct span {
+	int first, last;
+};
+
+/* Where the 64 rows of a warpgroup are. */
+struct place {
+	int token, b, h;
 };
 
 /* First and last visible key of query t; none visible: last < first. */
@@ -128,7 +174,9 @@ __device__ __forceinline__ void visible(const parameters &p, int t, int &first, 
 	first = 0;
 	last = end;
 	if (p.mask == MASK_CHUNK) {
-		last = min(t / p.chunk - 1, end);
+		const uint64_t chunk = static_cast<uint64_t>(t) * p.chunk_magic >> p.chunk_shift;
+
+		last = min(static_cast<int>(chunk) - 1, end);
 	} else if (p.mask != MASK_FULL) {
 		last = min(t, end);
 		if (p.mask == MASK_WINDOW)
@@ -136,28 +184,33 @@ __device__ __forceinline__ void visible(const parameters &p, int t, int &first, 
 	}
 }
 
-template <int D> __device__ __forceinline__ tile locate(const parameters &p, int number)
+__device__ __forceinline__ unit locate(const parameters &p, int number)
 {
-	constexpr int TILE_M = shape<D>::TILE_M;
-	const int group = number / (p.heads_per_group * p.m_tiles);
+	const int group = number / (p.heads_per_group * p.units_per_pair);
 	const int first_pair = group * p.heads_per_group;
 	const int in_group = min(p.heads_per_group, p.pairs - first_pair);
-	const int within = number - first_pair * p.m_tiles;
+	const int within = number - first_pair * p.units_per_pair;
 	const int pair = first_pair + within % in_group;
-	tile t;
-	int first, last, unused;
+	const int m = (p.units_per_pair - 1 - within / in_group) * p.tiles_per_unit;
+	unit u;
 
-	t.m = p.m_tiles - 1 - within / in_group;
-	t.b = pair / p.n_heads;
-	t.h = pair - t.b * p.n_heads;
-	visible(p, t.m * TILE_M, first, unused);
-	visible(p, min(t.m * TILE_M + TILE_M, p.seq_len) - 1, unused, last);
-	t.n_first = last >= 0 ? last / TILE_N : -1;
-	t.n_last = first / TILE_N;
-	return t;
+	u.count = min(p.tiles_per_unit, p.m_tiles - m);
+	u.m = m + u.count - 1;
+	u.pair = pair;
+	return u;
 }
 
-/* A tile of `rows` x D into a stage, as D/64 swizzled panels. */
+template <int D> __device__ __forceinline__ span key_tiles(const parameters &p, int m)
+{
+	constexpr int TILE_M = shape<D>::TILE_M;
+	int first, last, unused;
+
+	visible(p, m * TILE_M, first, unused);
+	visible(p, min(m * TILE_M + TILE_M, p.seq_len) - 1, unused, last);
+	return {last >= 0 ? last / TILE_N : -1, first / TILE_N};
+}
+
+/* A tile of `rows` x D, as D/64 swizzled panels. */
 template <int D, int rows>
 __device__ __forceinline__ void load_tile(uint32_t stage, uint32_t full, const CUtensorMap *map,
                                           int token, int head, int batch)
@@ -168,58 +221,250 @@ __device__ __forceinline__ void load_tile(uint32_t stage, uint32_t full, const C
 		tensor_load(stage + panel * rows * 128, map, full, panel * 64, token, head, batch);
 }
 
-/* The producer's side of one ring: its stages and barriers are at fixed places. */
-template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<STAGES> {
-	template <int rows>
-	__device__ void load(uint32_t shared, const CUtensorMap *map, int token, int head,
-	                     int batch)
-	{
-		const uint32_t barrier = shared + shared_layout<D>::BARRIERS + slot * 8;
+template <int D>
+__device__ __forceinline__ void store_rows(const CUtensorMap *map, uint32_t rows, int token,
+                                           int head, int batch)
+{
+#pragma unroll
+	for (int panel = 0; panel < D / 64; panel++)
+		tensor_store(map, rows + panel * 64 * 128, panel * 64, token, head, batch);
+}
 
-		barrier_wait(barrier + EMPTY * 8, parity ^ 1);
-		load_tile<D, rows>(shared + STAGES_AT + slot * shared_layout<D>::STAGE_BYTES,
-		                   barrier + FULL * 8, map, token, head, batch);
-		advance();
+/* The units of this block, as the producer hands them to the others. */
+template <int D> struct schedule {
+	uint32_t shared;
+	ring<SCHEDULE_SLOTS> at;
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + shared_layout<D>::BARRIERS + (which + at.slot()) * 8;
+	}
+
+	__device__ uint32_t slot() const
+	{
+		return shared + shared_layout<D>::UNITS + at.slot() * 16;
+	}
+
+	__device__ void put(const unit &u)
+	{
+		barrier_wait(barrier(BAR_UNIT_EMPTY), at.parity() ^ 1);
+		shared_store(slot(), u.m);
+		shared_store(slot() + 4, u.count);
+		shared_store(slot() + 8, u.pair);
+		barrier_arrive(barrier(BAR_UNIT_FULL));
+		at.turn++;
+	}
+
+	/* By whole warps; false behind the last one. */
+	__device__ bool get(unit &u)
+	{
+		barrier_wait(barrier(BAR_UNIT_FULL), at.parity());
+		u.m = shared_load(slot());
+		u.count = shared_load(slot() + 4);
+		u.pair = shared_load(slot() + 8);
+		__syncwarp();
+		if (threadIdx.x % 32 == 0)
+			barrier_arrive(barrier(BAR_UNIT_EMPTY));
+		at.turn++;
+		return u.count > 0;
 	}
 };
 
-template <int D> __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
+/* The producer's side of one ring: its stages and barriers are at fixed places. */
+template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<STAGES> {
+	__device__ uint32_t next_free(uint32_t shared) const
+	{
+		const uint32_t barrier = shared + shared_layout<D>::BARRIERS + this->slot() * 8;
+
+		barrier_wait(barrier + EMPTY * 8, this->parity() ^ 1);
+		return barrier + FULL * 8;
+	}
+
+	__device__ void load(uint32_t shared, const CUtensorMap *map, int n, int b, int h)
+	{
+		const uint32_t full = next_free(shared);
+
+		load_tile<D, TILE_N>(shared + STAGES_AT +
+		                             this->slot() * shared_layout<D>::KEYS_BYTES,
+		                     full, map, n * TILE_N, h, b);
+		this->turn++;
+	}
+
+	/* A turn of a slot that nobody will read. */
+	__device__ void skip(uint32_t shared)
+	{
+		barrier_arrive(next_free(shared));
+		this->turn++;
+	}
+};
+
+/* Thread 0: tickets, keys and values. */
+template <int D, bool RESIDENT>
+__device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
 	using layout = shared_layout<D>;
-	constexpr int TILE_M = shape<D>::TILE_M;
-	const int n_tiles = p.m_tiles * p.pairs;
-	ring<SCHEDULE_SLOTS> schedule;
+	const int n_units = p.units_per_pair * p.pairs;
+	const unit end = {0, 0, 0};
+	schedule<D> units = {shared};
 	load_ring<D, layout::K, BAR_K_FULL, BAR_K_EMPTY> k;
 	load_ring<D, layout::V, BAR_V_FULL, BAR_V_EMPTY> v;
-	const uint32_t barriers = shared + layout::BARRIERS;
-	uint32_t q_parity = 1;
+	unit u = locate(p, blockIdx.x);
 
-	for (int number = blockIdx.x;; number = gridDim.x + atomicAdd(p.ticket, 1)) {
-		barrier_wait(barriers + (BAR_TILE_EMPTY + schedule.slot) * 8, schedule.parity ^ 1);
-		shared_store(barriers + BAR_COUNT * 8 + schedule.slot * 4, number);
-		barrier_arrive(barriers + (BAR_TILE_FULL + schedule.slot) * 8);
-		schedule.advance();
-		if (number >= n_tiles)
-			return;
-		const tile t = locate<D>(p, number);
-		const int q_head = t.h % p.q_heads;
-		if (t.n_first >= t.n_last) {
-			k.template load<TILE_N>(shared, &p.k, t.n_first * TILE_N, t.h, t.b);
-			barrier_wait(barriers + BAR_Q_EMPTY * 8, q_parity);
-			q_parity ^= 1;
-			load_tile<D, TILE_M>(shared + layout::Q, barriers + BAR_Q_FULL * 8, &p.q,
-			                     t.m * TILE_M, q_head, t.b);
-#pragma unroll 1 /* unrolled it outgrows the producer's registers */
-			for (int n = t.n_first; n > t.n_last; n--) {
-				k.template load<TILE_N>(shared, &p.k, (n - 1) * TILE_N, t.h, t.b);
-				v.template load<TILE_N>(shared, &p.v, n * TILE_N, t.h, t.b);
+	units.put(u);
+	while (u.count > 0) {
+		const int number = gridDim.x + atomicAdd(p.ticket, 1);
+		const unit next = number < n_units ? locate(p, number) : end;
+		const span n = key_tiles<D>(p, u.m);
+		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+
+		units.put(next);
+		if (RESIDENT) {
+			/* Tile i in slot i, for all query tiles of the unit. */
+			const span lowest = key_tiles<D>(p, u.m - u.count + 1);
+#pragma unroll 1
+			for (int i = 0; i < STAGES; i++) {
+				if (i >= lowest.last && i <= n.first) {
+					k.load(shared, &p.k, i, b, h);
+					v.load(shared, &p.v, i, b, h);
+				} else {
+					k.skip(shared);
+					v.skip(shared);
+				}
 			}
-			v.template load<TILE_N>(shared, &p.v, t.n_last * TILE_N, t.h, t.b);
+		} else if (n.first >= n.last) {
+			k.load(shared, &p.k, n.first, b, h);
+#pragma unroll 1 /* unrolled it outgrows the producer's registers */
+			for (int i = n.first; i > n.last; i--) {
+				k.load(shared, &p.k, i - 1, b, h);
+				v.load(shared, &p.v, i, b, h);
+			}
+			v.load(shared, &p.v, n.last, b, h);
 		}
-		if (p.own_score)
-			k.template load<TILE_M>(shared, &p.own_value, t.m * TILE_M, t.h, t.b);
-		if (p.has_gate)
-			v.template load<TILE_M>(shared, &p.gate, t.m * TILE_M, t.h, t.b);
+		u = next;
+	}
+}
+
+/*
+ * Warp 1 + w: the rows of consumer warpgroup w. Queries, own scores and own
+ * values of a tile come while the tile before is being worked on, and so do
+ * the gates, once that tile's outputs, which take their place, have left.
+ */
+template <int D> struct server {
+	using layout = shared_layout<D>;
+
+	const parameters &p;
+	uint32_t shared;
+	int warpgroup;
+	uint32_t parity; /* of what the consumers leave for the next tile */
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + layout::BARRIERS + (BAR_ROWS + warpgroup * ROWS_COUNT + which) * 8;
+	}
+
+	__device__ uint32_t rows(int base) const
+	{
+		return shared + base + warpgroup * layout::ROWS_BYTES;
+	}
+
+	__device__ void fetch_queries(const place &at, const span &n) const;
+	__device__ void fetch_own_values(const place &at) const;
+	__device__ void send(const place &at) const;
+	__device__ void fetch_gates(const place &at) const;
+	__device__ void run();
+};
+
+/* By the whole warp: own scores, in base 2, then the queries; nothing of a tile without keys. */
+template <int D> __device__ void server<D>::fetch_queries(const place &at, const span &n) const
+{
+	const uint32_t scores = shared + layout::SCORES + warpgroup * 64 * 4;
+	const int lane = threadIdx.x % 32;
+	float score[2];
+
+	if (p.own_score) {
+		const float *from =
+		        p.own_score + static_cast<int64_t>(at.b) * p.seq_len * p.n_heads + at.h;
+
+#pragma unroll
+		for (int r = 0; r < 2; r++)
+			score[r] = 1.44269504f *
+			           from[min(at.token + lane + 32 * r, p.seq_len - 1) * p.n_heads];
+	}
+	barrier_wait(barrier(ROWS_Q_EMPTY), parity);
+	if (p.own_score) {
+		shared_store(scores + lane * 4, __float_as_int(score[0]));
+		shared_store(scores + (lane + 32) * 4, __float_as_int(score[1]));
+	}
+	__syncwarp();
+	if (lane != 0)
+		return;
+	if (n.first >= n.last)
+		load_tile<D, 64>(rows(layout::Q), barrier(ROWS_Q_FULL), &p.q, at.token,
+		                 at.h % p.q_heads, at.b);
+	else
+		barrier_arrive(barrier(ROWS_Q_FULL));
+}
+
+template <int D> __device__ void server<D>::fetch_own_values(const place &at) const
+{
+	if (p.own_score && threadIdx.x % 32 == 0) {
+		barrier_wait(barrier(ROWS_OWN_EMPTY), parity);
+		load_tile<D, 64>(rows(layout::OWN), barrier(ROWS_OWN_FULL), &p.own_value, at.token,
+		                 at.h, at.b);
+	}
+}
+
+/* The outputs of a tile; returns when their place is free. */
+template <int D> __device__ void server<D>::send(const place &at) const
+{
+	if (threadIdx.x % 32 == 0) {
+		barrier_wait(barrier(ROWS_OUT_FULL), parity);
+		store_rows<D>(&p.out, rows(layout::OUT), at.token, at.h, at.b);
+		if (p.has_ungated)
+			store_rows<D>(&p.ungated, rows(layout::OWN), at.token, at.h, at.b);
+		store_commit();
+		store_wait_read();
+	}
+}
+
+template <int D> __device__ void server<D>::fetch_gates(const place &at) const
+{
+	if (threadIdx.x % 32 != 0)
+		return;
+	if (p.has_gate)
+		load_tile<D, 64>(rows(layout::OUT), barrier(ROWS_OUT_READY), &p.gate, at.token,
+		                 at.h, at.b);
+	else
+		barrier_arrive(barrier(ROWS_OUT_READY));
+}
+
+template <int D> __device__ __forceinline__ void server<D>::run()
+{
+	schedule<D> units = {shared};
+	unit u = {0, 0, 0};
+	place before = {-1, 0, 0};
+
+	while (true) {
+		const bool more = u.count > 0 || units.get(u);
+		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+		const place now = {u.m * shape<D>::TILE_M + warpgroup * 64, b, h};
+
+		if (more) {
+			if (!p.has_ungated)
+				fetch_own_values(now);
+			fetch_queries(now, key_tiles<D>(p, u.m));
+		}
+		if (before.token >= 0)
+			send(before);
+		if (!more)
+			return;
+		if (p.has_ungated)
+			fetch_own_values(now);
+		fetch_gates(now);
+		before = now;
+		u.m--;
+		u.count--;
+		parity ^= 1;
 	}
 }
 
@@ -232,7 +477,7 @@ __device__ __forceinline__ void issue_scores(float (&s)[64], uint64_t q, uint64_
 	for (int step = 0; step < D / 16; step++) {
 		const int panel = step / 4, within = step % 4 * 32;
 
-		wgmma_ss(s, q + (panel * shape<D>::TILE_M * 128 + within) / 16,
+		wgmma_ss(s, q + (panel * 64 * 128 + within) / 16,
 		         k + (panel * TILE_N * 128 + within) / 16, step > 0);
 	}
 	wgmma_commit();
@@ -254,21 +499,32 @@ struct softmax {
 	float max[2], sum[2];
 };
 
-/* Hides what is outside [first, last] of each row; `column` is the thread's first one. */
-__device__ __forceinline__ void apply_mask(float (&s)[64], const int (&first)[2],
-                                           const int (&last)[2], int column)
+/* Hides what queries `row` and `row` + 8 do not see; `column` is the thread's first key. */
+__device__ __forceinline__ void apply_mask(float (&s)[64], const parameters &p, int row, int column)
 {
+	int first[2], last[2];
+
+	visible(p, row, first[0], last[0]);
+	visible(p, row + 8, first[1], last[1]);
+	last[0] -= column;
+	last[1] -= column;
 #pragma unroll
 	for (int i = 0; i < 64; i++) {
-		const int row = (i >> 1) & 1, c = column + 8 * (i >> 2) + (i & 1);
-
-		if (c > last[row] || c < first[row])
+		if (8 * (i >> 2) + (i & 1) > last[(i >> 1) & 1])
 			s[i] = -INFINITY;
+	}
+	if (p.mask == MASK_WINDOW) {
+		first[0] -= column;
+		first[1] -= column;
+#pragma unroll
+		for (int i = 0; i < 64; i++) {
+			if (8 * (i >> 2) + (i & 1) < first[(i >> 1) & 1])
+				s[i] = -INFINITY;
+		}
 	}
 }
 
-/* s -> exp2(s*scale - max); updates the softmax and gives the factor for O. The maximum
- * may lag by up to 8: what counts is that no power overflows, and then O need not move. */
+/* s -> exp2(s*scale - max) with the maximum up to date; gives the factor for O. */
 __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, float (&rescale)[2],
                                              float scale)
 {
@@ -285,7 +541,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, flo
 		float m = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
 		m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
 		m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-		m = m * scale - state.max[row] > 8.0f ? m * scale : state.max[row];
+		m = fmaxf(m * scale, state.max[row]);
 		/* A row may see nothing of its first tiles: then all powers are of -inf, not NaN.
 		 */
 		const float safe = m == -INFINITY ? 0.0f : m;
@@ -303,6 +559,30 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, flo
 	}
 }
 
+/*
+ * The same with the maximum as it was, which is as good while no power is huge;
+ * or false, with s spoilt. (A maximum of -inf gives NaN or inf, and false.)
+ */
+__device__ __forceinline__ bool exponentiate_lazily(float (&s)[64], softmax &state, float scale)
+{
+	float sum[2][2] = {{0, 0}, {0, 0}};
+
+#pragma unroll
+	for (int i = 0; i < 64; i++) {
+		const int row = (i >> 1) & 1;
+
+		s[i] = exp2_approx(fmaf(s[i], scale, -state.max[row]));
+		sum[row][i & 1] += s[i];
+	}
+	sum[0][0] += sum[0][1];
+	sum[1][0] += sum[1][1];
+	if (!__all_sync(~0u, sum[0][0] <= HUGE_SUM && sum[1][0] <= HUGE_SUM))
+		return false;
+	state.sum[0] += sum[0][0];
+	state.sum[1] += sum[1][0];
+	return true;
+}
+
 __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[32], const float (&s)[64])
 {
 #pragma unroll
@@ -310,70 +590,201 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[32], const floa
 		p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
+/* Address in a swizzled 64-row tile of the 16 x 16 block of this warp's rows that starts at
+ * column 16j, as stmatrix and ldmatrix (x4) want it from each lane. */
+__device__ __forceinline__ uint32_t block_address(uint32_t tile, int j)
+{
+	const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+	const int row = warp * 16 + (lane & 15), piece = 2 * (j % 4) + (lane >> 4);
+
+	return tile + (j / 4) * 64 * 128 + swizzle_128(row * 128 + piece * 16);
+}
+
+__device__ __forceinline__ void store_block(uint32_t address, const float *o)
+{
+	store_matrix_x4(address, pack_bf16(o[0], o[1]), pack_bf16(o[2], o[3]),
+	                pack_bf16(o[4], o[5]), pack_bf16(o[6], o[7]));
+}
+
+/* Of the consumer warpgroups; the shuffle tells the compiler that it is uniform. */
+__device__ __forceinline__ int warpgroup_index()
+{
+	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
+}
+
+/* Eight columns of S, as an accumulator of mma. */
+__device__ __forceinline__ float (&part(float (&s)[64], int i))[4]
+{
+	return reinterpret_cast<float(&)[4]>(s[4 * i]);
+}
+
+/*
+ * S of this warp's 16 rows once more, by the older instructions, which need no
+ * other warp; in the same registers as issue_scores leaves it.
+ */
+template <int D>
+__device__ __forceinline__ void repeat_scores(float (&s)[64], uint32_t q, uint32_t k)
+{
+	const int lane = threadIdx.x % 32, key = (lane >> 4) * 8 + (lane & 7);
+
+#pragma unroll
+	for (int i = 0; i < 64; i++)
+		s[i] = 0;
+#pragma unroll 1
+	for (int step = 0; step < D / 16; step++) {
+		const int piece = 2 * (step % 4) + (lane >> 3 & 1);
+		const uint32_t block =
+		        k + step / 4 * TILE_N * 128 + swizzle_128(key * 128 + piece * 16);
+		uint32_t a[4], b[4];
+
+		load_matrix_x4(block_address(q, step), a[0], a[1], a[2], a[3]);
+#pragma unroll
+		for (int j = 0; j < TILE_N / 16; j++) {
+			load_matrix_x4(block + j * 16 * 128, b[0], b[1], b[2], b[3]);
+			mma_16816(part(s, 2 * j), a[0], a[1], a[2], a[3], b[0], b[1]);
+			mma_16816(part(s, 2 * j + 1), a[0], a[1], a[2], a[3], b[2], b[3]);
+		}
+	}
+}
+
 /* What a consumer warpgroup carries from tile to tile. */
-template <int D> struct consumer {
+template <int D, bool RESIDENT> struct consumer {
+	using layout = shared_layout<D>;
 	static constexpr int TILE_M = shape<D>::TILE_M;
 
 	const parameters &p;
-	uint32_t shared, barriers;
-	int warpgroup, lane, warp;
-	ring<STAGES> k, v;
-	uint32_t q_parity;
-
-	__device__ uint32_t stage(int base, int slot) const
-	{
-		return shared + base + slot * shared_layout<D>::STAGE_BYTES;
-	}
+	uint32_t shared, rows; /* rows: this warpgroup's barriers */
+	uint32_t own, out;     /* and tiles */
+	ring<STAGES> keys;     /* key tile being read; RESIDENT: tile n is in slot n, for a unit */
+	uint32_t parity;       /* of this warpgroup's barriers */
 
 	/* One arrival per warp: each warp vouches for its own reads. */
-	__device__ void release(int barrier) const
+	__device__ void release(uint32_t barrier) const
 	{
-		if (lane == 0)
-			barrier_arrive(barriers + barrier * 8);
+		if (threadIdx.x % 32 == 0)
+			barrier_arrive(barrier);
 	}
 
-	__device__ void attend(const tile &t, float (&o)[D / 2], softmax &state);
+	/* Key tile n, the one before `back` others; waits for it and moves the operand there. */
+	__device__ uint64_t wait_tile(int full, uint64_t operand, int n, int back = 0) const
+	{
+		const uint32_t slot = RESIDENT ? n : keys.slot(back);
+		const uint32_t parity = RESIDENT ? keys.turn % 2 : keys.parity(back);
+
+		barrier_wait(shared + layout::BARRIERS + (full + slot) * 8, parity);
+		return operand + slot * (layout::KEYS_BYTES / 16);
+	}
+
+	__device__ void release_tile(int empty, int back = 0) const
+	{
+		if (!RESIDENT)
+			release(shared + layout::BARRIERS + (empty + keys.slot(back)) * 8);
+	}
+
+	/* Every slot at the end of a unit; also one not read must not be left before it was given.
+	 */
+	__device__ void release_all(int full, int empty) const
+	{
+#pragma unroll
+		for (int n = 0; RESIDENT && n < STAGES; n++) {
+			wait_tile(full, 0, n);
+			release(shared + layout::BARRIERS + (empty + n) * 8);
+		}
+	}
+
+	__device__ void begin(float (&o)[D / 2]);
+	__device__ void attend(const unit &u, const span &n_tiles, float (&o)[D / 2],
+	                       softmax &state);
 	__device__ void settle(float (&o)[D / 2], uint32_t (&probabilities)[32],
 	                       const float (&s)[64], const float (&rescale)[2], bool in_flight);
-	__device__ void finish(const tile &t, float (&o)[D / 2], softmax &state, float (&own)[2]);
-	__device__ void store(const tile &t, float (&o)[D / 2]);
+	__device__ void finish(const unit &u, float (&o)[D / 2], softmax &state);
+	__device__ void run(unit u);
 };
 
-template <int D>
-__device__ __forceinline__ void consumer<D>::attend(const tile &t, float (&o)[D / 2],
-                                                    softmax &state)
+/* O before any key: the own value, whose weight is 1 when its score is the maximum; or 0. */
+template <int D, bool RESIDENT>
+__device__ __forceinline__ void consumer<D, RESIDENT>::begin(float (&o)[D / 2])
 {
-	const uint64_t q =
-	        matrix_descriptor(shared + shared_layout<D>::Q + warpgroup * 64 * 128, 16);
-	const uint64_t k_operand = matrix_descriptor(shared + shared_layout<D>::K, 16);
-	const uint64_t v_operand = matrix_descriptor(shared + shared_layout<D>::V, 128 * 128);
-	const int row = t.m * TILE_M + warpgroup * 64 + warp * 16 + lane / 4;
-	int first[2], last[2], wg_first, wg_last, unused;
+	if (p.own_score) {
+		barrier_wait(rows + ROWS_OWN_FULL * 8, parity);
+#pragma unroll
+		for (int j = 0; j < D / 16; j++) {
+			uint32_t value[4];
+
+			load_matrix_x4(block_address(own, j), value[0], value[1], value[2],
+			               value[3]);
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				o[8 * j + 2 * i] = low_bf16(value[i]);
+				o[8 * j + 2 * i + 1] = high_bf16(value[i]);
+			}
+		}
+		__syncwarp();
+		release(rows + ROWS_OWN_EMPTY * 8);
+	} else {
+#pragma unroll
+		for (int i = 0; i < D / 2; i++)
+			o[i] = 0;
+	}
+}
+
+template <int D, bool RESIDENT>
+__device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, const span &n_tiles,
+                                                              float (&o)[D / 2], softmax &state)
+{
+	const int warpgroup = warpgroup_index(), warp = threadIdx.x / 32 % 4;
+	const int lane = threadIdx.x % 32;
+	const uint32_t q_tile = shared + layout::Q + warpgroup * layout::ROWS_BYTES;
+	const uint64_t q = matrix_descriptor(q_tile, 16);
+	const uint64_t k_operand = matrix_descriptor(shared + layout::K, 16);
+	const uint64_t v_operand = matrix_descriptor(shared + layout::V, 128 * 128);
+	const int row = u.m * TILE_M + warpgroup * 64 + warp * 16 + lane / 4;
+	int wg_first, wg_last, unused;
 	float s[64], rescale[2];
 	uint32_t probabilities[32];
+	uint64_t operand;
 
-	visible(p, row, first[0], last[0]);
-	visible(p, row + 8, first[1], last[1]);
 	/* Tiles inside [wg_first, wg_last] are visible to all 64 rows. */
-	visible(p, t.m * TILE_M + warpgroup * 64, unused, wg_last);
-	visible(p, t.m * TILE_M + warpgroup * 64 + 63, wg_first, unused);
+	visible(p, u.m * TILE_M + warpgroup * 64, unused, wg_last);
+	visible(p, u.m * TILE_M + warpgroup * 64 + 63, wg_first, unused);
 	const auto cut = [&](int n) {
 		return n * TILE_N + TILE_N - 1 > wg_last || n * TILE_N < wg_first;
 	};
-	const int column = 2 * (lane & 3);
 
-	barrier_wait(barriers + BAR_Q_FULL * 8, q_parity);
-	q_parity ^= 1;
-	barrier_wait(barriers + (BAR_K_FULL + k.slot) * 8, k.parity);
+	/* Whether every row has a maximum; then it moves only where it must. */
+	const auto has_maximum = [&]() {
+		return !RESIDENT &&
+		       __all_sync(~0u, state.max[0] != -INFINITY && state.max[1] != -INFINITY);
+	};
+	/* Scores of key tile n to probabilities. */
+	const auto soften = [&](int n, bool lazily) {
+		const int column = n * TILE_N + 2 * (lane & 3);
+
+		if (cut(n))
+			apply_mask(s, p, row, column);
+		rescale[0] = rescale[1] = 1;
+		if (!lazily || !exponentiate_lazily(s, state, p.scale_log2)) {
+			if (lazily) {
+				const uint32_t slot = RESIDENT ? n : keys.slot();
+
+				repeat_scores<D>(s, q_tile,
+				                 shared + layout::K + slot * layout::KEYS_BYTES);
+				if (cut(n))
+					apply_mask(s, p, row, column);
+			}
+			exponentiate(s, state, rescale, p.scale_log2);
+		}
+		release_tile(BAR_K_EMPTY);
+	};
+
+	begin(o);
+	pin(o);
+	operand = wait_tile(BAR_K_FULL, k_operand, n_tiles.first);
 	pin(s);
-	issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::STAGE_BYTES / 16));
+	issue_scores<D>(s, q, operand);
 	wgmma_wait<0>();
 	pin(s);
-	release(BAR_K_EMPTY + k.slot);
-	k.advance();
-	if (cut(t.n_first))
-		apply_mask(s, first, last, t.n_first * TILE_N + column);
-	exponentiate(s, state, rescale, p.scale_log2);
+	soften(n_tiles.first, has_maximum());
 	pin(s);
 
 	/*
@@ -381,51 +792,49 @@ __device__ __forceinline__ void consumer<D>::attend(const tile &t, float (&o)[D 
 	 * the back edge: anywhere in the block of the exponentials ptxas moves it
 	 * in front of them, and the product then runs with nothing beside it.
 	 */
-	for (int n = t.n_first - 1; n >= t.n_last; n--) {
-		settle(o, probabilities, s, rescale, n < t.n_first - 1);
-		barrier_wait(barriers + (BAR_K_FULL + k.slot) * 8, k.parity);
+	for (int n = n_tiles.first - 1; n >= n_tiles.last; n--) {
+		settle(o, probabilities, s, rescale, n < n_tiles.first - 1);
+		if (!RESIDENT)
+			keys.turn++;
+		const bool lazily = has_maximum();
+		operand = wait_tile(BAR_K_FULL, k_operand, n);
 		pin(s);
-		issue_scores<D>(s, q, k_operand + k.slot * (shared_layout<D>::STAGE_BYTES / 16));
-		barrier_wait(barriers + (BAR_V_FULL + v.slot) * 8, v.parity);
+		issue_scores<D>(s, q, operand);
+		operand = wait_tile(BAR_V_FULL, v_operand, n + 1, 1);
 		pin(o);
 		pin(probabilities);
-		issue_values<D>(o, probabilities,
-		                v_operand + v.slot * (shared_layout<D>::STAGE_BYTES / 16));
+		issue_values<D>(o, probabilities, operand);
 		wgmma_wait<1>();
 		pin(s);
-		release(BAR_K_EMPTY + k.slot);
-		k.advance();
-		if (cut(n))
-			apply_mask(s, first, last, n * TILE_N + column);
-		exponentiate(s, state, rescale, p.scale_log2);
+		soften(n, lazily);
 		pin(s);
 	}
-	settle(o, probabilities, s, rescale, t.n_first > t.n_last);
-	release(BAR_Q_EMPTY);
-	barrier_wait(barriers + (BAR_V_FULL + v.slot) * 8, v.parity);
+	settle(o, probabilities, s, rescale, n_tiles.first > n_tiles.last);
+	release(rows + ROWS_Q_EMPTY * 8);
+	if (u.count == 1)
+		release_all(BAR_K_FULL, BAR_K_EMPTY);
+	operand = wait_tile(BAR_V_FULL, v_operand, n_tiles.last);
 	pin(o);
 	pin(probabilities);
-	issue_values<D>(o, probabilities,
-	                v_operand + v.slot * (shared_layout<D>::STAGE_BYTES / 16));
+	issue_values<D>(o, probabilities, operand);
 	wgmma_wait<0>();
 	pin(o);
-	release(BAR_V_EMPTY + v.slot);
-	v.advance();
+	release_tile(BAR_V_EMPTY);
+	if (!RESIDENT)
+		keys.turn++;
 }
 
 /* After the product in flight, if any: O to the new maximum, S to the next product's operand. */
-template <int D>
+template <int D, bool RESIDENT>
 __device__ __forceinline__ void
-consumer<D>::settle(float (&o)[D / 2], uint32_t (&probabilities)[32], const float (&s)[64],
-                    const float (&rescale)[2], bool in_flight)
+consumer<D, RESIDENT>::settle(float (&o)[D / 2], uint32_t (&probabilities)[32],
+                              const float (&s)[64], const float (&rescale)[2], bool in_flight)
 {
 	wgmma_wait<0>();
 	pin(o);
 	pin(probabilities);
-	if (in_flight) {
-		release(BAR_V_EMPTY + v.slot);
-		v.advance();
-	}
+	if (in_flight)
+		release_tile(BAR_V_EMPTY, 1);
 	pack_probabilities(probabilities, s);
 	if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
@@ -434,187 +843,126 @@ consumer<D>::settle(float (&o)[D / 2], uint32_t (&probabilities)[32], const floa
 	}
 }
 
-/* Address in a swizzled tile of the 16 x 16 block of this warp's rows that starts at
- * column 16j, as stmatrix and ldmatrix (x4) want it from each lane. */
-template <int rows>
-__device__ __forceinline__ uint32_t block_address(uint32_t tile, int row0, int lane, int j)
+/*
+ * O / sum, then the gate; the log of the sum where wanted. Outputs take the
+ * place of what was read from there, block by block, and the warp that serves
+ * this warpgroup stores them.
+ */
+template <int D, bool RESIDENT>
+__device__ __forceinline__ void consumer<D, RESIDENT>::finish(const unit &u, float (&o)[D / 2],
+                                                              softmax &state)
 {
-	const int row = row0 + (lane & 15), piece = 2 * (j % 4) + (lane >> 4);
-
-	return tile + (j / 4) * rows * 128 + swizzle_128(row * 128 + piece * 16);
-}
-
-__device__ __forceinline__ float sigmoid_fast(float x)
-{
-	return __fdividef(1.0f, 1.0f + __expf(-x));
-}
-
-/* o = (o + own * value) / sum, then the gate; the log of the sum where wanted. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::finish(const tile &t, float (&o)[D / 2],
-                                                    softmax &state, float (&own)[2])
-{
-	const int row0 = warpgroup * 64 + warp * 16, row = t.m * TILE_M + row0 + lane / 4;
-	float inverse[2];
+	const int warpgroup = warpgroup_index(), warp = threadIdx.x / 32 % 4;
+	const int lane = threadIdx.x % 32;
+	const int row = u.m * TILE_M + warpgroup * 64 + warp * 16 + lane / 4;
+	float sum[2], inverse[2];
 
 #pragma unroll
 	for (int r = 0; r < 2; r++) {
-		float sum = state.sum[r];
-
-		sum += __shfl_xor_sync(~0u, sum, 1);
-		sum += __shfl_xor_sync(~0u, sum, 2);
-		own[r] = p.own_score ? exp2_approx(own[r] - state.max[r]) : 0.0f;
-		sum += own[r];
-		inverse[r] = 1.0f / sum;
+		sum[r] = state.sum[r];
+		sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+		sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+		inverse[r] = reciprocal_approx(sum[r]);
 		if (p.lse && lane % 4 == 0 && row + 8 * r < p.seq_len)
-			p.lse[static_cast<int64_t>(t.b * p.n_heads + t.h) * p.seq_len + row +
-			      8 * r] = (state.max[r] + log2f(sum)) * 0.693147181f;
+			p.lse[static_cast<int64_t>(u.pair) * p.seq_len + row + 8 * r] =
+			        (state.max[r] + log2f(sum[r])) * 0.693147181f;
 	}
-	if (p.own_score) {
-		barrier_wait(barriers + (BAR_K_FULL + k.slot) * 8, k.parity);
+	barrier_wait(rows + ROWS_OUT_READY * 8, parity);
+	if (p.has_ungated) {
 #pragma unroll
 		for (int j = 0; j < D / 16; j++) {
-			uint32_t value[4];
+			float scaled[8];
 
-			load_matrix_x4(block_address<TILE_M>(stage(shared_layout<D>::K, k.slot),
-			                                     row0, lane, j),
-			               value[0], value[1], value[2], value[3]);
 #pragma unroll
-			for (int i = 0; i < 4; i++) {
-				o[8 * j + 2 * i] =
-				        fmaf(own[i & 1], low_bf16(value[i]), o[8 * j + 2 * i]);
-				o[8 * j + 2 * i + 1] =
-				        fmaf(own[i & 1], high_bf16(value[i]), o[8 * j + 2 * i + 1]);
-			}
-		}
-		release(BAR_K_EMPTY + k.slot);
-		k.advance();
-	}
-#pragma unroll
-	for (int i = 0; i < D / 2; i++)
-		o[i] *= inverse[(i >> 1) & 1];
-	if (p.ungated) {
-#pragma unroll
-		for (int i = 0; i < D / 2; i += 2) {
-			const int token = row + 8 * ((i >> 1) & 1);
-
-			if (token < p.seq_len)
-				*reinterpret_cast<uint32_t *>(
-				        p.ungated + t.b * p.ungated_batch +
-				        token * p.ungated_token + t.h * p.ungated_head +
-				        8 * (i >> 2) + 2 * (lane & 3)) = pack_bf16(o[i], o[i + 1]);
+			for (int i = 0; i < 8; i++)
+				scaled[i] = o[8 * j + i] * inverse[(i >> 1) & 1];
+			store_block(block_address(own, j), scaled);
 		}
 	}
 	if (p.has_gate) {
-		barrier_wait(barriers + (BAR_V_FULL + v.slot) * 8, v.parity);
+		uint32_t gate[D / 4];
+
+#pragma unroll
+		for (int j = 0; j < D / 16; j++)
+			load_matrix_x4(block_address(out, j), gate[4 * j], gate[4 * j + 1],
+			               gate[4 * j + 2], gate[4 * j + 3]);
+#pragma unroll
+		for (int i = 0; i < D / 2; i++) {
+			const uint32_t pair = gate[i >> 1];
+			const float x = i & 1 ? high_bf16(pair) : low_bf16(pair);
+			const float row_sum = sum[(i >> 1) & 1];
+
+			/* sigmoid(x) / sum = 1 / (sum + sum e^-x) */
+			o[i] *= reciprocal_approx(
+			        fmaf(row_sum, exp2_approx(x * -1.44269504f), row_sum));
+		}
+#pragma unroll
+		for (int j = 0; j < D / 16; j++)
+			store_block(block_address(out, j), &o[8 * j]);
+	} else {
 #pragma unroll
 		for (int j = 0; j < D / 16; j++) {
-			uint32_t gate[4];
-
-			load_matrix_x4(block_address<TILE_M>(stage(shared_layout<D>::V, v.slot),
-			                                     row0, lane, j),
-			               gate[0], gate[1], gate[2], gate[3]);
 #pragma unroll
-			for (int i = 0; i < 4; i++) {
-				o[8 * j + 2 * i] *= sigmoid_fast(low_bf16(gate[i]));
-				o[8 * j + 2 * i + 1] *= sigmoid_fast(high_bf16(gate[i]));
-			}
+			for (int i = 0; i < 8; i++)
+				o[8 * j + i] *= inverse[(i >> 1) & 1];
+			store_block(block_address(out, j), &o[8 * j]);
 		}
-		release(BAR_V_EMPTY + v.slot);
-		v.advance();
 	}
-}
-
-/* Through shared memory, so that each warpgroup's 64 rows leave as whole boxes. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::store(const tile &t, float (&o)[D / 2])
-{
-	const uint32_t staging = shared + shared_layout<D>::O;
-	const bool leader = warp == 0 && lane == 0;
-
-	if (leader)
-		store_wait_read();
-	named_barrier_sync(3 + warpgroup, 128);
-#pragma unroll
-	for (int j = 0; j < D / 16; j++)
-		store_matrix_x4(block_address<TILE_M>(staging, warpgroup * 64 + warp * 16, lane, j),
-		                pack_bf16(o[8 * j], o[8 * j + 1]),
-		                pack_bf16(o[8 * j + 2], o[8 * j + 3]),
-		                pack_bf16(o[8 * j + 4], o[8 * j + 5]),
-		                pack_bf16(o[8 * j + 6], o[8 * j + 7]));
 	fence_async_proxy();
-	named_barrier_sync(3 + warpgroup, 128);
-	if (leader) {
-#pragma unroll
-		for (int panel = 0; panel < D / 64; panel++)
-			tensor_store(&p.out, staging + panel * TILE_M * 128 + warpgroup * 64 * 128,
-			             panel * 64, t.m * TILE_M + warpgroup * 64, t.h, t.b);
-		store_commit();
-	}
+	__syncwarp();
+	release(rows + ROWS_OUT_FULL * 8);
 }
 
-template <int D>
-__device__ __forceinline__ void consume(const parameters &p, uint32_t shared, uint32_t barriers)
+/* The query tiles of a unit. */
+template <int D, bool RESIDENT> __device__ __forceinline__ void consumer<D, RESIDENT>::run(unit u)
 {
-	const int n_tiles = p.m_tiles * p.pairs;
-	consumer<D> c = {p,
-	                 shared,
-	                 barriers,
-	                 static_cast<int>(threadIdx.x / 128) - 1,
-	                 static_cast<int>(threadIdx.x % 32),
-	                 static_cast<int>(threadIdx.x / 32 % 4)};
-	ring<SCHEDULE_SLOTS> schedule;
+	const int warpgroup = warpgroup_index(), warp = threadIdx.x / 32 % 4;
+	const int lane = threadIdx.x % 32;
 
-	c.q_parity = 0;
-	while (true) {
-		barrier_wait(barriers + (BAR_TILE_FULL + schedule.slot) * 8, schedule.parity);
-		const int number = shared_load(barriers + BAR_COUNT * 8 + schedule.slot * 4);
-		__syncwarp();
-		c.release(BAR_TILE_EMPTY + schedule.slot);
-		schedule.advance();
-		if (number >= n_tiles)
-			break;
-		const tile t = locate<D>(p, number);
-		float o[D / 2], own[2];
+#pragma unroll 1
+	for (; u.count > 0; u.count--, u.m--) {
+		const span n = key_tiles<D>(p, u.m);
+		float o[D / 2];
 		softmax state = {{-INFINITY, -INFINITY}, {0, 0}};
-#pragma unroll
-		for (int i = 0; i < D / 2; i++)
-			o[i] = 0;
+
+		barrier_wait(rows + ROWS_Q_FULL * 8, parity);
 		if (p.own_score) {
 #pragma unroll
 			for (int r = 0; r < 2; r++) {
-				const int token = min(t.m * shape<D>::TILE_M + c.warpgroup * 64 +
-				                              c.warp * 16 + c.lane / 4 + 8 * r,
-				                      p.seq_len - 1);
-
-				own[r] = p.own_score[(static_cast<int64_t>(t.b) * p.seq_len +
-				                      token) *
-				                             p.n_heads +
-				                     t.h] *
-				         1.44269504f;
-				state.max[r] = own[r];
+				state.max[r] = __int_as_float(shared_load(
+				        shared + layout::SCORES +
+				        (warpgroup * 64 + warp * 16 + lane / 4 + 8 * r) * 4));
+				state.sum[r] = lane % 4 == 0 ? 1.0f : 0.0f;
 			}
+			__syncwarp();
 		}
-		if (t.n_first >= t.n_last)
-			c.attend(t, o, state);
-		c.finish(t, o, state, own);
-		c.store(t, o);
+		if (n.first >= n.last) {
+			attend(u, n, o, state);
+		} else {
+			release(rows + ROWS_Q_EMPTY * 8);
+			if (u.count == 1)
+				release_all(BAR_K_FULL, BAR_K_EMPTY);
+			begin(o);
+		}
+		if (u.count == 1)
+			release_all(BAR_V_FULL, BAR_V_EMPTY);
+		finish(u, o, state);
+		parity ^= 1;
 	}
-	if (c.warp == 0 && c.lane == 0)
-		store_wait_read();
+	if (RESIDENT)
+		keys.turn++;
 }
 
-template <int D>
+template <int D, bool RESIDENT>
 __global__ void __launch_bounds__(shape<D>::THREADS, 1)
         attention_kernel(const __grid_constant__ parameters p)
 {
 	extern __shared__ char unaligned[];
 	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
 	const uint32_t barriers = shared + shared_layout<D>::BARRIERS;
+	const int warp = threadIdx.x / 32;
 
 	if (threadIdx.x == 0) {
-		barrier_init(barriers + BAR_Q_FULL * 8, 1);
-		barrier_init(barriers + BAR_Q_EMPTY * 8, shape<D>::CONSUMER_WARPS);
 		for (int i = 0; i < STAGES; i++) {
 			barrier_init(barriers + (BAR_K_FULL + i) * 8, 1);
 			barrier_init(barriers + (BAR_K_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
@@ -622,26 +970,71 @@ __global__ void __launch_bounds__(shape<D>::THREADS, 1)
 			barrier_init(barriers + (BAR_V_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
 		}
 		for (int i = 0; i < SCHEDULE_SLOTS; i++) {
-			barrier_init(barriers + (BAR_TILE_FULL + i) * 8, 1);
-			barrier_init(barriers + (BAR_TILE_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
+			barrier_init(barriers + (BAR_UNIT_FULL + i) * 8, 1);
+			barrier_init(barriers + (BAR_UNIT_EMPTY + i) * 8,
+			             shape<D>::CONSUMER_WARPS + shape<D>::WARPGROUPS);
+		}
+		for (int i = 0; i < shape<D>::WARPGROUPS; i++) {
+			const uint32_t rows = barriers + (BAR_ROWS + i * ROWS_COUNT) * 8;
+
+			barrier_init(rows + ROWS_Q_FULL * 8, 1);
+			barrier_init(rows + ROWS_Q_EMPTY * 8, 4);
+			barrier_init(rows + ROWS_OWN_FULL * 8, 1);
+			barrier_init(rows + ROWS_OWN_EMPTY * 8, 4);
+			barrier_init(rows + ROWS_OUT_READY * 8, 1);
+			barrier_init(rows + ROWS_OUT_FULL * 8, 4);
 		}
 		barrier_init_fence();
 	}
 	__syncthreads();
-	if (threadIdx.x < 128) {
+	if (warp < 4) {
 		registers_decrease<shape<D>::PRODUCER_REGISTERS>();
 		if (threadIdx.x == 0)
-			produce<D>(p, shared);
+			produce<D, RESIDENT>(p, shared);
+		else if (warp > 0 && warp <= shape<D>::WARPGROUPS)
+			server<D>{p, shared, warp - 1, 1}.run();
 	} else {
 		registers_increase<shape<D>::CONSUMER_REGISTERS>();
-		consume<D>(p, shared, barriers);
+		using layout = shared_layout<D>;
+		const int warpgroup = warpgroup_index();
+		consumer<D, RESIDENT> c = {p, shared,
+		                           barriers + (BAR_ROWS + warpgroup * ROWS_COUNT) * 8,
+		                           shared + layout::OWN + warpgroup * layout::ROWS_BYTES,
+		                           shared + layout::OUT + warpgroup * layout::ROWS_BYTES};
+		schedule<D> units = {shared};
+		unit u;
+
+		c.parity = 0;
+		while (units.get(u))
+			c.run(u);
 	}
 }
 
 /* Bytes of keys and values to keep in L2 at a time. */
 constexpr int64_t L2_BUDGET = 32 << 20;
 
-enum status fill_parameters(parameters &p, const struct attention_args *a, int tile_m, int *ticket)
+/* Multiplier and shift that divide any t < 2^31 by `chunk`. */
+void set_chunk(parameters &p, int64_t chunk)
+{
+	uint32_t log2 = 0;
+
+	while ((static_cast<int64_t>(1) << log2) < chunk)
+		log2++;
+	p.chunk_shift = 31 + log2;
+	p.chunk_magic = static_cast<uint32_t>(
+	        ((static_cast<uint64_t>(1) << p.chunk_shift) + chunk - 1) / chunk);
+}
+
+/* Query tiles of a ticket: as many as leave every block a dozen tickets. */
+int tiles_per_unit(int64_t m_tiles, int64_t pairs)
+{
+	const int64_t share = m_tiles * pairs / (12 * cuda_sm_count());
+
+	return static_cast<int>(share < 1 ? 1 : share < m_tiles ? share : m_tiles);
+}
+
+enum status fill_parameters(parameters &p, const struct attention_args *a, int tile_m,
+                            bool resident, int *ticket)
 {
 	enum status status = STATUS_OK;
 	const auto encode = [&](CUtensorMap *map, const struct view *view, int64_t tokens,
@@ -651,31 +1044,34 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int t
 			                           box);
 	};
 
-	encode(&p.q, &a->q, a->seq_len, a->q_heads, tile_m);
+	encode(&p.q, &a->q, a->seq_len, a->q_heads, 64);
 	encode(&p.k, &a->k, a->kv_len, a->n_heads, TILE_N);
 	encode(&p.v, &a->v, a->kv_len, a->n_heads, TILE_N);
 	encode(&p.out, &a->out, a->seq_len, a->n_heads, 64);
 	if (a->own_score)
-		encode(&p.own_value, &a->own_value, a->seq_len, a->n_heads, tile_m);
+		encode(&p.own_value, &a->own_value, a->seq_len, a->n_heads, 64);
 	if (a->gate.data)
-		encode(&p.gate, &a->gate, a->seq_len, a->n_heads, tile_m);
+		encode(&p.gate, &a->gate, a->seq_len, a->n_heads, 64);
+	if (a->out_ungated.data)
+		encode(&p.ungated, &a->out_ungated, a->seq_len, a->n_heads, 64);
 	p.seq_len = static_cast<int>(a->seq_len);
 	p.kv_len = static_cast<int>(a->kv_len);
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->q_heads);
 	p.pairs = static_cast<int>(a->batch * a->n_heads);
 	p.window = static_cast<int>(a->window);
-	p.chunk = static_cast<int>(a->chunk);
+	set_chunk(p, a->mask == MASK_CHUNK ? a->chunk : 1);
 	p.mask = a->mask;
 	p.scale_log2 = a->scale * 1.44269504f;
 	p.own_score = a->own_score;
 	p.has_gate = a->gate.data != NULL;
+	p.has_ungated = a->out_ungated.data != NULL;
 	p.lse = a->lse;
-	p.ungated = static_cast<__nv_bfloat16 *>(a->out_ungated.data);
-	p.ungated_batch = a->out_ungated.batch;
-	p.ungated_token = a->out_ungated.token;
-	p.ungated_head = a->out_ungated.head;
 	p.m_tiles = static_cast<int>((a->seq_len + tile_m - 1) / tile_m);
+	const int most = resident ? tiles_per_unit(p.m_tiles, p.pairs) : 1;
+	p.units_per_pair = (p.m_tiles + most - 1) / most;
+	p.tiles_per_unit = (p.m_tiles + p.units_per_pair - 1) / p.units_per_pair;
+	p.units_per_pair = (p.m_tiles + p.tiles_per_unit - 1) / p.tiles_per_unit;
 	const int64_t pair_bytes = a->kv_len * a->d_head * 4;
 	const int64_t fit = pair_bytes ? L2_BUDGET / pair_bytes : p.pairs;
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
@@ -683,20 +1079,20 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int t
 	return status;
 }
 
-template <int D> enum status launch(const struct attention_args *a, int *ticket)
+template <int D, bool RESIDENT> enum status launch(const struct attention_args *a, int *ticket)
 {
 	const int bytes = shared_layout<D>::BYTES;
 	parameters p;
-	enum status status = fill_parameters(p, a, shape<D>::TILE_M, ticket);
-	const int64_t tiles = static_cast<int64_t>(p.m_tiles) * p.pairs;
-	const int blocks = static_cast<int>(tiles < cuda_sm_count() ? tiles : cuda_sm_count());
+	enum status status = fill_parameters(p, a, shape<D>::TILE_M, RESIDENT, ticket);
+	const int64_t units = static_cast<int64_t>(p.units_per_pair) * p.pairs;
+	const int blocks = static_cast<int>(units < cuda_sm_count() ? units : cuda_sm_count());
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(cudaFuncSetAttribute(attention_kernel<D>,
+	CUDA_TRY(cudaFuncSetAttribute(attention_kernel<D, RESIDENT>,
 	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 	CUDA_TRY(cudaMemsetAsync(ticket, 0, sizeof *ticket, cuda_stream()));
-	attention_kernel<D><<<blocks, shape<D>::THREADS, bytes, cuda_stream()>>>(p);
+	attention_kernel<D, RESIDENT><<<blocks, shape<D>::THREADS, bytes, cuda_stream()>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
@@ -714,7 +1110,8 @@ extern "C" const char *hopper_attention_unsupported(const void *args)
 	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
 	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out) ||
 	    (a->own_score && !tensor_map_supports(&a->own_value)) ||
-	    (a->gate.data && !tensor_map_supports(&a->gate)))
+	    (a->gate.data && !tensor_map_supports(&a->gate)) ||
+	    (a->out_ungated.data && !tensor_map_supports(&a->out_ungated)))
 		return "views must be 16-byte aligned";
 	return NULL;
 }
@@ -728,7 +1125,10 @@ extern "C" size_t hopper_attention_workspace(const void *args)
 extern "C" enum status hopper_attention(const void *args, void *workspace)
 {
 	const struct attention_args *a = static_cast<const struct attention_args *>(args);
+	const bool resident = a->kv_len <= STAGES * TILE_N;
 	int *ticket = static_cast<int *>(workspace);
 
-	return a->d_head == 64 ? launch<64>(a, ticket) : launch<128>(a, ticket);
+	if (a->d_head == 64)
+		return resident ? launch<64, true>(a, ticket) : launch<64, false>(a, ticket);
+	return resident ? launch<128, true>(a, ticket) : launch<128, false>(a, ticket);
 }

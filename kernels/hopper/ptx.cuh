@@ -131,7 +131,8 @@ __device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap *
 	             : "memory");
 }
 
-/* Box of a 4-D tensor from shared memory; what lies outside the tensor is not written. */
+/* Box of a 4-D tensor from shared memory; what lies behind the tensor's end is not written.
+ * Negative coordinates, which a load takes, are an illegal instruction here. */
 __device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int c0,
                                              int c1, int c2, int c3)
 {
@@ -397,6 +398,15 @@ __device__ __forceinline__ float exp2_approx(float x)
 	float y;
 
 	asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
+/* 1/x to about a unit in the last place; 0 for x above 2^126. */
+__device__ __forceinline__ float reciprocal_approx(float x)
+{
+	float y;
+
+	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
 	return y;
 }
 

@@ -1,7 +1,9 @@
 /*
  * Every kernel that claims nothing else gives the same bits twice, at sizes
  * that fill the device: whole blocks in prefill and generation, by each
- * provider of the operation that mixes.
+ * provider of the operation that mixes. And many times in a row at small
+ * sizes that no tile divides, where a lost turn of a ring would show:
+ * REPEATS=10000 runs each block that often.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -21,6 +23,8 @@ struct subject {
 	int64_t batch, seq_len;
 	const char *provider; /* of the mixing operation; NULL: the default */
 };
+
+enum { DEFAULT_REPEATS = 200 };
 
 static const struct subject subjects[] = {
         {"attention", PASS_PREFILL, 2, 2047, "attention=portable"},
@@ -46,29 +50,62 @@ static const struct subject subjects[] = {
         {"hgrn2", PASS_GENERATION, 7, 1500, NULL},
 };
 
+static const struct subject small_subjects[] = {
+        {"attention", PASS_PREFILL, 3, 333, "attention=hopper"},
+        {"swa:100", PASS_PREFILL, 2, 513, "attention=hopper"},
+        {"rat:16", PASS_PREFILL, 2, 777, "attention=hopper"},
+        {"rat:2", PASS_PREFILL, 1, 999, "attention=hopper"},
+};
+
 static void require(enum status status)
 {
 	if (status != STATUS_OK)
 		fail_msg("%s: %s", status_name(status), status_message());
 }
 
-/* The output of one run, in new memory. */
-static void *run_once(struct stack *stack, struct context *ctx, const struct subject *s)
+static size_t output_bytes(const struct stack *stack, const struct subject *s)
 {
-	const size_t bytes = (size_t)(s->batch * stack->shape.seq_len * stack->d_model) * 2;
-	void *y = malloc(bytes);
+	return (size_t)(s->batch * stack->shape.seq_len * stack->d_model) * 2;
+}
 
-	assert_non_null(y);
+/* The output of one run, which finds NaN there. */
+static void run_once(struct stack *stack, struct context *ctx, const struct subject *s, void *y)
+{
+	const size_t bytes = output_bytes(stack, s);
+
 	if (s->pass == PASS_GENERATION)
 		require(stack_fill_state(stack, s->seq_len - 1, 5));
-	require(stack_poison(stack));
+	require(cuda_backend.fill(stack->y, 0xff, bytes));
 	require(stack_run(stack, ctx));
 	require(cuda_backend.synchronize());
 	require(cuda_backend.download(y, stack->y, bytes));
-	return y;
 }
 
-static void check_subject(const struct subject *s)
+/* Runs again `repeats` times; NULL, or how the outputs differ. */
+static const char *difference(struct stack *stack, struct context *ctx, const struct subject *s,
+                              int repeats)
+{
+	const size_t bytes = output_bytes(stack, s);
+	void *once = malloc(bytes), *again = malloc(bytes);
+	static char text[80];
+	int n_different = 0;
+
+	assert_true(once && again);
+	require(stack_poison(stack));
+	run_once(stack, ctx, s, once);
+	for (int i = 0; i < repeats; i++) {
+		if (i == 0)
+			require(stack_poison(stack));
+		run_once(stack, ctx, s, again);
+		n_different += memcmp(once, again, bytes) != 0;
+	}
+	free(once);
+	free(again);
+	snprintf(text, sizeof text, "%d of %d further runs differ", n_different, repeats);
+	return n_different ? text : NULL;
+}
+
+static void check_subject(const struct subject *s, int repeats)
 {
 	static struct stack stack;
 	const struct stack_options options = {.pattern = s->pattern,
@@ -87,6 +124,7 @@ static void check_subject(const struct subject *s)
 	        .capacity = s->seq_len,
 	};
 	struct context ctx = {.backend = &cuda_backend};
+	const char *complaint = NULL;
 
 	if (provider_choice_parse(&ctx.choice, &cuda_backend, s->provider ? s->provider : "") !=
 	    STATUS_OK)
@@ -96,29 +134,34 @@ static void check_subject(const struct subject *s)
 	if (status != STATUS_UNSUPPORTED) {
 		require(status);
 		require(stack_initialize(&stack, 1));
-		void *once = run_once(&stack, &ctx, s), *twice = run_once(&stack, &ctx, s);
-		const size_t bytes = (size_t)(s->batch * shape.seq_len * stack.d_model) * 2;
-		const bool equal = memcmp(once, twice, bytes) == 0;
-
-		free(once);
-		free(twice);
-		if (!equal)
-			fail_msg("%s %s by %s: two runs differ", s->pattern, pass_name(s->pass),
-			         s->provider ? s->provider : "default");
+		complaint = difference(&stack, &ctx, s, repeats);
 	}
 	stack_release(&stack);
+	if (complaint)
+		fail_msg("%s %s by %s: %s", s->pattern, pass_name(s->pass),
+		         s->provider ? s->provider : "default", complaint);
 }
 
 static void test_repeat(void **state)
 {
 	(void)state;
 	for (size_t i = 0; i < sizeof subjects / sizeof *subjects; i++)
-		check_subject(&subjects[i]);
+		check_subject(&subjects[i], 1);
+}
+
+static void test_many_repeats(void **state)
+{
+	const char *repeats = getenv("REPEATS");
+
+	(void)state;
+	for (size_t i = 0; i < sizeof small_subjects / sizeof *small_subjects; i++)
+		check_subject(&small_subjects[i], repeats ? atoi(repeats) : DEFAULT_REPEATS);
 }
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_repeat)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_repeat),
+	                                   cmocka_unit_test(test_many_repeats)};
 
 	if (cuda_backend.open(0) != STATUS_OK) {
 		fprintf(stderr, "%s\n", status_message());
