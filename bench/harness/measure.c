@@ -114,27 +114,41 @@ static enum status begin_variant(const struct subject *subject, const struct ben
 	return status;
 }
 
-/* Samples of all variants that still want some, one of each in turn. */
+static bool satisfied(struct variant *v, const struct stopping_rule *stop)
+{
+	return v->status != STATUS_OK ||
+	       samples_suffice(stop, v->samples, v->n_samples, v->sampling_seconds);
+}
+
+static bool may_go_on(const struct variant *v, const struct stopping_rule *stop)
+{
+	return v->status == STATUS_OK && stop->samples == 0 && v->n_samples < MAX_SAMPLES &&
+	       v->sampling_seconds < stop->max_time;
+}
+
+/*
+ * Samples of the variants, one of each in turn, until all have enough: one that has settled goes
+ * on beside the others while its time lasts, since the device's clock drifts.
+ */
 static void sample_alternately(const struct subject *subject, const struct bench_case *c,
                                struct variant *variants, int count,
                                const struct measurement_rule *rule)
 {
-	bool any = true;
+	bool all = false;
 
-	while (any) {
-		any = false;
-		for (int i = 0; i < count; i++) {
+	while (!all) {
+		all = true;
+		for (int i = 0; i < count; i++)
+			all = all && satisfied(&variants[i], &rule->stop);
+		for (int i = 0; i < count && !all; i++) {
 			struct variant *v = &variants[i];
 
-			if (v->status != STATUS_OK ||
-			    samples_suffice(&rule->stop, v->samples, v->n_samples,
-			                    v->sampling_seconds))
+			if (satisfied(v, &rule->stop) && !may_go_on(v, &rule->stop))
 				continue;
 			enum status status = take_sample(subject, c, v, rule->warm, false);
 
 			if (status != STATUS_OK)
 				fail(v, status);
-			any = true;
 		}
 	}
 }
