@@ -8,7 +8,7 @@ int main(int argc, char **argv)
 	        .summary = "latency of multi-scale retention (RetNet)",
 	        .file = "latency.csv",
 	        .passes = "prefill,train,generation",
-	        .patterns = "retnet",
+	        .patterns = "retnet/retention",
 	        .axes = "seq-len,tokens,chunk,position,heads,d-model",
 	        .defaults = {{"pattern", "retnet"}, {"chunk", "64"}},
 	};

@@ -366,6 +366,61 @@ static void test_decay_after_the_delta_correction(void **state)
 	expect_caught(last, op_gated_delta, "o");
 }
 
+/* -------- decays of the linear-attention family -------- */
+
+static enum status matrix_without_decay(const void *args, void *workspace)
+{
+	struct matrix_recurrence_args a = *(const struct matrix_recurrence_args *)args;
+
+	a.decay = DECAY_NONE;
+	return cpu_matrix_recurrence(&a, workspace);
+}
+
+/* Every head with the first head's decay. */
+static enum status matrix_of_one_decay(const void *args, void *workspace)
+{
+	struct matrix_recurrence_args a = *(const struct matrix_recurrence_args *)args;
+
+	if (a.log_decay.data)
+		a.log_decay.head = 0;
+	return cpu_matrix_recurrence(&a, workspace);
+}
+
+/* HGRN's decay as if it were the logit of one, with the input closed in turn. */
+static enum status recurrence_of_logits(const void *args, void *workspace)
+{
+	struct recurrence_args a = *(const struct recurrence_args *)args;
+
+	a.form = GATE_SIGMOID;
+	return cpu_recurrence(&a, workspace);
+}
+
+static void test_decays_of_the_family(void **state)
+{
+	const struct kernel no_decay[] = {
+	        {OP_MATRIX_RECURRENCE, "mutant", NULL, cpu_matrix_recurrence_workspace,
+	         matrix_without_decay},
+	        {0},
+	};
+	const struct kernel one_decay[] = {
+	        {OP_MATRIX_RECURRENCE, "mutant", NULL, cpu_matrix_recurrence_workspace,
+	         matrix_of_one_decay},
+	        {0},
+	};
+	const struct kernel logits[] = {
+	        {OP_RECURRENCE, "mutant", NULL, cpu_recurrence_workspace, recurrence_of_logits},
+	        {0},
+	};
+
+	(void)state;
+	expect_caught(no_decay, "tests/golden/op_retention.safetensors", "o");
+	expect_caught(no_decay, "tests/golden/op_scalar_decay.safetensors", "o");
+	expect_caught(no_decay, "tests/golden/op_gla.safetensors", "o");
+	expect_pass(no_decay, "tests/golden/op_linear_attention.safetensors", "o");
+	expect_caught(one_decay, "tests/golden/op_scalar_decay.safetensors", "o");
+	expect_caught(logits, "tests/golden/op_hgrn.safetensors", "o");
+}
+
 /* -------- kernels that do nothing, and backends that cannot -------- */
 
 static enum status do_nothing(const void *args, void *workspace)
@@ -430,6 +485,7 @@ int main(void)
 	        cmocka_unit_test(test_window_too_short),
 	        cmocka_unit_test(test_heads_grouped_by_block),
 	        cmocka_unit_test(test_decay_after_the_delta_correction),
+	        cmocka_unit_test(test_decays_of_the_family),
 	        cmocka_unit_test(test_unwritten_outputs),
 	        cmocka_unit_test(test_backward_unsupported),
 	};
