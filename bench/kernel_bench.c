@@ -18,7 +18,7 @@ struct note {
 	bool ok;
 };
 
-static struct {
+struct kernel_bench {
 	const struct case_row *paper, *other;
 	const struct backend *backend;
 	struct kernel_problem problem;
@@ -27,12 +27,13 @@ static struct {
 	uint64_t seed;
 	int n_notes;
 	struct note notes[MAX_NOTES];
-} state;
+};
 
 static void use(void *self, const struct backend *backend)
 {
-	(void)self;
-	state.backend = backend;
+	struct kernel_bench *bench = self;
+
+	bench->backend = backend;
 }
 
 /* ---- cases ---- */
@@ -149,11 +150,11 @@ static enum status add_row(const struct options *o, const struct case_row *row, 
 
 static enum status make_sweep(void *self, const struct options *o, struct sweep *sweep)
 {
+	struct kernel_bench *bench = self;
 	const bool full = strcmp(o->preset, "paper") == 0;
-	const struct case_row *rows = full ? state.paper : state.other;
+	const struct case_row *rows = full ? bench->paper : bench->other;
 	enum status status = STATUS_OK;
 
-	(void)self;
 	*sweep = (struct sweep){.cases = calloc(MAX_CASES, sizeof *sweep->cases)};
 	if (!sweep->cases)
 		return status_set(STATUS_OOM, "no memory for a sweep");
@@ -193,6 +194,7 @@ static enum status plan(void *self, const struct context *ctx, struct bench_case
 static enum status acquire(void *self, struct context *ctx, const struct bench_case *c,
                            uint64_t seed)
 {
+	struct kernel_bench *bench = self;
 	struct bench_case copy = *c;
 	struct kernel_plan *work = calloc(1, sizeof *work);
 	size_t bytes = 0;
@@ -203,13 +205,13 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 	if (status == STATUS_OK)
 		status = ctx->backend->allocate(bytes, &memory);
 	if (status == STATUS_OK) {
-		state.memory = memory;
-		state.seed = seed;
-		state.workspace_bytes = work->workspace_bytes;
-		kernel_problem_build(&state.problem, ctx->backend, c, state.memory);
-		ctx->workspace = state.memory + state.problem.bytes;
+		bench->memory = memory;
+		bench->seed = seed;
+		bench->workspace_bytes = work->workspace_bytes;
+		kernel_problem_build(&bench->problem, ctx->backend, c, bench->memory);
+		ctx->workspace = bench->memory + bench->problem.bytes;
 		ctx->workspace_bytes = work->workspace_bytes;
-		status = kernel_problem_fill(&state.problem, seed);
+		status = kernel_problem_fill(&bench->problem, seed);
 	}
 	free(work);
 	return status;
@@ -217,44 +219,47 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 
 static enum status launch(void *self, struct context *ctx, const struct bench_case *c)
 {
-	(void)self;
+	struct kernel_bench *bench = self;
+
 	(void)c;
-	return kernel_run(ctx, state.problem.kind->operation, &state.problem.args);
+	return kernel_run(ctx, bench->problem.kind->operation, &bench->problem.args);
 }
 
 /* Nothing of what a provider before this one has left may stand in for a result. */
 static enum status rewind_to_launch(void *self, struct context *ctx, const struct bench_case *c,
                                     bool to_verify, double *prefill_ms)
 {
+	struct kernel_bench *bench = self;
 	enum status status = STATUS_OK;
 
-	(void)self;
 	(void)c;
 	(void)prefill_ms;
 	if (!to_verify)
 		return STATUS_OK;
-	if (state.workspace_bytes > 0)
-		status = ctx->backend->fill(ctx->workspace, 0xff, state.workspace_bytes);
+	if (bench->workspace_bytes > 0)
+		status = ctx->backend->fill(ctx->workspace, 0xff, bench->workspace_bytes);
 	if (status == STATUS_OK)
-		status = kernel_problem_poison(&state.problem);
-	return status == STATUS_OK ? kernel_problem_keep(&state.problem, state.seed) : status;
+		status = kernel_problem_poison(&bench->problem);
+	return status == STATUS_OK ? kernel_problem_keep(&bench->problem, bench->seed) : status;
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
 {
-	(void)self;
+	struct kernel_bench *bench = self;
+
 	(void)ctx;
 	(void)c;
-	return kernel_problem_check(&state.problem, rows, seed, rel_err);
+	return kernel_problem_check(&bench->problem, rows, seed, rel_err);
 }
 
 static void release(void *self)
 {
-	(void)self;
-	kernel_problem_release(&state.problem);
-	state.backend->release(state.memory);
-	state.memory = NULL;
+	struct kernel_bench *bench = self;
+
+	kernel_problem_release(&bench->problem);
+	bench->backend->release(bench->memory);
+	bench->memory = NULL;
 }
 
 /* ---- the table at the end ---- */
@@ -277,12 +282,12 @@ static void label_case(const struct bench_case *c, char *label, size_t size)
 
 static void note(void *self, const struct bench_case *c, const struct record *record)
 {
-	struct note *n = &state.notes[state.n_notes];
+	struct kernel_bench *bench = self;
+	struct note *n = &bench->notes[bench->n_notes];
 
-	(void)self;
-	if (state.n_notes == MAX_NOTES)
+	if (bench->n_notes == MAX_NOTES)
 		return;
-	state.n_notes++;
+	bench->n_notes++;
 	label_case(c, n->label, sizeof n->label);
 	snprintf(n->provider, sizeof n->provider, "%s", record->requested);
 	n->ok = strcmp(record->status, status_name(STATUS_OK)) == 0;
@@ -299,12 +304,12 @@ static bool is_public(const struct note *n)
 }
 
 /* The fastest public provider of a case; NAN if there is none. */
-static double best_public(const char *label)
+static double best_public(const struct kernel_bench *bench, const char *label)
 {
 	double best = NAN;
 
-	for (int i = 0; i < state.n_notes; i++) {
-		const struct note *n = &state.notes[i];
+	for (int i = 0; i < bench->n_notes; i++) {
+		const struct note *n = &bench->notes[i];
 
 		if (n->ok && is_public(n) && strcmp(n->label, label) == 0)
 			best = fmin(best, n->ms);
@@ -314,18 +319,21 @@ static double best_public(const char *label)
 
 static void finish(void *self, FILE *file)
 {
-	(void)self;
+	const struct kernel_bench *bench = self;
+	const char *last = "";
+
 	fprintf(file, "\n%-60s %-18s %10s %8s %6s %6s %s\n", "operation", "provider", "ms",
 	        "TFLOP/s", "TB/s", "roof", "x best public");
-	for (int i = 0; i < state.n_notes; i++) {
-		const struct note *n = &state.notes[i];
-		const bool again = i > 0 && strcmp(n->label, n[-1].label) == 0;
-		const double best = best_public(n->label);
+	for (int i = 0; i < bench->n_notes; i++) {
+		const struct note *n = &bench->notes[i];
+		const double best = best_public(bench, n->label);
 
 		if (!n->ok)
 			continue;
-		fprintf(file, "%-60s %-18s %10.4g %8.1f %6.2f %5.0f%%", again ? "" : n->label,
-		        n->provider, n->ms, n->tflops, 1e-3 * n->gb_per_s, n->roofline_pct);
+		fprintf(file, "%-60s %-18s %10.4g %8.1f %6.2f %5.0f%%",
+		        strcmp(n->label, last) == 0 ? "" : n->label, n->provider, n->ms, n->tflops,
+		        1e-3 * n->gb_per_s, n->roofline_pct);
+		last = n->label;
 		if (!isnan(best) && !is_public(n))
 			fprintf(file, " %6.2f", best / n->ms);
 		fputc('\n', file);
@@ -335,7 +343,9 @@ static void finish(void *self, FILE *file)
 int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
                       const struct case_row *other, int argc, char **argv)
 {
+	static struct kernel_bench bench;
 	static const struct subject subject = {
+	        .self = &bench,
 	        .sweep = make_sweep,
 	        .operation = operation_of,
 	        .note = note,
@@ -350,7 +360,7 @@ int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
 	        .release = release,
 	};
 
-	state.paper = paper;
-	state.other = other;
+	bench.paper = paper;
+	bench.other = other;
 	return bench_main(driver, &subject, argc, argv);
 }

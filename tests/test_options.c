@@ -142,6 +142,19 @@ static void prefers_user_to_driver_to_preset(void **state)
 	assert_false(options.resume);
 }
 
+static void tells_what_was_given(void **state)
+{
+	struct options options;
+
+	(void)state;
+	assert_int_equal(parse(&options, "--seq-len 8"), STATUS_OK);
+	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
+	assert_true(options_given(&options, "seq-len"));
+	assert_false(options_given(&options, "tokens"));
+	assert_false(options_given(&options, "chunk"));
+	assert_false(options_given(&options, "no-such-option"));
+}
+
 static void keeps_every_provider(void **state)
 {
 	struct options options;
@@ -237,6 +250,7 @@ int main(void)
 	        cmocka_unit_test(parses_lists_and_ranges),
 	        cmocka_unit_test(names_the_option_that_is_wrong),
 	        cmocka_unit_test(prefers_user_to_driver_to_preset),
+	        cmocka_unit_test(tells_what_was_given),
 	        cmocka_unit_test(keeps_every_provider),
 	        cmocka_unit_test(helps_with_every_option),
 	        cmocka_unit_test(sweeps_every_combination_once),
