@@ -34,7 +34,7 @@ fi
 for option in "$@"; do
 	case $option in
 	--resume) first= ;;
-	--dry-run | --list | --help) measures= ;;
+	--breakdown | --dry-run | --list | --help) measures= ;;
 	--provider | --provider=*) rivals= ;;
 	esac
 done

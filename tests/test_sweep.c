@@ -370,6 +370,17 @@ static void writes_nothing_after_a_mistake(void **state)
 	assert_int_equal(journal->launches, 0);
 }
 
+static void breaks_down_without_rows(void **state)
+{
+	(void)state;
+	assert_int_equal(RUN("--out", path, "--seq-len", "1,2", "--breakdown"), 0);
+	assert_int_equal(access(path, F_OK), -1);
+	assert_int_equal(journal->verified, 2);
+	/* A case that cannot run is said to, an error ends the program. */
+	assert_int_equal(RUN("--seq-len", "1002,1003,1", "--breakdown"), 0);
+	assert_int_equal(journal->verified, 3);
+}
+
 static void says_first_that_it_cannot_write(void **state)
 {
 	FILE *file = fopen(path, "w");
@@ -412,6 +423,7 @@ int main(void)
 	        cmocka_unit_test_setup(repairs_a_cut_header, new_file),
 	        cmocka_unit_test_setup(tries_failed_cases_again, new_file),
 	        cmocka_unit_test_setup(writes_nothing_after_a_mistake, new_file),
+	        cmocka_unit_test_setup(breaks_down_without_rows, new_file),
 	        cmocka_unit_test_setup(says_first_that_it_cannot_write, new_file),
 	};
 

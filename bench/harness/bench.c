@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/breakdown.h"
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
 #include "bench/harness/measure.h"
@@ -526,6 +527,51 @@ static enum status print_plans(struct run *run)
 	return status;
 }
 
+/* Whether the error of a case is one of its own, and the others can still be tried. */
+static bool concerns_case(enum status status)
+{
+	return status == STATUS_OOM || status == STATUS_UNSUPPORTED;
+}
+
+/* The tables of one case, of each variant. */
+static enum status print_breakdown(struct run *run, int index)
+{
+	const struct bench_case *c = &run->sweep.cases[index];
+	const struct breakdown_rule rule = {&run->ceilings, run->environment.device.memory_free,
+	                                    run->options.rows, (uint64_t)run->options.seed};
+	enum status status = make_variants(run, c);
+
+	for (int i = 0; status == STATUS_OK && i < run->n_variants; i++) {
+		const struct variant *v = &run->variants[i];
+		const struct planned *plan = &run->plans[index][i];
+		const struct context ctx = {.backend = run->backend, .choice = v->choice};
+		char label[160];
+
+		describe_case(c, label, sizeof label);
+		printf("%s%s%s\n\n", label, v->requested[0] ? " by " : "", v->requested);
+		status = plan->status == STATUS_OK
+		                 ? breakdown_case(stdout, run->subject, c, &ctx, &rule)
+		                 : status_set(plan->status, "%s", plan->message);
+		if (concerns_case(status)) {
+			printf("%s: %s\n\n", status_name(status), status_message());
+			status = STATUS_OK;
+		}
+		fflush(stdout);
+	}
+	return status;
+}
+
+static enum status print_breakdowns(struct run *run)
+{
+	enum status status = ceilings_measure(&run->ceilings, run->backend);
+
+	if (status == STATUS_OK)
+		status = plan_all(run);
+	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++)
+		status = print_breakdown(run, i);
+	return status;
+}
+
 static void release(struct run *run)
 {
 	record_close(&run->file);
@@ -553,6 +599,8 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 		print_list(stdout, driver, &run.options, &run.environment);
 	else if (status == STATUS_OK && run.options.dry_run)
 		status = print_plans(&run);
+	else if (status == STATUS_OK && run.options.breakdown)
+		status = print_breakdowns(&run);
 	else if (status == STATUS_OK)
 		status = measure_sweep(&run);
 	int code = status != STATUS_OK ? complain(&run, status)

@@ -91,6 +91,8 @@ static const struct option_spec specs[] = {
          "list backends, presets and implementations, and stop"},
         {"dry-run", KIND_FLAG, AT(dry_run), 0, false, NULL, NULL,
          "list the cases with their bytes and FLOPs, run nothing"},
+        {"breakdown", KIND_FLAG, AT(breakdown), 0, false, NULL, NULL,
+         "time each operation of a case by itself and print tables, write no rows"},
         {"help", KIND_FLAG, AT(help), 0, false, NULL, NULL, "this text"},
 };
 

@@ -36,6 +36,7 @@ struct options {
 	double case_seconds;              /* 0: no limit */
 	int64_t rows, seed;               /* of verification */
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
+	bool breakdown;
 	bool help;
 	char out[MAX_PATH], run_id[MAX_WORD];
 	uint64_t set;   /* which options have a value: one bit per line of the table */
