@@ -526,7 +526,7 @@ struct rat_trial {
 	struct tensor *v_scan, *own_score, *q_out, *k_chunk, *v_chunk, *k_state, *v_state;
 };
 
-static void any_rat_inputs(struct trial *trial, struct rat_trial *x)
+static void any_rat_inputs(struct trial *trial, struct rat_trial *x, bool train)
 {
 	struct rat_scan_args *a = &x->args;
 	struct random *random = &trial->random;
@@ -534,6 +534,14 @@ static void any_rat_inputs(struct trial *trial, struct rat_trial *x)
 	a->batch = random_integer(random, 1, 3);
 	a->seq_len = any_length(trial, 200);
 	a->n_heads = random_integer(random, 1, 6);
+	/* A few are long, so that kernels cut chunks, or wide. */
+	if (!train && random_integer(random, 0, 5) == 0) {
+		a->seq_len = random_integer(random, 1000, 6000);
+		a->n_heads = random_integer(random, 1, 2);
+	} else if (!train && random_integer(random, 0, 5) == 0) {
+		a->seq_len = any_length(trial, 30);
+		a->n_heads = random_integer(random, 16, 40);
+	}
 	a->groups = any_divisor(trial, a->n_heads);
 	a->d_head = any_head(trial);
 	a->chunk = random_integer(random, 1, random_bool(random) ? 20 : 2 * a->seq_len);
@@ -560,7 +568,7 @@ static struct rat_trial new_rat(struct trial *trial, bool train)
 	struct rat_scan_args *a = &x.args;
 	bool want_state = random_bool(&trial->random);
 
-	any_rat_inputs(trial, &x);
+	any_rat_inputs(trial, &x, train);
 	x.reference = (struct reference_rat_scan){
 	        a->batch,    a->seq_len,  a->n_heads,         a->groups,   a->d_head,
 	        a->chunk,    a->rope,     a->scale,           x.v->values, x.gate->values,

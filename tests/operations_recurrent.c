@@ -29,14 +29,13 @@ static struct tensor *any_gate(struct trial *trial, enum gate_form form, int64_t
 	return gate;
 }
 
-/* `train`: with all that a backward reads. */
-static struct recurrence_trial new_recurrence(struct trial *trial, bool train)
+/* A recurrence of these sizes; `train`: with all that a backward reads. */
+static struct recurrence_trial recurrence_of(struct trial *trial, int64_t batch, int64_t n,
+                                             int64_t width, bool train)
 {
 	struct random *random = &trial->random;
 	struct recurrence_trial x = {0};
 	struct recurrence_args *a = &x.args;
-	int64_t batch = random_integer(random, 1, 4), n = any_length(trial, 200);
-	int64_t width = any_width(trial, 300);
 
 	a->form = random_bool(random) ? GATE_SIGMOID : GATE_LOG_DECAY;
 	a->batch = batch;
@@ -77,6 +76,18 @@ static struct recurrence_trial new_recurrence(struct trial *trial, bool train)
 	return x;
 }
 
+static struct recurrence_trial new_recurrence(struct trial *trial, bool train)
+{
+	struct random *random = &trial->random;
+	/* Most are short; a few have many tiles of time, as kernels cut it. */
+	bool is_long = !train && random_integer(random, 0, 4) == 0;
+	int64_t batch = random_integer(random, 1, is_long ? 2 : 4);
+	int64_t n = is_long ? random_integer(random, 200, 6000) : any_length(trial, 200);
+	int64_t width = any_width(trial, is_long ? 80 : 300);
+
+	return recurrence_of(trial, batch, n, width, train);
+}
+
 static bool run_recurrence(struct trial *trial, struct recurrence_trial *x)
 {
 	double *out = trial_doubles(trial, x->count), *h = trial_doubles(trial, x->count);
@@ -96,6 +107,16 @@ static bool run_recurrence(struct trial *trial, struct recurrence_trial *x)
 static bool recurrence_case(struct trial *trial)
 {
 	struct recurrence_trial x = new_recurrence(trial, false);
+
+	return run_recurrence(trial, &x);
+}
+
+/* Errors must not grow with time. */
+static bool million_tokens_case(struct trial *trial)
+{
+	if (trial->with_nan)
+		return true;
+	struct recurrence_trial x = recurrence_of(trial, 1, 1 << 20, 8, false);
 
 	return run_recurrence(trial, &x);
 }
@@ -175,6 +196,7 @@ static bool recurrence_step_case(struct trial *trial)
 
 const struct operation_test recurrent_tests[] = {
         {OP_RECURRENCE, 100, recurrence_case},
+        {OP_RECURRENCE, 2, million_tokens_case},
         {OP_RECURRENCE_BACKWARD, 100, recurrence_backward_case},
         {OP_RECURRENCE_STEP, 50, recurrence_step_case},
         {0},
