@@ -39,6 +39,7 @@ const struct kernel cuda_kernels[] = {
          hopper_scalar_decay_onchip_workspace, hopper_scalar_decay_onchip},
         {OP_MATRIX_RECURRENCE, "hopper_materialise", hopper_scalar_decay_unsupported,
          hopper_scalar_decay_materialise_workspace, hopper_scalar_decay_materialise},
+        {OP_MATRIX_RECURRENCE, "hopper", hopper_delta_rule_unsupported, NULL, hopper_delta_rule},
         {OP_MATRIX_RECURRENCE, "portable", portable_matrix_recurrence_unsupported,
          portable_matrix_recurrence_workspace, portable_matrix_recurrence},
         {OP_MATRIX_RECURRENCE, "cublas", cublas_matrix_recurrence_unsupported,

@@ -33,6 +33,10 @@ enum status hopper_scalar_decay_onchip(const void *args, void *workspace);
 size_t hopper_scalar_decay_materialise_workspace(const void *args);
 enum status hopper_scalar_decay_materialise(const void *args, void *workspace);
 
+/* OP_MATRIX_RECURRENCE, delta rule, decays that channels share; d_k up to 128. */
+const char *hopper_delta_rule_unsupported(const void *args);
+enum status hopper_delta_rule(const void *args, void *workspace);
+
 /* OP_MATRIX_RECURRENCE_STEP, every decay and rule. */
 const char *hopper_matrix_recurrence_step_unsupported(const void *args);
 enum status hopper_matrix_recurrence_step(const void *args, void *workspace);

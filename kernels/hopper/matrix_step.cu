@@ -10,10 +10,11 @@
  *
  * What was tried (one H200, copy of as many bytes 0.507 ms; 512 sequences of 4 heads, 256 x 512):
  *   portable: four rows of 16 bytes under way per thread                         0.587 ms
- *   sixteen, 256 threads, 16 lanes (256 bytes of a row)                          0.537 ms
+ *   sixteen, 256 threads, 16 lanes (256 bytes of a row), evict first             0.537 ms
  *   8 lanes, 32, 64, 128 (predicted: longer pieces of rows are better)     0.554, 0.567, 0.573 ms
  *   whole rows through shared memory with bulk copies both ways, up to 160 KB
  *     under way (predicted: the copy's time)                                     0.560 ms
+ *   no eviction hint on loads and stores (predicted: nothing); kept                 0.518 ms
  */
 #include <cuda_runtime.h>
 
@@ -95,8 +96,8 @@ __device__ __forceinline__ void load_rows(float4 (&s)[HELD], const float *state,
 	for (int r = 0; r < HELD; r++) {
 		s[r] = {};
 		if (valid && first + r * GROUPS < d_k)
-			s[r] = __ldcs(reinterpret_cast<const float4 *>(state +
-			                                               (first + r * GROUPS) * d_v));
+			s[r] = *reinterpret_cast<const float4 *>(state +
+			                                         (first + r * GROUPS) * d_v);
 	}
 }
 
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(THREADS)
 			add_scaled(s[r], c.key, v);
 			if (RULE == RULE_PLAIN)
 				add_scaled(o, c.query, s[r]);
-			__stcs(reinterpret_cast<float4 *>(state + i * a.d_v), s[r]);
+			*reinterpret_cast<float4 *>(state + i * a.d_v) = s[r];
 		}
 	}
 	o = sum_groups<THREADS, LANES>(o, scratch);
