@@ -329,7 +329,7 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 		v->prefill_ms = NAN;
 		/* Any status but OK keeps a finished variant from being measured. */
 		v->status = finished[i] ? STATUS_SKIPPED : v->plan.status;
-		snprintf(v->message, sizeof v->message, "%s", v->plan.message);
+		memcpy(v->message, v->plan.message, sizeof v->message);
 		any = any || !finished[i];
 	}
 	return any;
