@@ -41,6 +41,16 @@ enum status hopper_delta_rule(const void *args, void *workspace);
 const char *hopper_matrix_recurrence_step_unsupported(const void *args);
 enum status hopper_matrix_recurrence_step(const void *args, void *workspace);
 
+/* OP_RECURRENCE; any width that is a multiple of 8. */
+const char *hopper_recurrence_unsupported(const void *args);
+size_t hopper_recurrence_workspace(const void *args);
+enum status hopper_recurrence(const void *args, void *workspace);
+
+/* OP_RAT_SCAN; d = 64 or 128. */
+const char *hopper_rat_scan_unsupported(const void *args);
+size_t hopper_rat_scan_workspace(const void *args);
+enum status hopper_rat_scan(const void *args, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif
