@@ -51,6 +51,17 @@ const char *hopper_rat_scan_unsupported(const void *args);
 size_t hopper_rat_scan_workspace(const void *args);
 enum status hopper_rat_scan(const void *args, void *workspace);
 
+/* OP_MATRIX_RECURRENCE: a diagonal decay, the plain rule; d_k = 64, 128, 256, d_v up to 512. Fused:
+ * one kernel, both widths at most 128. Staged: its operands go through memory. Plain: picks. */
+const char *hopper_gla_unsupported(const void *args);
+size_t hopper_gla_workspace(const void *args);
+enum status hopper_gla(const void *args, void *workspace);
+const char *hopper_gla_fused_unsupported(const void *args);
+enum status hopper_gla_fused(const void *args, void *workspace);
+const char *hopper_gla_staged_unsupported(const void *args);
+size_t hopper_gla_staged_workspace(const void *args);
+enum status hopper_gla_staged(const void *args, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,52 +2,86 @@
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/portable.h"
 
-enum { THREADS = 128, TOKENS = 8 };
+enum {
+	THREADS = 128,
+	TOKENS = 16,  /* of a tile: one product's rows */
+	TILES = 4,    /* that a warp takes, one after the other */
+	COLUMNS = 64, /* of a warp */
+	GROUP = 32 /* columns of four products, interleaved so that a lane gets eight neighbours */
+};
 
-/* log(1 / (1 + e^-x)); where e^-|x| is small, log(1 + e) by its series. */
-static __device__ __forceinline__ float log_sigmoid(float x)
+/* log2(1 / (1 + 2^-x)); where e = 2^-|x| is small, log2(1 + e) by its series. */
+static __device__ __forceinline__ float log2_sigmoid(float x)
 {
-	const float e = __expf(-fabsf(x));
-	const float log = e < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
+	const float e = exp2_fast(-fabsf(x));
+	const float log = e < 0.002f ? e * (LOG2E - 0.5f * LOG2E * e) : log2_fast(1.0f + e);
 
 	return fminf(x, 0.0f) - log;
 }
 
-/* A thread computes two columns of TOKENS tokens, reading each weight once. */
+/* Two neighbouring elements. */
+static __device__ __forceinline__ uint32_t load_pair(const bf16 *from)
+{
+	return *reinterpret_cast<const uint32_t *>(from);
+}
+
+/* sum[n]: 16 tokens from `token` on times columns 8 (x / 2) + 2 (n % 4) + x % 2 of group n / 4. */
+static __device__ __forceinline__ void gate_products(float (&sum)[COLUMNS / 8][4],
+                                                     const struct decay_gate_args &a, int64_t token,
+                                                     int64_t column)
+{
+	const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+	const auto *x = static_cast<const bf16 *>(a.x) + 2 * c;
+	const bf16 *row0 = x + min(token + g, a.n_tokens - 1) * a.x_stride;
+	const bf16 *row1 = x + min(token + g + 8, a.n_tokens - 1) * a.x_stride;
+
+	for (int64_t r = 0; r < a.rank; r += 16) {
+		const bool whole = r + 8 < a.rank;
+		const uint32_t left[4] = {load_pair(row0 + r), load_pair(row1 + r),
+		                          whole ? load_pair(row0 + r + 8) : 0,
+		                          whole ? load_pair(row1 + r + 8) : 0};
+
+#pragma unroll
+		for (int n = 0; n < COLUMNS / 8; n++) {
+			const int64_t own = column + n / 4 * GROUP + g / 2 * 8 + n % 4 * 2 + g % 2;
+			const bf16 *w = static_cast<const bf16 *>(a.weight) +
+			                min(own, a.d_out - 1) * a.rank + r + 2 * c;
+
+			multiply_add(sum[n], left, load_pair(w), whole ? load_pair(w + 8) : 0);
+		}
+	}
+}
+
 static __global__ void __launch_bounds__(THREADS)
         decay_gate_kernel(const __grid_constant__ struct decay_gate_args a)
 {
-	const int64_t column = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * 2;
-	const int64_t first = (int64_t)blockIdx.x * TOKENS;
-	const auto *weight = static_cast<const bf16 *>(a.weight) + column * a.rank;
-	float sum[TOKENS][2] = {}, w0[8], w1[8], x[8];
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int64_t column = ((int64_t)blockIdx.y * (THREADS / WARP) + warp) * COLUMNS;
+	const float factor = LN2 / a.normalizer;
 
-	if (column >= a.d_out)
-		return;
-	for (int64_t r = 0; r < a.rank; r += 8) {
-		load8(w0, weight + r);
-		load8(w1, weight + a.rank + r);
-#pragma unroll
-		for (int i = 0; i < TOKENS; i++) {
-			const int64_t n = min(first + i, a.n_tokens - 1);
+	for (int tile = 0; tile < TILES && column < a.d_out; tile++) {
+		const int64_t token = ((int64_t)blockIdx.x * TILES + tile) * TOKENS;
+		float sum[COLUMNS / 8][4] = {};
 
-			load8(x, static_cast<const bf16 *>(a.x) + n * a.x_stride + r);
+		gate_products(sum, a, token, column);
 #pragma unroll
-			for (int j = 0; j < 8; j++) {
-				sum[i][0] += x[j] * w0[j];
-				sum[i][1] += x[j] * w1[j];
-			}
+		for (int i = 0; i < COLUMNS / GROUP * 2; i++) {
+			const int64_t n = token + lane / 4 + i % 2 * 8;
+			const int64_t own = column + i / 2 * GROUP + lane % 4 * 8;
+			float bias[8], y[8];
+
+			if (n >= a.n_tokens || own >= a.d_out)
+				continue;
+			load8f(bias, a.bias + own);
+#pragma unroll
+			for (int j = 0; j < 8; j++)
+				y[j] = factor *
+				       log2_sigmoid(LOG2E *
+				                    (sum[i / 2 * 4 + j / 2][i % 2 * 2 + j % 2] +
+				                     bias[j]));
+			store8(static_cast<bf16 *>(a.log_decay) + n * a.d_out + own, y);
 		}
 	}
-	const float bias0 = a.bias[column], bias1 = a.bias[column + 1],
-	            factor = 1.0f / a.normalizer;
-	auto *out = static_cast<bf16 *>(a.log_decay) + first * a.d_out + column;
-#pragma unroll
-	for (int i = 0; i < TOKENS; i++)
-		if (first + i < a.n_tokens)
-			*reinterpret_cast<uint32_t *>(out + i * a.d_out) =
-			        pack(factor * log_sigmoid(sum[i][0] + bias0),
-			             factor * log_sigmoid(sum[i][1] + bias1));
 }
 
 extern "C" const char *portable_decay_gate_unsupported(const void *args)
@@ -63,8 +97,8 @@ extern "C" const char *portable_decay_gate_unsupported(const void *args)
 extern "C" enum status portable_decay_gate(const void *args, void *)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
-	const dim3 grid((unsigned)divide_up(a->n_tokens, TOKENS),
-	                (unsigned)divide_up(a->d_out, 2 * THREADS));
+	const dim3 grid((unsigned)divide_up(a->n_tokens, TOKENS * TILES),
+	                (unsigned)divide_up(a->d_out, THREADS / WARP * COLUMNS));
 
 	return launch("decay_gate", decay_gate_kernel, grid, THREADS, 0, *a);
 }

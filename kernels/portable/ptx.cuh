@@ -76,4 +76,13 @@ static __device__ __forceinline__ float exp2_fast(float x)
 	return y;
 }
 
+/* log2(x) in one instruction, to about 2^-22 near 1. */
+static __device__ __forceinline__ float log2_fast(float x)
+{
+	float y;
+
+	asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
 #endif

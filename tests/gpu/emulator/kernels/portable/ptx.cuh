@@ -87,4 +87,9 @@ inline float exp2_fast(float x)
 	return x < -126.0f ? 0.0f : exp2f(x);
 }
 
+inline float log2_fast(float x)
+{
+	return log2f(x);
+}
+
 #endif
