@@ -21,6 +21,18 @@
  * are multiplied in one after the other, so that all exponents are <= 0 and no decay
  * is too strong. Inside the sub-chunk one of two factors exceeds 1; if the
  * sub-chunk's decay is too strong for that, it is halved again and again, at exponents <= 0.
+ *
+ * What was tried (one H200; 4 heads x 256/512, 262144 tokens, T = 4096 / 131072; the portable
+ * kernels take 9.5 / 10.8 ms, the bytes 0.9):
+ *   two kernels as above, one block at a time, scores by one product   2.37 / 2.81 ms
+ *   the scores of a chunk's first tokens nearly in fp32, because the
+ *     norm behind it magnifies what cancels there; clusters of two     2.20 / 2.70 ms
+ *   clusters of four (predicted: half the reads from L2)               2.14 / 3.66 ms
+ *   prepare takes two panels of channels at once (predicted: more
+ *     bytes under way)                                                 2.10 / 2.68 ms
+ *   the cluster's barriers without release at cluster scope, which
+ *     made every warp wait for its own stores in each chunk            1.84 / 2.32 ms
+ * Widths up to 128 (16 heads x 128/128): two kernels 2.83 ms, one kernel 2.21 ms.
  */
 #include <cuda_runtime.h>
 
@@ -37,14 +49,8 @@ using namespace hopper;
 namespace
 {
 
-#ifndef GLA_CLUSTER
-#define GLA_CLUSTER 2
-#endif
-constexpr int CLUSTER = GLA_CLUSTER; /* blocks at most */
-#ifndef GLA_WIDE
-#define GLA_WIDE 2
-#endif
-constexpr int PREPARE_WIDE = GLA_WIDE, PREPARE_BLOCKS = GLA_WIDE == 1 ? 4 : 3;
+constexpr int CLUSTER = 2; /* blocks at most */
+constexpr int PREPARE_WIDE = 2, PREPARE_BLOCKS = 3;
 
 /* What `prepare` leaves of a chunk, byte offsets: panels of 64 channels, 128-byte swizzle. */
 template <int DK> struct record {
