@@ -204,6 +204,18 @@ static enum status plan_add(struct kernel_plan *plan, enum operation operation,
 	return STATUS_OK;
 }
 
+void context_range_push(const struct context *ctx, const char *name)
+{
+	if (ctx->ranges)
+		ctx->backend->range_push(name);
+}
+
+void context_range_pop(const struct context *ctx)
+{
+	if (ctx->ranges)
+		ctx->backend->range_pop();
+}
+
 enum status kernel_run(struct context *ctx, enum operation operation, const void *args)
 {
 	const struct kernel *kernel = kernel_select(ctx, operation, args);
@@ -224,10 +236,16 @@ enum status kernel_run(struct context *ctx, enum operation operation, const void
 		                  "%s from %s wants %zu bytes of workspace, has %zu",
 		                  operation_name(operation), kernel->provider, workspace,
 		                  ctx->workspace_bytes);
-	if (ctx->ranges)
-		ctx->backend->range_push(operation_name(operation));
+	context_range_push(ctx, operation_name(operation));
 	status = kernel->run(args, ctx->workspace);
-	if (ctx->ranges)
-		ctx->backend->range_pop();
+	context_range_pop(ctx);
 	return status;
+}
+
+bool kernel_is_first(const struct kernel *kernels, const struct kernel *kernel)
+{
+	for (const struct kernel *k = kernels; k != kernel; k++)
+		if (k->operation == kernel->operation && strcmp(k->provider, kernel->provider) == 0)
+			return false;
+	return true;
 }

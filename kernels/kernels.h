@@ -670,6 +670,14 @@ struct context {
 const struct kernel *kernel_select(const struct context *ctx, enum operation operation,
                                    const void *args);
 
+/* False if an earlier kernel of the list has the same operation and provider: a provider may have
+ * several kernels of one operation, which take different arguments. */
+bool kernel_is_first(const struct kernel *kernels, const struct kernel *kernel);
+
+/* Begins and ends a named range for a profiler, where the context wants them. */
+void context_range_push(const struct context *ctx, const char *name);
+void context_range_pop(const struct context *ctx);
+
 /* Selects and runs (or plans); `args` must be the struct of that operation. */
 enum status kernel_run(struct context *ctx, enum operation operation, const void *args);
 

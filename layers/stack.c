@@ -612,18 +612,6 @@ enum status stack_set_position(struct stack *stack, int64_t position)
 	return stack->backend->upload(stack->position, &value, sizeof value);
 }
 
-static void range_push(const struct context *ctx, const char *name)
-{
-	if (ctx->ranges)
-		ctx->backend->range_push(name);
-}
-
-static void range_pop(const struct context *ctx)
-{
-	if (ctx->ranges)
-		ctx->backend->range_pop();
-}
-
 /* A layer's memory as sequences first ... see it. */
 static struct layer_memory memory_from(const struct stack *stack, int i, int64_t first)
 {
@@ -651,10 +639,10 @@ static enum status forward_layers(struct stack *stack, struct context *ctx, int6
 		const struct layer_config *config = &stack->layers[i];
 		struct layer_memory memory = memory_from(stack, i, first);
 
-		range_push(ctx, config->class->name);
+		context_range_push(ctx, config->class->name);
 		status = config->class->forward(ctx, config, shape, &memory, stack->layer_x[i],
 		                                stack->layer_x[i + 1]);
-		range_pop(ctx);
+		context_range_pop(ctx);
 	}
 	return status;
 }
@@ -706,11 +694,11 @@ enum status stack_backward(struct stack *stack, struct context *ctx)
 	for (int i = stack->n_layers - 1; i >= 0 && status == STATUS_OK; i--) {
 		const struct layer_config *config = &stack->layers[i];
 
-		range_push(ctx, config->class->name);
+		context_range_push(ctx, config->class->name);
 		status = config->class->backward(ctx, config, &stack->shape, &stack->memory[i],
 		                                 stack->layer_x[i], stack->layer_dy[i + 1],
 		                                 stack->layer_dy[i]);
-		range_pop(ctx);
+		context_range_pop(ctx);
 	}
 	if (status == STATUS_OK && is_model(stack))
 		status = model_embed_backward(stack, ctx);
@@ -727,11 +715,11 @@ enum status stack_step(struct stack *stack, struct context *ctx, int64_t positio
 	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
 		const struct layer_config *config = &stack->layers[i];
 
-		range_push(ctx, config->class->name);
+		context_range_push(ctx, config->class->name);
 		status = config->class->step(ctx, config, &shape, &stack->memory[i],
 		                             stack->position, position_hint, stack->layer_x[i],
 		                             stack->layer_x[i + 1]);
-		range_pop(ctx);
+		context_range_pop(ctx);
 	}
 	if (status == STATUS_OK && is_model(stack))
 		status = model_head(stack, ctx, shape.batch, stack->y, stack->logits);

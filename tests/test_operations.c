@@ -25,15 +25,6 @@ struct subject {
 	double factor;
 };
 
-/* True unless an earlier kernel of the list has the same operation and provider. */
-static bool is_first(const struct kernel *kernels, const struct kernel *kernel)
-{
-	for (const struct kernel *k = kernels; k != kernel; k++)
-		if (k->operation == kernel->operation && strcmp(k->provider, kernel->provider) == 0)
-			return false;
-	return true;
-}
-
 static void test_provider(struct subject *s, const char *provider)
 {
 	enum operation operation = s->test->operation;
@@ -67,7 +58,7 @@ static void test_operation(void **state)
 
 	s->trial->title = operation_name(s->test->operation);
 	for (const struct kernel *k = kernels; k->run; k++)
-		if (k->operation == s->test->operation && is_first(kernels, k))
+		if (k->operation == s->test->operation && kernel_is_first(kernels, k))
 			test_provider(s, k->provider);
 }
 

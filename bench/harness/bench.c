@@ -66,21 +66,12 @@ static enum status open_backend(struct run *run)
 	return status;
 }
 
-static bool is_requested(const struct run *run, const char *provider)
-{
-	for (int i = 0; i < run->n_variants; i++)
-		if (strcmp(run->variants[i].requested, provider) == 0)
-			return true;
-	return false;
-}
-
-/* The providers that a case's only operation has on this backend, each once: one may have several
- * kernels, which take different arguments. */
+/* The providers that a case's only operation has on this backend. */
 static void list_providers(struct run *run, enum operation operation)
 {
 	run->n_variants = 0;
 	for (const struct kernel *k = run->backend->kernels; k->run; k++)
-		if (k->operation == operation && !is_requested(run, k->provider) &&
+		if (k->operation == operation && kernel_is_first(run->backend->kernels, k) &&
 		    run->n_variants < MAX_VARIANTS)
 			snprintf(run->variants[run->n_variants++].requested, MAX_WORD, "%s",
 			         k->provider);

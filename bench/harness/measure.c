@@ -44,19 +44,6 @@ static void check_time(struct variant *v, int index, const struct measurement_ru
 		                   seconds, v->predicted_ms, rule->case_seconds));
 }
 
-/* A phase of the measurement, for a profiler. */
-static void begin_phase(const struct variant *v, const char *name)
-{
-	if (v->ctx.ranges)
-		v->ctx.backend->range_push(name);
-}
-
-static void end_phase(const struct variant *v)
-{
-	if (v->ctx.ranges)
-		v->ctx.backend->range_pop();
-}
-
 /* One timed launch. */
 static enum status take_sample(const struct subject *subject, const struct bench_case *c,
                                struct variant *v, bool warm, bool to_verify)
@@ -69,10 +56,10 @@ static enum status take_sample(const struct subject *subject, const struct bench
 		status = backend->flush_cache();
 	if (status == STATUS_OK)
 		status = backend->stopwatch_start();
-	begin_phase(v, "sample");
+	context_range_push(&v->ctx, "sample");
 	if (status == STATUS_OK)
 		status = subject->launch(subject->self, &v->ctx, c);
-	end_phase(v);
+	context_range_pop(&v->ctx);
 	if (status == STATUS_OK)
 		status = backend->stopwatch_stop(&ms);
 	if (status == STATUS_OK)
@@ -89,21 +76,21 @@ static enum status begin_variant(const struct subject *subject, const struct ben
                                  struct variant *v, const struct measurement_rule *rule,
                                  struct experience *experience)
 {
-	begin_phase(v, "warm_up");
+	context_range_push(&v->ctx, "warm_up");
 	enum status status = subject->warm_up(subject->self, &v->ctx, c);
 
 	if (status == STATUS_OK)
 		status = v->ctx.backend->synchronize();
-	end_phase(v);
+	context_range_pop(&v->ctx);
 	if (status == STATUS_OK)
 		status = take_sample(subject, c, v, rule->warm, true);
 	if (status != STATUS_OK)
 		return status;
 	double before = seconds_now();
 
-	begin_phase(v, "verify");
+	context_range_push(&v->ctx, "verify");
 	status = subject->verify(subject->self, &v->ctx, c, rule->rows, rule->seed, &v->rel_err);
-	end_phase(v);
+	context_range_pop(&v->ctx);
 	experience->verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
 	if (status == STATUS_OK && !(v->rel_err <= rule->tolerance)) {

@@ -141,15 +141,6 @@ void print_plan(FILE *file, const char *label, const struct planned *plan, size_
 	        plan->memory_bytes > memory_free ? "  oom" : "");
 }
 
-/* Whether no kernel before this one has its operation and provider. */
-static bool is_first(const struct kernel *kernels, const struct kernel *kernel)
-{
-	for (const struct kernel *k = kernels; k != kernel; k++)
-		if (k->operation == kernel->operation && strcmp(k->provider, kernel->provider) == 0)
-			return false;
-	return true;
-}
-
 void print_list(FILE *file, const struct driver *driver, const struct options *options,
                 const struct environment *environment)
 {
@@ -166,7 +157,7 @@ void print_list(FILE *file, const struct driver *driver, const struct options *o
 		fprintf(file, "backend %s (%s):\n", backends[i]->name,
 		        dtype_name(backends[i]->activation));
 		for (const struct kernel *k = backends[i]->kernels; k->run; k++)
-			if (is_first(backends[i]->kernels, k))
+			if (kernel_is_first(backends[i]->kernels, k))
 				fprintf(file, "  %s=%s\n", operation_name(k->operation),
 				        k->provider);
 	}

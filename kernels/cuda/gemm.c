@@ -53,25 +53,6 @@ struct description {
 			                  __LINE__, cublasLtGetStatusString(blas_try_));           \
 	} while (0)
 
-struct gemm gemm_linear(int64_t n, int64_t d_in, int64_t d_out, const void *x, const void *weight,
-                        const void *residual, void *y)
-{
-	return (struct gemm){.rows = n,
-	                     .columns = d_out,
-	                     .inner = d_in,
-	                     .a = x,
-	                     .b = weight,
-	                     .b_transposed = true,
-	                     .a_leading = d_in,
-	                     .b_leading = d_in,
-	                     .out_leading = d_out,
-	                     .addend = residual,
-	                     .out = y,
-	                     .out_type = DTYPE_BF16,
-	                     .scale = 1.0f,
-	                     .batch = 1};
-}
-
 /* The largest power of two up to 256 that divides the address. */
 static uint32_t alignment_of(const void *memory)
 {

@@ -40,10 +40,6 @@ struct gemm {
 	int64_t batch, a_stride, b_stride, out_stride;
 };
 
-/* The projection y [n, d_out] = x [n, d_in] weight^T + residual (or NULL), all bf16 and dense. */
-struct gemm gemm_linear(int64_t n, int64_t d_in, int64_t d_out, const void *x, const void *weight,
-                        const void *residual, void *y);
-
 /* Runs a product; workspace is GEMM_WORKSPACE bytes. STATUS_UNSUPPORTED if cuBLASLt has no
  * algorithm. */
 enum status gemm_run(const struct gemm *gemm, void *workspace);

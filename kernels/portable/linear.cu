@@ -53,6 +53,29 @@ extern "C" size_t portable_norm_linear_workspace(const void *)
 	return GEMM_WORKSPACE;
 }
 
+/* y [n, d_out] = x [n, d_in] weight^T + residual (or NULL), all bf16 and dense. */
+static enum status multiply(int64_t n, int64_t d_in, int64_t d_out, const void *x,
+                            const void *weight, const void *residual, void *y, void *workspace)
+{
+	struct gemm g = {};
+
+	g.rows = n;
+	g.columns = d_out;
+	g.inner = d_in;
+	g.a = x;
+	g.b = weight;
+	g.b_transposed = true;
+	g.a_leading = d_in;
+	g.b_leading = d_in;
+	g.out_leading = d_out;
+	g.addend = residual;
+	g.out = y;
+	g.out_type = DTYPE_BF16;
+	g.scale = 1.0f;
+	g.batch = 1;
+	return gemm_run(&g, workspace);
+}
+
 extern "C" enum status portable_norm_linear(const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct norm_linear_args *>(args);
@@ -66,9 +89,8 @@ extern "C" enum status portable_norm_linear(const void *args, void *workspace)
 		if (status != STATUS_OK)
 			return status;
 	}
-	const struct gemm g = gemm_linear(a->n_tokens, a->d_in, a->d_out,
-	                                  a->norm_weight ? a->x_norm : a->x, a->weight, NULL, a->y);
-	return gemm_run(&g, workspace);
+	return multiply(a->n_tokens, a->d_in, a->d_out, a->norm_weight ? a->x_norm : a->x,
+	                a->weight, NULL, a->y, workspace);
 }
 
 extern "C" const char *portable_linear_residual_unsupported(const void *args)
@@ -86,8 +108,7 @@ extern "C" size_t portable_linear_residual_workspace(const void *)
 extern "C" enum status portable_linear_residual(const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
-	const struct gemm g =
-	        gemm_linear(a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y);
 
-	return gemm_run(&g, workspace);
+	return multiply(a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y,
+	                workspace);
 }

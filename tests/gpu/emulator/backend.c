@@ -117,25 +117,6 @@ static float product(const struct gemm *g, int64_t row, int64_t column)
 	return g->scale * sum;
 }
 
-struct gemm gemm_linear(int64_t n, int64_t d_in, int64_t d_out, const void *x, const void *weight,
-                        const void *residual, void *y)
-{
-	return (struct gemm){.rows = n,
-	                     .columns = d_out,
-	                     .inner = d_in,
-	                     .a = x,
-	                     .b = weight,
-	                     .b_transposed = true,
-	                     .a_leading = d_in,
-	                     .b_leading = d_in,
-	                     .out_leading = d_out,
-	                     .addend = residual,
-	                     .out = y,
-	                     .out_type = DTYPE_BF16,
-	                     .scale = 1.0f,
-	                     .batch = 1};
-}
-
 enum status gemm_run(const struct gemm *g, void *workspace)
 {
 	float *sums = malloc((size_t)g->columns * sizeof *sums);
