@@ -12,8 +12,9 @@ As in our programs: random data, the L2 cache flushed by reading before every
 sample, the stream held while the host submits, medians, several forms of one
 case alternating, and no time without a comparison with fp64 first.
 
-Triton compiles dozens of variants of each kernel, one after another; --jobs N
-compiles them in N processes first.
+Triton compiles dozens of variants of each kernel, one after another, and times
+each for 125 ms; --jobs N compiles them in N processes first, --tune-ms shortens
+the timing. A second run finds both done, in Triton's cache.
 """
 
 import argparse
@@ -56,6 +57,17 @@ def shard_autotuning(shard, shards):
 
     Autotuner.__init__ = init
     Autotuner.do_bench = property(lambda self: run_once)
+
+
+def shorten_tuning(milliseconds):
+    """Lets Triton's autotuner time each variant for so long only."""
+    from triton.runtime.autotuner import Autotuner
+
+    def timed(call, quantiles):
+        return triton.testing.do_bench(call, warmup=max(milliseconds // 5, 1), rep=milliseconds,
+                                       quantiles=quantiles)
+
+    Autotuner.do_bench = property(lambda self: timed)
 
 
 class Case:
@@ -388,7 +400,10 @@ def print_table(rows):
 
 def compile_ahead(path, blocks, jobs):
     command = [sys.executable, os.path.abspath(__file__), path, "--blocks", ",".join(blocks)]
-    workers = [subprocess.Popen(command + ["--compile-only", f"{i}/{jobs}"]) for i in range(jobs)]
+    # What a part of the variants comes to is no result to keep.
+    environment = dict(os.environ, FLA_CACHE_RESULTS="0")
+    workers = [subprocess.Popen(command + ["--compile-only", f"{i}/{jobs}"], env=environment)
+               for i in range(jobs)]
     for worker in workers:
         worker.wait()
 
@@ -399,6 +414,7 @@ def parse_arguments():
     parser.add_argument("--blocks", default=",".join(BLOCKS), help="blocks to measure [all]")
     parser.add_argument("--max-time", type=float, default=0.5, help="seconds of samples [0.5]")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead [0]")
+    parser.add_argument("--tune-ms", type=int, help="milliseconds for each of Triton's variants")
     parser.add_argument("--compile-only", metavar="I/N", help="compile one part of the variants")
     return parser.parse_args()
 
@@ -442,6 +458,8 @@ def main():
         begin = time.perf_counter()
         compile_ahead(a.file, blocks, a.jobs)
         print(f"compiled ahead in {time.perf_counter() - begin:.0f} s", flush=True)
+    if a.tune_ms:
+        shorten_tuning(a.tune_ms)
     torch.set_grad_enabled(False)
     torch.manual_seed(1)
     watch = Stopwatch()
