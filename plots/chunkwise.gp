@@ -4,7 +4,9 @@
 # gnuplot -e "format='png'; output='x.png'; data='x.gp'; name='Linear attention'" FILE
 
 load data
+height = 720
 load "plots/style.gp"
+set key outside below center horizontal maxcols 2 font ",13"
 
 set title sprintf("%s: %s\n%s", name, shape, device) noenhanced
 set logscale x 2
@@ -34,7 +36,7 @@ colour(s) = starts(maker(s), "cublas")            ? "#000000" \
           : starts(maker(s), "portable")          ? "#CC79A7" : "#009E73"
 mark(s) = linear(s) ? (has(s, "L=64") ? 7 : 5) : 6
 dash(s) = linear(s) ? 1 : 2
-label(s) = sprintf("%s%s, %s", linear(s) ? "linear attention" : "attention", \
+label(s) = sprintf("%s%s, %s", linear(s) ? "linear" : "softmax", \
                    has(s, "L=") ? sprintf(" L=%d", chunk(s)) : "", maker(s))
 plot for [i = 1:words(labels)] $data index i - 1 using 1:2 with linespoints \
      title label(word(labels, i)) linecolor rgb colour(word(labels, i)) \

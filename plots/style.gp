@@ -4,10 +4,11 @@
 # again without them. They depend on the name alone, so a series looks alike in every picture,
 # whatever else is in it.
 
+if (!exists("height")) height = 620
 if (format eq "svg") {
-	set terminal svg size 1000,620 font "DejaVu Sans,15" background "white" linewidth 1.6
+	set terminal svg size 1000,height font "DejaVu Sans,15" background "white" linewidth 1.6
 } else {
-	set terminal pngcairo size 1000,620 font "DejaVu Sans,15" linewidth 2
+	set terminal pngcairo size 1000,height font "DejaVu Sans,15" linewidth 2
 }
 set output output
 set encoding utf8
