@@ -39,6 +39,8 @@ TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
 TEST_LIBRARY := $(BUILD)/libtests.a
 
+SM90A := -gencode arch=compute_90a,code=sm_90a
+
 ifeq ($(CUDA),1)
 ifeq ($(NVCC),)
 $(error CUDA=1 needs nvcc, which was found neither in PATH nor in /usr/local/cuda/bin)
@@ -52,7 +54,6 @@ SOURCES += $(wildcard kernels/cuda/*.c kernels/cuda/*.cu kernels/portable/*.cu \
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
 GPU_TEST_SUPPORT := $(patsubst %,$(BUILD)/%.o,$(wildcard tests/gpu/*.cu))
 NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Werror
-SM90A := -gencode arch=compute_90a,code=sm_90a
 PTX80 := -gencode arch=compute_80,code=compute_80
 # What uses instructions of sm_90a itself is for no other device.
 ARCHITECTURES := $(SM90A) $(PTX80)
@@ -65,7 +66,7 @@ GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
-.PHONY: all programs drivers tests help bench-latency bench-generation bench-family bench-kernels \
+.PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
 	bench-chunkwise table2 plots test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
@@ -108,6 +109,41 @@ $(GPU_TESTS): $(GPU_TEST_SUPPORT)
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
 	@echo "link    $@"
 	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) -lcmocka -lcjson $(LDLIBS)
+
+# FlashAttention-3, a baseline: its kernels, from a checkout of it, and a C function around them. The
+# flags are those of its setup.py; its own switches leave out what is not measured here.
+ifdef FLASH_ATTENTION
+CUTLASS ?= $(FLASH_ATTENTION)/csrc/cutlass
+FLASH3_VERSION := $(if $(wildcard $(FLASH_ATTENTION)/.git),$(shell \
+	git -C $(FLASH_ATTENTION) rev-parse --short HEAD))
+FLASH3_KERNELS := $(foreach d,64 128,$(foreach k,bf16 bf16_split, \
+	$(BUILD)/flash3/flash_fwd_hdim$(d)_$(k)_sm90.o))
+FLASH3_FLAGS := -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
+	-Xcompiler -fPIC -DNDEBUG -DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED \
+	-DCUTLASS_ENABLE_GDC_FOR_SM90 -DCUTLASS_DEBUG_TRACE_LEVEL=0 \
+	$(addprefix -DFLASHATTENTION_DISABLE_,BACKWARD PAGEDKV APPENDKV SOFTCAP PACKGQA VARLEN FP16 \
+	FP8 HDIM96 HDIM192 HDIM256 HDIMDIFF64 HDIMDIFF192 SM8x) \
+	$(FLASH3_VERSION:%=-DFLASH3_VERSION=\"%\") \
+	-I. -I$(FLASH_ATTENTION)/hopper -I$(CUTLASS)/include
+
+flash3: $(BUILD)/libflash3.so
+
+$(FLASH3_KERNELS): $(BUILD)/flash3/%.o: $(FLASH_ATTENTION)/hopper/instantiations/%.cu
+$(BUILD)/flash3/shim.o: baselines/flash3/shim/shim.cu baselines/flash3/shim/shim.h
+$(FLASH3_KERNELS) $(BUILD)/flash3/shim.o:
+	@mkdir -p $(@D)
+	@echo "compile $<"
+	$(Q)$(NVCC) $(FLASH3_FLAGS) -c -o $@ $<
+
+$(BUILD)/libflash3.so: $(FLASH3_KERNELS) $(BUILD)/flash3/shim.o
+	@echo "link    $@"
+	$(Q)$(NVCC) -shared -o $@ $^ -Xlinker --strip-all,-z,defs
+else
+flash3:
+	@echo 'make flash3 FLASH_ATTENTION=/path/to/flash-attention, with its csrc/cutlass; one' \
+		'that lies elsewhere: CUTLASS=/path/to/cutlass' >&2
+	@exit 2
+endif
 
 # The two files below are rewritten only when what they say changes.
 define replace_if_changed
@@ -221,6 +257,7 @@ help:
 	@echo 'make test               every test that needs no GPU'
 	@echo 'make test-gpu           the tests of the CUDA backend'
 	@echo 'make golden             other projects'"'"' reference tensors, compared'
+	@echo 'make flash3             FlashAttention-3 as a baseline (FLASH_ATTENTION=checkout, CUTLASS=checkout)'
 	@echo 'make check              format, clang-tidy, cppcheck'
 	@echo 'make asan               the tests under AddressSanitizer and UBSan'
 	@echo 'make fuzz               the fuzz targets, FUZZ_SECONDS=$(FUZZ_SECONDS) each'

@@ -300,7 +300,8 @@ static void note(void *self, const struct bench_case *c, const struct record *re
 /* Whether a provider is somebody else's kernel. */
 static bool is_public(const struct note *n)
 {
-	return strncmp(n->provider, "cudnn", 5) == 0 || strncmp(n->provider, "cublas", 6) == 0;
+	return strncmp(n->provider, "cudnn", 5) == 0 || strncmp(n->provider, "cublas", 6) == 0 ||
+	       strncmp(n->provider, "flash3", 6) == 0;
 }
 
 /* The fastest public provider of a case; NAN if there is none. */

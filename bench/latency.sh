@@ -5,8 +5,9 @@
 #
 # Rows go to FILE in the device's folder of results/, unless --out says where.
 #
-# On a GPU attention is measured by three providers, their samples alternating: the fastest of
-# ours, cuDNN, and the portable kernels; --provider picks others.
+# On a GPU attention is measured by several providers, their samples alternating: the fastest of
+# ours, cuDNN, FlashAttention-3 where it is built, and the portable kernels; --provider picks
+# others.
 #
 # BLOCKS in the environment names other programs (make bench-family).
 #
@@ -31,6 +32,10 @@ rivals=
 if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
 	rivals=yes
 fi
+flash3=
+if [ -e "${FLASH3_LIBRARY:-$build/libflash3.so}" ]; then
+	flash3='--provider attention=flash3,attention_step=flash3'
+fi
 for option in "$@"; do
 	case $option in
 	--resume) first= ;;
@@ -44,7 +49,8 @@ for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 	code=0
 	if [ "$rivals" ] && [ "$program" = attention ]; then
 		"$build/$program" $first "$@" --out "$out" --provider '' \
-			--provider attention=cudnn,attention_step=cudnn --provider portable ||
+			--provider attention=cudnn,attention_step=cudnn $flash3 \
+			--provider portable ||
 			code=$?
 	else
 		"$build/$program" $first "$@" --out "$out" || code=$?

@@ -3,7 +3,7 @@
  *
  * An operation is an entry of enum operation, an argument struct, and one or
  * more kernels (implementations, each from a provider: cpu, portable, hopper,
- * cudnn, cublas). kernel_run() picks the kernel: the provider the user asked
+ * cudnn, cublas, flash3). kernel_run() picks the kernel: the provider the user asked
  * for with --provider, else the first in the backend's list that supports the
  * arguments. Adding a kernel is one file and one line in that list.
  *

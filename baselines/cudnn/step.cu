@@ -1,4 +1,4 @@
-/* Before cuDNN's decode: rotation, the cache, and how much of it there is. */
+/* Before another library's decode: rotation, the cache, and how much of it there is. */
 #include "baselines/cudnn/step.h"
 #include "kernels/portable/rope.cuh"
 
@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(THREADS)
 	store8(q_out + row * D + 8 * lane, q);
 	store8(at(a.k_cache, b, slot, h) + 8 * lane, k);
 	store8(at(a.v_cache, b, slot, h) + 8 * lane, v);
-	if (lane == 0 && h == 0) {
+	if (lane == 0 && h == 0 && key_lengths) {
 		query_lengths[b] = 1;
 		key_lengths[b] = (int32_t)(a.window < 0 ? position : min(position, a.window)) + 1;
 	}

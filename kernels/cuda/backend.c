@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "baselines/cudnn/sdpa.h"
+#include "baselines/flash3/library.h"
 #include "kernels/cuda/bandwidth.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm.h"
@@ -202,14 +203,18 @@ static enum status describe_runtime(char *text, size_t size)
 {
 	const size_t blas = cublasLtGetVersion(), cudnn = cudnn_library_version();
 	int runtime = 0;
+	const char *why;
+	const struct flash3_library *flash3 = flash3_library_get(&why);
 
 	CUDA_TRY(cudaRuntimeGetVersion(&runtime));
-	const int length =
-	        snprintf(text, size, "CUDA %d.%d; cuBLASLt %zu.%zu.%zu", runtime / 1000,
-	                 runtime % 1000 / 10, blas / 10000, blas / 100 % 100, blas % 100);
+	int length = snprintf(text, size, "CUDA %d.%d; cuBLASLt %zu.%zu.%zu", runtime / 1000,
+	                      runtime % 1000 / 10, blas / 10000, blas / 100 % 100, blas % 100);
 	if (cudnn > 0 && length > 0 && (size_t)length < size)
-		snprintf(text + length, size - (size_t)length, "; cuDNN %zu.%zu.%zu", cudnn / 10000,
-		         cudnn / 100 % 100, cudnn % 100);
+		length += snprintf(text + length, size - (size_t)length, "; cuDNN %zu.%zu.%zu",
+		                   cudnn / 10000, cudnn / 100 % 100, cudnn % 100);
+	if (flash3 && length > 0 && (size_t)length < size)
+		snprintf(text + length, size - (size_t)length, "; FlashAttention-3 %s",
+		         flash3->version());
 	return STATUS_OK;
 }
 

@@ -1,6 +1,7 @@
 /* The list of CUDA kernels: for each operation the preferred providers first. */
 #include "baselines/cublas/cublas.h"
 #include "baselines/cudnn/cudnn.h"
+#include "baselines/flash3/flash3.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/hopper.h"
 #include "kernels/portable/portable.h"
@@ -16,6 +17,8 @@ const struct kernel cuda_kernels[] = {
         {OP_ATTENTION, "portable", portable_attention_unsupported, NULL, portable_attention},
         {OP_ATTENTION, "cudnn", cudnn_attention_unsupported, cudnn_attention_workspace,
          cudnn_attention},
+        {OP_ATTENTION, "flash3", flash3_attention_unsupported, flash3_attention_workspace,
+         flash3_attention},
         {OP_ATTENTION, "cublas", cublas_attention_unsupported, cublas_attention_workspace,
          cublas_attention},
         {OP_ATTENTION_STEP, "hopper", hopper_attention_step_unsupported,
@@ -24,6 +27,8 @@ const struct kernel cuda_kernels[] = {
          portable_attention_step_workspace, portable_attention_step},
         {OP_ATTENTION_STEP, "cudnn", cudnn_attention_step_unsupported,
          cudnn_attention_step_workspace, cudnn_attention_step},
+        {OP_ATTENTION_STEP, "flash3", flash3_attention_step_unsupported,
+         flash3_attention_step_workspace, flash3_attention_step},
         {OP_RAT_SCAN, "hopper", hopper_rat_scan_unsupported, hopper_rat_scan_workspace,
          hopper_rat_scan},
         {OP_RAT_SCAN, "portable", portable_rat_scan_unsupported, NULL, portable_rat_scan},

@@ -1,0 +1,75 @@
+/* Attention by FlashAttention-3. */
+#define _GNU_SOURCE
+#include "baselines/flash3/flash3.h"
+
+#include "baselines/flash3/library.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/hopper/tensor_map.h"
+
+static struct flash3_tensor tensor_of(const struct view *view)
+{
+	return (struct flash3_tensor){view->data, view->batch, view->token, view->head};
+}
+
+static struct flash3_problem problem_of(const struct attention_args *a)
+{
+	return (struct flash3_problem){.batch = (int)a->batch,
+	                               .n_heads = (int)a->n_heads,
+	                               .d_head = (int)a->d_head,
+	                               .seq_len = (int)a->seq_len,
+	                               .kv_len = (int)a->kv_len,
+	                               .causal = a->mask != MASK_FULL,
+	                               .window = a->mask == MASK_WINDOW ? (int)a->window : -1,
+	                               .n_sm = cuda_sm_count(),
+	                               .scale = a->scale,
+	                               .q = tensor_of(&a->q),
+	                               .k = tensor_of(&a->k),
+	                               .v = tensor_of(&a->v),
+	                               .out = tensor_of(&a->out),
+	                               .lse = a->lse};
+}
+
+const char *flash3_attention_unsupported(const void *args)
+{
+	const struct attention_args *a = args;
+	const char *why;
+
+	if (!flash3_library_get(&why))
+		return why;
+	if (!cuda_is_hopper())
+		return "needs compute capability 9.0";
+	if (a->mask == MASK_CHUNK || a->own_score || a->gate.data || a->out_ungated.data)
+		return "no chunk mask, own token or gate";
+	if (a->q_heads != a->n_heads)
+		return "no shared queries";
+	if (a->d_head != 64 && a->d_head != 128)
+		return "head width must be 64 or 128";
+	/* Its mask is aligned to the last key, not to the first. */
+	if (a->mask != MASK_FULL && a->kv_len != a->seq_len)
+		return "a causal mask needs as many keys as queries";
+	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
+	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out))
+		return "views must be 16-byte aligned";
+	return NULL;
+}
+
+size_t flash3_attention_workspace(const void *args)
+{
+	const struct flash3_problem problem = problem_of(args);
+	const char *why;
+	const struct flash3_library *flash3 = flash3_library_get(&why);
+
+	return flash3 ? flash3->workspace(&problem) : 0;
+}
+
+enum status flash3_attention(const void *args, void *workspace)
+{
+	const struct flash3_problem problem = problem_of(args);
+	const char *why;
+	const struct flash3_library *flash3 = flash3_library_get(&why);
+
+	if (!flash3)
+		return status_set(STATUS_UNSUPPORTED, "%s", why);
+	CUDA_TRY(flash3->forward(&problem, workspace, cuda_stream()));
+	return STATUS_OK;
+}

@@ -1,0 +1,22 @@
+/* The library that `make flash3` builds, found and opened at run time. */
+#ifndef BASELINES_FLASH3_LIBRARY_H
+#define BASELINES_FLASH3_LIBRARY_H
+
+#include "baselines/flash3/shim/shim.h"
+
+struct flash3_library {
+	size_t (*workspace)(const struct flash3_problem *problem);
+	cudaError_t (*forward)(const struct flash3_problem *problem, void *workspace,
+	                       cudaStream_t stream);
+	const char *(*version)(void);
+	size_t (*problem_size)(void);
+};
+
+/*
+ * libflash3.so, opened at the first call: the file that the environment variable FLASH3_LIBRARY
+ * names, or the one in the program's folder or above it. NULL if there is none, and *why says
+ * so in a few words (static memory).
+ */
+const struct flash3_library *flash3_library_get(const char **why);
+
+#endif

@@ -1,0 +1,193 @@
+/*
+ * What FlashAttention-3's Python package does between a call and its kernels
+ * (mha_fwd in hopper/flash_api.cpp), without PyTorch. The kernels themselves
+ * are its own files, hopper/instantiations/flash_fwd_hdim*_bf16*_sm90.cu,
+ * compiled as they are and linked to this one.
+ *
+ * Defaults are those of its Python functions: a forward is never split
+ * (flash_attn_func), a decode by num_splits_heuristic (flash_attn_with_kvcache).
+ * Decoding attends to the filled part of a cache as to a tensor, which spares it
+ * the kernel that reads lengths from memory.
+ */
+#include "baselines/flash3/shim/shim.h"
+
+#include "flash.h"
+#include "flash_fwd_combine_launch_template.h"
+#include "heuristics.h"
+#include "tile_size.h"
+
+#ifndef FLASH3_VERSION
+#define FLASH3_VERSION "unknown"
+#endif
+
+enum { MAX_SPLITS = 128 };
+
+static size_t round_up(size_t bytes)
+{
+	return (bytes + 255) / 256 * 256;
+}
+
+/* The workspace's parts, as offsets. */
+struct parts {
+	size_t lse, out_split, lse_split, end; /* a semaphore is at 0 */
+};
+
+static int64_t rows_of(const struct flash3_problem *p)
+{
+	return (int64_t)p->batch * p->n_heads * p->seq_len;
+}
+
+static struct parts parts_of(const struct flash3_problem *p, int n_splits)
+{
+	const size_t rows = (size_t)rows_of(p);
+	const size_t split_rows = n_splits > 1 ? (size_t)n_splits * rows : 0;
+	struct parts parts;
+
+	parts.lse = 256;
+	parts.out_split = parts.lse + round_up(p->lse ? 0 : rows * sizeof(float));
+	parts.lse_split = parts.out_split + round_up(split_rows * p->d_head * sizeof(float));
+	parts.end = parts.lse_split + round_up(split_rows * sizeof(float));
+	return parts;
+}
+
+/* A window that leaves out nothing is none, and a single query that sees all keys is not causal. */
+static void set_mask(Flash_fwd_params *f, const struct flash3_problem *p)
+{
+	const int left = p->causal && p->window < p->kv_len - 1 ? p->window : -1;
+	const bool bounded = p->causal && !(p->seq_len == 1 && left < 0);
+
+	f->is_causal = bounded && left < 0;
+	f->is_local = left >= 0;
+	f->window_size_left = left < 0 ? p->kv_len - 1 : left;
+	f->window_size_right = bounded ? 0 : p->seq_len - 1;
+}
+
+static int splits_of(const Flash_fwd_params &f)
+{
+	const auto tile = tile_size_fwd_sm90(f.d_rounded, f.dv_rounded, f.is_causal, f.is_local);
+	const int block_m = std::get<0>(tile), block_n = std::get<1>(tile);
+	const int seen = f.is_local ? std::max(0, std::min(f.seqlen_k, f.window_size_left +
+	                                                                       f.window_size_right +
+	                                                                       1 + block_m))
+	                            : f.seqlen_k;
+	const int n_m = (f.seqlen_q + block_m - 1) / block_m;
+	const int n_n = (seen + block_n - 1) / block_n;
+
+	return num_splits_heuristic(f.b * f.h * n_m, f.num_sm, n_n, n_m,
+	                            f.seqlen_k * (f.d + f.dv) * 2, f.is_causal || f.is_local,
+	                            MAX_SPLITS);
+}
+
+static Flash_fwd_params params_of(const struct flash3_problem *p)
+{
+	Flash_fwd_params f = {};
+
+	f.is_bf16 = true;
+	f.q_ptr = p->q.data;
+	f.k_ptr = p->k.data;
+	f.v_ptr = p->v.data;
+	f.o_ptr = p->out.data;
+	f.q_batch_stride = p->q.batch;
+	f.k_batch_stride = p->k.batch;
+	f.v_batch_stride = p->v.batch;
+	f.o_batch_stride = p->out.batch;
+	f.q_row_stride = p->q.token;
+	f.k_row_stride = p->k.token;
+	f.v_row_stride = p->v.token;
+	f.o_row_stride = p->out.token;
+	f.q_head_stride = p->q.head;
+	f.k_head_stride = p->k.head;
+	f.v_head_stride = p->v.head;
+	f.o_head_stride = p->out.head;
+	f.v_dim_stride = 1;
+	f.b = f.b_k = p->batch;
+	f.h = f.h_k = p->n_heads;
+	f.seqlen_q = p->seq_len;
+	f.seqlen_k = p->kv_len;
+	f.seqlen_q_rounded = (p->seq_len + 127) / 128 * 128;
+	f.seqlen_k_rounded = (p->kv_len + 127) / 128 * 128;
+	f.total_q = p->batch * p->seq_len;
+	f.total_k = p->batch * p->kv_len;
+	f.d = f.d_rounded = f.dv = f.dv_rounded = p->d_head;
+	f.scale_softmax = p->scale;
+	f.p_dropout = f.rp_dropout = 1;
+	f.p_dropout_in_uint8_t = 255;
+	f.page_size = 1;
+	f.arch = 90;
+	f.num_sm = p->n_sm;
+	set_mask(&f, p);
+	f.num_splits = p->may_split ? splits_of(f) : 1;
+	f.pack_gqa = f.num_splits > 1;
+	/* Of kernels for varied lengths alone, but the API sets them always. */
+	f.varlen_sort_batches = !f.is_local;
+	f.head_swizzle = f.is_causal || f.is_local;
+	return f;
+}
+
+static void set_workspace(Flash_fwd_params *f, const struct flash3_problem *p, void *workspace)
+{
+	const struct parts parts = parts_of(p, f->num_splits);
+	char *memory = static_cast<char *>(workspace);
+	const int64_t rows = rows_of(p);
+
+	f->softmax_lse_ptr = p->lse ? static_cast<void *>(p->lse) : memory + parts.lse;
+	if (f->num_splits == 1) {
+		f->tile_count_semaphore =
+		        f->is_causal || f->is_local ? static_cast<int *>(workspace) : nullptr;
+		return;
+	}
+	f->oaccum_ptr = memory + parts.out_split;
+	f->oaccum_row_stride = p->d_head;
+	f->oaccum_head_stride = (int64_t)p->seq_len * p->d_head;
+	f->oaccum_batch_stride = p->n_heads * f->oaccum_head_stride;
+	f->oaccum_split_stride = rows * p->d_head;
+	f->softmax_lseaccum_ptr = memory + parts.lse_split;
+	f->lseaccum_head_stride = p->seq_len;
+	f->lseaccum_batch_stride = (int64_t)p->n_heads * p->seq_len;
+	f->lseaccum_split_stride = rows;
+}
+
+/* A split forward always packs the heads of a group, of which there is one here. */
+template <int D> static void run(Flash_fwd_params &f, cudaStream_t stream)
+{
+	using bf16 = cutlass::bfloat16_t;
+
+	if (f.num_splits == 1)
+		return run_mha_fwd_<90, bf16, D, D, false, false, false, false>(f, stream);
+	run_mha_fwd_<90, bf16, D, D, true, false, false, true>(f, stream);
+	run_mha_fwd_combine_<bf16, float, D>(f, stream, true);
+}
+
+extern "C" size_t flash3_workspace(const struct flash3_problem *p)
+{
+	return parts_of(p, p->may_split && rows_of(p) <= p->n_sm ? MAX_SPLITS : 1).end;
+}
+
+extern "C" cudaError_t flash3_forward(const struct flash3_problem *p, void *workspace,
+                                      cudaStream_t stream)
+{
+	Flash_fwd_params f = params_of(p);
+
+	set_workspace(&f, p, workspace);
+	if (f.tile_count_semaphore) {
+		const cudaError_t error =
+		        cudaMemsetAsync(f.tile_count_semaphore, 0, sizeof(int), stream);
+		if (error != cudaSuccess)
+			return error;
+	}
+	if (p->d_head == 64)
+		run<64>(f, stream);
+	else
+		run<128>(f, stream);
+	return cudaGetLastError();
+}
+
+extern "C" const char *flash3_version(void)
+{
+	return FLASH3_VERSION;
+}
+
+extern "C" size_t flash3_problem_size(void)
+{
+	return sizeof(struct flash3_problem);
+}
