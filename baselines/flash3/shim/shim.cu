@@ -62,27 +62,20 @@ static void set_mask(Flash_fwd_params *f, const struct flash3_problem *p)
 	f->window_size_right = bounded ? 0 : p->seq_len - 1;
 }
 
+/* Of one query that sees all keys. */
 static int splits_of(const Flash_fwd_params &f)
 {
-	const auto tile = tile_size_fwd_sm90(f.d_rounded, f.dv_rounded, f.is_causal, f.is_local);
-	const int block_m = std::get<0>(tile), block_n = std::get<1>(tile);
-	const int seen = f.is_local ? std::max(0, std::min(f.seqlen_k, f.window_size_left +
-	                                                                       f.window_size_right +
-	                                                                       1 + block_m))
-	                            : f.seqlen_k;
-	const int n_m = (f.seqlen_q + block_m - 1) / block_m;
-	const int n_n = (seen + block_n - 1) / block_n;
+	const int tile = std::get<1>(tile_size_fwd_sm90(f.d, f.dv, false, false));
 
-	return num_splits_heuristic(f.b * f.h * n_m, f.num_sm, n_n, n_m,
-	                            f.seqlen_k * (f.d + f.dv) * 2, f.is_causal || f.is_local,
-	                            MAX_SPLITS);
+	return num_splits_heuristic(f.b * f.h, f.num_sm, (f.seqlen_k + tile - 1) / tile, 1,
+	                            f.seqlen_k * (f.d + f.dv) * 2, false, MAX_SPLITS);
 }
 
+/* What these kernels read of the parameters. */
 static Flash_fwd_params params_of(const struct flash3_problem *p)
 {
 	Flash_fwd_params f = {};
 
-	f.is_bf16 = true;
 	f.q_ptr = p->q.data;
 	f.k_ptr = p->k.data;
 	f.v_ptr = p->v.data;
@@ -100,27 +93,18 @@ static Flash_fwd_params params_of(const struct flash3_problem *p)
 	f.v_head_stride = p->v.head;
 	f.o_head_stride = p->out.head;
 	f.v_dim_stride = 1;
-	f.b = f.b_k = p->batch;
+	f.b = p->batch;
 	f.h = f.h_k = p->n_heads;
 	f.seqlen_q = p->seq_len;
 	f.seqlen_k = p->kv_len;
-	f.seqlen_q_rounded = (p->seq_len + 127) / 128 * 128;
-	f.seqlen_k_rounded = (p->kv_len + 127) / 128 * 128;
 	f.total_q = p->batch * p->seq_len;
-	f.total_k = p->batch * p->kv_len;
-	f.d = f.d_rounded = f.dv = f.dv_rounded = p->d_head;
+	f.d = f.dv = p->d_head;
 	f.scale_softmax = p->scale;
-	f.p_dropout = f.rp_dropout = 1;
-	f.p_dropout_in_uint8_t = 255;
-	f.page_size = 1;
 	f.arch = 90;
 	f.num_sm = p->n_sm;
 	set_mask(&f, p);
 	f.num_splits = p->may_split ? splits_of(f) : 1;
 	f.pack_gqa = f.num_splits > 1;
-	/* Of kernels for varied lengths alone, but the API sets them always. */
-	f.varlen_sort_batches = !f.is_local;
-	f.head_swizzle = f.is_causal || f.is_local;
 	return f;
 }
 

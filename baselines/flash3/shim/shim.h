@@ -25,8 +25,7 @@ struct flash3_problem {
 	int seq_len, kv_len;        /* queries, keys per sequence */
 	bool causal;                /* the last query sees the last key */
 	int window;     /* keys that a causal query sees before its own; negative: all */
-	bool may_split; /* keys over several blocks where its heuristic says so; of one query alone
-	                 */
+	bool may_split; /* the keys, as its heuristic says; of one query that sees them all */
 	int n_sm;
 	float scale;
 	struct flash3_tensor q, k, v, out; /* 16-byte aligned */
