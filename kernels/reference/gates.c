@@ -92,10 +92,11 @@ void reference_short_conv_backward(const struct reference_conv *c, const double 
 			for (int64_t j = 0; j < CONV_WIDTH; j++) {
 				int64_t back = CONV_HISTORY - j;
 
+				if (t < back)
+					continue;
 				dweight[i * CONV_WIDTH + j] += dsum * conv_input(c, b, t - back, i);
-				if (t >= back)
-					dx[(n - back) * c->channels + i] +=
-					        dsum * c->weight[i * CONV_WIDTH + j];
+				dx[(n - back) * c->channels + i] +=
+				        dsum * c->weight[i * CONV_WIDTH + j];
 			}
 		}
 }
