@@ -7,8 +7,9 @@
 #include "layers/mixing.h"
 #include "layers/verify.h"
 
-/* Floats of states to keep where that leaves a choice, and the sequences to keep at least. */
-enum { SNAPSHOT_FLOATS = 16 << 20, SNAPSHOT_SEQUENCES = 2 };
+/* Floats of states to keep where that leaves a choice, and the sequences to keep at least and at
+ * most. */
+enum { SNAPSHOT_FLOATS = 16 << 20, LEAST_SEQUENCES = 2, MOST_SEQUENCES = 64 };
 
 /* States of some sequences: layer by layer, state by state, sequence by sequence. */
 struct stack_snapshot {
@@ -85,10 +86,10 @@ static struct stack_snapshot *snapshot_take(int64_t n_sequences, int64_t states)
 enum status stack_snapshot_state(struct stack *stack, uint64_t seed)
 {
 	int64_t states = states_before(stack, stack->n_layers), batch = stack->shape.batch;
-	int64_t n = states ? SNAPSHOT_FLOATS / states : batch;
+	int64_t n = states ? SNAPSHOT_FLOATS / states : MOST_SEQUENCES;
 	enum status status;
 
-	n = n < SNAPSHOT_SEQUENCES ? SNAPSHOT_SEQUENCES : n;
+	n = n < LEAST_SEQUENCES ? LEAST_SEQUENCES : n > MOST_SEQUENCES ? MOST_SEQUENCES : n;
 	n = n < batch ? n : batch;
 	free(stack->snapshot);
 	stack->snapshot = snapshot_take(n, states);
