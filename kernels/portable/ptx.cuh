@@ -85,4 +85,24 @@ static __device__ __forceinline__ float log2_fast(float x)
 	return y;
 }
 
+/* Eight bytes that other blocks write and read meanwhile, in one piece; no order beside them. */
+static __device__ __forceinline__ uint64_t load_relaxed(const uint64_t *from)
+{
+	uint64_t value;
+
+	asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+	return value;
+}
+
+static __device__ __forceinline__ void store_relaxed(uint64_t *to, uint64_t value)
+{
+	asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+/* Counts up *ticket; returns what it was. */
+static __device__ __forceinline__ uint32_t take_ticket(uint32_t *ticket)
+{
+	return atomicAdd(ticket, 1u);
+}
+
 #endif

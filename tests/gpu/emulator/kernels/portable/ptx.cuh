@@ -92,4 +92,19 @@ inline float log2_fast(float x)
 	return log2f(x);
 }
 
+inline uint64_t load_relaxed(const uint64_t *from)
+{
+	return *from;
+}
+
+inline void store_relaxed(uint64_t *to, uint64_t value)
+{
+	*to = value;
+}
+
+inline uint32_t take_ticket(uint32_t *ticket)
+{
+	return (*ticket)++;
+}
+
 #endif
