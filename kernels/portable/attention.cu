@@ -255,8 +255,10 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		copy_wait<0>();
 		__syncthreads();
 		if (key + KEYS < end) {
-			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, h, key + KEYS, end);
-			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, h, key + KEYS, end);
+			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, h, key + KEYS,
+			                            end);
+			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, h, key + KEYS,
+			                            end);
 			copy_commit();
 		}
 		if (first > warp_last || key >= visible(a, warp_last).end ||

@@ -142,10 +142,9 @@ static __device__ __forceinline__ void add_weighted(float (&sums)[D / 8][4],
 
 /* Writes this warp's 16 rows from row `first` on, times `factor`, by way of its own `staging`. */
 template <int D>
-static __device__ __forceinline__ void store_rows(const struct view &to, int64_t b, int64_t h,
-                                                  int64_t first, int64_t limit,
-                                                  const float (&x)[D / 8][4], float factor,
-                                                  bf16 *staging)
+static __device__ __forceinline__ void
+store_rows(const struct view &to, int64_t b, int64_t h, int64_t first, int64_t limit,
+           const float (&x)[D / 8][4], float factor, bf16 *staging)
 {
 	const int lane = threadIdx.x % WARP;
 
@@ -154,9 +153,8 @@ static __device__ __forceinline__ void store_rows(const struct view &to, int64_t
 	for (int n = 0; n < D / 8; n++) {
 #pragma unroll
 		for (int half = 0; half < 2; half++)
-			*reinterpret_cast<uint32_t *>(staging +
-			                              swizzled<D>(lane / 4 + 8 * half, n) +
-			                              2 * (lane % 4)) =
+			*reinterpret_cast<uint32_t *>(
+			        staging + swizzled<D>(lane / 4 + 8 * half, n) + 2 * (lane % 4)) =
 			        pack(x[n][2 * half] * factor, x[n][2 * half + 1] * factor);
 	}
 	__syncwarp();

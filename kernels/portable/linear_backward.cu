@@ -85,8 +85,7 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
 			for (int w = 0; w < WARPS; w++)
 				sum += exchange[w * ROWS + r];
-			const float scale =
-			        rstd[r] * rstd[r] * rstd[r] * sum / (float)a.d_in;
+			const float scale = rstd[r] * rstd[r] * rstd[r] * sum / (float)a.d_in;
 #pragma unroll
 			for (int v = 0; v < VECTORS; v++) {
 				const int64_t column = 8 * (threadIdx.x + v * THREADS);

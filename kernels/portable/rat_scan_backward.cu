@@ -148,10 +148,9 @@ static __device__ __forceinline__ void unrotate(float (&x)[4], const bf16 *row, 
 /* dq and dk of n tokens from t on: the sums over the heads' shares in shared memory,
  * [2][SEGMENT][heads][D / 4]. More heads than fit in a block come in batches. */
 template <int D>
-static __device__ __forceinline__ void sum_heads(const struct rat_scan_backward_args &a,
-                                                 const struct place &p, const float4 *parts,
-                                                 int heads, int slots, bool first_batch, int64_t t,
-                                                 int n, const float2 *angles)
+static __device__ __forceinline__ void
+sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const float4 *parts,
+          int heads, int slots, bool first_batch, int64_t t, int n, const float2 *angles)
 {
 	constexpr int LANES = D / 4;
 
@@ -193,8 +192,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	const int heads_of_group = (int)(f.n_heads / f.groups);
 	float4 *const parts = reinterpret_cast<float4 *>(shared_memory);
 	float4 *const checkpoints = parts + 2 * SEGMENT * w.heads * LANES;
-	float2 *const angles =
-	        reinterpret_cast<float2 *>(checkpoints + 2 * SEGMENTS * blockDim.x);
+	float2 *const angles = reinterpret_cast<float2 *>(checkpoints + 2 * SEGMENTS * blockDim.x);
 	struct place p;
 
 	p.group = blockIdx.y;
@@ -211,9 +209,9 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 			bias[i] = f.gate_bias[p.h * D + p.column + i];
 		for (int64_t item = blockIdx.x; item < f.batch * w.chunks; item += gridDim.x) {
 			const int64_t chunk = item % w.chunks;
-			float4 *const pairs =
-			        w.pairs + (item * w.stretches * f.n_heads + p.h) * LANES * 2 +
-			        2 * lane;
+			float4 *const pairs = w.pairs +
+			                      (item * w.stretches * f.n_heads + p.h) * LANES * 2 +
+			                      2 * lane;
 			const int64_t pair_stride = f.n_heads * LANES * 2;
 			float k[4] = {}, v[4] = {}, mu[4], lambda[4];
 
@@ -272,23 +270,21 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 					for (int i = 0; i < SEGMENT; i++) {
 						const int64_t row = min(t + i, p.end - 1);
 
-						gate[i] = load4(at(f.gate, p.b, row, p.h) +
-						                p.column);
+						gate[i] =
+						        load4(at(f.gate, p.b, row, p.h) + p.column);
 						ks[i] = load4(at(f.k, p.b, row, p.group) +
 						              p.column);
 						vs[i] = load4(at(f.v, p.b, row, p.h) + p.column);
-						q[i] = load4(at(f.q, p.b, row, p.group) +
-						             p.column);
+						q[i] = load4(at(f.q, p.b, row, p.group) + p.column);
 						dv_scan[i] = load4(at(a.dv_scan, p.b, row, p.h) +
 						                   p.column);
-						ds[i] = f.scale *
-						        a.down_score[(p.b * f.seq_len + row) *
-						                             f.n_heads +
-						                     p.h];
+						ds[i] = f.scale * a.down_score[(p.b * f.seq_len +
+						                                row) * f.n_heads +
+						                               p.h];
 					}
 					if (s < final) {
-						set(k, checkpoints[2 * s * blockDim.x +
-						                   threadIdx.x]);
+						set(k,
+						    checkpoints[2 * s * blockDim.x + threadIdx.x]);
 						set(v, checkpoints[(2 * s + 1) * blockDim.x +
 						                   threadIdx.x]);
 					}
@@ -329,15 +325,13 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 							shares(share, decay, logit[j] + bias[j]);
 							mu[j] += ds[i] * qs[j];
 							lambda[j] += dvs[j];
-							dq[j] = ds[i] *
-							        (x[j] + decay * k_steps[j]);
+							dq[j] = ds[i] * (x[j] + decay * k_steps[j]);
 							dk[j] = share * mu[j];
 							dv[j] = share * lambda[j];
 							mu[j] *= decay;
 							lambda[j] *= decay;
-							dgate[j] = share *
-							           (lambda[j] * v_steps[j] +
-							            mu[j] * k_steps[j]);
+							dgate[j] = share * (lambda[j] * v_steps[j] +
+							                    mu[j] * k_steps[j]);
 							dbias[j] += dgate[j];
 						}
 						if (!active)
@@ -359,8 +353,8 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 		}
 		if (active)
 			*reinterpret_cast<float4 *>(w.bias_parts +
-			                            (blockIdx.x * f.n_heads + p.h) * D +
-			                            p.column) = vector_of(dbias);
+			                            (blockIdx.x * f.n_heads + p.h) * D + p.column) =
+			        vector_of(dbias);
 	}
 }
 
@@ -394,8 +388,7 @@ static struct work work_of(const struct rat_scan_args *f, void *workspace)
 	w.stretches = divide_up(chunk, STRETCH);
 	w.heads = heads_at_once(f);
 	w.bias_parts = static_cast<float *>(workspace);
-	w.pairs = reinterpret_cast<float4 *>(w.bias_parts +
-	                                     blocks_of(f) * f->n_heads * f->d_head);
+	w.pairs = reinterpret_cast<float4 *>(w.bias_parts + blocks_of(f) * f->n_heads * f->d_head);
 	return w;
 }
 
@@ -405,10 +398,9 @@ extern "C" const char *portable_rat_scan_backward_unsupported(const void *args)
 {
 	const auto *a = static_cast<const struct rat_scan_backward_args *>(args);
 	const struct rat_scan_args *f = &a->forward;
-	const struct view *const views[] = {&f->v,        &f->gate,     &f->q,  &f->k,
-	                                    &a->dv_scan,  &a->dq_out,   &a->dk_chunk,
-	                                    &a->dv_chunk, &a->dv,       &a->dgate,
-	                                    &a->dq,       &a->dk};
+	const struct view *const views[] = {&f->v,       &f->gate,   &f->q,        &f->k,
+	                                    &a->dv_scan, &a->dq_out, &a->dk_chunk, &a->dv_chunk,
+	                                    &a->dv,      &a->dgate,  &a->dq,       &a->dk};
 
 	if (f->d_head != 64 && f->d_head != 128)
 		return "head width must be 64 or 128";

@@ -68,8 +68,8 @@ static __device__ __forceinline__ void load_tile(bf16 *tile,
 {
 	for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
 		const int row = i / PIECES, column = i % PIECES * 8;
-		const bool valid = first + row < a.forward.seq_len &&
-		                   channel + column < a.forward.d_model;
+		const bool valid =
+		        first + row < a.forward.seq_len && channel + column < a.forward.d_model;
 		const int64_t t = valid ? first + row : 0, c = valid ? channel + column : 0;
 		bf16 *to = tile + row * SLAB + column;
 
@@ -151,8 +151,8 @@ static __device__ __forceinline__ void look_back(float (&carry)[2], const uint64
 				continue;
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++)
-				seen[i].bits =
-				        load_relaxed(links + max(behind[e] - i, (int64_t)0) * stride + e);
+				seen[i].bits = load_relaxed(
+				        links + max(behind[e] - i, (int64_t)0) * stride + e);
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++) {
 				if (behind[e] < 0 || seen[i].bits == NOTHING)
@@ -210,9 +210,9 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 		const uint32_t dout = row0[2 * TENSOR + i * STEP];
 		const uint32_t z = Z ? row0[3 * TENSOR + i * STEP] : 0;
 		float dh[2], slope[2];
-		const float dz0 = advance<Z, FORM>(h[0], low_half(x), low_half(gate) + bias[0],
-		                                   low_half(z), low_half(dout), kept.share[0][i],
-		                                   dh[0], slope[0]);
+		const float dz0 =
+		        advance<Z, FORM>(h[0], low_half(x), low_half(gate) + bias[0], low_half(z),
+		                         low_half(dout), kept.share[0][i], dh[0], slope[0]);
 		const float dz1 = advance<Z, FORM>(h[1], high_half(x), high_half(gate) + bias[1],
 		                                   high_half(z), high_half(dout), kept.share[1][i],
 		                                   dh[1], slope[1]);
@@ -238,8 +238,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 	parts[warp * WARP + lane] = make_float4(decay[0], c[0], decay[1], c[1]);
 	__syncthreads();
 	if (warp == 0) {
-		uint64_t *const mine =
-		        work.links + (order * chains + chain) * SLAB + 2 * lane;
+		uint64_t *const mine = work.links + (order * chains + chain) * SLAB + 2 * lane;
 		union link link[2];
 		float carry[2];
 
@@ -355,21 +354,21 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 	const bool z = f->z.data != NULL, logistic = f->form == GATE_SIGMOID;
 	const size_t shared = (z ? 4 : 3) * TILE * SLAB * sizeof(bf16) +
 	                      WARPS * WARP * sizeof(float4) + WARP * sizeof(float2) + 16;
-	enum status status = launch("recurrence_backward", clear_kernel,
-	                            dim3((unsigned)divide_up(links, 256)), 256, 0, w.links, links,
-	                            w.ticket);
+	enum status status =
+	        launch("recurrence_backward", clear_kernel, dim3((unsigned)divide_up(links, 256)),
+	               256, 0, w.links, links, w.ticket);
 
 	if (status == STATUS_OK)
-		status = launch(
-		        "recurrence_backward",
-		        z ? logistic ? recurrence_backward_kernel<true, GATE_SIGMOID, ROWS, WARPS,
-		                                                  BLOCKS>
-		                     : recurrence_backward_kernel<true, GATE_LOG_DECAY, ROWS, WARPS,
-		                                                  BLOCKS>
-		        : logistic ? recurrence_backward_kernel<false, GATE_SIGMOID, ROWS, WARPS, BLOCKS>
-		                   : recurrence_backward_kernel<false, GATE_LOG_DECAY, ROWS, WARPS,
-		                                                BLOCKS>,
-		        dim3((unsigned)(w.tiles * chains)), WARPS * WARP, shared, *a, w);
+		status = launch("recurrence_backward",
+		                z ? logistic ? recurrence_backward_kernel<true, GATE_SIGMOID, ROWS,
+		                                                          WARPS, BLOCKS>
+		                             : recurrence_backward_kernel<true, GATE_LOG_DECAY,
+		                                                          ROWS, WARPS, BLOCKS>
+		                : logistic ? recurrence_backward_kernel<false, GATE_SIGMOID, ROWS,
+		                                                        WARPS, BLOCKS>
+		                           : recurrence_backward_kernel<false, GATE_LOG_DECAY, ROWS,
+		                                                        WARPS, BLOCKS>,
+		                dim3((unsigned)(w.tiles * chains)), WARPS * WARP, shared, *a, w);
 	if (status == STATUS_OK && f->gate_bias)
 		status = column_sums("recurrence_backward", w.bias_parts, w.tiles * f->batch,
 		                     f->d_model, f->d_model, a->dgate_bias);

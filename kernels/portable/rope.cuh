@@ -46,9 +46,8 @@ static inline const struct rope_table &rope_table_of(int64_t d_head)
 }
 
 /* cos and sin of position * theta_i. */
-static __device__ __forceinline__ void rope_angle(float &cosine, float &sine,
-                                                  const struct rope_table &table, int i,
-                                                  int64_t position)
+static __device__ __forceinline__ void
+rope_angle(float &cosine, float &sine, const struct rope_table &table, int i, int64_t position)
 {
 	const float p = (float)position;
 	const float turns = p * table.high[i];

@@ -135,10 +135,10 @@ enum status gemm_run(const struct gemm *g, void *workspace)
 		for (int64_t i = 0; i < g->columns; i++)
 			sums[i] = product(g, row, i) +
 			          (g->addend ? element(g->addend, first + i) : 0.0f);
-		status = backend_upload_floats(
-		        &cuda_backend, g->out_type,
-		        (char *)g->out + (size_t)first * dtype_size(g->out_type), sums,
-		        (size_t)g->columns);
+		status = backend_upload_floats(&cuda_backend, g->out_type,
+		                               (char *)g->out +
+		                                       (size_t)first * dtype_size(g->out_type),
+		                               sums, (size_t)g->columns);
 	}
 	free(sums);
 	return status;
