@@ -24,7 +24,7 @@
 namespace
 {
 
-constexpr int SLAB = 64, PIECES = SLAB / 8, WINDOW = 4;
+constexpr int SLAB = 64, PIECES = SLAB / 8, WINDOW = 4, LEAST_TILE = 64;
 
 /* A link of the chain: the bits of a decay and of a c. INCLUSIVE in place of the decay: c counts
  * everything behind. NOTHING is a pair of NaNs that no arithmetic makes. */
@@ -32,7 +32,8 @@ constexpr uint64_t NOTHING = ~(uint64_t)0;
 constexpr float INCLUSIVE = -1.0f;
 
 struct work {
-	int64_t tiles, slabs; /* per sequence */
+	int tiles;              /* per sequence */
+	uint32_t slabs, chains; /* per sequence, of all */
 	uint64_t *links;      /* [tiles, batch, slabs, SLAB] */
 	float *bias_parts;    /* [tiles * batch, D]: shares of dgate_bias */
 	uint32_t *ticket;
@@ -60,25 +61,44 @@ template <enum gate_form FORM> static __device__ __forceinline__ float decay_of(
 	return FORM == GATE_SIGMOID ? 1.0f - share : share;
 }
 
-/* x, gate, z, dout of the tile, [ROWS of the tile][SLAB] each; zeros where there is nothing. */
+/* Copies a thread's pieces of the tile of one tensor, every THREADS / PIECES rows one, `n` of them
+ * valid. */
+template <int TILE, int THREADS>
+static __device__ __forceinline__ void load_tensor(bf16 *to, const bf16 *from, int64_t stride,
+                                                   int n)
+{
+	constexpr int STEP = THREADS / PIECES;
+
+#pragma unroll
+	for (int i = 0; i < TILE / STEP; i++) {
+		copy16_async(to + i * STEP * SLAB, from, i < n);
+		from += i + 1 < n ? stride : 0;
+	}
+}
+
+/* x, gate, dout, z of the tile, [rows of the tile][SLAB] each; zeros where there is nothing. */
 template <bool Z, int TILE, int THREADS>
 static __device__ __forceinline__ void load_tile(bf16 *tile,
-                                                 const struct recurrence_backward_args &a,
-                                                 int64_t b, int64_t first, int64_t channel)
+                                                 const struct recurrence_backward_args &a, int b,
+                                                 int64_t first, int channel)
 {
-	for (int i = threadIdx.x; i < TILE * PIECES; i += THREADS) {
-		const int row = i / PIECES, column = i % PIECES * 8;
-		const bool valid =
-		        first + row < a.forward.seq_len && channel + column < a.forward.d_model;
-		const int64_t t = valid ? first + row : 0, c = valid ? channel + column : 0;
-		bf16 *to = tile + row * SLAB + column;
+	constexpr int STEP = THREADS / PIECES;
+	const struct recurrence_args &f = a.forward;
+	const int row = threadIdx.x / PIECES, column = threadIdx.x % PIECES * 8;
+	const int rows = (int)min(f.seq_len - first, (int64_t)TILE) - row;
+	const bool has_channel = channel + column < f.d_model;
+	const int n = has_channel ? (rows + STEP - 1) / STEP : 0;
+	const int64_t t = n > 0 ? first + row : 0, c = n > 0 ? channel + column : 0;
+	bf16 *const to = tile + row * SLAB + column;
 
-		copy16_async(to, at(a.forward.x, b, t, 0) + c, valid);
-		copy16_async(to + TILE * SLAB, at(a.forward.gate, b, t, 0) + c, valid);
-		copy16_async(to + 2 * TILE * SLAB, at(a.dout, b, t, 0) + c, valid);
-		if (Z)
-			copy16_async(to + 3 * TILE * SLAB, at(a.forward.z, b, t, 0) + c, valid);
-	}
+	load_tensor<TILE, THREADS>(to, at(f.x, b, t, 0) + c, STEP * f.x.token, n);
+	load_tensor<TILE, THREADS>(to + TILE * SLAB, at(f.gate, b, t, 0) + c, STEP * f.gate.token,
+	                           n);
+	load_tensor<TILE, THREADS>(to + 2 * TILE * SLAB, at(a.dout, b, t, 0) + c,
+	                           STEP * a.dout.token, n);
+	if (Z)
+		load_tensor<TILE, THREADS>(to + 3 * TILE * SLAB, at(f.z, b, t, 0) + c,
+		                           STEP * f.z.token, n);
 	copy_commit();
 }
 
@@ -101,45 +121,40 @@ static __device__ __forceinline__ void load_state(float (&h)[2], const struct re
 	}
 }
 
-/* One channel of one token, all that needs no lambda: advances h; returns dz. */
+/* One channel of one token, all that needs no lambda: advances h; returns dz. The logit comes times
+ * -log2(e), or of the other form times log2(e). */
 template <bool Z, enum gate_form FORM>
 static __device__ __forceinline__ float advance(float &h, float x, float logit, float z, float dout,
                                                 float &share, float &dh, float &slope)
 {
 	const float before = h;
-	float dz = 0.0f;
 
 	if (FORM == GATE_SIGMOID) {
-		float e = __expf(-logit);
+		const struct sigmoids g = sigmoids_of(logit);
+		const float step = before - x;
 
-		if (e > 1e30f) /* its product with the decay would be infinity times zero */
-			e = 1e30f;
-		const float decay = __fdividef(1.0f, 1.0f + e);
-
-		share = e * decay;
-		h = decay * before + share * x;
-		slope = (before - x) * decay * share;
+		share = g.of_minus;
+		h = x + g.of * step;
+		slope = g.of * share * step;
 	} else {
-		share = __expf(logit);
+		share = exp2_fast(logit);
 		h = share * before + x;
 		slope = before * share;
 	}
 	dh = dout;
-	if (Z) {
-		const float g = sigmoid(z);
-
-		dh = dout * g;
-		dz = dh * h * (1.0f - g);
-	}
-	return dz;
+	if (!Z)
+		return 0.0f;
+	const float g = reciprocal_fast(1.0f + exp2_fast(-LOG2E * z));
+	dh = dout * g;
+	return dh * (h - h * g);
 }
 
 /* Gathers c of the tile's successor in time, for the lane's two channels. */
 static __device__ __forceinline__ void look_back(float (&carry)[2], const uint64_t *links,
-                                                 int64_t stride, int64_t tile)
+                                                 int64_t stride, int tile)
 {
 	float decay[2] = {1.0f, 1.0f};
-	int64_t behind[2] = {tile - 1, tile - 1}; /* -1: done */
+	int behind[2] = {tile - 1, tile - 1}; /* -1: done */
 
 	carry[0] = carry[1] = 0.0f;
 	while (behind[0] >= 0 || behind[1] >= 0) {
@@ -152,7 +167,7 @@ static __device__ __forceinline__ void look_back(float (&carry)[2], const uint64
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++)
 				seen[i].bits = load_relaxed(
-				        links + max(behind[e] - i, (int64_t)0) * stride + e);
+				        links + max(behind[e] - i, 0) * stride + e);
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++) {
 				if (behind[e] < 0 || seen[i].bits == NOTHING)
@@ -184,18 +199,19 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 		*ticket = take_ticket(work.ticket);
 	__syncthreads();
 	/* Tile `order` of its chain, counted from the last in time. */
-	const int64_t chains = f.batch * work.slabs;
-	const int64_t order = *ticket / chains, chain = *ticket % chains;
-	const int64_t b = chain / work.slabs, slab = chain % work.slabs * SLAB;
-	const int64_t tile_first = (work.tiles - 1 - order) * TILE;
-	const int64_t first = tile_first + warp * ROWS, channel = slab + 2 * lane;
+	const uint32_t chains = work.chains, chain = *ticket % chains;
+	const int order = (int)(*ticket / chains), b = (int)(chain / work.slabs);
+	const int slab = (int)(chain % work.slabs) * SLAB, channel = slab + 2 * lane;
+	const int64_t tile_first = (int64_t)(work.tiles - 1 - order) * TILE;
+	const int64_t first = tile_first + warp * ROWS;
 	const bool has_channel = channel < f.d_model;
 
 	load_tile<Z, TILE, WARPS * WARP>(tile, a, b, tile_first, slab);
 	load_state(h, f, b, first, channel);
+	constexpr float UNIT = FORM == GATE_SIGMOID ? -LOG2E : LOG2E;
 	if (f.gate_bias && has_channel) {
-		bias[0] = f.gate_bias[channel];
-		bias[1] = f.gate_bias[channel + 1];
+		bias[0] = f.gate_bias[channel] * UNIT;
+		bias[1] = f.gate_bias[channel + 1] * UNIT;
 	}
 	copy_wait<0>();
 	__syncthreads();
@@ -211,9 +227,9 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 		const uint32_t z = Z ? row0[3 * TENSOR + i * STEP] : 0;
 		float dh[2], slope[2];
 		const float dz0 =
-		        advance<Z, FORM>(h[0], low_half(x), low_half(gate) + bias[0], low_half(z),
+		        advance<Z, FORM>(h[0], low_half(x), low_half(gate) * UNIT + bias[0], low_half(z),
 		                         low_half(dout), kept.share[0][i], dh[0], slope[0]);
-		const float dz1 = advance<Z, FORM>(h[1], high_half(x), high_half(gate) + bias[1],
+		const float dz1 = advance<Z, FORM>(h[1], high_half(x), high_half(gate) * UNIT + bias[1],
 		                                   high_half(z), high_half(dout), kept.share[1][i],
 		                                   dh[1], slope[1]);
 
@@ -238,7 +254,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 	parts[warp * WARP + lane] = make_float4(decay[0], c[0], decay[1], c[1]);
 	__syncthreads();
 	if (warp == 0) {
-		uint64_t *const mine = work.links + (order * chains + chain) * SLAB + 2 * lane;
+		uint64_t *const mine = work.links + ((int64_t)order * chains + chain) * SLAB + 2 * lane;
 		union link link[2];
 		float carry[2];
 
@@ -260,7 +276,8 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 			link[e].value[1] = c[e];
 			store_relaxed(mine + e, link[e].bits);
 		}
-		look_back(carry, work.links + chain * SLAB + 2 * lane, chains * SLAB, order);
+		look_back(carry, work.links + (int64_t)chain * SLAB + 2 * lane,
+		          (int64_t)chains * SLAB, order);
 		carries[lane] = make_float2(carry[0], carry[1]);
 		for (int e = 0; e < 2; e++) {
 			c[e] += decay[e] * carry[e];
@@ -316,7 +333,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 		sums[0] += parts[w * WARP + lane].x;
 		sums[1] += parts[w * WARP + lane].y;
 	}
-	float *const to = work.bias_parts + (order * f.batch + b) * f.d_model + channel;
+	float *const to = work.bias_parts + ((int64_t)order * f.batch + b) * f.d_model + channel;
 	to[0] = sums[0];
 	to[1] = sums[1];
 }
@@ -334,13 +351,15 @@ static __global__ void __launch_bounds__(256)
 
 template <int TILE> static struct work work_of(const struct recurrence_args *f, void *workspace)
 {
+	const int64_t tiles = divide_up(f->seq_len, TILE), slabs = divide_up(f->d_model, SLAB);
 	struct work w;
 
-	w.tiles = divide_up(f->seq_len, TILE);
-	w.slabs = divide_up(f->d_model, SLAB);
+	w.tiles = (int)tiles;
+	w.slabs = (uint32_t)slabs;
+	w.chains = (uint32_t)(f->batch * slabs);
 	w.links = static_cast<uint64_t *>(workspace);
-	w.bias_parts = reinterpret_cast<float *>(w.links + w.tiles * f->batch * w.slabs * SLAB);
-	w.ticket = reinterpret_cast<uint32_t *>(w.bias_parts + w.tiles * f->batch * f->d_model);
+	w.bias_parts = reinterpret_cast<float *>(w.links + tiles * f->batch * slabs * SLAB);
+	w.ticket = reinterpret_cast<uint32_t *>(w.bias_parts + tiles * f->batch * f->d_model);
 	return w;
 }
 
@@ -350,7 +369,7 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 	constexpr int TILE = ROWS * WARPS;
 	const struct recurrence_args *f = &a->forward;
 	const struct work w = work_of<TILE>(f, workspace);
-	const int64_t chains = f->batch * w.slabs, links = w.tiles * chains * SLAB;
+	const int64_t chains = w.chains, links = w.tiles * chains * SLAB;
 	const bool z = f->z.data != NULL, logistic = f->form == GATE_SIGMOID;
 	const size_t shared = (z ? 4 : 3) * TILE * SLAB * sizeof(bf16) +
 	                      WARPS * WARP * sizeof(float4) + WARP * sizeof(float2) + 16;
@@ -370,7 +389,7 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 		                                                        WARPS, BLOCKS>,
 		                dim3((unsigned)(w.tiles * chains)), WARPS * WARP, shared, *a, w);
 	if (status == STATUS_OK && f->gate_bias)
-		status = column_sums("recurrence_backward", w.bias_parts, w.tiles * f->batch,
+		status = column_sums("recurrence_backward", w.bias_parts, (int64_t)w.tiles * f->batch,
 		                     f->d_model, f->d_model, a->dgate_bias);
 	return status;
 }
@@ -386,13 +405,15 @@ extern "C" const char *portable_recurrence_backward_unsupported(const void *args
 
 	if (f->d_model % 8)
 		return "width must be a multiple of 8";
+	if (divide_up(f->seq_len, LEAST_TILE) * f->batch * divide_up(f->d_model, SLAB) > INT32_MAX)
+		return "too many tiles";
 	return views_are_aligned(views, 9) ? NULL : "views must be 16-byte aligned";
 }
 
 extern "C" size_t portable_recurrence_backward_workspace(const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_backward_args *>(args);
-	const struct work w = work_of<64>(&a->forward, NULL);
+	const struct work w = work_of<LEAST_TILE>(&a->forward, NULL);
 
 	return (size_t)(reinterpret_cast<const char *>(w.ticket + 4) - (const char *)NULL);
 }
@@ -404,7 +425,7 @@ extern "C" enum status portable_recurrence_backward(const void *args, void *work
 	const char *variant = getenv("VARIANT");
 	const int v = variant ? atoi(variant) : 0;
 	if (v == 1)
-		return run<8, 16, 2>(a, workspace);
+		return run<16, 4, 4>(a, workspace);
 	if (v == 2)
 		return run<8, 8, 4>(a, workspace);
 	if (v == 3)
