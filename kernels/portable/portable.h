@@ -102,11 +102,16 @@ const char *portable_gate_norm_unsupported(const void *args);
 enum status portable_gate_norm(const void *args, void *workspace);
 
 enum status portable_gelu(const void *args, void *workspace);
+enum status portable_gelu_backward(const void *args, void *workspace);
 
 const char *portable_embedding_unsupported(const void *args);
 enum status portable_embedding(const void *args, void *workspace);
 
-const char *portable_cross_entropy_unsupported(const void *args);
+const char *portable_embedding_backward_unsupported(const void *args);
+size_t portable_embedding_backward_workspace(const void *args);
+enum status portable_embedding_backward(const void *args, void *workspace);
+
+size_t portable_cross_entropy_workspace(const void *args);
 enum status portable_cross_entropy(const void *args, void *workspace);
 
 enum status portable_argmax(const void *args, void *workspace);

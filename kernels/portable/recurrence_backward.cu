@@ -34,8 +34,8 @@ constexpr float INCLUSIVE = -1.0f;
 struct work {
 	int tiles;              /* per sequence */
 	uint32_t slabs, chains; /* per sequence, of all */
-	uint64_t *links;      /* [tiles, batch, slabs, SLAB] */
-	float *bias_parts;    /* [tiles * batch, D]: shares of dgate_bias */
+	uint64_t *links;        /* [tiles, batch, slabs, SLAB] */
+	float *bias_parts;      /* [tiles * batch, D]: shares of dgate_bias */
 	uint32_t *ticket;
 };
 
@@ -78,9 +78,8 @@ static __device__ __forceinline__ void load_tensor(bf16 *to, const bf16 *from, i
 
 /* x, gate, dout, z of the tile, [rows of the tile][SLAB] each; zeros where there is nothing. */
 template <bool Z, int TILE, int THREADS>
-static __device__ __forceinline__ void load_tile(bf16 *tile,
-                                                 const struct recurrence_backward_args &a, int b,
-                                                 int64_t first, int channel)
+static __device__ __forceinline__ void
+load_tile(bf16 *tile, const struct recurrence_backward_args &a, int b, int64_t first, int channel)
 {
 	constexpr int STEP = THREADS / PIECES;
 	const struct recurrence_args &f = a.forward;
@@ -166,8 +165,8 @@ static __device__ __forceinline__ void look_back(float (&carry)[2], const uint64
 				continue;
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++)
-				seen[i].bits = load_relaxed(
-				        links + max(behind[e] - i, 0) * stride + e);
+				seen[i].bits =
+				        load_relaxed(links + max(behind[e] - i, 0) * stride + e);
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++) {
 				if (behind[e] < 0 || seen[i].bits == NOTHING)
@@ -226,12 +225,12 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 		const uint32_t dout = row0[2 * TENSOR + i * STEP];
 		const uint32_t z = Z ? row0[3 * TENSOR + i * STEP] : 0;
 		float dh[2], slope[2];
-		const float dz0 =
-		        advance<Z, FORM>(h[0], low_half(x), low_half(gate) * UNIT + bias[0], low_half(z),
-		                         low_half(dout), kept.share[0][i], dh[0], slope[0]);
-		const float dz1 = advance<Z, FORM>(h[1], high_half(x), high_half(gate) * UNIT + bias[1],
-		                                   high_half(z), high_half(dout), kept.share[1][i],
-		                                   dh[1], slope[1]);
+		const float dz0 = advance<Z, FORM>(
+		        h[0], low_half(x), low_half(gate) * UNIT + bias[0], low_half(z),
+		        low_half(dout), kept.share[0][i], dh[0], slope[0]);
+		const float dz1 = advance<Z, FORM>(
+		        h[1], high_half(x), high_half(gate) * UNIT + bias[1], high_half(z),
+		        high_half(dout), kept.share[1][i], dh[1], slope[1]);
 
 		kept.dh[i] = pack(dh[0], dh[1]);
 		kept.slope[i] = pack(slope[0], slope[1]);
@@ -254,7 +253,8 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 	parts[warp * WARP + lane] = make_float4(decay[0], c[0], decay[1], c[1]);
 	__syncthreads();
 	if (warp == 0) {
-		uint64_t *const mine = work.links + ((int64_t)order * chains + chain) * SLAB + 2 * lane;
+		uint64_t *const mine =
+		        work.links + ((int64_t)order * chains + chain) * SLAB + 2 * lane;
 		union link link[2];
 		float carry[2];
 
@@ -389,8 +389,9 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 		                                                        WARPS, BLOCKS>,
 		                dim3((unsigned)(w.tiles * chains)), WARPS * WARP, shared, *a, w);
 	if (status == STATUS_OK && f->gate_bias)
-		status = column_sums("recurrence_backward", w.bias_parts, (int64_t)w.tiles * f->batch,
-		                     f->d_model, f->d_model, a->dgate_bias);
+		status = column_sums("recurrence_backward", w.bias_parts,
+		                     (int64_t)w.tiles * f->batch, f->d_model, f->d_model,
+		                     a->dgate_bias);
 	return status;
 }
 
