@@ -352,6 +352,56 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	return status;
 }
 
+static enum status reference_dproj_rows(const struct layer_config *config,
+                                        const double *const *param, const struct layer_run *run,
+                                        int64_t seq_len, const double *proj, const double *dmix,
+                                        int64_t n_rows, const int64_t *rows, double *dproj)
+{
+	const struct reference_device *device = reference_in_use();
+	int64_t d = head_width(config), count = seq_len * config->d_model;
+	struct reference_attention a;
+	double *memory, *left;
+	enum status status = reference_inputs(config, 1, seq_len, proj, &memory, &a);
+
+	(void)param;
+	if (status != STATUS_OK)
+		return status;
+	status = reference_take(4 * count + seq_len * config->n_heads, &left);
+	if (status == STATUS_OK) {
+		double *gradients = left + count, *lse = gradients + 3 * count;
+		const struct reference_attention_grads grads = {
+		        .dv = gradients, .dq = gradients + count, .dk = gradients + 2 * count};
+		const struct reference_attention_left forward = {.out = left, .lse = lse};
+
+		status = mixing_load_saved(run, SAVED_MIX, run->backend->activation, count, left);
+		if (status == STATUS_OK)
+			status = mixing_load_saved(run, SAVED_LSE, DTYPE_F32,
+			                           seq_len * config->n_heads, lse);
+		if (status == STATUS_OK)
+			status = device->attention_backward_rows(&a, &forward, dmix, n_rows, rows,
+			                                         n_rows, rows, &grads);
+		for (int64_t i = 0; i < 3 && status == STATUS_OK; i++) {
+			double *block = gradients + i * count;
+
+			if (config->rope && i > 0)
+				device->rotate_backward(1, seq_len, config->n_heads, d, 0, 1, block,
+				                        block);
+			status = mixing_set_rows(proj_width(config), i * config->d_model,
+			                         config->d_model, n_rows, rows, block, dproj);
+		}
+		reference_release(left);
+	}
+	reference_release(memory);
+	return status;
+}
+
+static int64_t summed_columns(const struct layer_config *config, int index)
+{
+	(void)config;
+	(void)index;
+	return -1;
+}
+
 static enum status reference_step(const struct layer_config *config,
                                   const struct layer_shape *shape, const double *const *param,
                                   int64_t n_seq, int64_t position, const double *proj,
@@ -415,6 +465,8 @@ const struct layer_class attention_layer = {
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,
+        .reference_dproj_rows = reference_dproj_rows,
+        .summed_columns = summed_columns,
         .golden_names = attention_golden_names,
 };
 
@@ -433,5 +485,7 @@ const struct layer_class swa_layer = {
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,
+        .reference_dproj_rows = reference_dproj_rows,
+        .summed_columns = summed_columns,
         .golden_names = attention_golden_names,
 };

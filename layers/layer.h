@@ -100,6 +100,13 @@ struct layer_shape {
 
 struct family_member;
 
+/* What a run has left of one sequence. */
+struct layer_run {
+	const struct backend *backend;
+	const struct layer_memory *memory;
+	int64_t sequence;
+};
+
 struct layer_class {
 	const char *name; /* "attention", "rat", ... as in the CSV */
 	/* Which options matter to it: a subset of "chunk,window,groups,position". A number in a
@@ -164,6 +171,19 @@ struct layer_class {
 	                                      int64_t seq_len, const double *proj,
 	                                      const double *dmix, double *dproj,
 	                                      double *const *grad);
+
+	/*
+	 * For sequences too long for the host; NULL where there is no such way.
+	 * reference_dproj_rows: rows of dproj, [n_rows, P], of one sequence, on the device in use.
+	 * Of the run it takes what would need every pair of tokens, which is verified by itself.
+	 * summed_columns: the first column of dproj whose sum over the tokens, and its neighbours',
+	 * is the gradient of parameter `index`; -1 if it is none.
+	 */
+	enum status (*reference_dproj_rows)(const struct layer_config *config,
+	                                    const double *const *param, const struct layer_run *run,
+	                                    int64_t seq_len, const double *proj, const double *dmix,
+	                                    int64_t n_rows, const int64_t *rows, double *dproj);
+	int64_t (*summed_columns)(const struct layer_config *config, int index);
 
 	/* Names of the parameters in golden files, into names[MAX_GOLDEN_NAMES]; returns how many.
 	 */

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/reference/reference.h"
+
 enum status mixing_check(const struct layer_config *config, bool rotates)
 {
 	int64_t d = config->n_heads > 0 ? config->d_model / config->n_heads : 0;
@@ -180,6 +182,29 @@ struct view mixing_columns(const struct context *ctx, void *memory, int64_t seq_
 struct view mixing_slots(void *cache, int64_t n_heads, int64_t slots, int64_t d_head)
 {
 	return (struct view){cache, n_heads * slots * d_head, d_head, slots * d_head};
+}
+
+enum status mixing_load_saved(const struct layer_run *run, int saved, enum dtype dtype,
+                              int64_t count, double *to)
+{
+	const char *tensor = run->memory->saved[saved];
+
+	return reference_in_use()->load(
+	        dtype, tensor + (size_t)(run->sequence * count) * dtype_size(dtype), count, to);
+}
+
+enum status mixing_set_rows(int64_t d_proj, int64_t first, int64_t width, int64_t n_rows,
+                            const int64_t *rows, const double *block, double *dproj)
+{
+	double *picked;
+	enum status status = reference_take(n_rows * width, &picked);
+
+	if (status != STATUS_OK)
+		return status;
+	reference_get_rows(width, n_rows, rows, block, picked);
+	reference_in_use()->set_columns(n_rows, d_proj, first, width, picked, dproj);
+	reference_release(picked);
+	return STATUS_OK;
 }
 
 void mixing_copy(int64_t count, const double *from, double *to)

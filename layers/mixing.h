@@ -50,6 +50,13 @@ void *mixing_column(const struct context *ctx, void *memory, int64_t first);
 /* A cache [B, H, slots, d] as a view [B, slots, H, d]. */
 struct view mixing_slots(void *cache, int64_t n_heads, int64_t slots, int64_t d_head);
 
+/* For references on a device: `count` elements per sequence of a saved tensor of a run. */
+enum status mixing_load_saved(const struct layer_run *run, int saved, enum dtype dtype,
+                              int64_t count, double *to);
+/* Columns first .. first+width of dproj [n_rows, d_proj] = the rows named of block [T, width]. */
+enum status mixing_set_rows(int64_t d_proj, int64_t first, int64_t width, int64_t n_rows,
+                            const int64_t *rows, const double *block, double *dproj);
+
 /* For references, on the host alone. */
 void mixing_copy(int64_t count, const double *from, double *to);
 /* to += from. */

@@ -452,12 +452,10 @@ static enum status reference_mix(const struct layer_config *config, const double
 	return status;
 }
 
-/* The two backward references one after the other; g holds every gradient on the way. */
-static enum status backward_through(const struct reference_rat_scan *scan,
-                                    const struct reference_attention *attention, const double *dmix,
-                                    const struct reference_tensors *g, double *dgate_bias)
+/* Where g holds what the attention's backward gives, and the scan's takes and gives. */
+static struct reference_attention_grads attention_grads_of(const struct reference_tensors *g)
 {
-	const struct reference_attention_grads attention_grads = {
+	return (struct reference_attention_grads){
 	        .dq = g->q_out,
 	        .dk = g->k_chunk,
 	        .dv = g->v_chunk,
@@ -465,7 +463,12 @@ static enum status backward_through(const struct reference_rat_scan *scan,
 	        .down_score = g->own_score,
 	        .down_value = g->v_scan,
 	};
-	const struct reference_rat_scan_grads scan_grads = {
+}
+
+static struct reference_rat_scan_grads scan_grads_of(const struct reference_tensors *g,
+                                                     double *dgate_bias)
+{
+	return (struct reference_rat_scan_grads){
 	        .dv_scan = g->v_scan,
 	        .down_score = g->own_score,
 	        .dq_out = g->q_out,
@@ -477,6 +480,15 @@ static enum status backward_through(const struct reference_rat_scan *scan,
 	        .dk = g->block[BLOCK_K],
 	        .dgate_bias = dgate_bias,
 	};
+}
+
+/* The two backward references one after the other; g holds every gradient on the way. */
+static enum status backward_through(const struct reference_rat_scan *scan,
+                                    const struct reference_attention *attention, const double *dmix,
+                                    const struct reference_tensors *g, double *dgate_bias)
+{
+	const struct reference_attention_grads attention_grads = attention_grads_of(g);
+	const struct reference_rat_scan_grads scan_grads = scan_grads_of(g, dgate_bias);
 	enum status status = reference_attention_backward(attention, dmix, &attention_grads);
 
 	return status == STATUS_OK ? reference_rat_scan_backward(scan, &scan_grads) : status;
@@ -512,6 +524,70 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	reference_release(g.memory);
 	reference_release(dgate_bias);
 	return status;
+}
+
+/* The rows of a sequence, then the chunks that they lie in, which are the keys they bear. */
+static enum status backward_rows(const struct reference_rat_scan *scan,
+                                 const struct reference_attention *attention,
+                                 const struct reference_attention_left *left, const double *dmix,
+                                 int64_t n_rows, const int64_t *rows,
+                                 const struct reference_tensors *g)
+{
+	const struct reference_device *device = reference_in_use();
+	const struct reference_attention_grads attention_grads = attention_grads_of(g);
+	const struct reference_rat_scan_grads scan_grads = scan_grads_of(g, NULL);
+	int64_t *chunks = malloc((size_t)n_rows * sizeof *chunks), n_chunks = 0;
+
+	if (!chunks)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int64_t i = 0; i < n_rows; i++)
+		if (i == 0 || rows[i] / scan->chunk != rows[i - 1] / scan->chunk)
+			chunks[n_chunks++] = rows[i] / scan->chunk;
+	enum status status = device->attention_backward_rows(attention, left, dmix, n_rows, rows,
+	                                                     n_chunks, chunks, &attention_grads);
+	free(chunks);
+	return status == STATUS_OK ? device->rat_scan_backward(scan, &scan_grads) : status;
+}
+
+static enum status reference_dproj_rows(const struct layer_config *config,
+                                        const double *const *param, const struct layer_run *run,
+                                        int64_t seq_len, const double *proj, const double *dmix,
+                                        int64_t n_rows, const int64_t *rows, double *dproj)
+{
+	struct reference_tensors r = {0}, g = {0};
+	struct reference_rat_scan scan;
+	struct reference_attention attention;
+	int64_t count = seq_len * config->d_model, n_lse = seq_len * config->n_heads;
+	double *left = NULL;
+	enum status status = take_tensors(config, 1, seq_len, &r);
+
+	if (status == STATUS_OK)
+		status = take_tensors(config, 1, seq_len, &g);
+	if (status == STATUS_OK)
+		status = reference_take(count + n_lse, &left);
+	if (status == STATUS_OK)
+		status = reference_scan(config, param, 1, seq_len, proj, &r, &scan, &attention);
+	if (status == STATUS_OK)
+		status = mixing_load_saved(run, SAVED_UNGATED, run->backend->activation, count,
+		                           left);
+	if (status == STATUS_OK)
+		status = mixing_load_saved(run, SAVED_LSE, DTYPE_F32, n_lse, left + count);
+	if (status == STATUS_OK)
+		status = backward_rows(&scan, &attention,
+		                       &(struct reference_attention_left){left, left + count}, dmix,
+		                       n_rows, rows, &g);
+	for (enum block i = 0; i < N_BLOCKS && status == STATUS_OK; i++)
+		status = mixing_set_rows(proj_width(config), block_column(config, i),
+		                         block_width(config, i), n_rows, rows, g.block[i], dproj);
+	reference_release(r.memory);
+	reference_release(g.memory);
+	reference_release(left);
+	return status;
+}
+
+static int64_t summed_columns(const struct layer_config *config, int index)
+{
+	return index == PARAM_GATE_BIAS ? block_column(config, BLOCK_G) : -1;
 }
 
 /* Slot `chunk` of the caches = the running pair of state, k rotated (in k_state, which holds it).
@@ -604,5 +680,7 @@ const struct layer_class rat_layer = {
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,
+        .reference_dproj_rows = reference_dproj_rows,
+        .summed_columns = summed_columns,
         .golden_names = rat_golden_names,
 };

@@ -233,6 +233,38 @@ static enum status reference_mix_backward(const struct layer_config *config,
 	return status;
 }
 
+static enum status reference_dproj_rows(const struct layer_config *config,
+                                        const double *const *param, const struct layer_run *run,
+                                        int64_t seq_len, const double *proj, const double *dmix,
+                                        int64_t n_rows, const int64_t *rows, double *dproj)
+{
+	int64_t d = config->d_model, count = seq_len * d;
+	struct reference_recurrence r;
+	double *memory;
+	enum status status =
+	        reference_inputs(config, param, 1, seq_len, proj, 3 * count, &memory, &r);
+
+	(void)run;
+	if (status != STATUS_OK)
+		return status;
+	double *gradients = memory + 3 * count;
+	const struct reference_recurrence_grads grads = {
+	        .dz = gradients, .dx = gradients + count, .dgate = gradients + 2 * count};
+
+	status = reference_in_use()->recurrence_backward(&r, dmix, &grads);
+	for (int64_t i = 0; i < 3 && status == STATUS_OK; i++)
+		status = mixing_set_rows(proj_width(config), i * d, d, n_rows, rows,
+		                         gradients + i * count, dproj);
+	reference_release(memory);
+	return status;
+}
+
+/* The bias is added to g. */
+static int64_t summed_columns(const struct layer_config *config, int index)
+{
+	return index == PARAM_GATE_BIAS ? 2 * config->d_model : -1;
+}
+
 static enum status reference_step(const struct layer_config *config,
                                   const struct layer_shape *shape, const double *const *param,
                                   int64_t n_seq, int64_t position, const double *proj,
@@ -278,5 +310,7 @@ const struct layer_class recurrence_layer = {
         .reference_mix = reference_mix,
         .reference_step = reference_step,
         .reference_mix_backward = reference_mix_backward,
+        .reference_dproj_rows = reference_dproj_rows,
+        .summed_columns = summed_columns,
         .golden_names = recurrence_golden_names,
 };

@@ -23,7 +23,7 @@ static int64_t larger(int64_t a, int64_t b)
 	return a > b ? a : b;
 }
 
-static void raise_to(double *worst, double error)
+void verify_raise(double *worst, double error)
 {
 	/* Written so that a NaN raises it, too. */
 	if (!(error <= *worst))
@@ -93,9 +93,8 @@ static enum status count_nonfinite(const struct backend *backend, enum dtype dty
 	return status;
 }
 
-/* *worst = INFINITY if any of `count` elements is NaN or Inf. */
-static enum status verify_finite(const struct backend *backend, enum dtype dtype,
-                                 const void *tensor, int64_t count, double *worst)
+enum status verify_finite(const struct backend *backend, enum dtype dtype, const void *tensor,
+                          int64_t count, double *worst)
 {
 	int64_t n = 0;
 	enum status status = backend->count_nonfinite
@@ -109,8 +108,7 @@ static enum status verify_finite(const struct backend *backend, enum dtype dtype
 
 /* ---- a layer in fp64 ---- */
 
-/* Elements of a tensor as doubles, where the reference runs. */
-static enum status load(const struct backend *backend, enum dtype dtype, const void *tensor,
+enum status verify_load(const struct backend *backend, enum dtype dtype, const void *tensor,
                         int64_t first, int64_t count, double *to)
 {
 	const char *from = (const char *)tensor + (size_t)first * dtype_size(dtype);
@@ -120,8 +118,7 @@ static enum status load(const struct backend *backend, enum dtype dtype, const v
 	return verify_download(backend, dtype, tensor, first, count, to);
 }
 
-/* The reference's doubles on the host. */
-static enum status store(int64_t count, const double *from, double *host)
+enum status verify_store(int64_t count, const double *from, double *host)
 {
 	if (reference_in_use())
 		return reference_in_use()->store(count, from, host);
@@ -154,8 +151,9 @@ enum status subject_open(struct subject *subject, const struct stack *stack, int
 
 		status = reference_take(count, &subject->param[i]);
 		if (status == STATUS_OK)
-			status = load(stack->backend, tensor_dtype(&specs[i], stack->backend),
-			              stack->memory[layer].param[i], 0, count, subject->param[i]);
+			status = verify_load(
+			        stack->backend, tensor_dtype(&specs[i], stack->backend),
+			        stack->memory[layer].param[i], 0, count, subject->param[i]);
 	}
 	return status;
 }
@@ -226,8 +224,8 @@ double verify_worst_row(int64_t n_rows, int64_t width, const double *actual, con
 	double worst = 0, floor = floor_of(n_rows, width, expected);
 
 	for (int64_t i = 0; i < n_rows; i++)
-		raise_to(&worst,
-		         verify_row_error(width, actual + i * width, expected + i * width, floor));
+		verify_raise(&worst, verify_row_error(width, actual + i * width,
+		                                      expected + i * width, floor));
 	return worst;
 }
 
@@ -246,8 +244,8 @@ double verify_worst_sum(int64_t n_rows, int64_t width, double *actual, const dou
 		for (int64_t j = 0; j < width; j++)
 			row[j] -= base[i * width + j];
 		double error = distance(width, row, expected + i * width) - rounding;
-		raise_to(&worst, relative(error < 0 ? 0 : error,
-		                          fmax(length_of(width, expected + i * width), floor)));
+		verify_raise(&worst, relative(error < 0 ? 0 : error,
+		                              fmax(length_of(width, expected + i * width), floor)));
 	}
 	return worst;
 }
@@ -277,9 +275,7 @@ static void mark_edge(bool *marked, int64_t seq_len, int64_t t, int64_t keep, in
 	}
 }
 
-/* `n` rows of a sequence, ascending: first, last, both sides of chunk, tile and window edges, and
- * random ones; at least half are random. */
-static void pick_rows(const struct layer_config *config, int64_t seq_len, int64_t n, uint64_t seed,
+void verify_pick_rows(const struct layer_config *config, int64_t seq_len, int64_t n, uint64_t seed,
                       bool *marked, int64_t *rows)
 {
 	const int64_t steps[] = {larger(config->chunk, 1), config->window + 1, 64, 128};
@@ -304,22 +300,7 @@ static void pick_rows(const struct layer_config *config, int64_t seq_len, int64_
 
 /* ---- forward ---- */
 
-/* The fp64 tensors of one sequence of T tokens, of which `rows` are looked at: where the reference
- * runs, and the rows on the host. */
-struct sequence {
-	int64_t seq_len, n_rows;
-	int64_t *rows;
-	bool *marked;
-	double *memory, *host;
-	double *x, *x_norm, *proj;               /* [T, D], [T, D], [T, P] */
-	double *mix, *branch, *x_rows;           /* [n_rows, D]: expected mix, OutProj of it */
-	double *mix_host, *branch_host, *x_host; /* [n_rows, D]: the same on the host */
-	double *actual;                          /* host [n_rows, D] */
-	double *dy, *dmix, *dproj;               /* training: [T, D], [T, D], [T, P] */
-	double *dx_norm, *dx, *grad;             /* [T, D], [T, D], the largest parameter */
-};
-
-static void sequence_release(struct sequence *s)
+void sequence_release(struct sequence *s)
 {
 	free(s->rows);
 	free(s->marked);
@@ -335,8 +316,8 @@ static double *take(double **next, int64_t count)
 	return taken;
 }
 
-static enum status sequence_take(struct sequence *s, const struct subject *subject, int64_t seq_len,
-                                 int64_t n_rows, bool train)
+enum status sequence_take(struct sequence *s, const struct subject *subject, int64_t seq_len,
+                          int64_t n_rows, bool train)
 {
 	int64_t d = subject->d_model, p = subject->d_proj, tokens = train ? seq_len : 0;
 	int64_t grad = train ? d * larger(d, p) : 0;
@@ -379,9 +360,9 @@ static enum status expect_rows(const struct subject *subject, int64_t sequence, 
 	const struct stack *stack = subject->stack;
 	const struct layer_config *config = subject->config;
 	int64_t d = subject->d_model, count = s->n_rows * d;
-	enum status status =
-	        load(stack->backend, stack->backend->activation, stack->layer_x[subject->layer],
-	             sequence * s->seq_len * d, s->seq_len * d, s->x);
+	enum status status = verify_load(stack->backend, stack->backend->activation,
+	                                 stack->layer_x[subject->layer], sequence * s->seq_len * d,
+	                                 s->seq_len * d, s->x);
 
 	if (status != STATUS_OK)
 		return status;
@@ -392,15 +373,14 @@ static enum status expect_rows(const struct subject *subject, int64_t sequence, 
 		return status;
 	reference_linear(s->n_rows, d, d, s->mix, subject->param[PARAM_OUT_PROJ], s->branch);
 	reference_get_rows(d, s->n_rows, s->rows, s->x, s->x_rows);
-	status = store(count, s->mix, s->mix_host);
+	status = verify_store(count, s->mix, s->mix_host);
 	if (status == STATUS_OK)
-		status = store(count, s->branch, s->branch_host);
-	return status == STATUS_OK ? store(count, s->x_rows, s->x_host) : status;
+		status = verify_store(count, s->branch, s->branch_host);
+	return status == STATUS_OK ? verify_store(count, s->x_rows, s->x_host) : status;
 }
 
-/* Mix and y of the sequence's rows: what was computed, and what should have been. */
-static enum status verify_rows(const struct subject *subject, int64_t sequence, struct sequence *s,
-                               double *worst)
+enum status verify_rows(const struct subject *subject, int64_t sequence, struct sequence *s,
+                        double *worst)
 {
 	const struct stack *stack = subject->stack;
 	int64_t d = subject->d_model, first = sequence * s->seq_len;
@@ -412,13 +392,13 @@ static enum status verify_rows(const struct subject *subject, int64_t sequence, 
 		                              first, s->n_rows, s->rows, s->actual);
 	if (status != STATUS_OK)
 		return status;
-	raise_to(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix_host));
+	verify_raise(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix_host));
 	status = verify_download_rows(stack->backend, stack->layer_x[subject->layer + 1], d, first,
 	                              s->n_rows, s->rows, s->actual);
 	if (status == STATUS_OK)
-		raise_to(worst, verify_worst_sum(s->n_rows, d, s->actual,
-		                                 subject->config->residual ? s->x_host : NULL,
-		                                 s->branch_host, stack->backend->activation));
+		verify_raise(worst, verify_worst_sum(s->n_rows, d, s->actual,
+		                                     subject->config->residual ? s->x_host : NULL,
+		                                     s->branch_host, stack->backend->activation));
 	return status;
 }
 
@@ -450,8 +430,8 @@ enum status verify_outputs_finite(const struct subject *subject, int64_t n_token
 	return status;
 }
 
-static enum status verify_prefill(const struct subject *subject, int64_t min_rows, uint64_t seed,
-                                  double *worst)
+enum status verify_forward(const struct subject *subject, int64_t min_rows, uint64_t seed,
+                           double *worst)
 {
 	int64_t batch = sequences_left(subject->stack), seq_len = subject->stack->shape.seq_len;
 	bool all = batch * seq_len <= min_rows;
@@ -470,122 +450,11 @@ static enum status verify_prefill(const struct subject *subject, int64_t min_row
 		status = verify_outputs_finite(subject, batch * seq_len, worst);
 	}
 	for (int64_t i = 0; i < n && status == STATUS_OK; i++) {
-		pick_rows(subject->config, seq_len, n_rows, seed + (uint64_t)i, s.marked, s.rows);
+		verify_pick_rows(subject->config, seq_len, n_rows, seed + (uint64_t)i, s.marked,
+		                 s.rows);
 		status = verify_rows(subject, sequences[i], &s, worst);
 	}
 	free(sequences);
-	sequence_release(&s);
-	return status;
-}
-
-/* ---- training ---- */
-
-/* dx of one sequence, and the parameters' gradients added to grads; s holds its forward pass. */
-static enum status verify_sequence_backward(const struct subject *subject, int64_t sequence,
-                                            struct sequence *s, double *const *grads, double *worst)
-{
-	const struct stack *stack = subject->stack;
-	const struct layer_config *config = subject->config;
-	int64_t d = subject->d_model, p = subject->d_proj, t = s->seq_len;
-	double *const *param = subject->param, *dx = config->prenorm ? s->dx : s->dx_norm;
-	enum dtype dtype = stack->backend->activation;
-	enum status status =
-	        verify_download(stack->backend, dtype, stack->layer_dy[subject->layer + 1],
-	                        sequence * t * d, t * d, s->dy);
-
-	if (status != STATUS_OK)
-		return status;
-	reference_linear_backward(t, d, d, s->mix, param[PARAM_OUT_PROJ], s->dy, s->dmix, s->grad);
-	mixing_add(d * d, s->grad, grads[PARAM_OUT_PROJ]);
-	status = config->class->reference_mix_backward(config, (const double *const *)param, 1, t,
-	                                               s->proj, s->dmix, s->dproj, grads);
-	if (status != STATUS_OK)
-		return status;
-	reference_linear_backward(t, d, p, s->x_norm, param[PARAM_IN_PROJ], s->dproj, s->dx_norm,
-	                          s->grad);
-	mixing_add(p * d, s->grad, grads[PARAM_IN_PROJ]);
-	if (config->prenorm) {
-		reference_rms_norm_backward(t, d, config->norm_eps, s->x, param[PARAM_NORM],
-		                            s->dx_norm, s->dx, s->grad);
-		mixing_add(d, s->grad, grads[PARAM_NORM]);
-	}
-	status = verify_download(stack->backend, dtype, stack->layer_dy[subject->layer],
-	                         sequence * t * d, t * d, s->actual);
-	if (status == STATUS_OK)
-		raise_to(worst, verify_worst_sum(t, d, s->actual, config->residual ? s->dy : NULL,
-		                                 dx, dtype));
-	return status;
-}
-
-static enum status verify_gradients(const struct subject *subject, double *const *grads,
-                                    double *worst)
-{
-	struct tensor_spec specs[MAX_TENSORS];
-	int n = subject->config->class->parameters(subject->config, specs);
-	enum status status = STATUS_OK;
-
-	for (int i = 0; i < n && status == STATUS_OK; i++) {
-		int64_t count = tensor_count(&specs[i]);
-		int64_t rows = specs[i].n_dims > 1 ? specs[i].dims[0] : 1;
-		double *actual = NULL;
-
-		if (count == 0)
-			continue;
-		status = reference_take(count, &actual);
-		if (status == STATUS_OK)
-			status = verify_download(subject->stack->backend, DTYPE_F32,
-			                         subject->stack->memory[subject->layer].grad[i], 0,
-			                         count, actual);
-		if (status == STATUS_OK)
-			raise_to(worst, verify_worst_row(rows, count / rows, actual, grads[i]));
-		free(actual);
-	}
-	return status;
-}
-
-/* Whether the gradients that went into and came out of a layer are both still there. */
-static bool has_gradients(const struct subject *subject)
-{
-	const struct stack *stack = subject->stack;
-
-	return stack->layer_dy[subject->layer] != stack->layer_dy[subject->layer + 1];
-}
-
-static enum status verify_all_sequences(const struct subject *subject, struct sequence *s,
-                                        double *const *grads, double *worst)
-{
-	const struct layer_shape *shape = &subject->stack->shape;
-	bool backward = has_gradients(subject);
-	enum status status = verify_outputs_finite(subject, shape->batch * shape->seq_len, worst);
-
-	for (int64_t t = 0; t < s->seq_len; t++)
-		s->rows[t] = t;
-	for (int64_t b = 0; b < shape->batch && status == STATUS_OK; b++) {
-		status = verify_rows(subject, b, s, worst);
-		if (status == STATUS_OK && backward)
-			status = verify_sequence_backward(subject, b, s, grads, worst);
-	}
-	return status == STATUS_OK && backward ? verify_gradients(subject, grads, worst) : status;
-}
-
-static enum status verify_train(const struct subject *subject, double *worst)
-{
-	struct tensor_spec specs[MAX_TENSORS];
-	int64_t seq_len = subject->stack->shape.seq_len;
-	int n = subject->config->class->parameters(subject->config, specs);
-	double *grads[MAX_TENSORS] = {0};
-	struct sequence s;
-	enum status status = sequence_take(&s, subject, seq_len, seq_len, true);
-
-	for (int i = 0; i < n && status == STATUS_OK; i++) {
-		status = reference_take(tensor_count(&specs[i]), &grads[i]);
-		if (status == STATUS_OK)
-			memset(grads[i], 0, (size_t)tensor_count(&specs[i]) * sizeof(double));
-	}
-	if (status == STATUS_OK)
-		status = verify_all_sequences(subject, &s, grads, worst);
-	for (int i = 0; i < n; i++)
-		free(grads[i]);
 	sequence_release(&s);
 	return status;
 }
@@ -597,9 +466,9 @@ static enum status verify_subject(const struct subject *subject, int64_t min_row
 {
 	switch (subject->stack->shape.pass) {
 	case PASS_TRAIN:
-		return verify_train(subject, worst);
+		return verify_train(subject, min_rows, seed, worst);
 	case PASS_PREFILL:
-		return verify_prefill(subject, min_rows, seed, worst);
+		return verify_forward(subject, min_rows, seed, worst);
 	default:
 		return verify_step(subject, worst);
 	}
@@ -620,13 +489,44 @@ static enum status verify_on(const struct reference_device *device, const struct
 	return status;
 }
 
+/* A training step of more elements than this is not computed again on the host where there is a
+ * device: it would take minutes. */
+enum { MOST_ON_HOST = 1 << 22 };
+
+static bool is_large(const struct stack *stack)
+{
+	const struct layer_shape *shape = &stack->shape;
+
+	return shape->batch * shape->seq_len * stack->d_model > MOST_ON_HOST;
+}
+
 /* The reference's other place, where this layer's can run there. */
 static const struct reference_device *device_for(const struct stack *stack, int layer)
 {
-	bool can =
-	        stack->shape.pass == PASS_PREFILL && stack->layers[layer].class->reference_anywhere;
+	const struct layer_class *class = stack->layers[layer].class;
+	bool can = class->reference_anywhere;
 
+	if (stack->shape.pass == PASS_TRAIN)
+		can = class->reference_dproj_rows && is_large(stack);
+	else if (stack->shape.pass != PASS_PREFILL)
+		can = false;
 	return can ? stack->backend->reference : NULL;
+}
+
+static enum status verify_one(const struct stack *stack, int layer, int64_t min_rows, uint64_t seed,
+                              double *worst)
+{
+	const struct reference_device *device = device_for(stack, layer);
+	bool only_there =
+	        stack->shape.pass == PASS_TRAIN && is_large(stack) && stack->backend->reference;
+
+	if (only_there && !device)
+		return status_set(STATUS_UNSUPPORTED, "%s: no check of so many tokens' gradients",
+		                  stack->layers[layer].class->name);
+	enum status status = verify_on(device, stack, layer, min_rows, seed, worst);
+	if (device && !only_there && (status == STATUS_OOM || status == STATUS_UNSUPPORTED))
+		status = verify_on(NULL, stack, layer, min_rows, seed, worst);
+	return status;
 }
 
 enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, double *rel_err)
@@ -634,14 +534,8 @@ enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, d
 	enum status status = STATUS_OK;
 
 	*rel_err = 0;
-	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
-		const struct reference_device *device = device_for(stack, i);
-
-		if (!verify_layer(stack, i))
-			continue;
-		status = verify_on(device, stack, i, min_rows, seed, rel_err);
-		if (device && (status == STATUS_OOM || status == STATUS_UNSUPPORTED))
-			status = verify_on(NULL, stack, i, min_rows, seed, rel_err);
-	}
+	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++)
+		if (verify_layer(stack, i))
+			status = verify_one(stack, i, min_rows, seed, rel_err);
 	return status;
 }

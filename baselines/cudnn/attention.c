@@ -27,16 +27,20 @@ static struct sdpa_shape shape_of(const struct attention_args *a)
 	return s;
 }
 
-const char *cudnn_attention_unsupported(const void *args)
+static const char *check(const struct attention_args *a)
 {
-	const struct attention_args *a = args;
-	const char *why;
-
 	if (a->mask == MASK_CHUNK || a->own_score || a->gate.data || a->out_ungated.data)
 		return "no chunk mask, own token or gate";
-	if (a->q_heads != a->n_heads)
-		return "no shared queries";
-	const struct sdpa_shape shape = shape_of(a);
+	return a->q_heads != a->n_heads ? "no shared queries" : NULL;
+}
+
+const char *cudnn_attention_unsupported(const void *args)
+{
+	const char *why = check(args);
+
+	if (why)
+		return why;
+	const struct sdpa_shape shape = shape_of(args);
 	return sdpa_plan(&shape, &why) ? NULL : why;
 }
 
@@ -61,4 +65,78 @@ enum status cudnn_attention(const void *args, void *workspace)
 	                                     .scale = a->scale};
 
 	return sdpa_run(&shape, &tensors, workspace);
+}
+
+/* From this version on cuDNN sets the sums of dq to zero itself. */
+enum { CLEARS_SUMS_SINCE = 90600, ALIGNMENT = 256 };
+
+static struct sdpa_shape backward_shape_of(const struct attention_backward_args *a)
+{
+	struct sdpa_shape s = shape_of(&a->forward);
+
+	s.stats = 0;
+	s.backward = 1;
+	sdpa_strides(s.dout, &a->dout);
+	sdpa_strides(s.dq, &a->dq);
+	sdpa_strides(s.dk, &a->dk);
+	sdpa_strides(s.dv, &a->dv);
+	return s;
+}
+
+/* Bytes of dq's sums and of delta, in front of cuDNN's own workspace. */
+static size_t sums_bytes(const struct attention_args *a)
+{
+	return (size_t)(a->batch * a->n_heads * a->seq_len * a->d_head) * sizeof(float);
+}
+
+static size_t delta_bytes(const struct attention_args *a)
+{
+	size_t bytes = (size_t)(a->batch * a->n_heads * a->seq_len) * sizeof(float);
+
+	return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+const char *cudnn_attention_backward_unsupported(const void *args)
+{
+	const struct attention_backward_args *a = args;
+	const char *why = check(&a->forward);
+
+	if (why)
+		return why;
+	const struct sdpa_shape shape = backward_shape_of(a);
+	if (!sdpa_plan(&shape, &why))
+		return why;
+	return cudnn_library_version() < CLEARS_SUMS_SINCE ? "cuDNN is older than 9.6" : NULL;
+}
+
+size_t cudnn_attention_backward_workspace(const void *args)
+{
+	const struct attention_backward_args *a = args;
+	const struct sdpa_shape shape = backward_shape_of(a);
+	const char *why;
+	const struct graph_plan *plan = sdpa_plan(&shape, &why);
+
+	return plan ? sums_bytes(&a->forward) + delta_bytes(&a->forward) + plan->workspace : 0;
+}
+
+enum status cudnn_attention_backward(const void *args, void *workspace)
+{
+	const struct attention_backward_args *a = args;
+	const struct attention_args *f = &a->forward;
+	const struct sdpa_shape shape = backward_shape_of(a);
+	char *delta = (char *)workspace + sums_bytes(f), *rest = delta + delta_bytes(f);
+	const struct sdpa_tensors tensors = {.q = f->q.data,
+	                                     .k = f->k.data,
+	                                     .v = f->v.data,
+	                                     .out = f->out.data,
+	                                     .lse = f->lse,
+	                                     .scale = f->scale,
+	                                     .dout = a->dout.data,
+	                                     .dq = a->dq.data,
+	                                     .dk = a->dk.data,
+	                                     .dv = a->dv.data,
+	                                     .dq_sum = workspace,
+	                                     .delta = (float *)delta};
+
+	return sdpa_run(&shape, &tensors, rest);
 }

@@ -15,6 +15,11 @@ const char *cudnn_attention_unsupported(const void *args);
 size_t cudnn_attention_workspace(const void *args);
 enum status cudnn_attention(const void *args, void *workspace);
 
+/* Its gradients, of the same arguments; dq is summed in fp32 in the workspace. */
+const char *cudnn_attention_backward_unsupported(const void *args);
+size_t cudnn_attention_backward_workspace(const void *args);
+enum status cudnn_attention_backward(const void *args, void *workspace);
+
 /* OP_ATTENTION_STEP: a kernel rotates q and k and fills the cache, cuDNN attends. */
 const char *cudnn_attention_step_unsupported(const void *args);
 size_t cudnn_attention_step_workspace(const void *args);

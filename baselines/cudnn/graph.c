@@ -212,6 +212,19 @@ struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction opera
 	return y;
 }
 
+struct graph_tensor graph_reshape(struct graph *graph, enum cudnn_data type,
+                                  const struct graph_tensor *x, const int64_t dims[4],
+                                  const int64_t strides[4])
+{
+	struct graph_tensor y = make_tensor(graph, type, dims, strides, graph->next_id++, VIRTUAL);
+	void *operation = create(graph, CUDNN_BACKEND_OPERATION_RESHAPE);
+
+	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_RESHAPE_XDESC, x->descriptor);
+	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_RESHAPE_YDESC, y.descriptor);
+	add_operation(graph, operation);
+	return y;
+}
+
 /* cuDNN's suggestions for the graph, best first, into configs; returns how many. */
 static int suggest(struct graph *graph, void **configs)
 {

@@ -12,7 +12,7 @@
 #include "baselines/cudnn/library.h"
 #include "kernels/status.h"
 
-enum { GRAPH_MAX_DESCRIPTORS = 128, GRAPH_MAX_OPERATIONS = 32, GRAPH_MAX_INPUTS = 16 };
+enum { GRAPH_MAX_DESCRIPTORS = 192, GRAPH_MAX_OPERATIONS = 48, GRAPH_MAX_INPUTS = 20 };
 
 struct graph {
 	const struct cudnn_library *cudnn;
@@ -69,6 +69,11 @@ struct graph_tensor graph_pointwise(struct graph *graph, enum cudnn_pointwise mo
 /* The reduction of x's last dimension, fp32, never stored. */
 struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction operator,
                                  const struct graph_tensor * x);
+
+/* The same elements in other dimensions and strides: a new tensor that is never stored. */
+struct graph_tensor graph_reshape(struct graph *graph, enum cudnn_data type,
+                                  const struct graph_tensor *x, const int64_t dims[4],
+                                  const int64_t strides[4]);
 
 /* Plans the graph by the first of cuDNN's suggestions that works; STATUS_UNSUPPORTED if none does.
  */

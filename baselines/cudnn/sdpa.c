@@ -19,7 +19,14 @@ enum id {
 	ID_PADDING, /* what masked scores become; one number for each mask */
 	ID_FUTURE,
 	ID_PAST,
-	ID_BOUND
+	ID_BOUND,
+	ID_ONE,
+	ID_DOUT,
+	ID_DQ,
+	ID_DK,
+	ID_DV,
+	ID_DQ_SUM,
+	ID_DELTA
 };
 
 /* cuDNN before 9.10 wants masked scores to be the lowest number, later ones -infinity. */
@@ -51,13 +58,14 @@ static struct graph_tensor tensor_of(struct graph *g, const struct sdpa_shape *s
 	return graph_tensor(g, CUDNN_DATA_BFLOAT16, dims, steps, id);
 }
 
-/* [B, H, d, T]: the keys as the product's right operand. */
-static struct graph_tensor transposed_keys(struct graph *g, const struct sdpa_shape *s)
+/* [B, H, d, T]: keys, or values, as a product's right operand. */
+static struct graph_tensor transposed(struct graph *g, const struct sdpa_shape *s,
+                                      const int64_t strides[3], int64_t id)
 {
 	const int64_t dims[4] = {s->batch, s->n_heads, s->d_head, s->kv_len};
-	const int64_t steps[4] = {s->k[0], s->k[2], 1, s->k[1]};
+	const int64_t steps[4] = {strides[0], strides[2], 1, strides[1]};
 
-	return graph_tensor(g, CUDNN_DATA_BFLOAT16, dims, steps, ID_K);
+	return graph_tensor(g, CUDNN_DATA_BFLOAT16, dims, steps, id);
 }
 
 static struct graph_tensor lengths(struct graph *g, const struct sdpa_shape *s, int64_t id)
@@ -157,10 +165,10 @@ static struct graph_tensor softmax(struct graph *g, const struct sdpa_shape *s,
 	                       NULL);
 }
 
-static void build(struct graph *g, const struct sdpa_shape *s)
+static void build_forward(struct graph *g, const struct sdpa_shape *s)
 {
 	struct graph_tensor q = tensor_of(g, s, s->seq_len, s->q, ID_Q);
-	struct graph_tensor k = transposed_keys(g, s);
+	struct graph_tensor k = transposed(g, s, s->k, ID_K);
 	struct graph_tensor v = tensor_of(g, s, s->kv_len, s->v, ID_V);
 	struct graph_tensor out = tensor_of(g, s, s->seq_len, s->out, ID_OUT);
 	struct graph_tensor scale = graph_scalar(g, CUDNN_DATA_FLOAT, ID_SCALE);
@@ -185,6 +193,84 @@ static void build(struct graph *g, const struct sdpa_shape *s)
 	graph_matmul(g, &p, &v, &out, rows, NULL, columns);
 }
 
+/* A number per query, [B, H, T, 1]. */
+static struct graph_tensor per_query(struct graph *g, const struct sdpa_shape *s, int64_t id)
+{
+	const int64_t dims[4] = {s->batch, s->n_heads, s->seq_len, 1};
+	const int64_t steps[4] = {s->n_heads * s->seq_len, s->seq_len, 1, 1};
+
+	return graph_tensor(g, CUDNN_DATA_FLOAT, dims, steps, id);
+}
+
+/* delta = rowsum(dout * out), in memory because cuDNN computes it in a kernel of its own. */
+static struct graph_tensor row_sums(struct graph *g, const struct sdpa_shape *s,
+                                    const struct graph_tensor *dout)
+{
+	const enum cudnn_data f = CUDNN_DATA_FLOAT;
+	struct graph_tensor out = tensor_of(g, s, s->seq_len, s->out, ID_OUT);
+	struct graph_tensor one = graph_scalar(g, f, ID_ONE);
+	struct graph_tensor delta = per_query(g, s, ID_DELTA);
+	struct graph_tensor product =
+	        graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, dout, &out, NULL);
+	struct graph_tensor sum = graph_reduce(g, CUDNN_REDUCE_ADD, &product);
+
+	graph_pointwise_into(g, CUDNN_POINTWISE_MUL, f, -1, &sum, &one, NULL, &delta);
+	return delta;
+}
+
+/* x^T right, where x [B, H, T, keys] is never stored; into `to`. */
+static void multiply_transposed(struct graph *g, const struct sdpa_shape *s,
+                                const struct graph_tensor *x, const struct graph_tensor *right,
+                                const struct graph_tensor *to)
+{
+	const int64_t area = s->seq_len * s->kv_len;
+	const int64_t dims[4] = {s->batch, s->n_heads, s->kv_len, s->seq_len};
+	const int64_t steps[4] = {s->n_heads * area, area, 1, s->kv_len};
+	struct graph_tensor left = graph_reshape(g, CUDNN_DATA_BFLOAT16, x, dims, steps);
+
+	graph_matmul(g, &left, right, to, NULL, NULL, NULL);
+}
+
+/* The gradients, in the order of operations that cuDNN recognizes. */
+static void build_backward(struct graph *g, const struct sdpa_shape *s)
+{
+	const enum cudnn_data f = CUDNN_DATA_FLOAT;
+	const int64_t key_dims[4] = {s->batch, s->n_heads, s->kv_len, s->d_head};
+	const int64_t key_steps[4] = {s->k[0], s->k[2], s->k[1], 1};
+	const int64_t dense[3] = {s->n_heads * s->seq_len * s->d_head, s->d_head,
+	                          s->seq_len * s->d_head};
+	const int64_t sum_dims[4] = {s->batch, s->n_heads, s->seq_len, s->d_head};
+	const int64_t sum_steps[4] = {dense[0], dense[2], dense[1], 1};
+	struct graph_tensor q = tensor_of(g, s, s->seq_len, s->q, ID_Q);
+	struct graph_tensor k = transposed(g, s, s->k, ID_K), v = transposed(g, s, s->v, ID_V);
+	struct graph_tensor dout = tensor_of(g, s, s->seq_len, s->dout, ID_DOUT);
+	struct graph_tensor dq = tensor_of(g, s, s->seq_len, s->dq, ID_DQ);
+	struct graph_tensor dk = tensor_of(g, s, s->kv_len, s->dk, ID_DK);
+	struct graph_tensor dv = tensor_of(g, s, s->kv_len, s->dv, ID_DV);
+	struct graph_tensor scale = graph_scalar(g, f, ID_SCALE);
+	struct graph_tensor lse = per_query(g, s, ID_LSE);
+	struct graph_tensor delta = row_sums(g, s, &dout);
+	struct graph_tensor x = graph_product(g, &q, &k, NULL, NULL);
+
+	x = graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, &x, &scale, NULL);
+	x = graph_pointwise(g, CUDNN_POINTWISE_SUB, f, f, -1, &x, &lse, NULL);
+	if (s->mask != MASK_FULL)
+		x = mask_future(g, &x);
+	if (s->mask == MASK_WINDOW)
+		x = mask_past(g, &x);
+	struct graph_tensor p = graph_pointwise(g, CUDNN_POINTWISE_EXP, f, f, -1, &x, NULL, NULL);
+	multiply_transposed(g, s, &p, &dout, &dv);
+	x = graph_product(g, &dout, &v, NULL, NULL);
+	x = graph_pointwise(g, CUDNN_POINTWISE_SUB, f, f, -1, &x, &delta, NULL);
+	x = graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, &x, &p, NULL);
+	x = graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, &x, &scale, NULL);
+	multiply_transposed(g, s, &x, &q, &dk);
+	struct graph_tensor keys = graph_reshape(g, CUDNN_DATA_BFLOAT16, &k, key_dims, key_steps);
+	struct graph_tensor sum = graph_tensor(g, f, sum_dims, sum_steps, ID_DQ_SUM);
+	graph_matmul(g, &x, &keys, &sum, NULL, NULL, NULL);
+	graph_pointwise_into(g, CUDNN_POINTWISE_IDENTITY, f, -1, &sum, NULL, NULL, &dq);
+}
+
 /* A new entry, with a plan or the reason why there is none. */
 static struct cached *make(const struct sdpa_shape *shape, const struct cudnn_library *cudnn)
 {
@@ -195,7 +281,7 @@ static struct cached *make(const struct sdpa_shape *shape, const struct cudnn_li
 		return NULL;
 	entry->shape = *shape;
 	graph_begin(&graph, cudnn);
-	build(&graph, shape);
+	(shape->backward ? build_backward : build_forward)(&graph, shape);
 	if (graph_plan(&graph, &entry->plan) != STATUS_OK)
 		snprintf(entry->why, sizeof entry->why, "%s", status_message());
 	graph_end(&graph);
@@ -238,7 +324,7 @@ enum status sdpa_run(const struct sdpa_shape *shape, const struct sdpa_tensors *
 	const struct graph_plan *plan = sdpa_plan(shape, &why);
 	const bool infinite = cudnn_library_version() >= MINUS_INFINITY_SINCE;
 	const float masked = infinite ? -INFINITY : -FLT_MAX;
-	const float bound = (float)(shape->window + 1);
+	const float bound = (float)(shape->window + 1), one = 1.0f;
 	struct pack pack = {0};
 
 	if (!plan)
@@ -248,8 +334,17 @@ enum status sdpa_run(const struct sdpa_shape *shape, const struct sdpa_tensors *
 	add(&pack, ID_V, t->v);
 	add(&pack, ID_OUT, t->out);
 	add(&pack, ID_SCALE, &t->scale);
-	if (shape->stats)
+	if (shape->stats || shape->backward)
 		add(&pack, ID_LSE, t->lse);
+	if (shape->backward) {
+		add(&pack, ID_ONE, &one);
+		add(&pack, ID_DOUT, t->dout);
+		add(&pack, ID_DQ, t->dq);
+		add(&pack, ID_DK, t->dk);
+		add(&pack, ID_DV, t->dv);
+		add(&pack, ID_DQ_SUM, t->dq_sum);
+		add(&pack, ID_DELTA, t->delta);
+	}
 	if (shape->padded) {
 		add(&pack, ID_QUERY_LENGTHS, t->query_lengths);
 		add(&pack, ID_KEY_LENGTHS, t->key_lengths);

@@ -9,11 +9,13 @@
  * its bytes. */
 struct sdpa_shape {
 	int64_t batch, n_heads, d_head, seq_len, kv_len;
-	int64_t mask;                     /* enum mask, CHUNK excepted */
-	int64_t window;                   /* of MASK_WINDOW */
-	int64_t stats;                    /* whether lse is stored */
-	int64_t padded;                   /* whether lengths are in memory */
-	int64_t q[3], k[3], v[3], out[3]; /* strides: batch, token, head */
+	int64_t mask;                         /* enum mask, CHUNK excepted */
+	int64_t window;                       /* of MASK_WINDOW */
+	int64_t stats;                        /* whether lse is stored */
+	int64_t padded;                       /* whether lengths are in memory */
+	int64_t backward;                     /* gradients instead; stats and padded are then 0 */
+	int64_t q[3], k[3], v[3], out[3];     /* strides: batch, token, head */
+	int64_t dout[3], dq[3], dk[3], dv[3]; /* iff backward */
 };
 
 /* The pointers of one run. */
@@ -23,6 +25,10 @@ struct sdpa_tensors {
 	float *lse;                                 /* iff stats */
 	const int32_t *query_lengths, *key_lengths; /* [batch] each, iff padded */
 	float scale;
+	/* Of the gradients; the workspaces are [B, H, T, d] and [B, H, T]. */
+	const void *dout;
+	void *dq, *dk, *dv;
+	float *dq_sum, *delta;
 };
 
 /* The plan of a shape, made at its first use; NULL with the reason in *why if there is none. */

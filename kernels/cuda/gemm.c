@@ -242,15 +242,20 @@ static int fastest(const struct gemm *g, const struct description *d,
 	return choice;
 }
 
-/* The same product with few enough rows to be timed quickly. */
+/* The same product with few enough rows to be timed quickly; where a is transposed the tokens are
+ * the inner dimension, of which enough remain that whoever splits it shows what that costs. */
 static struct gemm tuning_sized(const struct gemm *g)
 {
 	struct gemm small = *g;
 	const double flops_per_row = 2.0 * (double)g->columns * (double)g->inner * (double)g->batch;
+	const double flops_per_inner = 2.0 * (double)g->columns * (double)g->rows * (double)g->batch;
+	const int64_t inner = (int64_t)(2 * TUNING_FLOPS / flops_per_inner) / 1024 * 1024;
 	const int64_t most = (int64_t)(TUNING_FLOPS / flops_per_row) / 1024 * 1024;
 
 	if (most >= 1024 && small.rows > most && !g->a_transposed)
 		small.rows = most;
+	if (inner >= 1024 && small.inner > inner && g->a_transposed)
+		small.inner = inner;
 	return small;
 }
 

@@ -3,26 +3,27 @@
  * once more, as naive kernels that share nothing with the ones they judge.
  * Long sequences would keep the host busy for minutes.
  */
-#include "kernels/cuda/reference.h"
+#include "kernels/cuda/reference.cuh"
 
 #include <cuda_bf16.h>
 #include <math.h>
 
-#include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/gemm.h"
 
-enum { THREADS = 256, GRID = 8192, MAX_HEAD = 256, MAX_STATE_ROWS = 256 };
+using namespace reference;
+
+enum { MAX_STATE_ROWS = 256 };
 
 /* An error of a function that returns none; the next one that does reports it. */
 static enum status pending = STATUS_OK;
 
-static void note(enum status status)
+void reference::note(enum status status)
 {
 	if (pending == STATUS_OK)
 		pending = status;
 }
 
-static enum status report()
+enum status reference::report()
 {
 	const enum status status = pending;
 
@@ -30,26 +31,9 @@ static enum status report()
 	return status;
 }
 
-static void note_launch(const char *function)
+void reference::note_launch(const char *function)
 {
 	note(cuda_status(cudaGetLastError(), function, __FILE__, __LINE__));
-}
-
-/* for (i = ...) over `count` elements, by all threads of the grid. */
-#define FOR_ALL(i, count)                                                                          \
-	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count);              \
-	     i += (int64_t)gridDim.x * blockDim.x)
-
-static __device__ double sigmoid64(double x)
-{
-	return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
-}
-
-static __device__ double warp_sum(double x)
-{
-	for (int lane = 16; lane > 0; lane /= 2)
-		x += __shfl_xor_sync(0xffffffffu, x, lane);
-	return x;
 }
 
 static __device__ double warp_max(double x)
@@ -61,7 +45,7 @@ static __device__ double warp_max(double x)
 
 /* ---- memory ---- */
 
-static enum status take(int64_t count, double **memory)
+enum status reference::take(int64_t count, double **memory)
 {
 	void *taken = NULL;
 	const cudaError_t error = cudaMalloc(&taken, (size_t)count * sizeof(double) + 1);
@@ -70,7 +54,7 @@ static enum status take(int64_t count, double **memory)
 	return cuda_status(error, "memory for the reference", __FILE__, __LINE__);
 }
 
-static void release(double *memory)
+void reference::release(double *memory)
 {
 	cudaFree(memory);
 }
@@ -124,7 +108,7 @@ static __global__ void get_rows_kernel(int64_t width, int64_t n_rows, const int6
 }
 
 /* The list of rows on the device; NULL after an error. To be freed by cudaFree(). */
-static int64_t *upload_rows(int64_t n_rows, const int64_t *rows)
+int64_t *reference::upload_rows(int64_t n_rows, const int64_t *rows)
 {
 	const size_t bytes = (size_t)n_rows * sizeof *rows;
 	void *memory = NULL;
@@ -203,7 +187,8 @@ static void rms_norm(int64_t n, int64_t d, double eps, const double *x, const do
 
 /* A thread per token and pair of channels, for all heads; y may be x. */
 static __global__ void rotate_kernel(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d,
-                                     int64_t first, int64_t period, const double *x, double *y)
+                                     int64_t first, int64_t period, double sign, const double *x,
+                                     double *y)
 {
 	const int64_t half = d / 2;
 
@@ -214,6 +199,7 @@ static __global__ void rotate_kernel(int64_t batch, int64_t seq_len, int64_t n_h
 		double s, c;
 
 		sincos(position * pow(10000.0, -2 * (double)i / (double)d), &s, &c);
+		s *= sign;
 		for (int64_t h = 0; h < n_heads; h++) {
 			const int64_t at = (token * n_heads + h) * d + i;
 			const double a = x[at], b = x[at + half];
@@ -228,8 +214,16 @@ static void rotate(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_he
                    int64_t period, const double *x, double *y)
 {
 	rotate_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(batch, seq_len, n_heads, d_head, first,
-	                                                   period, x, y);
+	                                                   period, 1, x, y);
 	note_launch("reference rotate");
+}
+
+static void rotate_backward(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
+                            int64_t first, int64_t period, const double *dy, double *dx)
+{
+	rotate_kernel<<<GRID, THREADS, 0, cuda_stream()>>>(batch, seq_len, n_heads, d_head, first,
+	                                                   period, -1, dy, dx);
+	note_launch("reference rotate_backward");
 }
 
 static __global__ void decay_gate_kernel(int64_t n, int64_t rank, int64_t d_out, double normalizer,
@@ -682,4 +676,13 @@ const struct reference_device cuda_reference = {
         .time_step = time_step,
         .forget_gate = forget_gate,
         .gated = gated,
+        .linear_input_gradient = linear_input_gradient,
+        .set_columns = set_columns,
+        .rotate_backward = rotate_backward,
+        .attention_backward_rows = attention_backward_rows,
+        .rat_scan_backward = rat_scan_backward,
+        .recurrence_backward = recurrence_backward,
+        .weight_gradient_rows = weight_gradient_rows,
+        .norm_gradient_columns = norm_gradient_columns,
+        .column_sums = column_sums,
 };

@@ -5,48 +5,10 @@
  * softmax in registers. The four masks differ only in the interval of keys
  * that a query sees, whose ends never decrease from one query to the next.
  */
-#include "kernels/portable/device.cuh"
+#include "kernels/portable/attention_tile.cuh"
 #include "kernels/portable/portable.h"
 
 enum { THREADS = 128, QUERIES = 128, WARP_QUERIES = 32, KEYS = 64, M_TILES = 2, KEY_TILES = 8 };
-
-struct interval {
-	int first, end;
-};
-
-/* The keys that query t sees. */
-static __device__ __forceinline__ struct interval visible(const struct attention_args &a, int64_t t)
-{
-	int64_t first = 0, end = a.kv_len;
-
-	if (a.mask == MASK_CHUNK)
-		end = t / a.chunk;
-	else if (a.mask != MASK_FULL)
-		end = t + 1;
-	if (a.mask == MASK_WINDOW && t > a.window)
-		first = t - a.window;
-	return {(int)first, (int)min(end, a.kv_len)};
-}
-
-/* Element offset of 16-byte piece `piece` of a row in a tile of D-wide rows, conflict-free. */
-template <int D> static __device__ __forceinline__ int swizzled(int row, int piece)
-{
-	return row * D + (piece ^ (row & 7)) * 8;
-}
-
-/* Rows first .. first+ROWS-1 of head h; zeros from row `limit` on. */
-template <int D, int ROWS>
-static __device__ __forceinline__ void load_tile(bf16 *tile, const struct view &v, int64_t b,
-                                                 int64_t h, int64_t first, int64_t limit)
-{
-	for (int i = threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-		const int row = i / (D / 8), piece = i % (D / 8);
-		const bool valid = first + row < limit;
-
-		copy16_async(tile + swizzled<D>(row, piece),
-		             at(v, b, valid ? first + row : 0, h) + 8 * piece, valid);
-	}
-}
 
 /* What a lane keeps of its warp's 32 queries: rows 16 i + 8 j + lane / 4. */
 template <int D> struct accumulator {
@@ -282,9 +244,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	accumulator<D> acc;
 	float s[M_TILES][KEY_TILES][4];
 
-	load_tile<D, QUERIES>(q, a.q, b, h % a.q_heads, block_first, a.seq_len);
-	load_tile<D, KEYS>(k, a.k, b, h, begin, end);
-	load_tile<D, KEYS>(v, a.v, b, h, begin, end);
+	load_tile<D, QUERIES, THREADS>(q, a.q, b, h % a.q_heads, block_first, a.seq_len);
+	load_tile<D, KEYS, THREADS>(k, a.k, b, h, begin, end);
+	load_tile<D, KEYS, THREADS>(v, a.v, b, h, begin, end);
 	copy_commit();
 	seed(acc, a, b, h, first);
 	for (int key = begin; key < end; key += KEYS) {
@@ -293,8 +255,10 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		copy_wait<0>();
 		__syncthreads();
 		if (key + KEYS < end) {
-			load_tile<D, KEYS>(k + (KEYS * D - buffer), a.k, b, h, key + KEYS, end);
-			load_tile<D, KEYS>(v + (KEYS * D - buffer), a.v, b, h, key + KEYS, end);
+			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, h, key + KEYS,
+			                            end);
+			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, h, key + KEYS,
+			                            end);
 			copy_commit();
 		}
 		if (first > warp_last || key >= visible(a, warp_last).end ||

@@ -97,6 +97,23 @@ static __device__ __forceinline__ float sigmoid(float x)
 	return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
+/*
+ * sigmoid(x) and sigmoid(-x), neither from the other: where one is close to 1
+ * the other keeps its digits. x comes times -log2(e).
+ */
+struct sigmoids {
+	float of, of_minus;
+};
+
+static __device__ __forceinline__ struct sigmoids sigmoids_of(float minus_x_log2e)
+{
+	/* Bounded, lest the product be infinity times zero. */
+	const float e = exp2_fast(min_or_nan(minus_x_log2e, 100.0f));
+	const float of = reciprocal_fast(1.0f + e);
+
+	return {of, e * of};
+}
+
 /* Sum over groups of `width` neighbouring lanes (a power of two); all lanes get it. */
 static __device__ __forceinline__ float group_sum(float x, int width)
 {

@@ -38,17 +38,58 @@ static __device__ __forceinline__ void exponentials_merge(exponentials &a, float
 	a.maximum = top;
 }
 
-static __global__ void __launch_bounds__(THREADS)
-        loss_kernel(const __grid_constant__ struct cross_entropy_args a)
+/* Replaces every element of this thread's share of a row by change(index, element). */
+template <typename Change>
+static __device__ __forceinline__ void change_row(bf16 *row, int64_t count, Change change)
 {
-	const int64_t n = blockIdx.x;
-	const bf16 *row = static_cast<const bf16 *>(a.logits) + n * a.vocab;
+	if (count % 8 || reinterpret_cast<uintptr_t>(row) % 16) {
+		for (int64_t i = threadIdx.x; i < count; i += THREADS)
+			row[i] = __float2bfloat16(change(i, __bfloat162float(row[i])));
+		return;
+	}
+	for (int64_t i = 8 * (int64_t)threadIdx.x; i < count; i += 8 * THREADS) {
+		float x[8];
+
+		load8(x, row + i);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			x[j] = change(i + j, x[j]);
+		store8(row + i, x);
+	}
+}
+
+/* How many rows have a target; one block. */
+static __global__ void __launch_bounds__(THREADS)
+        count_kernel(const int32_t *targets, int64_t n_tokens, float *n_valid)
+{
+	float *shared = reinterpret_cast<float *>(shared_memory);
+	int count = 0;
+
+	for (int64_t n = threadIdx.x; n < n_tokens; n += THREADS)
+		count += targets[n] >= 0;
+	shared[threadIdx.x] = (float)count;
+	__syncthreads();
+	if (threadIdx.x != 0)
+		return;
+	for (int i = 1; i < THREADS; i++)
+		count += (int)shared[i];
+	*n_valid = (float)count;
+}
+
+/* The row's loss, and its gradient (softmax - one_hot(target)) / n_valid in place of the logits. */
+static __global__ void __launch_bounds__(THREADS)
+        loss_kernel(const __grid_constant__ struct cross_entropy_args a, const float *n_valid)
+{
+	const int64_t n = blockIdx.x, target = a.targets[n];
+	bf16 *row = static_cast<bf16 *>(a.logits) + n * a.vocab;
 	float *shared = reinterpret_cast<float *>(shared_memory);
 	exponentials e = {-INFINITY, 0.0f};
 
-	if (a.targets[n] < 0) {
+	if (target < 0) {
 		if (threadIdx.x == 0)
 			a.losses[n] = 0.0f;
+		if (a.want_gradient)
+			change_row(row, a.vocab, [](int64_t, float) { return 0.0f; });
 		return;
 	}
 	visit_row(row, a.vocab, [&](int64_t, float x) { exponentials_merge(e, x, 1.0f); });
@@ -63,11 +104,20 @@ static __global__ void __launch_bounds__(THREADS)
 		shared[threadIdx.x / WARP * 2 + 1] = e.sum;
 	}
 	__syncthreads();
-	if (threadIdx.x != 0)
-		return;
+	e = {shared[0], shared[1]};
 	for (int w = 1; w < WARPS; w++)
 		exponentials_merge(e, shared[2 * w], shared[2 * w + 1]);
-	a.losses[n] = e.maximum + logf(e.sum) - __bfloat162float(row[a.targets[n]]);
+	if (threadIdx.x == 0)
+		a.losses[n] = e.maximum + logf(e.sum) - __bfloat162float(row[target]);
+	if (!a.want_gradient)
+		return;
+	const float scale = 1.0f / *n_valid, factor = scale / e.sum;
+	__syncthreads(); /* the loss has been read */
+	change_row(row, a.vocab, [=](int64_t i, float x) {
+		const float p = exp2_fast((x - e.maximum) * LOG2E) * factor;
+
+		return i == target ? p - scale : p;
+	});
 }
 
 /* The mean over the rows that have a target, by one block, in a fixed order. */
@@ -93,19 +143,23 @@ static __global__ void __launch_bounds__(THREADS)
 	*loss = (float)(sum / count);
 }
 
-extern "C" const char *portable_cross_entropy_unsupported(const void *args)
+extern "C" size_t portable_cross_entropy_workspace(const void *)
 {
-	const auto *a = static_cast<const struct cross_entropy_args *>(args);
-
-	return a->want_gradient ? "no gradient yet" : NULL;
+	return sizeof(float);
 }
 
-extern "C" enum status portable_cross_entropy(const void *args, void *)
+extern "C" enum status portable_cross_entropy(const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct cross_entropy_args *>(args);
-	enum status status = launch("cross_entropy", loss_kernel, dim3((unsigned)a->n_tokens),
-	                            THREADS, 2 * WARPS * sizeof(float), *a);
+	float *n_valid = static_cast<float *>(workspace);
+	enum status status = STATUS_OK;
 
+	if (a->want_gradient)
+		status = launch("cross_entropy", count_kernel, dim3(1), THREADS,
+		                THREADS * sizeof(float), a->targets, a->n_tokens, n_valid);
+	if (status == STATUS_OK)
+		status = launch("cross_entropy", loss_kernel, dim3((unsigned)a->n_tokens), THREADS,
+		                2 * WARPS * sizeof(float), *a, n_valid);
 	if (status != STATUS_OK)
 		return status;
 	return launch("cross_entropy", mean_kernel, dim3(1), THREADS, 2 * THREADS * sizeof(double),

@@ -19,15 +19,30 @@ const char *portable_norm_linear_unsupported(const void *args);
 size_t portable_norm_linear_workspace(const void *args);
 enum status portable_norm_linear(const void *args, void *workspace);
 
+const char *portable_norm_linear_backward_unsupported(const void *args);
+size_t portable_norm_linear_backward_workspace(const void *args);
+enum status portable_norm_linear_backward(const void *args, void *workspace);
+
 const char *portable_linear_residual_unsupported(const void *args);
 size_t portable_linear_residual_workspace(const void *args);
 enum status portable_linear_residual(const void *args, void *workspace);
 
+const char *portable_linear_residual_backward_unsupported(const void *args);
+size_t portable_linear_residual_backward_workspace(const void *args);
+enum status portable_linear_residual_backward(const void *args, void *workspace);
+
 const char *portable_rotate_unsupported(const void *args);
 enum status portable_rotate(const void *args, void *workspace);
 
+const char *portable_rotate_backward_unsupported(const void *args);
+enum status portable_rotate_backward(const void *args, void *workspace);
+
 const char *portable_attention_unsupported(const void *args);
 enum status portable_attention(const void *args, void *workspace);
+
+const char *portable_attention_backward_unsupported(const void *args);
+size_t portable_attention_backward_workspace(const void *args);
+enum status portable_attention_backward(const void *args, void *workspace);
 
 const char *portable_attention_step_unsupported(const void *args);
 size_t portable_attention_step_workspace(const void *args);
@@ -36,6 +51,10 @@ enum status portable_attention_step(const void *args, void *workspace);
 const char *portable_rat_scan_unsupported(const void *args);
 enum status portable_rat_scan(const void *args, void *workspace);
 
+const char *portable_rat_scan_backward_unsupported(const void *args);
+size_t portable_rat_scan_backward_workspace(const void *args);
+enum status portable_rat_scan_backward(const void *args, void *workspace);
+
 const char *portable_rat_step_unsupported(const void *args);
 size_t portable_rat_step_workspace(const void *args);
 enum status portable_rat_step(const void *args, void *workspace);
@@ -43,6 +62,10 @@ enum status portable_rat_step(const void *args, void *workspace);
 const char *portable_recurrence_unsupported(const void *args);
 size_t portable_recurrence_workspace(const void *args);
 enum status portable_recurrence(const void *args, void *workspace);
+
+const char *portable_recurrence_backward_unsupported(const void *args);
+size_t portable_recurrence_backward_workspace(const void *args);
+enum status portable_recurrence_backward(const void *args, void *workspace);
 
 const char *portable_recurrence_step_unsupported(const void *args);
 enum status portable_recurrence_step(const void *args, void *workspace);
@@ -79,11 +102,16 @@ const char *portable_gate_norm_unsupported(const void *args);
 enum status portable_gate_norm(const void *args, void *workspace);
 
 enum status portable_gelu(const void *args, void *workspace);
+enum status portable_gelu_backward(const void *args, void *workspace);
 
 const char *portable_embedding_unsupported(const void *args);
 enum status portable_embedding(const void *args, void *workspace);
 
-const char *portable_cross_entropy_unsupported(const void *args);
+const char *portable_embedding_backward_unsupported(const void *args);
+size_t portable_embedding_backward_workspace(const void *args);
+enum status portable_embedding_backward(const void *args, void *workspace);
+
+size_t portable_cross_entropy_workspace(const void *args);
 enum status portable_cross_entropy(const void *args, void *workspace);
 
 enum status portable_argmax(const void *args, void *workspace);

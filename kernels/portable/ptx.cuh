@@ -85,4 +85,42 @@ static __device__ __forceinline__ float log2_fast(float x)
 	return y;
 }
 
+/* 1 / x in one instruction, to about 2^-23; 0 above 2^126. */
+static __device__ __forceinline__ float reciprocal_fast(float x)
+{
+	float y;
+
+	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
+/* The smaller, or NaN if one of them is. */
+static __device__ __forceinline__ float min_or_nan(float a, float b)
+{
+	float y;
+
+	asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+	return y;
+}
+
+/* Eight bytes that other blocks write and read meanwhile, in one piece; no order beside them. */
+static __device__ __forceinline__ uint64_t load_relaxed(const uint64_t *from)
+{
+	uint64_t value;
+
+	asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+	return value;
+}
+
+static __device__ __forceinline__ void store_relaxed(uint64_t *to, uint64_t value)
+{
+	asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+/* Counts up *ticket; returns what it was. */
+static __device__ __forceinline__ uint32_t take_ticket(uint32_t *ticket)
+{
+	return atomicAdd(ticket, 1u);
+}
+
 #endif

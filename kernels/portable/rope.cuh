@@ -45,21 +45,25 @@ static inline const struct rope_table &rope_table_of(int64_t d_head)
 	return last.table;
 }
 
-/* cos and sin of position * theta_i for i = first .. first + 7. */
+/* cos and sin of position * theta_i. */
+static __device__ __forceinline__ void
+rope_angle(float &cosine, float &sine, const struct rope_table &table, int i, int64_t position)
+{
+	const float p = (float)position;
+	const float turns = p * table.high[i];
+	const float rest = fmaf(p, table.high[i], -turns) + p * table.low[i];
+
+	sincospif(2.0f * (turns - rintf(turns) + rest), &sine, &cosine);
+}
+
+/* The same for i = first .. first + 7. */
 static __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&sine)[8],
                                                    const struct rope_table &table, int first,
                                                    int64_t position)
 {
-	const float p = (float)position;
-
 #pragma unroll
-	for (int i = 0; i < 8; i++) {
-		const float turns = p * table.high[first + i];
-		const float rest =
-		        fmaf(p, table.high[first + i], -turns) + p * table.low[first + i];
-
-		sincospif(2.0f * (turns - rintf(turns) + rest), &sine[i], &cosine[i]);
-	}
+	for (int i = 0; i < 8; i++)
+		rope_angle(cosine[i], sine[i], table, first + i, position);
 }
 
 /*
@@ -87,6 +91,7 @@ struct rotation {
 	int64_t slots;  /* token t goes to token t % slots of `to` */
 	int64_t period; /* token t has position t / period */
 	bool rope;
+	bool inverse; /* by the opposite angle */
 	struct view from, to;
 };
 

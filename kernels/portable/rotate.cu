@@ -20,6 +20,8 @@ static __global__ void __launch_bounds__(THREADS)
 		return;
 	if (r.rope)
 		rope_angles(cosine, sine, table, 8 * piece, t / r.period);
+	for (int i = 0; r.inverse && i < 8; i++)
+		sine[i] = -sine[i];
 	for (int64_t h = (int64_t)blockIdx.y * HEADS;
 	     h < r.n_heads && h < ((int64_t)blockIdx.y + 1) * HEADS; h++) {
 		const bf16 *from = at(r.from, b, t, h) + 8 * piece;
@@ -97,6 +99,35 @@ extern "C" enum status portable_rotate(const void *args, void *)
 		status = rotate_tensor("rotate", &r);
 	}
 	return status;
+}
+
+extern "C" const char *portable_rotate_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct rotate_backward_args *>(args);
+	const struct view *const views[] = {&a->dq, &a->dk};
+
+	if (a->d_head % 16 || a->d_head > MAX_ROPE_WIDTH)
+		return "head width must be a multiple of 16 up to 128";
+	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
+}
+
+extern "C" enum status portable_rotate_backward(const void *args, void *)
+{
+	const auto *a = static_cast<const struct rotate_backward_args *>(args);
+	struct rotation r = {};
+
+	r.batch = a->batch;
+	r.n_tokens = a->seq_len;
+	r.n_heads = a->n_heads;
+	r.d_head = a->d_head;
+	r.period = 1;
+	r.slots = a->seq_len;
+	r.rope = a->rope;
+	r.inverse = true;
+	r.from = r.to = a->dq;
+	enum status status = rotate_tensor("rotate_backward", &r);
+	r.from = r.to = a->dk;
+	return status == STATUS_OK ? rotate_tensor("rotate_backward", &r) : status;
 }
 
 /* A thread takes 8 pairs of one head, of q or of k. */

@@ -29,8 +29,20 @@ struct reference_rat_scan;
 struct reference_rat_scan_out;
 struct reference_recurrence;
 struct reference_matrix;
+struct reference_attention_grads;
+struct reference_attention_left;
+struct reference_rat_scan_grads;
+struct reference_recurrence_grads;
 struct reference_conv;
 struct reference_gate_norm;
+
+/* A projection that was run: y [n, d_out] = x_norm W^T, its tensors in the backend's memory. */
+struct reference_gradient_of {
+	enum dtype dtype; /* of x, x_norm and dy */
+	int64_t n, d_in, d_out;
+	const void *x, *x_norm; /* [n, d_in] before and after the norm */
+	const void *dy;         /* [n, d_out] */
+};
 
 /*
  * Another place than the host, with doubles in its own memory: the functions
@@ -76,6 +88,40 @@ struct reference_device {
 	                    const double *x, double *log_decay, double *key, double *out);
 	/* u = (x + skip_weight skip) silu(gate), what reference_gate_norm() normalizes. */
 	void (*gated)(const struct reference_gate_norm *g, double *u);
+
+	/* Gradients. dx [n, d_in] = dy [n, d_out] W. */
+	void (*linear_input_gradient)(int64_t n, int64_t d_in, int64_t d_out, const double *dy,
+	                              const double *weight, double *dx);
+	void (*set_columns)(int64_t n_rows, int64_t width, int64_t first, int64_t count,
+	                    const double *from, double *to);
+	void (*rotate_backward)(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
+	                        int64_t first, int64_t period, const double *dy, double *dx);
+	/*
+	 * Of one sequence: dq of the queries and dk, dv of the keys that are named, in their places
+	 * in tensors whose other rows are left alone; the other gradients everywhere.
+	 */
+	enum status (*attention_backward_rows)(const struct reference_attention *a,
+	                                       const struct reference_attention_left *left,
+	                                       const double *dout, int64_t n_queries,
+	                                       const int64_t *queries, int64_t n_keys,
+	                                       const int64_t *keys,
+	                                       const struct reference_attention_grads *grads);
+	/* Neither writes dgate_bias or dh0. */
+	enum status (*rat_scan_backward)(const struct reference_rat_scan *s,
+	                                 const struct reference_rat_scan_grads *grads);
+	enum status (*recurrence_backward)(const struct reference_recurrence *r, const double *dout,
+	                                   const struct reference_recurrence_grads *grads);
+	/* Over all tokens of a run, to the host: rows of dweight = dy^T x_norm, [n_rows, d_in]; */
+	enum status (*weight_gradient_rows)(const struct reference_gradient_of *of, int64_t n_rows,
+	                                    const int64_t *rows, double *host);
+	/* columns of the norm's gradient, sum of (dy W) x rstd, W [d_out, d_in] where the reference
+	 * runs; */
+	enum status (*norm_gradient_columns)(const struct reference_gradient_of *of, double eps,
+	                                     const double *weight, int64_t n_columns,
+	                                     const int64_t *columns, double *host);
+	/* the sums of the first `count` columns of a tensor of n rows `stride` apart. */
+	enum status (*column_sums)(enum dtype dtype, const void *tensor, int64_t n, int64_t stride,
+	                           int64_t count, double *host);
 };
 
 /* From now on the functions marked "anywhere" run on `device`, and nothing else may be called;
@@ -151,6 +197,11 @@ struct reference_attention_grads {
 	double *dgate;      /* [B, T, H, d] iff gate */
 	double *down_score; /* [B, T, H] iff own_score */
 	double *down_value; /* [B, T, H, d] iff own_score */
+};
+
+/* What a forward left: o before the gate [T, H, d], lse [H, T]. */
+struct reference_attention_left {
+	const double *out, *lse;
 };
 
 /*

@@ -106,14 +106,18 @@ static float element(const void *matrix, int64_t index)
 	return value;
 }
 
-/* One element of a product of the projections: bf16, b transposed, no batch. */
+/* One element of a product of bf16 matrices, no batch. */
 static float product(const struct gemm *g, int64_t row, int64_t column)
 {
+	const int64_t a_row = g->a_transposed ? 1 : g->a_leading;
+	const int64_t a_step = g->a_transposed ? g->a_leading : 1;
+	const int64_t b_column = g->b_transposed ? g->b_leading : 1;
+	const int64_t b_step = g->b_transposed ? 1 : g->b_leading;
 	float sum = 0.0f;
 
 	for (int64_t k = 0; k < g->inner; k++)
-		sum += element(g->a, row * g->a_leading + k) *
-		       element(g->b, column * g->b_leading + k);
+		sum += element(g->a, row * a_row + k * a_step) *
+		       element(g->b, column * b_column + k * b_step);
 	return g->scale * sum;
 }
 
@@ -131,9 +135,10 @@ enum status gemm_run(const struct gemm *g, void *workspace)
 		for (int64_t i = 0; i < g->columns; i++)
 			sums[i] = product(g, row, i) +
 			          (g->addend ? element(g->addend, first + i) : 0.0f);
-		status =
-		        backend_upload_floats(&cuda_backend, DTYPE_BF16, (uint16_t *)g->out + first,
-		                              sums, (size_t)g->columns);
+		status = backend_upload_floats(&cuda_backend, g->out_type,
+		                               (char *)g->out +
+		                                       (size_t)first * dtype_size(g->out_type),
+		                               sums, (size_t)g->columns);
 	}
 	free(sums);
 	return status;

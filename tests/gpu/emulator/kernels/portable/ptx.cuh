@@ -92,4 +92,29 @@ inline float log2_fast(float x)
 	return log2f(x);
 }
 
+inline float reciprocal_fast(float x)
+{
+	return 1.0f / x;
+}
+
+inline float min_or_nan(float a, float b)
+{
+	return isnan(a) || a < b ? a : b;
+}
+
+inline uint64_t load_relaxed(const uint64_t *from)
+{
+	return *from;
+}
+
+inline void store_relaxed(uint64_t *to, uint64_t value)
+{
+	*to = value;
+}
+
+inline uint32_t take_ticket(uint32_t *ticket)
+{
+	return (*ticket)++;
+}
+
 #endif

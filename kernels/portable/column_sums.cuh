@@ -1,0 +1,13 @@
+/* The second stage of sums over tokens: the first leaves a row of partial sums per block. */
+#ifndef KERNELS_PORTABLE_COLUMN_SUMS_CUH
+#define KERNELS_PORTABLE_COLUMN_SUMS_CUH
+
+#include <stdint.h>
+
+#include "kernels/status.h"
+
+/* sums[c] = the sum over r of parts[r * stride + c], c = 0 .. width-1, always in the same order. */
+enum status column_sums(const char *operation, const float *parts, int64_t n_rows, int64_t stride,
+                        int64_t width, float *sums);
+
+#endif

@@ -1,0 +1,471 @@
+/*
+ * Gradients of RAT's scan, in reverse over each chunk; with a the decay,
+ *   lambda_t = dv_scan_t + a_{t+1} lambda_{t+1}    (+ dv_chunk at the chunk's end)
+ *   mu_t = scale down_score_t q_t + a_{t+1} mu_{t+1}   (+ dk_chunk, rotated back, at its end)
+ *   dv = (1-a) lambda,  dk = sum over the group's heads of (1-a) mu
+ *   dlogit = (lambda (vt_{t-1} - v) + mu (kt_{t-1} - k)) a (1-a)
+ *   dq = dq_out rotated back + sum over the group's heads of scale down_score kt
+ *
+ * A block takes the heads of one group in one chunk after another; a thread
+ * four channels of a head. The running pair is computed again: a first walk
+ * through the chunk leaves it in shared memory every SEGMENT tokens, then the
+ * segments are taken from the last to the first, each with its tokens in
+ * registers. The heads' shares of dq and dk meet in shared memory. A chunk
+ * longer than STRETCH first leaves the pair in the workspace once per stretch.
+ *
+ * Reads v, gate, dv_scan, writes dv, dgate, each [N, D]; the rest is small.
+ */
+#include "kernels/portable/column_sums.cuh"
+#include "kernels/portable/portable.h"
+#include "kernels/portable/rope.cuh"
+
+namespace
+{
+
+constexpr int THREADS = 256, BLOCKS_PER_SM = 2;
+constexpr int SEGMENT = 4, STRETCH = 32, SEGMENTS = STRETCH / SEGMENT;
+
+struct work {
+	uint32_t items, chunks; /* chunks of all sequences, of one */
+	int64_t stretches;      /* per chunk */
+	int heads;              /* of a group at a time */
+	float *bias_parts;      /* [blocks of a group, H*d] */
+	float4 *pairs;          /* [B*chunks, stretches, H*d/4, 2], from the second stretch on */
+};
+
+static __device__ __forceinline__ uint2 load4(const bf16 *from)
+{
+	return *reinterpret_cast<const uint2 *>(from);
+}
+
+static __device__ __forceinline__ void unpack4(float (&x)[4], uint2 v)
+{
+	x[0] = low_half(v.x);
+	x[1] = high_half(v.x);
+	x[2] = low_half(v.y);
+	x[3] = high_half(v.y);
+}
+
+static __device__ __forceinline__ uint2 pack4(const float (&x)[4])
+{
+	return make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+}
+
+static __device__ __forceinline__ void store4(bf16 *to, const float (&x)[4])
+{
+	*reinterpret_cast<uint2 *>(to) = pack4(x);
+}
+
+static __device__ __forceinline__ float4 vector_of(const float (&x)[4])
+{
+	return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+static __device__ __forceinline__ void set(float (&x)[4], float4 v)
+{
+	x[0] = v.x;
+	x[1] = v.y;
+	x[2] = v.z;
+	x[3] = v.w;
+}
+
+/* Where a thread works: its head, and the first of its four channels in it. */
+struct place {
+	int b, h, group, column;
+};
+
+/* A thread's four channels of some token in the tensors that it reads and writes. */
+struct tensors {
+	const bf16 *gate, *v, *k, *q, *dv_scan;
+	const float *down_score;
+	bf16 *dv, *dgate;
+};
+
+static __device__ __forceinline__ struct tensors tensors_of(const struct rat_scan_backward_args &a,
+                                                            const struct place &p, int t)
+{
+	const struct rat_scan_args &f = a.forward;
+
+	return {at(f.gate, p.b, t, p.h) + p.column,
+	        at(f.v, p.b, t, p.h) + p.column,
+	        at(f.k, p.b, t, p.group) + p.column,
+	        at(f.q, p.b, t, p.group) + p.column,
+	        at(a.dv_scan, p.b, t, p.h) + p.column,
+	        a.down_score + ((int64_t)p.b * f.seq_len + t) * f.n_heads + p.h,
+	        at(a.dv, p.b, t, p.h) + p.column,
+	        at(a.dgate, p.b, t, p.h) + p.column};
+}
+
+/* `tokens` strides of a tensor; a few of them fit 32 bits. */
+static __device__ __forceinline__ int stride_of(const struct view &v, int tokens)
+{
+	return tokens * (int)v.token;
+}
+
+/* The pair after a token, from the pair before it. bias comes times -log2(e). */
+static __device__ __forceinline__ void advance(float (&k)[4], float (&v)[4], const float (&bias)[4],
+                                               uint2 gate, uint2 new_k, uint2 new_v)
+{
+	float logit[4], ks[4], vs[4];
+
+	unpack4(logit, gate);
+	unpack4(ks, new_k);
+	unpack4(vs, new_v);
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const float decay = sigmoids_of(bias[i] - LOG2E * logit[i]).of;
+
+		k[i] = ks[i] + decay * (k[i] - ks[i]);
+		v[i] = vs[i] + decay * (v[i] - vs[i]);
+	}
+}
+
+/* The pair after the SEGMENT tokens from t on. */
+static __device__ __forceinline__ void walk(float (&k)[4], float (&v)[4], const float4 *biases,
+                                            const struct rat_scan_backward_args &a,
+                                            const struct place &p, int t)
+{
+	const struct rat_scan_args &f = a.forward;
+	const struct tensors from = tensors_of(a, p, t);
+	uint2 gate[SEGMENT], ks[SEGMENT], vs[SEGMENT];
+	float bias[4];
+
+	set(bias, biases[0]);
+#pragma unroll
+	for (int i = 0; i < SEGMENT; i++) {
+		gate[i] = load4(from.gate + stride_of(f.gate, i));
+		ks[i] = load4(from.k + stride_of(f.k, i));
+		vs[i] = load4(from.v + stride_of(f.v, i));
+	}
+#pragma unroll
+	for (int i = 0; i < SEGMENT; i++)
+		advance(k, v, bias, gate[i], ks[i], vs[i]);
+}
+
+/*
+ * The n tokens from t on, from the last to the first: k and v are the pair
+ * before them, mu and lambda the gradients that flow in behind them and out
+ * before them. The head's shares of dq and dk go to `parts`.
+ */
+static __device__ __forceinline__ void differentiate(const struct rat_scan_backward_args &a,
+                                                     const struct place &p, int t, int n,
+                                                     float (&k)[4], float (&v)[4], float (&mu)[4],
+                                                     float (&lambda)[4], float4 *biases,
+                                                     bool active, float4 *parts, int part_stride)
+{
+	const struct rat_scan_args &f = a.forward;
+	const struct tensors from = tensors_of(a, p, t);
+	uint2 gate[SEGMENT], ks[SEGMENT], vs[SEGMENT], q[SEGMENT], dv_scan[SEGMENT];
+	uint2 k_step[SEGMENT], v_step[SEGMENT]; /* the pair before a token less the token */
+	float ds[SEGMENT], bias[4], dbias[4];
+
+	set(bias, biases[0]);
+#pragma unroll
+	for (int i = 0; i < SEGMENT; i++) {
+		const int row = min(i, n - 1);
+
+		gate[i] = load4(from.gate + stride_of(f.gate, row));
+		ks[i] = load4(from.k + stride_of(f.k, row));
+		vs[i] = load4(from.v + stride_of(f.v, row));
+		q[i] = load4(from.q + stride_of(f.q, row));
+		dv_scan[i] = load4(from.dv_scan + stride_of(a.dv_scan, row));
+		ds[i] = f.scale * from.down_score[row * (int)f.n_heads];
+	}
+#pragma unroll
+	for (int i = 0; i < SEGMENT; i++) {
+		float x[4], y[4];
+
+		unpack4(x, ks[i]);
+		unpack4(y, vs[i]);
+#pragma unroll
+		for (int j = 0; j < 4; j++) {
+			x[j] = k[j] - x[j];
+			y[j] = v[j] - y[j];
+		}
+		k_step[i] = pack4(x);
+		v_step[i] = pack4(y);
+		if (i < SEGMENT - 1)
+			advance(k, v, bias, gate[i], ks[i], vs[i]);
+	}
+	set(dbias, biases[blockDim.x]);
+#pragma unroll
+	for (int i = SEGMENT - 1; i >= 0; i--) {
+		float logit[4], x[4], qs[4], dvs[4], k_steps[4], v_steps[4];
+		float dq[4], dk[4], dv[4], dgate[4];
+
+		if (i >= n)
+			continue;
+		unpack4(logit, gate[i]);
+		unpack4(x, ks[i]);
+		unpack4(qs, q[i]);
+		unpack4(dvs, dv_scan[i]);
+		unpack4(k_steps, k_step[i]);
+		unpack4(v_steps, v_step[i]);
+#pragma unroll
+		for (int j = 0; j < 4; j++) {
+			const struct sigmoids g = sigmoids_of(bias[j] - LOG2E * logit[j]);
+
+			mu[j] += ds[i] * qs[j];
+			lambda[j] += dvs[j];
+			dq[j] = ds[i] * (x[j] + g.of * k_steps[j]);
+			dk[j] = g.of_minus * mu[j];
+			dv[j] = g.of_minus * lambda[j];
+			mu[j] *= g.of;
+			lambda[j] *= g.of;
+			dgate[j] = g.of_minus * (lambda[j] * v_steps[j] + mu[j] * k_steps[j]);
+			dbias[j] += dgate[j];
+		}
+		if (!active)
+			continue;
+		parts[i * part_stride] = vector_of(dq);
+		parts[(SEGMENT + i) * part_stride] = vector_of(dk);
+		store4(from.dv + stride_of(a.dv, i), dv);
+		store4(from.dgate + stride_of(a.dgate, i), dgate);
+	}
+	biases[blockDim.x] = vector_of(dbias);
+}
+
+/* Four channels of a row rotated back, by the chunk's angles. */
+template <int D>
+static __device__ __forceinline__ void unrotate(float (&x)[4], const bf16 *row, int column,
+                                                const float2 *angles, bool rope)
+{
+	const bool low = column < D / 2;
+	float partner[4];
+
+	unpack4(x, load4(row + column));
+	if (!rope)
+		return;
+	unpack4(partner, load4(row + (low ? column + D / 2 : column - D / 2)));
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const float2 angle = angles[(low ? column : column - D / 2) + i]; /* cos, sin */
+
+		x[i] = x[i] * angle.x + (low ? partner[i] : -partner[i]) * angle.y;
+	}
+}
+
+/* dq and dk of n tokens from t on: the sums over the heads' shares in shared memory,
+ * [2][SEGMENT][heads][D / 4]. More heads than fit in a block come in batches. */
+template <int D>
+static __device__ __forceinline__ void
+sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const float4 *parts,
+          int heads, int slots, bool first_batch, int t, int n, const float2 *angles)
+{
+	constexpr int LANES = D / 4;
+
+	for (int i = threadIdx.x; i < 2 * SEGMENT * LANES; i += blockDim.x) {
+		const int lane = i % LANES, token = i / LANES % SEGMENT;
+		const bool is_dk = i / LANES / SEGMENT;
+		const float4 *part = parts + (i / LANES * heads) * LANES + lane;
+		float sum[4] = {};
+		bf16 *const to = at(is_dk ? a.dk : a.dq, p.b, t + token, p.group) + 4 * lane;
+
+		if (token >= n)
+			continue;
+		if (!first_batch)
+			unpack4(sum, load4(to));
+		else if (!is_dk)
+			unrotate<D>(sum, at(a.dq_out, p.b, t + token, p.group), 4 * lane, angles,
+			            a.forward.rope);
+		for (int s = 0; s < slots; s++) {
+			const float4 share = part[s * LANES];
+
+			sum[0] += share.x;
+			sum[1] += share.y;
+			sum[2] += share.z;
+			sum[3] += share.w;
+		}
+		store4(to, sum);
+	}
+}
+
+template <int D>
+static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+        rat_scan_backward_kernel(const __grid_constant__ struct rat_scan_backward_args a,
+                                 const __grid_constant__ struct work w,
+                                 const __grid_constant__ struct rope_table table)
+{
+	constexpr int LANES = D / 4;
+	const struct rat_scan_args &f = a.forward;
+	const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
+	const int heads_of_group = (int)(f.n_heads / f.groups);
+	float4 *const parts = reinterpret_cast<float4 *>(shared_memory);
+	float4 *const all_checkpoints = parts + 2 * SEGMENT * w.heads * LANES;
+	float4 *const checkpoints = all_checkpoints + threadIdx.x;
+	/* A thread's own: the biases of its channels times -log2(e), and their gradients. */
+	float4 *const biases = checkpoints + 2 * SEGMENTS * blockDim.x;
+	float2 *const angles =
+	        reinterpret_cast<float2 *>(all_checkpoints + 2 * (SEGMENTS + 1) * blockDim.x);
+	struct place p;
+
+	p.group = blockIdx.y;
+	p.column = 4 * lane;
+	for (int batch = 0; batch < heads_of_group; batch += w.heads) {
+		const int slots = min(w.heads, heads_of_group - batch);
+		const bool active = slot < slots;
+		float bias[4];
+
+		/* Threads without a head do as the group's first and keep quiet. */
+		p.h = p.group + (active ? batch + slot : 0) * (int)f.groups;
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			bias[i] = -LOG2E * f.gate_bias[p.h * D + p.column + i];
+		biases[0] = vector_of(bias);
+		biases[blockDim.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+		for (uint32_t item = blockIdx.x; item < w.items; item += gridDim.x) {
+			const uint32_t chunk = item % w.chunks;
+			float4 *const pairs =
+			        w.pairs +
+			        ((int64_t)item * w.stretches * f.n_heads + p.h) * LANES * 2 +
+			        2 * lane;
+			const int64_t pair_stride = f.n_heads * LANES * 2;
+			const int begin = (int)(chunk * f.chunk);
+			const int end = (int)min(begin + f.chunk, f.seq_len);
+			const int last = (end - begin - 1) / STRETCH;
+			float k[4] = {}, v[4] = {}, mu[4], lambda[4];
+
+			p.b = (int)(item / w.chunks);
+			for (int i = threadIdx.x; f.rope && i < D / 2; i += blockDim.x) {
+				float sine, cosine;
+
+				rope_angle(cosine, sine, table, i, chunk);
+				angles[i] = make_float2(cosine, sine);
+			}
+			for (int s = 0; s < last; s++) {
+				for (int i = 0; i < SEGMENTS; i++)
+					walk(k, v, biases, a, p, begin + s * STRETCH + i * SEGMENT);
+				if (active) {
+					pairs[(s + 1) * pair_stride] = vector_of(k);
+					pairs[(s + 1) * pair_stride + 1] = vector_of(v);
+				}
+			}
+			__syncthreads();
+			unrotate<D>(mu, at(a.dk_chunk, p.b, chunk, p.h), p.column, angles, f.rope);
+			unpack4(lambda, load4(at(a.dv_chunk, p.b, chunk, p.h) + p.column));
+			for (int stretch = last; stretch >= 0; stretch--) {
+				const int first = begin + stretch * STRETCH;
+				const int n = min(STRETCH, end - first);
+				const int final = (n - 1) / SEGMENT;
+
+				if (stretch < last && stretch > 0 && active) {
+					set(k, pairs[stretch * pair_stride]);
+					set(v, pairs[stretch * pair_stride + 1]);
+				}
+				for (int i = 0; stretch == 0 && i < 4; i++)
+					k[i] = v[i] = 0.0f;
+				for (int s = 0; s < final; s++) {
+					checkpoints[2 * s * blockDim.x] = vector_of(k);
+					checkpoints[(2 * s + 1) * blockDim.x] = vector_of(v);
+					walk(k, v, biases, a, p, first + s * SEGMENT);
+				}
+				for (int s = final; s >= 0; s--) {
+					const int t = first + s * SEGMENT;
+					const int tokens = min(SEGMENT, n - s * SEGMENT);
+
+					if (s < final) {
+						set(k, checkpoints[2 * s * blockDim.x]);
+						set(v, checkpoints[(2 * s + 1) * blockDim.x]);
+					}
+					differentiate(a, p, t, tokens, k, v, mu, lambda, biases,
+					              active, parts + slot * LANES + lane,
+					              w.heads * LANES);
+					__syncthreads();
+					sum_heads<D>(a, p, parts, w.heads, slots, batch == 0, t,
+					             tokens, angles);
+					__syncthreads();
+				}
+			}
+		}
+		if (active)
+			*reinterpret_cast<float4 *>(w.bias_parts +
+			                            (blockIdx.x * f.n_heads + p.h) * D + p.column) =
+			        biases[blockDim.x];
+	}
+}
+
+/* Threads per head, heads of a group at a time, threads per block. */
+static int lanes_of(const struct rat_scan_args *f)
+{
+	return (int)f->d_head / 4;
+}
+
+static int heads_at_once(const struct rat_scan_args *f)
+{
+	const int64_t most = THREADS / lanes_of(f), heads = f->n_heads / f->groups;
+
+	return (int)(heads < most ? heads : most);
+}
+
+static int64_t blocks_of(const struct rat_scan_args *f)
+{
+	const int64_t items = f->batch * divide_up(f->seq_len, f->chunk);
+	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), f->groups);
+
+	return items < wanted ? items : wanted;
+}
+
+static struct work work_of(const struct rat_scan_args *f, void *workspace)
+{
+	const int64_t chunk = f->chunk < f->seq_len ? f->chunk : f->seq_len;
+	struct work w;
+
+	w.chunks = (uint32_t)divide_up(f->seq_len, f->chunk);
+	w.items = (uint32_t)f->batch * w.chunks;
+	w.stretches = divide_up(chunk, STRETCH);
+	w.heads = heads_at_once(f);
+	w.bias_parts = static_cast<float *>(workspace);
+	w.pairs = reinterpret_cast<float4 *>(w.bias_parts + blocks_of(f) * f->n_heads * f->d_head);
+	return w;
+}
+
+} // namespace
+
+extern "C" const char *portable_rat_scan_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct rat_scan_backward_args *>(args);
+	const struct rat_scan_args *f = &a->forward;
+	const struct view *const views[] = {&f->v,       &f->gate,   &f->q,        &f->k,
+	                                    &a->dv_scan, &a->dq_out, &a->dk_chunk, &a->dv_chunk,
+	                                    &a->dv,      &a->dgate,  &a->dq,       &a->dk};
+
+	if (f->d_head != 64 && f->d_head != 128)
+		return "head width must be 64 or 128";
+	if (f->groups > 65535)
+		return "more than 65535 groups";
+	for (const struct view *v : views)
+		if (v->token > INT32_MAX / SEGMENT)
+			return "rows too far apart";
+	return views_are_aligned(views, 12) ? NULL : "views must be 16-byte aligned";
+}
+
+extern "C" size_t portable_rat_scan_backward_workspace(const void *args)
+{
+	const struct rat_scan_args *f =
+	        &static_cast<const struct rat_scan_backward_args *>(args)->forward;
+	const struct work w = work_of(f, NULL);
+	const int64_t pairs = w.stretches > 1 ? w.items * w.stretches : 0;
+
+	return (size_t)((blocks_of(f) + 2 * pairs) * f->n_heads * f->d_head) * sizeof(float);
+}
+
+extern "C" enum status portable_rat_scan_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct rat_scan_backward_args *>(args);
+	const struct rat_scan_args *f = &a->forward;
+	const struct work w = work_of(f, workspace);
+	const int threads = (int)divide_up(w.heads * lanes_of(f), WARP) * WARP;
+	const size_t shared = 2 * SEGMENT * (size_t)(w.heads * lanes_of(f)) * sizeof(float4) +
+	                      2 * (SEGMENTS + 1) * (size_t)threads * sizeof(float4) +
+	                      (size_t)f->d_head / 2 * sizeof(float2);
+	const dim3 grid((unsigned)blocks_of(f), (unsigned)f->groups);
+	enum status status = launch("rat_scan_backward",
+	                            f->d_head == 64 ? rat_scan_backward_kernel<64>
+	                                            : rat_scan_backward_kernel<128>,
+	                            grid, threads, shared, *a, w, rope_table_of(f->d_head));
+
+	if (status != STATUS_OK)
+		return status;
+	return column_sums("rat_scan_backward", w.bias_parts, grid.x, f->n_heads * f->d_head,
+	                   f->n_heads * f->d_head, a->dgate_bias);
+}
