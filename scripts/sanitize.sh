@@ -1,9 +1,11 @@
 #!/bin/sh
-# The CUDA kernels under compute-sanitizer: every operation's cases, a share of them.
+# The CUDA kernels under compute-sanitizer: a share of the cases of every operation, or of one.
 #
-#   scripts/sanitize.sh [TOOL [SHARE]]
+#   scripts/sanitize.sh [TOOL [SHARE [OPERATION]]]
 #   scripts/sanitize.sh memcheck 0.1
 #   scripts/sanitize.sh racecheck 0.05
+#   scripts/sanitize.sh memcheck 1 attention
+#   scripts/sanitize.sh memcheck 1 'attention*'
 #
 # Without arguments memcheck and racecheck, as above. Needs: make CUDA=1 tests
 set -eu
@@ -24,4 +26,4 @@ fi
 # The libraries' kernels are theirs to check.
 compute-sanitizer --tool "$1" --error-exitcode 1 \
 	--kernel-name-exclude regex:'cudnn|nvjet|cutlass|cublas|sm90_xmma|sm80_xmma|gemm' \
-	"$build/tests/test_operations" cuda "${2:-0.1}"
+	"$build/tests/test_operations" cuda "${2:-0.1}" "${3:-*}"

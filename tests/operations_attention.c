@@ -168,7 +168,7 @@ struct attention_trial {
 /* Often a length about which tiles of queries or keys end. */
 static int64_t any_sequence(struct trial *trial)
 {
-	static const int64_t edges[] = {63, 65, 127, 128, 129, 191, 193, 255, 256, 257};
+	static const int64_t edges[] = {1, 63, 65, 127, 128, 129, 191, 193, 255, 256, 257};
 
 	if (random_integer(&trial->random, 0, 3) == 0)
 		return random_choice(&trial->random, edges, sizeof edges / sizeof *edges);

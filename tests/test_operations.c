@@ -4,9 +4,10 @@
  * times with a NaN among the inputs, which must not be lost. A baseline that
  * has to be built and is not is left out.
  *
- * test_operations [BACKEND [FACTOR]]: the backend (default: $BACKEND, or cpu),
- * and how many times as many cases to run; below 1 for a tool that makes each
- * slow, and then a provider may be left without a case that it supports.
+ * test_operations [BACKEND [FACTOR [OPERATION]]]: the backend (default:
+ * $BACKEND, or cpu); how many times as many cases to run, below 1 for a tool
+ * that makes each slow, and then a provider may be left without a case that it
+ * supports; and only the operations of that name, which may have a * in it.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -100,6 +101,8 @@ int main(int argc, char **argv)
 
 	if (argc > 1)
 		backend = argv[1];
+	if (argc > 3)
+		cmocka_set_test_filter(argv[3]);
 	if (trial_open(&trial, backend ? backend : "cpu") != STATUS_OK) {
 		fprintf(stderr, "%s\n", status_message());
 		return 1;

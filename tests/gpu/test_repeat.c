@@ -3,7 +3,10 @@
  * that fill the device: whole blocks in prefill and generation, by each
  * provider of the operation that mixes. And many times in a row at small
  * sizes that no tile divides, where a lost turn of a ring would show:
- * REPEATS=10000 runs each block that often.
+ *
+ *   REPEATS=10000 test_repeat test_many_repeats
+ *
+ * runs each block that often, and only the test of that name.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -161,11 +164,13 @@ static void test_many_repeats(void **state)
 		check_subject(&small_subjects[i], repeats ? atoi(repeats) : DEFAULT_REPEATS);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {cmocka_unit_test(test_repeat),
 	                                   cmocka_unit_test(test_many_repeats)};
 
+	if (argc > 1)
+		cmocka_set_test_filter(argv[1]);
 	if (cuda_backend.open(0) != STATUS_OK) {
 		fprintf(stderr, "%s\n", status_message());
 		return 1;
