@@ -49,7 +49,7 @@ for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 	code=0
 	if [ "$rivals" ] && [ "$program" = attention ]; then
 		"$build/$program" $first "$@" --out "$out" --provider '' \
-			--provider attention=cudnn,attention_step=cudnn $flash3 \
+			--provider attention=cudnn,attention_step=cudnn,attention_backward=cudnn $flash3 \
 			--provider portable ||
 			code=$?
 	else

@@ -25,8 +25,7 @@ static struct flash3_problem problem_of(const struct attention_args *a)
 	                               .q = tensor_of(&a->q),
 	                               .k = tensor_of(&a->k),
 	                               .v = tensor_of(&a->v),
-	                               .out = tensor_of(&a->out),
-	                               .lse = a->lse};
+	                               .out = tensor_of(&a->out)};
 }
 
 const char *flash3_attention_unsupported(const void *args)
@@ -42,6 +41,8 @@ const char *flash3_attention_unsupported(const void *args)
 		return "no chunk mask, own token or gate";
 	if (a->q_heads != a->n_heads)
 		return "no shared queries";
+	if (a->lse)
+		return "only its forward is built, which leaves training out";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	/* Its mask is aligned to the last key, not to the first. */

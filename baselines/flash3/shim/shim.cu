@@ -44,7 +44,7 @@ static struct parts parts_of(const struct flash3_problem *p, int n_splits)
 	struct parts parts;
 
 	parts.lse = 256;
-	parts.out_split = parts.lse + round_up(p->lse ? 0 : rows * sizeof(float));
+	parts.out_split = parts.lse + round_up(rows * sizeof(float));
 	parts.lse_split = parts.out_split + round_up(split_rows * p->d_head * sizeof(float));
 	parts.end = parts.lse_split + round_up(split_rows * sizeof(float));
 	return parts;
@@ -114,7 +114,7 @@ static void set_workspace(Flash_fwd_params *f, const struct flash3_problem *p, v
 	char *memory = static_cast<char *>(workspace);
 	const int64_t rows = rows_of(p);
 
-	f->softmax_lse_ptr = p->lse ? static_cast<void *>(p->lse) : memory + parts.lse;
+	f->softmax_lse_ptr = memory + parts.lse;
 	if (f->num_splits == 1) {
 		f->tile_count_semaphore =
 		        f->is_causal || f->is_local ? static_cast<int *>(workspace) : nullptr;

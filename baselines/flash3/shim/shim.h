@@ -29,7 +29,6 @@ struct flash3_problem {
 	int n_sm;
 	float scale;
 	struct flash3_tensor q, k, v, out; /* 16-byte aligned */
-	float *lse;                        /* out [batch, n_heads, seq_len], natural log; or NULL */
 };
 
 /* Bytes of workspace, 256-byte aligned, enough for fewer keys as well. */
