@@ -179,9 +179,8 @@ static enum status launch(void *self, struct context *ctx, const struct bench_ca
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
 {
-	(void)ctx;
 	(void)c;
-	return stack_verify(&((struct block *)self)->stack, rows, seed, rel_err);
+	return stack_verify(&((struct block *)self)->stack, ctx, rows, seed, rel_err);
 }
 
 static void release(void *self)

@@ -151,9 +151,11 @@ enum status stack_run(struct stack *stack, struct context *ctx);
  * stack of several layers each layer is checked on its own input, and the
  * worst counts; of a model outside training only the last temporal-mixing layer, whose buffers
  * survive. For generation call stack_snapshot_state() before the step: the step's rows and
- * the state it wrote are then checked for the sequences of the snapshot.
+ * the state it wrote are then checked for the sequences of the snapshot. ctx is the run's: of
+ * several layers on a device, the backward of some is run again.
  */
-enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, double *rel_err);
+enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t min_rows,
+                         uint64_t seed, double *rel_err);
 /* Keeps a copy of the states of some sequences (all, if that is cheap) for stack_verify(). */
 enum status stack_snapshot_state(struct stack *stack, uint64_t seed);
 /* Fills every buffer a run writes with NaN bytes (the caches too in prefill, which writes them). */

@@ -476,12 +476,14 @@ static enum status verify_subject(const struct subject *subject, int64_t min_row
 
 /* One layer, its reference on `device`, or on the host. */
 static enum status verify_on(const struct reference_device *device, const struct stack *stack,
-                             int layer, int64_t min_rows, uint64_t seed, double *worst)
+                             const struct context *ctx, int layer, int64_t min_rows, uint64_t seed,
+                             double *worst)
 {
 	struct subject subject;
 
 	reference_use(device);
 	enum status status = subject_open(&subject, stack, layer);
+	subject.ctx = ctx;
 	if (status == STATUS_OK)
 		status = verify_subject(&subject, min_rows, seed, worst);
 	subject_close(&subject);
@@ -513,8 +515,8 @@ static const struct reference_device *device_for(const struct stack *stack, int 
 	return can ? stack->backend->reference : NULL;
 }
 
-static enum status verify_one(const struct stack *stack, int layer, int64_t min_rows, uint64_t seed,
-                              double *worst)
+static enum status verify_one(const struct stack *stack, const struct context *ctx, int layer,
+                              int64_t min_rows, uint64_t seed, double *worst)
 {
 	const struct reference_device *device = device_for(stack, layer);
 	bool only_there =
@@ -523,19 +525,20 @@ static enum status verify_one(const struct stack *stack, int layer, int64_t min_
 	if (only_there && !device)
 		return status_set(STATUS_UNSUPPORTED, "%s: no check of so many tokens' gradients",
 		                  stack->layers[layer].class->name);
-	enum status status = verify_on(device, stack, layer, min_rows, seed, worst);
+	enum status status = verify_on(device, stack, ctx, layer, min_rows, seed, worst);
 	if (device && !only_there && (status == STATUS_OOM || status == STATUS_UNSUPPORTED))
-		status = verify_on(NULL, stack, layer, min_rows, seed, worst);
+		status = verify_on(NULL, stack, ctx, layer, min_rows, seed, worst);
 	return status;
 }
 
-enum status stack_verify(struct stack *stack, int64_t min_rows, uint64_t seed, double *rel_err)
+enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t min_rows,
+                         uint64_t seed, double *rel_err)
 {
 	enum status status = STATUS_OK;
 
 	*rel_err = 0;
 	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++)
 		if (verify_layer(stack, i))
-			status = verify_one(stack, i, min_rows, seed, rel_err);
+			status = verify_one(stack, ctx, i, min_rows, seed, rel_err);
 	return status;
 }

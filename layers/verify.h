@@ -10,6 +10,7 @@
 /* One layer of a stack, with its parameters as doubles where the reference runs. */
 struct subject {
 	const struct stack *stack;
+	const struct context *ctx; /* of the run */
 	int layer;
 	const struct layer_config *config;
 	int64_t d_model, d_proj;

@@ -240,6 +240,77 @@ static bool has_dproj(const struct subject *subject)
 	return subject->layer == 0;
 }
 
+/* All gradients of a layer's parameters, one behind the other; to be freed. */
+static enum status download_gradients(const struct subject *subject, int64_t *total,
+                                      double **gradients)
+{
+	const struct stack *stack = subject->stack;
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = subject->config->class->parameters(subject->config, specs);
+	enum status status = STATUS_OK;
+	int64_t next = 0;
+
+	*total = 0;
+	for (int i = 0; i < n; i++)
+		*total += tensor_count(&specs[i]);
+	*gradients = malloc((size_t)*total * sizeof **gradients);
+	if (!*gradients)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		int64_t count = tensor_count(&specs[i]);
+
+		if (count > 0)
+			status = verify_download(stack->backend, DTYPE_F32,
+			                         stack->memory[subject->layer].grad[i], 0, count,
+			                         *gradients + next);
+		next += count;
+	}
+	return status;
+}
+
+/*
+ * Where dproj is lost, the layer's backward once more, from what the run has
+ * left. Its gradients then stand for the run's, which they must equal.
+ */
+static enum status restore_dproj(const struct subject *subject, double *worst)
+{
+	const struct stack *stack = subject->stack;
+	struct layer_memory memory = stack->memory[subject->layer];
+	struct context ctx = *subject->ctx;
+	double *before = NULL, *after = NULL;
+	int64_t total = 0;
+	enum status status = download_gradients(subject, &total, &before);
+
+	ctx.ranges = false;
+	if (status == STATUS_OK)
+		status = subject->config->class->backward(&ctx, subject->config, &stack->shape,
+		                                          &memory, stack->layer_x[subject->layer],
+		                                          stack->layer_dy[subject->layer + 1],
+		                                          stack->layer_dy[subject->layer]);
+	if (status == STATUS_OK)
+		status = download_gradients(subject, &total, &after);
+	if (status == STATUS_OK)
+		verify_raise(worst, verify_row_error(total, before, after, 0));
+	free(before);
+	free(after);
+	return status;
+}
+
+/* The sequence's rows of a scratch tensor that the backward has left. */
+static enum status verify_scratch(const struct subject *subject, int tensor, int64_t width,
+                                  int64_t first, struct sample *s, const double *expected,
+                                  double *worst)
+{
+	const struct stack *stack = subject->stack;
+	enum status status =
+	        verify_download_rows(stack->backend, stack->memory[subject->layer].scratch[tensor],
+	                             width, first, s->n_rows, s->rows, s->actual);
+
+	if (status == STATUS_OK)
+		verify_raise(worst, verify_worst_row(s->n_rows, width, s->actual, expected));
+	return status;
+}
+
 static enum status verify_sample(const struct subject *subject, int64_t sequence, struct sample *s,
                                  double *worst)
 {
@@ -249,14 +320,11 @@ static enum status verify_sample(const struct subject *subject, int64_t sequence
 	double *dx = config->prenorm ? s->dx : s->dx_norm_host;
 	enum status status = expect_gradients(subject, sequence, s);
 
-	if (status == STATUS_OK && has_dproj(subject)) {
-		status = verify_download_rows(stack->backend,
-		                              stack->memory[subject->layer].scratch[SCRATCH_DPROJ],
-		                              p, first, s->n_rows, s->rows, s->actual);
-		if (status == STATUS_OK)
-			verify_raise(worst,
-			             verify_worst_row(s->n_rows, p, s->actual, s->dproj_host));
-	}
+	if (status == STATUS_OK && has_dproj(subject))
+		status = verify_scratch(subject, SCRATCH_DPROJ, p, first, s, s->dproj_host, worst);
+	/* Before the norm, without the residual, in which dx hides where it is small. */
+	if (status == STATUS_OK && has_dproj(subject) && config->prenorm)
+		status = verify_scratch(subject, SCRATCH_DMIX, d, first, s, s->dx_norm_host, worst);
 	if (status == STATUS_OK && config->prenorm) {
 		/* Its x is needed once only, and borrows the place of what is compared later. */
 		status = verify_store(d, subject->param[PARAM_NORM], s->norm);
@@ -384,8 +452,8 @@ static enum status verify_parameters(const struct subject *subject, uint64_t see
 		if (tensor_count(&specs[i]) > 0)
 			status = verify_finite(stack->backend, DTYPE_F32, memory->grad[i],
 			                       tensor_count(&specs[i]), worst);
-	if (!has_dproj(subject))
-		return status;
+	if (status == STATUS_OK && !has_dproj(subject))
+		status = restore_dproj(subject, worst);
 	if (status == STATUS_OK)
 		status = verify_weight(subject, PARAM_IN_PROJ, &in, seed, worst);
 	if (status == STATUS_OK && config->prenorm)

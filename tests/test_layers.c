@@ -42,7 +42,7 @@ static double error_of(const struct stack_options *options, struct layer_shape s
 	double error;
 
 	fixture_run(f);
-	require_ok(stack_verify(&f->stack, INT64_MAX, seed, &error));
+	require_ok(stack_verify(&f->stack, &f->ctx, INT64_MAX, seed, &error));
 	fixture_close(f);
 	return error;
 }

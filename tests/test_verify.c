@@ -324,7 +324,7 @@ static double verified(const struct backend *backend, const struct stack_options
 		require_ok(stack_snapshot_state(&f->stack, 5));
 	}
 	fixture_run(f);
-	require_ok(stack_verify(&f->stack, MIN_ROWS, 7, &error));
+	require_ok(stack_verify(&f->stack, &f->ctx, MIN_ROWS, 7, &error));
 	fixture_close(f);
 	return error;
 }
@@ -530,11 +530,11 @@ static void test_run_that_did_not_happen(void **state)
 
 		if (passes[i] == PASS_GENERATION) {
 			require_ok(stack_fill_state(&f->stack, T - 1, 3));
-			assert_int_equal(stack_verify(&f->stack, MIN_ROWS, 7, &error),
+			assert_int_equal(stack_verify(&f->stack, &f->ctx, MIN_ROWS, 7, &error),
 			                 STATUS_INVALID);
 			require_ok(stack_snapshot_state(&f->stack, 5));
 		}
-		require_ok(stack_verify(&f->stack, MIN_ROWS, 7, &error));
+		require_ok(stack_verify(&f->stack, &f->ctx, MIN_ROWS, 7, &error));
 		assert_true(isinf(error));
 		fixture_close(f);
 	}
@@ -576,7 +576,7 @@ static void test_models(void **state)
 				require_ok(stack_snapshot_state(&f->stack, 5));
 			fixture_run(f);
 		}
-		require_ok(stack_verify(&f->stack, MIN_ROWS, 7, &error));
+		require_ok(stack_verify(&f->stack, &f->ctx, MIN_ROWS, 7, &error));
 		assert_true(i < 4 ? error < allowed : error > 5e-3);
 		fixture_close(f);
 	}

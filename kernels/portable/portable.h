@@ -80,8 +80,16 @@ enum status portable_matrix_recurrence_step(const void *args, void *workspace);
 const char *portable_decay_gate_unsupported(const void *args);
 enum status portable_decay_gate(const void *args, void *workspace);
 
+const char *portable_decay_gate_backward_unsupported(const void *args);
+size_t portable_decay_gate_backward_workspace(const void *args);
+enum status portable_decay_gate_backward(const void *args, void *workspace);
+
 const char *portable_norm_gate_unsupported(const void *args);
 enum status portable_norm_gate(const void *args, void *workspace);
+
+const char *portable_norm_gate_backward_unsupported(const void *args);
+size_t portable_norm_gate_backward_workspace(const void *args);
+enum status portable_norm_gate_backward(const void *args, void *workspace);
 
 const char *portable_rotate_step_unsupported(const void *args);
 enum status portable_rotate_step(const void *args, void *workspace);
@@ -95,11 +103,23 @@ enum status portable_short_conv_step(const void *args, void *workspace);
 const char *portable_time_step_unsupported(const void *args);
 enum status portable_time_step(const void *args, void *workspace);
 
+const char *portable_time_step_backward_unsupported(const void *args);
+size_t portable_time_step_backward_workspace(const void *args);
+enum status portable_time_step_backward(const void *args, void *workspace);
+
 const char *portable_forget_gate_unsupported(const void *args);
 enum status portable_forget_gate(const void *args, void *workspace);
 
+const char *portable_forget_gate_backward_unsupported(const void *args);
+size_t portable_forget_gate_backward_workspace(const void *args);
+enum status portable_forget_gate_backward(const void *args, void *workspace);
+
 const char *portable_gate_norm_unsupported(const void *args);
 enum status portable_gate_norm(const void *args, void *workspace);
+
+const char *portable_gate_norm_backward_unsupported(const void *args);
+size_t portable_gate_norm_backward_workspace(const void *args);
+enum status portable_gate_norm_backward(const void *args, void *workspace);
 
 enum status portable_gelu(const void *args, void *workspace);
 enum status portable_gelu_backward(const void *args, void *workspace);

@@ -7,11 +7,11 @@
  *   dq = dq_out rotated back + sum over the group's heads of scale down_score kt
  *
  * A block takes the heads of one group in one chunk after another; a thread
- * four channels of a head. The running pair is computed again: a first walk
- * through the chunk leaves it in shared memory every SEGMENT tokens, then the
- * segments are taken from the last to the first, each with its tokens in
- * registers. The heads' shares of dq and dk meet in shared memory. A chunk
- * longer than STRETCH first leaves the pair in the workspace once per stretch.
+ * four channels of a head. The running pair is computed again: a walk through
+ * the chunk leaves its difference to each token in shared memory, then the
+ * tokens are taken from the last to the first. The heads' shares of dq and dk
+ * meet in shared memory. A chunk longer than STRETCH first leaves the pair in
+ * the workspace once per stretch.
  *
  * Reads v, gate, dv_scan, writes dv, dgate, each [N, D]; the rest is small.
  */
@@ -23,7 +23,7 @@ namespace
 {
 
 constexpr int THREADS = 256, BLOCKS_PER_SM = 2;
-constexpr int SEGMENT = 4, STRETCH = 32, SEGMENTS = STRETCH / SEGMENT;
+constexpr int SEGMENT = 4, STRETCH = 16;
 
 struct work {
 	uint32_t items, chunks; /* chunks of all sequences, of one */
@@ -36,6 +36,12 @@ struct work {
 static __device__ __forceinline__ uint2 load4(const bf16 *from)
 {
 	return *reinterpret_cast<const uint2 *>(from);
+}
+
+/* Of a tensor that nobody writes meanwhile. */
+static __device__ __forceinline__ uint2 load4_constant(const bf16 *from)
+{
+	return __ldg(reinterpret_cast<const uint2 *>(from));
 }
 
 static __device__ __forceinline__ void unpack4(float (&x)[4], uint2 v)
@@ -69,31 +75,64 @@ static __device__ __forceinline__ void set(float (&x)[4], float4 v)
 	x[3] = v.w;
 }
 
-/* Where a thread works: its head, and the first of its four channels in it. */
+/* The tensors that a block reads and writes, where its chunk begins: of each of its heads, and of
+ * the group. In shared memory, for their addresses take many instructions. */
+enum head_tensor { GATE, V, DV_SCAN, DOWN_SCORE, DV, DGATE, HEAD_TENSORS };
+enum group_tensor { K, Q, DQ_OUT, DQ, DK, GROUP_TENSORS };
+
+struct places {
+	void *head[THREADS / 16][HEAD_TENSORS], *group[GROUP_TENSORS];
+};
+
+/* Where a thread works: the sequence, the head, the group, its first channel. */
 struct place {
 	int b, h, group, column;
+	void *const *head_tensors, *const *group_tensors;
 };
 
-/* A thread's four channels of some token in the tensors that it reads and writes. */
-struct tensors {
-	const bf16 *gate, *v, *k, *q, *dv_scan;
-	const float *down_score;
-	bf16 *dv, *dgate;
-};
-
-static __device__ __forceinline__ struct tensors tensors_of(const struct rat_scan_backward_args &a,
-                                                            const struct place &p, int t)
+static __device__ __forceinline__ void *find_head(const struct rat_scan_backward_args &a,
+                                                  int tensor, int64_t b, int64_t t, int64_t h)
 {
 	const struct rat_scan_args &f = a.forward;
 
-	return {at(f.gate, p.b, t, p.h) + p.column,
-	        at(f.v, p.b, t, p.h) + p.column,
-	        at(f.k, p.b, t, p.group) + p.column,
-	        at(f.q, p.b, t, p.group) + p.column,
-	        at(a.dv_scan, p.b, t, p.h) + p.column,
-	        a.down_score + ((int64_t)p.b * f.seq_len + t) * f.n_heads + p.h,
-	        at(a.dv, p.b, t, p.h) + p.column,
-	        at(a.dgate, p.b, t, p.h) + p.column};
+	switch (tensor) {
+	case GATE:
+		return at(f.gate, b, t, h);
+	case V:
+		return at(f.v, b, t, h);
+	case DV_SCAN:
+		return at(a.dv_scan, b, t, h);
+	case DOWN_SCORE:
+		return const_cast<float *>(a.down_score) + (b * f.seq_len + t) * f.n_heads + h;
+	case DV:
+		return at(a.dv, b, t, h);
+	default:
+		return at(a.dgate, b, t, h);
+	}
+}
+
+static __device__ __forceinline__ void *find_group(const struct rat_scan_backward_args &a,
+                                                   int tensor, int64_t b, int64_t t, int64_t group)
+{
+	switch (tensor) {
+	case K:
+		return at(a.forward.k, b, t, group);
+	case Q:
+		return at(a.forward.q, b, t, group);
+	case DQ_OUT:
+		return at(a.dq_out, b, t, group);
+	case DQ:
+		return at(a.dq, b, t, group);
+	default:
+		return at(a.dk, b, t, group);
+	}
+}
+
+/* Token t of the chunk, from `column` on, of one of those tensors. */
+static __device__ __forceinline__ bf16 *row_of(void *tensor, const struct view &v, int t,
+                                               int column)
+{
+	return static_cast<bf16 *>(tensor) + (int64_t)t * (int)v.token + column;
 }
 
 /* `tokens` strides of a tensor; a few of them fit 32 bits. */
@@ -102,125 +141,155 @@ static __device__ __forceinline__ int stride_of(const struct view &v, int tokens
 	return tokens * (int)v.token;
 }
 
-/* The pair after a token, from the pair before it. bias comes times -log2(e). */
-static __device__ __forceinline__ void advance(float (&k)[4], float (&v)[4], const float (&bias)[4],
-                                               uint2 gate, uint2 new_k, uint2 new_v)
-{
-	float logit[4], ks[4], vs[4];
+/* Tokens of a segment that are read on the way forward, and on the way back. */
+struct ahead {
+	uint2 gate[SEGMENT], k[SEGMENT], v[SEGMENT];
+};
 
-	unpack4(logit, gate);
-	unpack4(ks, new_k);
-	unpack4(vs, new_v);
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		const float decay = sigmoids_of(bias[i] - LOG2E * logit[i]).of;
+struct behind {
+	uint2 gate[SEGMENT], k[SEGMENT], q[SEGMENT], dv_scan[SEGMENT];
+	float ds[SEGMENT];
+};
 
-		k[i] = ks[i] + decay * (k[i] - ks[i]);
-		v[i] = vs[i] + decay * (v[i] - vs[i]);
-	}
-}
-
-/* The pair after the SEGMENT tokens from t on. */
-static __device__ __forceinline__ void walk(float (&k)[4], float (&v)[4], const float4 *biases,
-                                            const struct rat_scan_backward_args &a,
-                                            const struct place &p, int t)
+/* The n <= SEGMENT tokens from t on; those missing repeat the last. */
+static __device__ __forceinline__ void load(struct ahead &s, const struct rat_scan_backward_args &a,
+                                            const struct place &p, int t, int n)
 {
 	const struct rat_scan_args &f = a.forward;
-	const struct tensors from = tensors_of(a, p, t);
-	uint2 gate[SEGMENT], ks[SEGMENT], vs[SEGMENT];
-	float bias[4];
+	const bf16 *gate = row_of(p.head_tensors[GATE], f.gate, t, p.column);
+	const bf16 *v = row_of(p.head_tensors[V], f.v, t, p.column);
+	const bf16 *k = row_of(p.group_tensors[K], f.k, t, p.column);
 
-	set(bias, biases[0]);
-#pragma unroll
-	for (int i = 0; i < SEGMENT; i++) {
-		gate[i] = load4(from.gate + stride_of(f.gate, i));
-		ks[i] = load4(from.k + stride_of(f.k, i));
-		vs[i] = load4(from.v + stride_of(f.v, i));
-	}
-#pragma unroll
-	for (int i = 0; i < SEGMENT; i++)
-		advance(k, v, bias, gate[i], ks[i], vs[i]);
-}
-
-/*
- * The n tokens from t on, from the last to the first: k and v are the pair
- * before them, mu and lambda the gradients that flow in behind them and out
- * before them. The head's shares of dq and dk go to `parts`.
- */
-static __device__ __forceinline__ void differentiate(const struct rat_scan_backward_args &a,
-                                                     const struct place &p, int t, int n,
-                                                     float (&k)[4], float (&v)[4], float (&mu)[4],
-                                                     float (&lambda)[4], float4 *biases,
-                                                     bool active, float4 *parts, int part_stride)
-{
-	const struct rat_scan_args &f = a.forward;
-	const struct tensors from = tensors_of(a, p, t);
-	uint2 gate[SEGMENT], ks[SEGMENT], vs[SEGMENT], q[SEGMENT], dv_scan[SEGMENT];
-	uint2 k_step[SEGMENT], v_step[SEGMENT]; /* the pair before a token less the token */
-	float ds[SEGMENT], bias[4], dbias[4];
-
-	set(bias, biases[0]);
 #pragma unroll
 	for (int i = 0; i < SEGMENT; i++) {
 		const int row = min(i, n - 1);
 
-		gate[i] = load4(from.gate + stride_of(f.gate, row));
-		ks[i] = load4(from.k + stride_of(f.k, row));
-		vs[i] = load4(from.v + stride_of(f.v, row));
-		q[i] = load4(from.q + stride_of(f.q, row));
-		dv_scan[i] = load4(from.dv_scan + stride_of(a.dv_scan, row));
-		ds[i] = f.scale * from.down_score[row * (int)f.n_heads];
+		s.gate[i] = load4_constant(gate + stride_of(f.gate, row));
+		s.k[i] = load4_constant(k + stride_of(f.k, row));
+		s.v[i] = load4_constant(v + stride_of(f.v, row));
 	}
+}
+
+static __device__ __forceinline__ void
+load(struct behind &s, const struct rat_scan_backward_args &a, const struct place &p, int t, int n)
+{
+	const struct rat_scan_args &f = a.forward;
+	const bf16 *gate = row_of(p.head_tensors[GATE], f.gate, t, p.column);
+	const bf16 *dv_scan = row_of(p.head_tensors[DV_SCAN], a.dv_scan, t, p.column);
+	const bf16 *k = row_of(p.group_tensors[K], f.k, t, p.column);
+	const bf16 *q = row_of(p.group_tensors[Q], f.q, t, p.column);
+	const float *down_score = static_cast<const float *>(p.head_tensors[DOWN_SCORE]) +
+	                          (int64_t)t * (int)f.n_heads;
+
 #pragma unroll
 	for (int i = 0; i < SEGMENT; i++) {
-		float x[4], y[4];
+		const int row = min(i, n - 1);
 
-		unpack4(x, ks[i]);
-		unpack4(y, vs[i]);
-#pragma unroll
-		for (int j = 0; j < 4; j++) {
-			x[j] = k[j] - x[j];
-			y[j] = v[j] - y[j];
-		}
-		k_step[i] = pack4(x);
-		v_step[i] = pack4(y);
-		if (i < SEGMENT - 1)
-			advance(k, v, bias, gate[i], ks[i], vs[i]);
+		s.gate[i] = load4_constant(gate + stride_of(f.gate, row));
+		s.k[i] = load4_constant(k + stride_of(f.k, row));
+		s.q[i] = load4_constant(q + stride_of(f.q, row));
+		s.dv_scan[i] = load4_constant(dv_scan + stride_of(a.dv_scan, row));
+		s.ds[i] = f.scale * __ldg(down_score + row * (int)f.n_heads);
 	}
+}
+
+/*
+ * The pair after the n tokens from t on, from the pair before them. steps
+ * [STRETCH], blockDim.x apart: where KEEP, the pair before each token less
+ * the token, as bf16: what is made of it is stored as bf16.
+ */
+template <bool KEEP>
+static __device__ __forceinline__ void walk(float (&k)[4], float (&v)[4], const float4 *biases,
+                                            const struct rat_scan_backward_args &a,
+                                            const struct place &p, int t, int n, uint4 *steps)
+{
+	struct ahead now, next;
+	float bias[4];
+
+	set(bias, biases[0]);
+	load(now, a, p, t, min(n, SEGMENT));
+	for (int first = 0; first < n; first += SEGMENT) {
+		if (first + SEGMENT < n)
+			load(next, a, p, t + first + SEGMENT, min(n - first - SEGMENT, SEGMENT));
+#pragma unroll
+		for (int i = 0; i < SEGMENT; i++) {
+			float logit[4], x[4], y[4], x_step[4], y_step[4];
+
+			if (first + i >= n)
+				break;
+			unpack4(logit, now.gate[i]);
+			unpack4(x, now.k[i]);
+			unpack4(y, now.v[i]);
+#pragma unroll
+			for (int j = 0; j < 4; j++) {
+				const float decay = sigmoids_of(bias[j] - LOG2E * logit[j]).of;
+
+				x_step[j] = k[j] - x[j];
+				y_step[j] = v[j] - y[j];
+				k[j] = x[j] + decay * x_step[j];
+				v[j] = y[j] + decay * y_step[j];
+			}
+			if (KEEP) {
+				const uint2 kept_k = pack4(x_step), kept_v = pack4(y_step);
+
+				steps[(first + i) * blockDim.x] =
+				        make_uint4(kept_k.x, kept_k.y, kept_v.x, kept_v.y);
+			}
+		}
+		now = next;
+	}
+}
+
+/*
+ * The n tokens of a segment from t on, from the last to the first: mu and
+ * lambda are the gradients that flow in behind them and out before them. The
+ * head's shares of dq and dk go to `parts`.
+ */
+static __device__ __forceinline__ void
+differentiate(const struct rat_scan_backward_args &a, const struct place &p, const struct behind &s,
+              int t, int n, const uint4 *steps, float (&mu)[4], float (&lambda)[4], float4 *biases,
+              bool active, float4 *parts, int part_stride)
+{
+	bf16 *const to_dv = row_of(p.head_tensors[DV], a.dv, t, p.column);
+	bf16 *const to_dgate = row_of(p.head_tensors[DGATE], a.dgate, t, p.column);
+	float bias[4], dbias[4];
+
+	set(bias, biases[0]);
 	set(dbias, biases[blockDim.x]);
 #pragma unroll
 	for (int i = SEGMENT - 1; i >= 0; i--) {
-		float logit[4], x[4], qs[4], dvs[4], k_steps[4], v_steps[4];
+		float logit[4], x[4], qs[4], dvs[4], k_step[4], v_step[4];
 		float dq[4], dk[4], dv[4], dgate[4];
 
 		if (i >= n)
 			continue;
-		unpack4(logit, gate[i]);
-		unpack4(x, ks[i]);
-		unpack4(qs, q[i]);
-		unpack4(dvs, dv_scan[i]);
-		unpack4(k_steps, k_step[i]);
-		unpack4(v_steps, v_step[i]);
+		const uint4 step = steps[i * blockDim.x];
+		unpack4(logit, s.gate[i]);
+		unpack4(x, s.k[i]);
+		unpack4(qs, s.q[i]);
+		unpack4(dvs, s.dv_scan[i]);
+		unpack4(k_step, make_uint2(step.x, step.y));
+		unpack4(v_step, make_uint2(step.z, step.w));
 #pragma unroll
 		for (int j = 0; j < 4; j++) {
 			const struct sigmoids g = sigmoids_of(bias[j] - LOG2E * logit[j]);
 
-			mu[j] += ds[i] * qs[j];
+			mu[j] += s.ds[i] * qs[j];
 			lambda[j] += dvs[j];
-			dq[j] = ds[i] * (x[j] + g.of * k_steps[j]);
+			dq[j] = s.ds[i] * (x[j] + g.of * k_step[j]);
 			dk[j] = g.of_minus * mu[j];
 			dv[j] = g.of_minus * lambda[j];
 			mu[j] *= g.of;
 			lambda[j] *= g.of;
-			dgate[j] = g.of_minus * (lambda[j] * v_steps[j] + mu[j] * k_steps[j]);
+			dgate[j] = g.of_minus * (lambda[j] * v_step[j] + mu[j] * k_step[j]);
 			dbias[j] += dgate[j];
 		}
 		if (!active)
 			continue;
 		parts[i * part_stride] = vector_of(dq);
 		parts[(SEGMENT + i) * part_stride] = vector_of(dk);
-		store4(from.dv + stride_of(a.dv, i), dv);
-		store4(from.dgate + stride_of(a.dgate, i), dgate);
+		store4(to_dv + stride_of(a.dv, i), dv);
+		store4(to_dgate + stride_of(a.dgate, i), dgate);
 	}
 	biases[blockDim.x] = vector_of(dbias);
 }
@@ -259,15 +328,16 @@ sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const f
 		const bool is_dk = i / LANES / SEGMENT;
 		const float4 *part = parts + (i / LANES * heads) * LANES + lane;
 		float sum[4] = {};
-		bf16 *const to = at(is_dk ? a.dk : a.dq, p.b, t + token, p.group) + 4 * lane;
+		bf16 *const to = row_of(p.group_tensors[is_dk ? DK : DQ], is_dk ? a.dk : a.dq,
+		                        t + token, 4 * lane);
 
 		if (token >= n)
 			continue;
 		if (!first_batch)
 			unpack4(sum, load4(to));
 		else if (!is_dk)
-			unrotate<D>(sum, at(a.dq_out, p.b, t + token, p.group), 4 * lane, angles,
-			            a.forward.rope);
+			unrotate<D>(sum, row_of(p.group_tensors[DQ_OUT], a.dq_out, t + token, 0),
+			            4 * lane, angles, a.forward.rope);
 		for (int s = 0; s < slots; s++) {
 			const float4 share = part[s * LANES];
 
@@ -291,14 +361,18 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
 	const int heads_of_group = (int)(f.n_heads / f.groups);
 	float4 *const parts = reinterpret_cast<float4 *>(shared_memory);
-	float4 *const all_checkpoints = parts + 2 * SEGMENT * w.heads * LANES;
-	float4 *const checkpoints = all_checkpoints + threadIdx.x;
-	/* A thread's own: the biases of its channels times -log2(e), and their gradients. */
-	float4 *const biases = checkpoints + 2 * SEGMENTS * blockDim.x;
-	float2 *const angles =
-	        reinterpret_cast<float2 *>(all_checkpoints + 2 * (SEGMENTS + 1) * blockDim.x);
+	/* A thread's own: steps of its tokens, the biases of its channels times -log2(e), and their
+	 * gradients. */
+	uint4 *const all_steps = reinterpret_cast<uint4 *>(parts + 2 * SEGMENT * w.heads * LANES);
+	uint4 *const steps = all_steps + threadIdx.x;
+	float4 *const all_biases = reinterpret_cast<float4 *>(all_steps + STRETCH * blockDim.x);
+	float4 *const biases = all_biases + threadIdx.x;
+	float2 *const angles = reinterpret_cast<float2 *>(all_biases + 2 * blockDim.x);
+	struct places *const places = reinterpret_cast<struct places *>(angles + D / 2);
 	struct place p;
 
+	p.head_tensors = places->head[slot];
+	p.group_tensors = places->group;
 	p.group = blockIdx.y;
 	p.column = 4 * lane;
 	for (int batch = 0; batch < heads_of_group; batch += w.heads) {
@@ -332,20 +406,25 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 				rope_angle(cosine, sine, table, i, chunk);
 				angles[i] = make_float2(cosine, sine);
 			}
+			/* A head's first lanes find its tensors. */
+			for (int i = lane; i < HEAD_TENSORS; i += LANES)
+				places->head[slot][i] = find_head(a, i, p.b, begin, p.h);
+			if (threadIdx.x < GROUP_TENSORS)
+				places->group[threadIdx.x] =
+				        find_group(a, threadIdx.x, p.b, begin, p.group);
+			__syncthreads();
 			for (int s = 0; s < last; s++) {
-				for (int i = 0; i < SEGMENTS; i++)
-					walk(k, v, biases, a, p, begin + s * STRETCH + i * SEGMENT);
+				walk<false>(k, v, biases, a, p, s * STRETCH, STRETCH, NULL);
 				if (active) {
 					pairs[(s + 1) * pair_stride] = vector_of(k);
 					pairs[(s + 1) * pair_stride + 1] = vector_of(v);
 				}
 			}
-			__syncthreads();
 			unrotate<D>(mu, at(a.dk_chunk, p.b, chunk, p.h), p.column, angles, f.rope);
 			unpack4(lambda, load4(at(a.dv_chunk, p.b, chunk, p.h) + p.column));
 			for (int stretch = last; stretch >= 0; stretch--) {
-				const int first = begin + stretch * STRETCH;
-				const int n = min(STRETCH, end - first);
+				const int first = stretch * STRETCH;
+				const int n = min(STRETCH, end - begin - first);
 				const int final = (n - 1) / SEGMENT;
 
 				if (stretch < last && stretch > 0 && active) {
@@ -354,22 +433,19 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 				}
 				for (int i = 0; stretch == 0 && i < 4; i++)
 					k[i] = v[i] = 0.0f;
-				for (int s = 0; s < final; s++) {
-					checkpoints[2 * s * blockDim.x] = vector_of(k);
-					checkpoints[(2 * s + 1) * blockDim.x] = vector_of(v);
-					walk(k, v, biases, a, p, first + s * SEGMENT);
-				}
+				walk<true>(k, v, biases, a, p, first, n, steps);
+				struct behind now;
+				load(now, a, p, first + final * SEGMENT, n - final * SEGMENT);
 				for (int s = final; s >= 0; s--) {
 					const int t = first + s * SEGMENT;
 					const int tokens = min(SEGMENT, n - s * SEGMENT);
 
-					if (s < final) {
-						set(k, checkpoints[2 * s * blockDim.x]);
-						set(v, checkpoints[(2 * s + 1) * blockDim.x]);
-					}
-					differentiate(a, p, t, tokens, k, v, mu, lambda, biases,
-					              active, parts + slot * LANES + lane,
+					differentiate(a, p, now, t, tokens,
+					              steps + s * SEGMENT * blockDim.x, mu, lambda,
+					              biases, active, parts + slot * LANES + lane,
 					              w.heads * LANES);
+					if (s > 0)
+						load(now, a, p, t - SEGMENT, SEGMENT);
 					__syncthreads();
 					sum_heads<D>(a, p, parts, w.heads, slots, batch == 0, t,
 					             tokens, angles);
@@ -456,8 +532,8 @@ extern "C" enum status portable_rat_scan_backward(const void *args, void *worksp
 	const struct work w = work_of(f, workspace);
 	const int threads = (int)divide_up(w.heads * lanes_of(f), WARP) * WARP;
 	const size_t shared = 2 * SEGMENT * (size_t)(w.heads * lanes_of(f)) * sizeof(float4) +
-	                      2 * (SEGMENTS + 1) * (size_t)threads * sizeof(float4) +
-	                      (size_t)f->d_head / 2 * sizeof(float2);
+	                      (STRETCH + 2) * (size_t)threads * sizeof(float4) +
+	                      (size_t)f->d_head / 2 * sizeof(float2) + sizeof(struct places);
 	const dim3 grid((unsigned)blocks_of(f), (unsigned)f->groups);
 	enum status status = launch("rat_scan_backward",
 	                            f->d_head == 64 ? rat_scan_backward_kernel<64>

@@ -197,10 +197,13 @@ static __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)
 	if (threadIdx.x == 0)
 		*ticket = take_ticket(work.ticket);
 	__syncthreads();
-	/* Tile `order` of its chain, counted from the last in time. */
-	const uint32_t chains = work.chains, chain = *ticket % chains;
-	const int order = (int)(*ticket / chains), b = (int)(chain / work.slabs);
-	const int slab = (int)(chain % work.slabs) * SLAB, channel = slab + 2 * lane;
+	/* Tile `order` of its chain, counted from the last in time. All tiles of a sequence come
+	 * before the next sequence's: what is at work at the same time lies close together. */
+	const uint32_t per_sequence = (uint32_t)work.tiles * work.slabs;
+	const int b = (int)(*ticket / per_sequence), rest = (int)(*ticket % per_sequence);
+	const int order = rest / (int)work.slabs, slab_index = rest % (int)work.slabs;
+	const uint32_t chains = work.chains, chain = (uint32_t)b * work.slabs + slab_index;
+	const int slab = slab_index * SLAB, channel = slab + 2 * lane;
 	const int64_t tile_first = (int64_t)(work.tiles - 1 - order) * TILE;
 	const int64_t first = tile_first + warp * ROWS;
 	const bool has_channel = channel < f.d_model;

@@ -1,0 +1,722 @@
+/*
+ * Gradients of the gates and norms of GLA and of the linear-attention family.
+ * All are bound by memory. Where a parameter's gradient is a sum over tokens,
+ * a thread keeps its own columns from token to token, in registers or in its
+ * part of the shared memory, and the shares are added afterwards in a fixed
+ * order.
+ */
+#include "kernels/cuda/gemm.h"
+#include "kernels/portable/column_sums.cuh"
+#include "kernels/portable/device.cuh"
+#include "kernels/portable/portable.h"
+
+namespace
+{
+
+constexpr int THREADS = 128, BLOCKS_PER_SM = 8;
+
+static __device__ __forceinline__ const bf16 *elements(const void *tensor)
+{
+	return static_cast<const bf16 *>(tensor);
+}
+
+/* Lanes that take a row of `width` elements, eight at a time: a power of two. */
+static int lanes_for(int64_t width)
+{
+	int lanes = 1;
+
+	while (lanes < WARP && 8 * lanes < width)
+		lanes *= 2;
+	return lanes;
+}
+
+/* Blocks for `rows` rows per group, THREADS / lanes of them at a time, so that all groups fill the
+ * device. */
+static int64_t blocks_for(int64_t rows, int64_t groups, int lanes)
+{
+	const int64_t most = divide_up(rows, THREADS / lanes);
+	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), groups);
+
+	return most < wanted ? most : wanted;
+}
+
+/* silu(x) and its slope. */
+struct silu_pair {
+	float value, slope;
+};
+
+static __device__ __forceinline__ struct silu_pair silu(float x)
+{
+	const float s = sigmoid(x);
+
+	return {x * s, s * (1.0f + x * (1.0f - s))};
+}
+
+/* to += x, eight floats of shared memory that are this thread's own. */
+static __device__ __forceinline__ void add8(float *to, const float (&x)[8])
+{
+#pragma unroll
+	for (int i = 0; i < 8; i++)
+		to[i] += x[i];
+}
+
+/* Columns 8 * lane, 8 * (lane + lanes), ... of a row of shared sums, cleared or written out. */
+static __device__ __forceinline__ void clear_sums(float *sums, int64_t width, int lane, int lanes)
+{
+	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			sums[i + j] = 0.0f;
+}
+
+static __device__ __forceinline__ void write_sums(float *to, const float *sums, int64_t width,
+                                                  int lane, int lanes)
+{
+	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			to[i + j] = sums[i + j];
+}
+
+/* ---- norm_gate ---- */
+
+/*
+ * With x^ = x rstd, y = x^ weight, out = y silu(gate): `lanes` lanes take head
+ * blockIdx.y of one token after another. parts [H, rows at once, d].
+ */
+static __global__ void __launch_bounds__(THREADS)
+        norm_gate_backward_kernel(const __grid_constant__ struct norm_gate_backward_args a,
+                                  int lanes, float *parts)
+{
+	const struct norm_gate_args &f = a.forward;
+	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), h = blockIdx.y;
+	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
+	const int64_t d = f.d_head, width = f.n_heads * d;
+	const int lane = threadIdx.x % lanes;
+	float *sums = reinterpret_cast<float *>(shared_memory) + threadIdx.x / lanes * d;
+
+	clear_sums(sums, d, lane, lanes);
+	for (int64_t first = 0; first < f.n_tokens; first += slots) {
+		const bool valid = first + slot < f.n_tokens;
+		const int64_t n = valid ? first + slot : f.n_tokens - 1;
+		const bf16 *x = elements(f.x) + n * width + h * d;
+		const bf16 *dout = elements(a.dout) + n * width + h * d;
+		const bf16 *gate = elements(f.gate) + n * f.gate_stride + h * d;
+		bf16 *dx = static_cast<bf16 *>(a.dx) + n * width + h * d;
+		bf16 *dgate = static_cast<bf16 *>(a.dgate) + n * f.gate_stride + h * d;
+		const float r = f.rstd[n * f.n_heads + h];
+		float xs[8], dy[8], z[8], w[8], projection = 0.0f;
+
+		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
+			load8(xs, x + i);
+			load8(dy, dout + i);
+			load8(z, gate + i);
+			load8f(w, f.weight + i);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				const struct silu_pair s = silu(z[j]);
+				const float normed = xs[j] * r, through = dy[j] * s.value * normed;
+
+				z[j] = dy[j] * normed * w[j] * s.slope;
+				projection += through * w[j];
+				xs[j] = valid ? through : 0.0f;
+			}
+			add8(sums + i, xs);
+			if (valid)
+				store8(dgate + i, z);
+		}
+		projection = group_sum(projection, lanes) / (float)d;
+		for (int64_t i = 8 * lane; valid && i < d; i += 8 * lanes) {
+			load8(xs, x + i);
+			load8(dy, dout + i);
+			/* dgate may have taken the gate's place. */
+			load8(z, gate + i);
+			load8f(w, f.weight + i);
+#pragma unroll
+			for (int j = 0; j < 8; j++)
+				dy[j] = r *
+				        (dy[j] * silu(z[j]).value * w[j] - xs[j] * r * projection);
+			store8(dx + i, dy);
+		}
+	}
+	write_sums(parts + (h * slots + slot) * d, sums, d, lane, lanes);
+}
+
+} // namespace
+
+static bool misaligned(const void *tensor)
+{
+	return reinterpret_cast<uintptr_t>(tensor) % 16 != 0;
+}
+
+/* Rows of partial sums that norm_gate's kernel leaves. */
+static int64_t norm_gate_parts(const struct norm_gate_args *f)
+{
+	const int lanes = lanes_for(f->d_head);
+
+	return f->n_heads * blocks_for(f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+}
+
+extern "C" const char *portable_norm_gate_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
+	const struct norm_gate_args *f = &a->forward;
+
+	if (f->d_head > 1024 || f->n_heads > 65535)
+		return "heads wider than 1024, or more than 65535";
+	if (f->gate == a->dgate)
+		return "dgate in the place of the gate";
+	return f->d_head % 8 || f->gate_stride % 8 || misaligned(f->gate) || misaligned(a->dgate)
+	               ? "widths must be multiples of 8"
+	               : NULL;
+}
+
+extern "C" size_t portable_norm_gate_backward_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
+
+	return (size_t)(norm_gate_parts(&a->forward) * a->forward.d_head) * sizeof(float);
+}
+
+extern "C" enum status portable_norm_gate_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
+	const struct norm_gate_args *f = &a->forward;
+	const int lanes = lanes_for(f->d_head);
+	const dim3 grid((unsigned)blocks_for(f->n_tokens, f->n_heads, lanes), (unsigned)f->n_heads);
+	float *parts = static_cast<float *>(workspace);
+	enum status status =
+	        launch("norm_gate_backward", norm_gate_backward_kernel, grid, THREADS,
+	               (size_t)(THREADS / lanes * f->d_head) * sizeof(float), *a, lanes, parts);
+
+	if (status != STATUS_OK)
+		return status;
+	return column_sums("norm_gate_backward", parts, norm_gate_parts(f), f->d_head, f->d_head,
+	                   a->dweight);
+}
+
+/* ---- gate_norm ---- */
+
+namespace
+{
+
+/* u = w silu(gate), w = x + skip_weight skip, eight elements of token n; skip is handed out. */
+struct gated8 {
+	float w[8], u[8], skip[8], slope[8]; /* slope: of silu; value: silu */
+	float value[8];
+};
+
+static __device__ __forceinline__ void load_gated(struct gated8 &g, const struct gate_norm_args &f,
+                                                  int64_t n, int64_t column)
+{
+	float z[8];
+
+	load8(g.w, elements(f.x) + n * f.n_heads * f.d_head + column);
+	if (f.skip) {
+		const float weight = f.skip_weight[column / f.d_head];
+
+		load8(g.skip, elements(f.skip) + n * f.skip_stride + column);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			g.w[j] = fmaf(weight, g.skip[j], g.w[j]);
+	}
+	if (f.gate)
+		load8(z, elements(f.gate) + n * f.gate_stride + column);
+#pragma unroll
+	for (int j = 0; j < 8; j++) {
+		const struct silu_pair s = silu(f.gate ? z[j] : 0.0f);
+
+		g.value[j] = f.gate ? s.value : 1.0f;
+		g.slope[j] = s.slope;
+		g.u[j] = g.w[j] * g.value[j];
+	}
+}
+
+/* `lanes` lanes take group blockIdx.y of one token after another. parts [groups, rows at once,
+ * group]; skip_parts [rows at once, H*d] iff skip. */
+static __global__ void __launch_bounds__(THREADS)
+        gate_norm_backward_kernel(const __grid_constant__ struct gate_norm_backward_args a,
+                                  int lanes, float *parts, float *skip_parts)
+{
+	const struct gate_norm_args &f = a.forward;
+	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), g = blockIdx.y;
+	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
+	const int64_t width = f.n_heads * f.d_head, group = width / f.groups;
+	const int lane = threadIdx.x % lanes;
+	float *sums = reinterpret_cast<float *>(shared_memory) + threadIdx.x / lanes * 2 * group;
+	float *skip_sums = sums + group;
+
+	clear_sums(sums, group, lane, lanes);
+	clear_sums(skip_sums, group, lane, lanes);
+	for (int64_t first = 0; first < f.n_tokens; first += slots) {
+		const bool valid = first + slot < f.n_tokens;
+		const int64_t n = valid ? first + slot : f.n_tokens - 1;
+		const bf16 *dout = elements(a.dout) + n * width + g * group;
+		const float r = f.rstd[n * f.groups + g];
+		float dy[8], w[8], projection = 0.0f;
+		struct gated8 x;
+
+		for (int64_t i = 8 * lane; i < group; i += 8 * lanes) {
+			load_gated(x, f, n, g * group + i);
+			load8(dy, dout + i);
+			load8f(w, f.weight + i);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				const float through = dy[j] * x.u[j] * r;
+
+				projection += through * w[j];
+				dy[j] = valid ? through : 0.0f;
+			}
+			add8(sums + i, dy);
+		}
+		projection = group_sum(projection, lanes) / (float)group;
+		for (int64_t i = 8 * lane; valid && i < group; i += 8 * lanes) {
+			const int64_t column = g * group + i;
+
+			load_gated(x, f, n, column);
+			load8(dy, dout + i);
+			load8f(w, f.weight + i);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				const float du = r * (dy[j] * w[j] - x.u[j] * r * projection);
+
+				dy[j] = du * x.value[j];
+				x.w[j] *= du * x.slope[j];
+			}
+			store8(static_cast<bf16 *>(a.dx) + n * width + column, dy);
+			if (f.gate)
+				store8(static_cast<bf16 *>(a.dgate) + n * f.gate_stride + column,
+				       x.w);
+			if (!f.skip)
+				continue;
+			const float weight = f.skip_weight[column / f.d_head];
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				x.skip[j] *= dy[j];
+				dy[j] *= weight;
+			}
+			add8(skip_sums + i, x.skip);
+			store8(static_cast<bf16 *>(a.dskip) + n * width + column, dy);
+		}
+	}
+	write_sums(parts + (g * slots + slot) * group, sums, group, lane, lanes);
+	if (f.skip)
+		write_sums(skip_parts + slot * width + g * group, skip_sums, group, lane, lanes);
+}
+
+/* sums[h] = the sum of columns h*d .. of `columns`; a warp per head. */
+static __global__ void __launch_bounds__(WARP)
+        head_sums_kernel(const float *columns, int64_t d, float *sums)
+{
+	float sum = 0.0f;
+
+	for (int64_t i = threadIdx.x; i < d; i += WARP)
+		sum += columns[blockIdx.x * d + i];
+	sum = group_sum(sum, WARP);
+	if (threadIdx.x == 0)
+		sums[blockIdx.x] = sum;
+}
+
+/* The shape of gate_norm's launch. */
+struct gate_norm_plan {
+	int lanes;
+	int64_t group, width, blocks, slots;
+};
+
+static struct gate_norm_plan gate_norm_plan_of(const struct gate_norm_args *f)
+{
+	struct gate_norm_plan p;
+
+	p.width = f->n_heads * f->d_head;
+	p.group = p.width / f->groups;
+	p.lanes = lanes_for(p.group);
+	p.blocks = blocks_for(f->n_tokens, f->groups, p.lanes);
+	p.slots = p.blocks * (THREADS / p.lanes);
+	return p;
+}
+
+} // namespace
+
+extern "C" const char *portable_gate_norm_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
+	const struct gate_norm_args *f = &a->forward;
+	const int64_t group = f->n_heads * f->d_head / f->groups;
+
+	if (group > 4096 || f->groups > 65535)
+		return "groups wider than 4096, or more than 65535";
+	if ((f->gate && f->gate == a->dgate) || (f->skip && f->skip == a->dskip))
+		return "gradients in the place of what they are taken of";
+	return f->d_head % 8 || group % 8 || (f->skip && f->skip_stride % 8) ||
+	                       (f->gate && f->gate_stride % 8) || misaligned(f->skip) ||
+	                       misaligned(f->gate) || misaligned(a->dgate)
+	               ? "widths must be multiples of 8"
+	               : NULL;
+}
+
+extern "C" size_t portable_gate_norm_backward_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
+	const struct gate_norm_plan p = gate_norm_plan_of(&a->forward);
+
+	return (size_t)((a->forward.skip ? 2 * p.slots + 1 : p.slots) * p.width) * sizeof(float);
+}
+
+extern "C" enum status portable_gate_norm_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
+	const struct gate_norm_args *f = &a->forward;
+	const struct gate_norm_plan p = gate_norm_plan_of(f);
+	float *parts = static_cast<float *>(workspace), *skip_parts = parts + p.slots * p.width;
+	float *columns = skip_parts + p.slots * p.width;
+	enum status status = launch("gate_norm_backward", gate_norm_backward_kernel,
+	                            dim3((unsigned)p.blocks, (unsigned)f->groups), THREADS,
+	                            2 * (size_t)(THREADS / p.lanes * p.group) * sizeof(float), *a,
+	                            p.lanes, parts, skip_parts);
+
+	if (status == STATUS_OK)
+		status = column_sums("gate_norm_backward", parts, f->groups * p.slots, p.group,
+		                     p.group, a->dweight);
+	if (status != STATUS_OK || !f->skip)
+		return status;
+	status = column_sums("gate_norm_backward", skip_parts, p.slots, p.width, p.width, columns);
+	if (status != STATUS_OK)
+		return status;
+	return launch("gate_norm_backward", head_sums_kernel, dim3((unsigned)f->n_heads), WARP, 0,
+	              columns, f->d_head, a->dskip_weight);
+}
+
+/* ---- decay_gate ---- */
+
+namespace
+{
+
+/* A thread's eight columns of rows blockIdx.y, blockIdx.y + gridDim.y, ...: parts [gridDim.y,
+ * width]. */
+static __global__ void __launch_bounds__(THREADS)
+        sum_tokens_kernel(const bf16 *x, int64_t n_tokens, int64_t width, float *parts)
+{
+	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	float sum[8] = {};
+
+	if (column >= width)
+		return;
+#pragma unroll 4
+	for (int64_t n = blockIdx.y; n < n_tokens; n += gridDim.y) {
+		float v[8];
+
+		load8(v, x + n * width + column);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			sum[j] += v[j];
+	}
+	store8f(parts + blockIdx.y * width + column, sum);
+}
+
+/* dlogit from dlog_decay, and the logits x W^T that are in its place, in place. */
+static __global__ void __launch_bounds__(THREADS)
+        decay_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
+{
+	const struct decay_gate_args &f = a.forward;
+	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	const float inverse = 1.0f / f.normalizer;
+	float logit[8], bias[8], d[8];
+
+	if (index >= f.n_tokens * f.d_out)
+		return;
+	load8(logit, elements(a.dlogit) + index);
+	load8(d, elements(a.dlog_decay) + index);
+	load8f(bias, f.bias + index % f.d_out);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		d[j] *= inverse * sigmoid(-logit[j] - bias[j]);
+	store8(static_cast<bf16 *>(a.dlogit) + index, d);
+}
+
+static int64_t token_splits(int64_t n_tokens, int64_t width)
+{
+	const int64_t columns = divide_up(width, 8 * THREADS);
+	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), columns);
+
+	return n_tokens < wanted ? n_tokens : wanted;
+}
+
+} // namespace
+
+extern "C" const char *portable_decay_gate_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
+	const struct decay_gate_args *f = &a->forward;
+
+	return f->rank % 8 || f->x_stride % 8 || f->d_out % 8 || misaligned(f->x) ||
+	                       misaligned(a->dx)
+	               ? "rank and widths must be multiples of 8"
+	               : NULL;
+}
+
+extern "C" size_t portable_decay_gate_backward_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
+	const struct decay_gate_args *f = &a->forward;
+	const size_t parts =
+	        (size_t)(token_splits(f->n_tokens, f->d_out) * f->d_out) * sizeof(float);
+	const size_t product = GEMM_WORKSPACE;
+
+	return parts > product ? parts : product;
+}
+
+extern "C" enum status portable_decay_gate_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
+	const struct decay_gate_args *f = &a->forward;
+	const int64_t splits = token_splits(f->n_tokens, f->d_out);
+	const int64_t threads = f->n_tokens * (f->d_out / 8);
+	float *parts = static_cast<float *>(workspace);
+	struct gemm g = {};
+
+	/* The logits once more, in dlogit's place. */
+	g.rows = f->n_tokens;
+	g.columns = f->d_out;
+	g.inner = f->rank;
+	g.a = f->x;
+	g.a_leading = f->x_stride;
+	g.b = f->weight;
+	g.b_transposed = true;
+	g.b_leading = f->rank;
+	g.out = a->dlogit;
+	g.out_leading = f->d_out;
+	g.out_type = DTYPE_BF16;
+	g.scale = 1.0f;
+	g.batch = 1;
+	enum status status = gemm_run(&g, workspace);
+	if (status == STATUS_OK)
+		status = launch("decay_gate_backward", decay_slope_kernel,
+		                dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a);
+	if (status == STATUS_OK)
+		status = launch("decay_gate_backward", sum_tokens_kernel,
+		                dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits),
+		                THREADS, 0, static_cast<const bf16 *>(a->dlogit), f->n_tokens,
+		                f->d_out, parts);
+	if (status == STATUS_OK)
+		status = column_sums("decay_gate_backward", parts, splits, f->d_out, f->d_out,
+		                     a->dbias);
+	/* dweight = dlogit^T x. */
+	g.rows = f->d_out;
+	g.columns = f->rank;
+	g.inner = f->n_tokens;
+	g.a = a->dlogit;
+	g.a_leading = f->d_out;
+	g.a_transposed = true;
+	g.b = f->x;
+	g.b_transposed = false;
+	g.b_leading = f->x_stride;
+	g.out = a->dweight;
+	g.out_leading = f->rank;
+	g.out_type = DTYPE_F32;
+	if (status == STATUS_OK)
+		status = gemm_run(&g, workspace);
+	/* dx = dlogit W. */
+	g.rows = f->n_tokens;
+	g.columns = f->rank;
+	g.inner = f->d_out;
+	g.a_transposed = false;
+	g.b = f->weight;
+	g.b_leading = f->rank;
+	g.out = a->dx;
+	g.out_leading = f->x_stride;
+	g.out_type = DTYPE_BF16;
+	return status == STATUS_OK ? gemm_run(&g, workspace) : status;
+}
+
+/* ---- forget_gate ---- */
+
+namespace
+{
+
+/* With k = 1 - f = sigmoid(-bound) sigmoid(-logit): a thread's eight columns of a share of the
+ * tokens; parts [gridDim.y, width]. */
+static __global__ void __launch_bounds__(THREADS)
+        forget_gate_backward_kernel(const __grid_constant__ struct forget_gate_backward_args a,
+                                    float *parts)
+{
+	const struct forget_gate_args &f = a.forward;
+	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	float bound[8], dbound[8] = {};
+
+	if (column >= f.width)
+		return;
+	load8f(bound, f.bound + column);
+	for (int64_t n = blockIdx.y; n < f.n_tokens; n += gridDim.y) {
+		const int64_t at_row = n * f.width + column, strided = n * f.stride + column;
+		float logit[8], x[8], d_log[8], dout[8], dkey[8] = {};
+
+		load8(logit, elements(f.logit) + strided);
+		load8(x, elements(f.x) + strided);
+		load8(d_log, elements(a.dlog_decay) + at_row);
+		load8(dout, elements(a.dout) + at_row);
+		if (f.key)
+			load8(dkey, elements(a.dkey) + at_row);
+#pragma unroll
+		for (int i = 0; i < 8; i++) {
+			const float closed = sigmoid(-logit[i]), open = sigmoid(logit[i]);
+			const float key = sigmoid(-bound[i]) * closed;
+			const float forget = open + sigmoid(bound[i]) * closed;
+			const struct silu_pair s = silu(x[i]);
+			const float dk = (f.key ? dkey[i] : dout[i] * s.value) -
+			                 __fdividef(d_log[i], forget);
+
+			x[i] = dout[i] * s.slope * (f.key ? 1.0f : key);
+			logit[i] = -key * open * dk;
+			dbound[i] -= key * sigmoid(bound[i]) * dk;
+		}
+		store8(static_cast<bf16 *>(a.dlogit) + strided, logit);
+		store8(static_cast<bf16 *>(a.dx) + strided, x);
+	}
+	store8f(parts + blockIdx.y * f.width + column, dbound);
+}
+
+} // namespace
+
+extern "C" const char *portable_forget_gate_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
+	const struct forget_gate_args *f = &a->forward;
+
+	return f->width % 8 || f->stride % 8 || misaligned(f->logit) || misaligned(f->x) ||
+	                       misaligned(a->dlogit) || misaligned(a->dx)
+	               ? "widths must be multiples of 8"
+	               : NULL;
+}
+
+extern "C" size_t portable_forget_gate_backward_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
+	const struct forget_gate_args *f = &a->forward;
+
+	return (size_t)(token_splits(f->n_tokens, f->width) * f->width) * sizeof(float);
+}
+
+extern "C" enum status portable_forget_gate_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
+	const struct forget_gate_args *f = &a->forward;
+	const int64_t splits = token_splits(f->n_tokens, f->width);
+	float *parts = static_cast<float *>(workspace);
+	enum status status =
+	        launch("forget_gate_backward", forget_gate_backward_kernel,
+	               dim3((unsigned)divide_up(f->width, 8 * THREADS), (unsigned)splits), THREADS,
+	               0, *a, parts);
+
+	if (status != STATUS_OK)
+		return status;
+	return column_sums("forget_gate_backward", parts, splits, f->width, f->width, a->dbound);
+}
+
+/* ---- time_step ---- */
+
+namespace
+{
+
+/* `lanes` lanes take head blockIdx.y of one token after another. parts [rows at once, 2, H]: shares
+ * of dbias and dlog_rate. */
+static __global__ void __launch_bounds__(THREADS)
+        time_step_backward_kernel(const __grid_constant__ struct time_step_backward_args a,
+                                  int lanes, float *parts)
+{
+	const struct time_step_args &f = a.forward;
+	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), h = blockIdx.y;
+	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
+	const int64_t d = f.d_head, width = f.n_heads * d;
+	const int lane = threadIdx.x % lanes;
+	const float rate = __expf(f.log_rate[h]), bias = f.bias[h];
+	float dbias = 0.0f, dlog_rate = 0.0f;
+
+	for (int64_t first = 0; first < f.n_tokens; first += slots) {
+		const bool valid = first + slot < f.n_tokens;
+		const int64_t n = valid ? first + slot : f.n_tokens - 1;
+		const float logit =
+		        __bfloat162float(elements(f.logit)[n * f.logit_stride + h]) + bias;
+		/* log(1 + e) as it is where e is small. */
+		const float e = __expf(-fabsf(logit));
+		const float log =
+		        e < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
+		const float dt = fmaxf(logit, 0.0f) + log;
+		const float d_log = __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + h]);
+		float ddt = 0.0f;
+
+		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
+			const int64_t at_row = n * width + h * d + i;
+			float x[8], dout[8], skip[8] = {};
+
+			load8(x, elements(f.x) + n * f.x_stride + h * d + i);
+			load8(dout, elements(a.dout) + at_row);
+			if (a.dskip)
+				load8(skip, elements(a.dskip) + at_row);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				ddt += dout[j] * x[j];
+				dout[j] = dt * dout[j] + skip[j];
+			}
+			if (valid)
+				store8(static_cast<bf16 *>(a.dx) + at_row, dout);
+		}
+		ddt = group_sum(ddt, lanes) - rate * d_log;
+		const float dlogit = ddt * sigmoid(logit);
+		if (!valid || lane != 0)
+			continue;
+		static_cast<bf16 *>(a.dlogit)[n * f.logit_stride + h] = __float2bfloat16(dlogit);
+		dbias += dlogit;
+		dlog_rate -= d_log * rate * dt;
+	}
+	if (lane != 0)
+		return;
+	parts[2 * slot * f.n_heads + h] = dbias;
+	parts[(2 * slot + 1) * f.n_heads + h] = dlog_rate;
+}
+
+static int64_t time_step_slots(const struct time_step_args *f)
+{
+	const int lanes = lanes_for(f->d_head);
+
+	return blocks_for(f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+}
+
+} // namespace
+
+extern "C" const char *portable_time_step_backward_unsupported(const void *args)
+{
+	const auto *a = static_cast<const struct time_step_backward_args *>(args);
+	const struct time_step_args *f = &a->forward;
+
+	if (f->n_heads > 65535)
+		return "more than 65535 heads";
+	return f->d_head % 8 || f->x_stride % 8 || misaligned(f->x)
+	               ? "widths must be multiples of 8"
+	               : NULL;
+}
+
+extern "C" size_t portable_time_step_backward_workspace(const void *args)
+{
+	const auto *a = static_cast<const struct time_step_backward_args *>(args);
+
+	return (size_t)(2 * time_step_slots(&a->forward) * a->forward.n_heads) * sizeof(float);
+}
+
+extern "C" enum status portable_time_step_backward(const void *args, void *workspace)
+{
+	const auto *a = static_cast<const struct time_step_backward_args *>(args);
+	const struct time_step_args *f = &a->forward;
+	const int lanes = lanes_for(f->d_head);
+	const dim3 grid((unsigned)blocks_for(f->n_tokens, f->n_heads, lanes), (unsigned)f->n_heads);
+	float *parts = static_cast<float *>(workspace);
+	enum status status = launch("time_step_backward", time_step_backward_kernel, grid, THREADS,
+	                            0, *a, lanes, parts);
+
+	if (status == STATUS_OK)
+		status = column_sums("time_step_backward", parts, time_step_slots(f),
+		                     2 * f->n_heads, f->n_heads, a->dbias);
+	if (status != STATUS_OK)
+		return status;
+	return column_sums("time_step_backward", parts + f->n_heads, time_step_slots(f),
+	                   2 * f->n_heads, f->n_heads, a->dlog_rate);
+}
