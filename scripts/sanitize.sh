@@ -25,5 +25,5 @@ if [ $# -eq 0 ]; then
 fi
 # The libraries' kernels are theirs to check.
 compute-sanitizer --tool "$1" --error-exitcode 1 \
-	--kernel-name-exclude regex:'cudnn|nvjet|cutlass|cublas|sm90_xmma|sm80_xmma|gemm' \
+	--kernel-regex-exclude 'kns=(cudnn|nvjet|cutlass|cublas|sm90_xmma|sm80_xmma|gemm)' \
 	"$build/tests/test_operations" cuda "${2:-0.1}" "${3:-*}"
