@@ -70,6 +70,8 @@ const struct kernel cuda_kernels[] = {
          hopper_gla_staged_workspace, hopper_gla_staged},
         {OP_MATRIX_RECURRENCE, "portable", portable_matrix_recurrence_unsupported,
          portable_matrix_recurrence_workspace, portable_matrix_recurrence},
+        {OP_MATRIX_RECURRENCE, "portable", portable_recurrent_form_unsupported, NULL,
+         portable_recurrent_form},
         {OP_MATRIX_RECURRENCE, "cublas", cublas_matrix_recurrence_unsupported,
          cublas_matrix_recurrence_workspace, cublas_matrix_recurrence},
         {OP_MATRIX_RECURRENCE_STEP, "hopper", hopper_matrix_recurrence_step_unsupported, NULL,
