@@ -186,7 +186,8 @@ bench-generation:
 bench-family:
 	@scripts/bootstrap.sh run
 	@$(SUBMAKE) drivers
-	@BLOCKS="attention $(FAMILY)" bench/latency.sh $(BUILD) family.csv $(ARGS)
+	@BLOCKS="attention $(FAMILY)" CHUNKS=16,32,128,256 \
+		bench/latency.sh $(BUILD) family.csv $(ARGS)
 
 bench-kernels:
 	@scripts/bootstrap.sh run
@@ -249,7 +250,8 @@ fuzz:
 help:
 	@echo 'make bench-latency      latency of every block: prefill, training, generation; then plots'
 	@echo 'make bench-generation   generation alone'
-	@echo 'make bench-family       the linear-attention family beside attention: $(FAMILY)'
+	@echo 'make bench-family       the linear-attention family beside attention: $(FAMILY);'
+	@echo '                        chunks of 16 ... 256 for gla'
 	@echo 'make bench-kernels      single operations, every provider of each'
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'

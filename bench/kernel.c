@@ -295,6 +295,8 @@ static void build_matrix(struct kernel_problem *p)
 		a->beta = tokens(take(p, OPERAND_INPUT, p->backend->activation, DRAW_UNIFORM, 1,
 		                      p->batch * p->seq_len * p->n_heads),
 		                 p->seq_len, p->n_heads, 1);
+	if (p->kind->rule == RULE_BONUS)
+		a->bonus = parameter(p, 2, p->n_heads * p->d_k);
 	a->out = output_tokens(p, p->seq_len, p->n_heads, p->d_v);
 }
 
@@ -365,6 +367,8 @@ const struct kernel_kind kernel_kinds[] = {
          .check = check_recurrence_step, .keep = keep_recurrence_step},
         {"gla_forward", OP_MATRIX_RECURRENCE, .chunkwise = true, .decay = DECAY_DIAGONAL,
          .rule = RULE_PLAIN, .half_keys = true, .build = build_matrix, .check = check_matrix},
+        {"rwkv6_forward", OP_MATRIX_RECURRENCE, .chunkwise = true, .decay = DECAY_DIAGONAL,
+         .rule = RULE_BONUS, .build = build_matrix, .check = check_matrix},
         {"scalar_decay_forward", OP_MATRIX_RECURRENCE, .chunkwise = true, .decay = DECAY_SCALAR,
          .rule = RULE_PLAIN, .build = build_matrix, .check = check_matrix},
         {"retention_forward", OP_MATRIX_RECURRENCE, .chunkwise = true, .decay = DECAY_CONSTANT,

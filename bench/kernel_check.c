@@ -747,6 +747,8 @@ static enum status expect_matrix(const struct kernel_problem *p, struct pair pai
 	struct reference_matrix r =
 	        matrix_of(&s, p, pair, p->seq_len, &a->q, &a->k, &a->v, &a->log_decay);
 
+	if (a->rule == RULE_BONUS)
+		r.bonus = floats_of(&s, p, a->bonus, pair.h * p->d_k, p->d_k);
 	if (a->rule != RULE_DELTA) {
 		if (s.status == STATUS_OK)
 			s.status = reference_matrix_rows(&r, n, rows, expected);

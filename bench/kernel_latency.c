@@ -19,6 +19,7 @@ static const struct case_row paper[] = {
         {.block = "recurrence_step", .seq_len = {1}},
         {.block = "gla_forward", .seq_len = {4096, 131072}, .n_heads = 4},
         {.block = "gla_forward", .seq_len = {4096}, .n_heads = 16, .wide_keys = true},
+        {.block = "rwkv6_forward", .seq_len = {4096}, .n_heads = 32},
         {.block = "scalar_decay_forward", .seq_len = {4096}},
         {.block = "retention_forward", .seq_len = {4096}},
         {.block = "linear_attention_forward", .seq_len = {4096}},
@@ -42,6 +43,7 @@ static const struct case_row other[] = {
         {.block = "gated_recurrence_forward"},
         {.block = "recurrence_step", .seq_len = {1}},
         {.block = "gla_forward"},
+        {.block = "rwkv6_forward"},
         {.block = "scalar_decay_forward"},
         {.block = "retention_forward"},
         {.block = "linear_attention_forward"},
@@ -62,7 +64,7 @@ int main(int argc, char **argv)
 	        .passes = "kernel",
 	        .patterns = "attention_forward/attention_decode/rat_scan_forward/rat_decode/"
 	                    "recurrence_forward/gated_recurrence_forward/recurrence_step/"
-	                    "gla_forward/scalar_decay_forward/retention_forward/"
+	                    "gla_forward/rwkv6_forward/scalar_decay_forward/retention_forward/"
 	                    "linear_attention_forward/gated_delta_forward/gla_step/linear/"
 	                    "norm_linear",
 	        .axes = "pattern,seq-len,tokens,chunk,window,heads,d-model",

@@ -9,7 +9,8 @@
 # ours, cuDNN, FlashAttention-3 where it is built, and the portable kernels; --provider picks
 # others.
 #
-# BLOCKS in the environment names other programs (make bench-family).
+# BLOCKS in the environment names other programs (make bench-family); CHUNKS names chunk lengths
+# that gla's prefill takes besides its own.
 #
 # With --resume an interrupted run goes on where it was.
 set -eu
@@ -28,6 +29,7 @@ results/*/latency.csv) out=${out%latency.csv}$file ;;
 esac
 first=--truncate
 measures=yes
+chunks=${CHUNKS:-}
 rivals=
 if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
 	rivals=yes
@@ -41,6 +43,7 @@ for option in "$@"; do
 	--resume) first= ;;
 	--breakdown | --dry-run | --list | --help) measures= ;;
 	--provider | --provider=*) rivals= ;;
+	--chunk | --chunk=* | --pass | --pass=*) chunks= ;;
 	esac
 done
 
@@ -56,6 +59,9 @@ for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 		"$build/$program" $first "$@" --out "$out" || code=$?
 	fi
 	first=
+	if [ "$chunks" ] && [ "$program" = gla ] && [ "$code" -lt 2 ]; then
+		"$build/gla" "$@" --out "$out" --pass prefill --chunk "$chunks" || code=$?
+	fi
 	# 1: a case failed, and its row says how; 2: the options are wrong.
 	[ "$code" -lt 2 ] || exit "$code"
 	[ "$code" -eq 0 ] || failed=1

@@ -12,7 +12,17 @@ static const struct family_member gla = {
         .output = OUTPUT_NORM_GATE,
         .key_part = 2,
         .decay_name = "gk_proj.0.weight",
+        .value_factor = 1,
 };
 
-const struct layer_class gla_layer = {
-        .name = "gla", .tunables = "chunk", .family = &gla, FAMILY_FUNCTIONS};
+static int64_t four_heads(int64_t d_model)
+{
+	(void)d_model;
+	return 4;
+}
+
+const struct layer_class gla_layer = {.name = "gla",
+                                      .tunables = "chunk",
+                                      .family = &gla,
+                                      .default_heads = four_heads,
+                                      FAMILY_FUNCTIONS};

@@ -14,6 +14,7 @@ static const struct family_member hgrn = {
         .norm_over_all = true,
         .key_part = 1,
         .decay_name = "f_proj.weight",
+        .value_factor = 1,
 };
 
 const struct layer_class hgrn_layer = {

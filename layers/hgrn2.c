@@ -13,6 +13,7 @@ static const struct family_member hgrn2 = {
         .norm_over_all = true,
         .key_part = 1,
         .decay_name = "f_proj.weight",
+        .value_factor = 1,
 };
 
 const struct layer_class hgrn2_layer = {

@@ -113,6 +113,10 @@ struct layer_class {
 	 * pattern ("rat:16", "swa:1024") sets the first of them. */
 	const char *tunables;
 	const struct family_member *family; /* of the linear-attention family, or NULL */
+	/* Heads where the user names no number; NULL: as wide as layers/stack.c chooses. */
+	int64_t (*default_heads)(int64_t d_model);
+	/* Columns M of the tensor that enters OutProj; NULL: D. */
+	int64_t (*mix_width)(const struct layer_config *config);
 
 	/* STATUS_INVALID with one line naming the option and what is allowed. */
 	enum status (*check)(const struct layer_config *config);
@@ -120,7 +124,7 @@ struct layer_class {
 	/*
 	 * The tensors it wants; each returns how many. For temporal-mixing
 	 * layers saved[SAVED_PROJ] is the output of InProj [N, P] (q and k
-	 * possibly rotated in place) and saved[SAVED_MIX] the input of OutProj [N, D].
+	 * possibly rotated in place) and saved[SAVED_MIX] the input of OutProj [N, M].
 	 */
 	int (*parameters)(const struct layer_config *config, struct tensor_spec *specs);
 	int (*state)(const struct layer_config *config, const struct layer_shape *shape,
@@ -164,7 +168,7 @@ struct layer_class {
 	                              const struct layer_shape *shape, const double *const *param,
 	                              int64_t n_seq, int64_t position, const double *proj,
 	                              double *const *state, double *mix);
-	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, D]; those of the parameters that act
+	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, M]; those of the parameters that act
 	 * inside Mix are added to grad[i] (others are left alone), shaped as param[i]. */
 	enum status (*reference_mix_backward)(const struct layer_config *config,
 	                                      const double *const *param, int64_t batch,
@@ -197,7 +201,7 @@ extern const struct layer_class *const layer_classes[];
 const struct layer_class *layer_class_find(const char *name);
 
 /* Every temporal-mixing layer: parameter 0 is norm_weight [D] (fp32), parameter 1 in_proj [P, D],
- * parameter 2 out_proj [D, D]; others follow. ffn: 0 norm_weight, 1 fc1 [4D, D], 2 fc2 [D, 4D]. */
+ * parameter 2 out_proj [D, M]; others follow. ffn: 0 norm_weight, 1 fc1 [4D, D], 2 fc2 [D, 4D]. */
 enum { PARAM_NORM = 0, PARAM_IN_PROJ = 1, PARAM_OUT_PROJ = 2, PARAM_OTHER = 3 };
 
 #endif

@@ -10,6 +10,7 @@ static const struct family_member linear_attention = {
         .input = INPUT_AS_IS,
         .output = OUTPUT_NORM,
         .key_part = 1,
+        .value_factor = 1,
 };
 
 const struct layer_class linear_attention_layer = {.name = "linear_attention",

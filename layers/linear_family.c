@@ -38,6 +38,11 @@ struct run {
 
 /* ---- widths ---- */
 
+int64_t family_value_width(const struct layer_config *config)
+{
+	return family_member(config)->value_factor * config->d_model;
+}
+
 int64_t family_key_width(const struct layer_config *config)
 {
 	const struct family_member *m = family_member(config);
@@ -80,9 +85,9 @@ int64_t family_column_width(const struct layer_config *config, enum family_colum
 	case COLUMN_DECAY:
 		return m->input == INPUT_DECAY_GATE ? GATE_RANK : family_decay_width(config);
 	case COLUMN_GATE:
-		return m->output == OUTPUT_NORM ? 0 : config->d_model;
+		return m->output == OUTPUT_NORM ? 0 : family_value_width(config);
 	default:
-		return config->d_model;
+		return family_value_width(config);
 	}
 }
 
@@ -134,7 +139,8 @@ enum status family_check(const struct layer_config *config)
 int family_parameters(const struct layer_config *config, struct tensor_spec *specs)
 {
 	const struct family_member *m = family_member(config);
-	int64_t d = config->d_model, h = config->n_heads, decay = family_decay_width(config);
+	int64_t d = family_value_width(config), h = config->n_heads;
+	int64_t decay = family_decay_width(config);
 	int64_t low_rank = m->input == INPUT_DECAY_GATE ? decay : 0;
 	int64_t forget = m->input == INPUT_FORGET_GATE ? decay : 0;
 	int64_t conv = m->input == INPUT_CONVOLVED ? family_conv_width(config) : 0;
@@ -162,7 +168,7 @@ int family_state(const struct layer_config *config, const struct layer_shape *sh
                  struct tensor_spec *specs)
 {
 	const struct family_member *m = family_member(config);
-	int64_t h = config->n_heads, d = shape->capacity > 0 ? config->d_model : 0;
+	int64_t h = config->n_heads, d = shape->capacity > 0 ? family_value_width(config) : 0;
 	const struct tensor_spec matrix = {"s",
 	                                   STORAGE_FP32,
 	                                   4,
@@ -191,7 +197,7 @@ int family_saved(const struct layer_config *config, const struct layer_shape *sh
                  struct tensor_spec *specs)
 {
 	const struct family_member *m = family_member(config);
-	int64_t d = config->d_model, n = shape->batch * shape->seq_len;
+	int64_t d = family_value_width(config), n = shape->batch * shape->seq_len;
 	bool forget = m->input == INPUT_FORGET_GATE, conv = m->input == INPUT_CONVOLVED;
 
 	mixing_saved(config, shape, family_proj_width(config), specs);
@@ -211,7 +217,7 @@ int family_scratch(const struct layer_config *config, const struct layer_shape *
                    struct tensor_spec *specs)
 {
 	const struct family_member *m = family_member(config);
-	int64_t d = config->d_model, n = shape->batch * shape->seq_len;
+	int64_t d = family_value_width(config), n = shape->batch * shape->seq_len;
 	int64_t decay = family_decay_width(config),
 	        keys = config->n_heads * family_key_width(config);
 	bool forget = m->input == INPUT_FORGET_GATE, conv = m->input == INPUT_CONVOLVED;
@@ -278,7 +284,7 @@ static struct view query(const struct run *r)
 	if (r->member->input == INPUT_CONVOLVED)
 		return shared_keys(r, COLUMN_Q);
 	if (r->member->input == INPUT_FORGET_GATE)
-		return whole(r, r->memory->saved[SAVED_INPUT], r->config->d_model);
+		return whole(r, r->memory->saved[SAVED_INPUT], family_value_width(r->config));
 	return columns(r, r->memory->saved[SAVED_PROJ], COLUMN_Q);
 }
 
@@ -287,14 +293,14 @@ static struct view key(const struct run *r)
 	if (r->member->input == INPUT_CONVOLVED)
 		return shared_keys(r, COLUMN_K);
 	if (r->member->input == INPUT_FORGET_GATE)
-		return whole(r, r->memory->saved[SAVED_KEY], r->config->d_model);
+		return whole(r, r->memory->saved[SAVED_KEY], family_value_width(r->config));
 	return columns(r, r->memory->saved[SAVED_PROJ], COLUMN_K);
 }
 
 static struct view value(const struct run *r)
 {
 	if (r->member->input == INPUT_CONVOLVED || r->member->vector_state)
-		return whole(r, r->memory->saved[SAVED_INPUT], r->config->d_model);
+		return whole(r, r->memory->saved[SAVED_INPUT], family_value_width(r->config));
 	return columns(r, r->memory->saved[SAVED_PROJ], COLUMN_V);
 }
 
@@ -325,7 +331,7 @@ static struct forget_gate_args forget_args(const struct run *r)
 {
 	return (struct forget_gate_args){
 	        .n_tokens = count_tokens(r),
-	        .width = r->config->d_model,
+	        .width = family_value_width(r->config),
 	        .stride = family_proj_width(r->config),
 	        .logit = column(r, r->memory->saved[SAVED_PROJ], COLUMN_DECAY),
 	        .x = column(r, r->memory->saved[SAVED_PROJ], forget_input(r)),
@@ -362,7 +368,7 @@ static struct time_step_args time_step_args(const struct run *r)
 	return (struct time_step_args){
 	        .n_tokens = count_tokens(r),
 	        .n_heads = r->config->n_heads,
-	        .d_head = r->config->d_model / r->config->n_heads,
+	        .d_head = family_value_width(r->config) / r->config->n_heads,
 	        .logit_stride = family_proj_width(r->config),
 	        .x_stride = family_conv_width(r->config),
 	        .logit = column(r, r->memory->saved[SAVED_PROJ], COLUMN_DECAY),
@@ -569,7 +575,7 @@ static enum status prepare_backward(const struct run *r)
 
 static struct recurrence_args vector_args(const struct run *r)
 {
-	int64_t d = r->config->d_model;
+	int64_t d = family_value_width(r->config);
 
 	return (struct recurrence_args){
 	        .batch = r->shape->batch,
@@ -592,7 +598,7 @@ static struct matrix_recurrence_args matrix_args(const struct run *r)
 	        .seq_len = r->shape->seq_len,
 	        .n_heads = r->config->n_heads,
 	        .d_k = d_k,
-	        .d_v = r->config->d_model / r->config->n_heads,
+	        .d_v = family_value_width(r->config) / r->config->n_heads,
 	        .decay = r->member->decay,
 	        .rule = RULE_PLAIN,
 	        .chunk = r->config->chunk,
@@ -602,7 +608,7 @@ static struct matrix_recurrence_args matrix_args(const struct run *r)
 	        .v = value(r),
 	        .log_decay =
 	                whole(r, r->memory->saved[SAVED_LOG_DECAY], family_decay_width(r->config)),
-	        .out = whole(r, r->memory->saved[SAVED_OUT], r->config->d_model),
+	        .out = whole(r, r->memory->saved[SAVED_OUT], family_value_width(r->config)),
 	        .final_state = r->memory->state[STATE_S],
 	};
 }
@@ -663,7 +669,7 @@ static enum status recur_step(const struct run *r)
 static struct view value_gradient(const struct run *r)
 {
 	if (r->member->input == INPUT_CONVOLVED || r->member->vector_state)
-		return whole(r, r->memory->scratch[SCRATCH_DV], r->config->d_model);
+		return whole(r, r->memory->scratch[SCRATCH_DV], family_value_width(r->config));
 	return columns(r, r->memory->scratch[SCRATCH_DPROJ], COLUMN_V);
 }
 
@@ -679,7 +685,8 @@ static struct view key_gradient(const struct run *r, int scratch, enum family_co
 
 static enum status recur_backward(const struct run *r)
 {
-	const struct view dout = whole(r, r->memory->scratch[SCRATCH_DOUT], r->config->d_model);
+	const struct view dout =
+	        whole(r, r->memory->scratch[SCRATCH_DOUT], family_value_width(r->config));
 	const struct view dlog_decay =
 	        whole(r, r->memory->scratch[SCRATCH_DLOG_DECAY], family_decay_width(r->config));
 
@@ -714,7 +721,7 @@ static struct norm_gate_args norm_gate_args(const struct run *r)
 	return (struct norm_gate_args){
 	        .n_tokens = count_tokens(r),
 	        .n_heads = groups,
-	        .d_head = r->config->d_model / groups,
+	        .d_head = family_value_width(r->config) / groups,
 	        .gate_stride = family_proj_width(r->config),
 	        .eps = family_norm_eps,
 	        .x = r->memory->saved[SAVED_OUT],
@@ -733,7 +740,7 @@ static struct gate_norm_args gate_norm_args(const struct run *r)
 	return (struct gate_norm_args){
 	        .n_tokens = count_tokens(r),
 	        .n_heads = r->config->n_heads,
-	        .d_head = r->config->d_model / r->config->n_heads,
+	        .d_head = family_value_width(r->config) / r->config->n_heads,
 	        .groups = family_norm_groups(r->config),
 	        .skip_stride = gated ? family_conv_width(r->config) : 0,
 	        .gate_stride = gated ? family_proj_width(r->config) : 0,
@@ -856,7 +863,8 @@ int family_golden_names(const struct layer_config *config, struct golden_name *n
 	        [COLUMN_V] = "v_proj.weight",    [COLUMN_DECAY] = family_member(config)->decay_name,
 	        [COLUMN_GATE] = "g_proj.weight",
 	};
-	int64_t d = config->d_model, low_rank = family_decay_width(config);
+	int64_t d = config->d_model, d_v = family_value_width(config),
+	        low_rank = family_decay_width(config);
 	int n = 0;
 
 	names[n++] = (struct golden_name){"input_norm.weight", PARAM_NORM, 0, d};
@@ -870,7 +878,7 @@ int family_golden_names(const struct layer_config *config, struct golden_name *n
 		names[n++] = (struct golden_name){"gk_proj.1.bias", PARAM_GK_BIAS, 0, low_rank};
 	}
 	names[n++] = (struct golden_name){"g_norm.weight", PARAM_OUT_NORM, 0,
-	                                  d / family_norm_groups(config)};
+	                                  d_v / family_norm_groups(config)};
 	names[n++] = (struct golden_name){"o_proj.weight", PARAM_OUT_PROJ, 0, d};
 	return n;
 }

@@ -6,9 +6,8 @@
  * what its output goes through before OutProj. A member is a row of such choices, in a file of its
  * own; layers/linear_family.c runs and verifies all of them.
  *
- * v, the gate and o are D wide in every member, so that OutProj is D x D as in the other blocks of
- * this benchmark and a block costs about the 4 D^2 parameters of attention, rather than twice
- * as many where a paper widens its values (RetNet, Mamba-2).
+ * v, the gate and o are as wide as the member's paper has them: D, or 2 D in RetNet and Mamba-2,
+ * whose blocks have 8 D^2 and 6 D^2 parameters where the others have the 4 D^2 of attention.
  */
 #ifndef LAYERS_LINEAR_FAMILY_H
 #define LAYERS_LINEAR_FAMILY_H
@@ -42,6 +41,7 @@ struct family_member {
 	/* q and k: one head of shared_keys columns that all heads read, or else D / key_part
 	 * columns that the heads divide. */
 	int64_t key_part, shared_keys;
+	int64_t value_factor;   /* v, the gate and o are value_factor D wide */
 	const char *decay_name; /* of InProj's rows that the decay is made of, in golden files */
 };
 
@@ -63,6 +63,8 @@ enum status family_step(struct context *ctx, const struct layer_config *config,
                         const struct layer_shape *shape, struct layer_memory *memory,
                         const int32_t *position, int64_t position_hint, const void *x, void *y);
 int family_golden_names(const struct layer_config *config, struct golden_name *names);
+/* Columns of v, the gate and o. */
+int64_t family_value_width(const struct layer_config *config);
 
 /* layers/linear_reference.c */
 enum status family_reference_mix(const struct layer_config *config, const double *const *param,
@@ -83,7 +85,7 @@ enum status family_reference_mix_backward(const struct layer_config *config,
 	.saved = family_saved, .scratch = family_scratch, .forward = family_forward,               \
 	.backward = family_backward, .step = family_step, .reference_anywhere = true,              \
 	.reference_mix = family_reference_mix, .reference_step = family_reference_step,            \
-	.reference_mix_backward = family_reference_mix_backward,                                   \
+	.reference_mix_backward = family_reference_mix_backward, .mix_width = family_value_width,  \
 	.golden_names = family_golden_names
 
 /* ---- for linear_family.c and linear_reference.c alone ---- */

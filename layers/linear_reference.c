@@ -41,7 +41,7 @@ static double *cut(double *memory, int64_t *taken, int64_t count)
 static int64_t lay_out(const struct problem *p, struct tensors *t)
 {
 	const struct layer_config *config = p->config;
-	int64_t n = tokens_of(p), d = config->d_model, taken = 0;
+	int64_t n = tokens_of(p), d = family_value_width(config), taken = 0;
 	int64_t keys = n * config->n_heads * family_key_width(config);
 	bool conv = p->member->input == INPUT_CONVOLVED, vector = p->member->vector_state;
 	bool forget = p->member->input == INPUT_FORGET_GATE;
@@ -128,7 +128,7 @@ static enum status prepare_convolved(const struct problem *p, const struct tenso
 	if (status == STATUS_OK)
 		status = convolve(p, t, COLUMN_V, t->x, history);
 	if (status == STATUS_OK)
-		reference_time_step(tokens_of(p), h, p->config->d_model / h,
+		reference_time_step(tokens_of(p), h, family_value_width(p->config) / h,
 		                    t->column[COLUMN_DECAY], p->param[PARAM_DT_BIAS],
 		                    p->param[PARAM_LOG_RATE], t->x, t->log_decay, t->v);
 	return status;
@@ -175,7 +175,7 @@ static void convolved_backward(const struct problem *p, const struct tensors *t,
 {
 	static const enum family_column blocks[] = {COLUMN_Q, COLUMN_K, COLUMN_V};
 	const double *const dout[] = {g->q, g->k, g->x};
-	int64_t h = p->config->n_heads, d = p->config->d_model;
+	int64_t h = p->config->n_heads, d = family_value_width(p->config);
 
 	/* dx of the time step goes where v was, which is no longer needed; g->x holds the skip's.
 	 */
@@ -236,7 +236,7 @@ static struct reference_recurrence vector_of(const struct problem *p, const stru
 	return (struct reference_recurrence){
 	        .batch = p->n_seq,
 	        .seq_len = p->seq_len,
-	        .d_model = p->config->d_model,
+	        .d_model = family_value_width(p->config),
 	        .form = GATE_LOG_DECAY,
 	        .x = t->v,
 	        .gate = t->log_decay,
@@ -254,7 +254,7 @@ static struct reference_matrix matrix_of(const struct problem *p, const struct t
 	        .seq_len = p->seq_len,
 	        .n_heads = p->config->n_heads,
 	        .d_k = d_k,
-	        .d_v = p->config->d_model / p->config->n_heads,
+	        .d_v = family_value_width(p->config) / p->config->n_heads,
 	        .decay = p->member->decay,
 	        .rule = RULE_PLAIN,
 	        .scale = p->member->unscaled ? 1 : 1 / sqrt((double)d_k),
@@ -305,7 +305,7 @@ static struct reference_gate_norm gate_norm_of(const struct problem *p, const st
 	return (struct reference_gate_norm){
 	        .n = tokens_of(p),
 	        .n_heads = p->config->n_heads,
-	        .d_head = p->config->d_model / p->config->n_heads,
+	        .d_head = family_value_width(p->config) / p->config->n_heads,
 	        .groups = family_norm_groups(p->config),
 	        .eps = family_norm_eps,
 	        .x = t->o,
@@ -322,7 +322,7 @@ static enum status finish(const struct problem *p, const struct tensors *t)
 	int64_t groups = family_norm_groups(p->config);
 
 	if (p->member->output == OUTPUT_NORM_GATE) {
-		reference_norm_gate(tokens_of(p), groups, p->config->d_model / groups,
+		reference_norm_gate(tokens_of(p), groups, family_value_width(p->config) / groups,
 		                    family_norm_eps, t->o, p->param[PARAM_OUT_NORM],
 		                    t->column[COLUMN_GATE], t->v, NULL);
 		return STATUS_OK;
@@ -340,9 +340,9 @@ static enum status finish_backward(const struct problem *p, const struct tensors
 
 	if (p->member->output == OUTPUT_NORM_GATE)
 		return reference_norm_gate_backward(
-		        tokens_of(p), groups, p->config->d_model / groups, family_norm_eps, t->o,
-		        p->param[PARAM_OUT_NORM], t->column[COLUMN_GATE], dmix, g->o,
-		        g->column[COLUMN_GATE], dparam[PARAM_OUT_NORM]);
+		        tokens_of(p), groups, family_value_width(p->config) / groups,
+		        family_norm_eps, t->o, p->param[PARAM_OUT_NORM], t->column[COLUMN_GATE],
+		        dmix, g->o, g->column[COLUMN_GATE], dparam[PARAM_OUT_NORM]);
 	const struct reference_gate_norm forward = gate_norm_of(p, t);
 	const struct reference_gate_norm_grads grads = {
 	        .dx = g->o,
@@ -373,7 +373,7 @@ enum status family_reference_mix(const struct layer_config *config, const double
 	if (status == STATUS_OK)
 		status = finish(&p, &t);
 	if (status == STATUS_OK)
-		reference_get_rows(config->d_model, n_rows, rows, t.v, mix);
+		reference_get_rows(family_value_width(config), n_rows, rows, t.v, mix);
 	reference_release(t.memory);
 	return status;
 }
@@ -406,7 +406,7 @@ enum status family_reference_step(const struct layer_config *config,
 	if (status == STATUS_OK)
 		status = finish(&p, &t);
 	if (status == STATUS_OK)
-		mixing_copy(n_seq * config->d_model, t.v, mix);
+		mixing_copy(n_seq * family_value_width(config), t.v, mix);
 	reference_release(before);
 	reference_release(t.memory);
 	return status;

@@ -3,8 +3,8 @@
  * with dt = softplus(. + bias) and a rate per head,
  *   S_t = exp(-rate dt_t) S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + skip x_t,
  * and RMSNorm(o silu(z)) over all channels. C is the family's q and B its k, 128 wide and shared by
- * the heads; x is its v, z its gate. InProj's columns are C, B, x, dt (one per head), z. The inner
- * width is D, not 2D (layers/linear_family.h); --heads D/64 makes heads 64 wide, as in the paper.
+ * the heads; x is its v, z its gate, both 2D wide, in heads of 64. InProj's columns are C, B, x, dt
+ * (one per head), z.
  */
 #include "layers/linear_family.h"
 
@@ -16,7 +16,16 @@ static const struct family_member mamba2 = {
         .norm_over_all = true,
         .shared_keys = 128,
         .decay_name = "dt_proj.weight",
+        .value_factor = 2,
 };
 
-const struct layer_class mamba2_layer = {
-        .name = "mamba2", .tunables = "chunk", .family = &mamba2, FAMILY_FUNCTIONS};
+static int64_t heads_of_64(int64_t d_model)
+{
+	return d_model % 32 == 0 ? d_model / 32 : 1;
+}
+
+const struct layer_class mamba2_layer = {.name = "mamba2",
+                                         .tunables = "chunk",
+                                         .family = &mamba2,
+                                         .default_heads = heads_of_64,
+                                         FAMILY_FUNCTIONS};

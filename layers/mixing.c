@@ -25,6 +25,11 @@ enum status mixing_check(const struct layer_config *config, bool rotates)
 	return STATUS_OK;
 }
 
+int64_t mixing_width(const struct layer_config *config)
+{
+	return config->class->mix_width ? config->class->mix_width(config) : config->d_model;
+}
+
 int mixing_parameters(const struct layer_config *config, int64_t d_proj, struct tensor_spec *specs)
 {
 	int64_t d = config->d_model;
@@ -33,8 +38,8 @@ int mixing_parameters(const struct layer_config *config, int64_t d_proj, struct 
 	        "norm_weight", STORAGE_FP32, 1, {config->prenorm ? d : 0}, INIT_ONES};
 	specs[PARAM_IN_PROJ] =
 	        (struct tensor_spec){"in_proj", STORAGE_ACTIVATION, 2, {d_proj, d}, INIT_NORMAL};
-	specs[PARAM_OUT_PROJ] =
-	        (struct tensor_spec){"out_proj", STORAGE_ACTIVATION, 2, {d, d}, INIT_NORMAL};
+	specs[PARAM_OUT_PROJ] = (struct tensor_spec){
+	        "out_proj", STORAGE_ACTIVATION, 2, {d, mixing_width(config)}, INIT_NORMAL};
 	return PARAM_OTHER;
 }
 
@@ -46,7 +51,8 @@ int mixing_saved(const struct layer_config *config, const struct layer_shape *sh
 
 	specs[SAVED_PROJ] =
 	        (struct tensor_spec){"proj", STORAGE_ACTIVATION, 2, {n, d_proj}, INIT_ZEROS};
-	specs[SAVED_MIX] = (struct tensor_spec){"mix", STORAGE_ACTIVATION, 2, {n, d}, INIT_ZEROS};
+	specs[SAVED_MIX] = (struct tensor_spec){
+	        "mix", STORAGE_ACTIVATION, 2, {n, mixing_width(config)}, INIT_ZEROS};
 	specs[SAVED_X_NORM] = (struct tensor_spec){
 	        "x_norm", STORAGE_ACTIVATION, 2, {train ? n : 0, d}, INIT_ZEROS};
 	specs[SAVED_RSTD] =
@@ -57,10 +63,10 @@ int mixing_saved(const struct layer_config *config, const struct layer_shape *sh
 int mixing_scratch(const struct layer_config *config, const struct layer_shape *shape,
                    int64_t d_proj, struct tensor_spec *specs)
 {
-	int64_t d = config->d_model, n = shape->batch * shape->seq_len;
+	int64_t n = shape->batch * shape->seq_len;
 
-	specs[SCRATCH_DMIX] =
-	        (struct tensor_spec){"dmix", STORAGE_ACTIVATION, 2, {n, d}, INIT_ZEROS};
+	specs[SCRATCH_DMIX] = (struct tensor_spec){
+	        "dmix", STORAGE_ACTIVATION, 2, {n, mixing_width(config)}, INIT_ZEROS};
 	specs[SCRATCH_DPROJ] =
 	        (struct tensor_spec){"dproj", STORAGE_ACTIVATION, 2, {n, d_proj}, INIT_ZEROS};
 	return SCRATCH_OTHER;
@@ -113,7 +119,7 @@ enum status mixing_out_proj(struct context *ctx, const struct layer_config *conf
 {
 	const struct linear_residual_args args = {
 	        .n_tokens = shape->batch * shape->seq_len,
-	        .d_in = config->d_model,
+	        .d_in = mixing_width(config),
 	        .d_out = config->d_model,
 	        .x = memory->saved[SAVED_MIX],
 	        .weight = memory->param[PARAM_OUT_PROJ],
@@ -130,7 +136,7 @@ enum status mixing_out_proj_backward(struct context *ctx, const struct layer_con
 {
 	const struct linear_residual_backward_args args = {
 	        .n_tokens = shape->batch * shape->seq_len,
-	        .d_in = config->d_model,
+	        .d_in = mixing_width(config),
 	        .d_out = config->d_model,
 	        .x = memory->saved[SAVED_MIX],
 	        .weight = memory->param[PARAM_OUT_PROJ],

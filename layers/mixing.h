@@ -14,6 +14,9 @@ enum { SCRATCH_DMIX = 0, SCRATCH_DPROJ = 1, SCRATCH_OTHER = 2 };
 /* STATUS_INVALID unless n_heads divides d_model into heads (of even width where they rotate). */
 enum status mixing_check(const struct layer_config *config, bool rotates);
 
+/* M, the columns of the tensor that enters OutProj. */
+int64_t mixing_width(const struct layer_config *config);
+
 /* The specs of the tensors that layer.h fixes; each returns how many it wrote. */
 int mixing_parameters(const struct layer_config *config, int64_t d_proj, struct tensor_spec *specs);
 int mixing_saved(const struct layer_config *config, const struct layer_shape *shape, int64_t d_proj,

@@ -15,8 +15,8 @@ static int64_t default_heads(const struct layer_class *class, int64_t d_model)
 {
 	int64_t width = d_model >= 1024 && d_model % 128 == 0 ? 128 : 64;
 
-	if (strcmp(class->name, "gla") == 0)
-		return 4;
+	if (class->default_heads)
+		return class->default_heads(d_model);
 	return d_model % width == 0 ? d_model / width : 1;
 }
 

@@ -21,7 +21,8 @@ struct stack_options {
 	int64_t n_layers; /* 0: as many as the pattern names; an ffn does not count */
 	bool ffn;         /* an ffn after each layer (models) */
 	int64_t vocab;    /* > 0: a model with embedding and head */
-	/* n_heads 0: GLA 4, others heads of 128 (of 64 where D < 1024 or no multiple of 128) */
+	/* n_heads 0: GLA 4, Mamba-2 heads of 64, others of 128 (of 64 where D < 1024 or no multiple
+	 * of 128) */
 	int64_t d_model, n_heads;
 	int64_t chunk, window, groups, train_len;
 	bool rope, prenorm, residual;

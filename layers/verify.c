@@ -144,6 +144,7 @@ enum status subject_open(struct subject *subject, const struct stack *stack, int
 	        .layer = layer,
 	        .config = config,
 	        .d_model = config->d_model,
+	        .d_mix = mixing_width(config),
 	        .d_proj = specs[PARAM_IN_PROJ].dims[0],
 	};
 	for (int i = 0; i < n && status == STATUS_OK; i++) {
@@ -320,37 +321,39 @@ enum status sequence_take(struct sequence *s, const struct subject *subject, int
                           int64_t n_rows, bool train)
 {
 	int64_t d = subject->d_model, p = subject->d_proj, tokens = train ? seq_len : 0;
-	int64_t grad = train ? d * larger(d, p) : 0;
+	int64_t m = subject->d_mix;
+	int64_t grad = train ? d * larger(m, p) : 0;
 	double *next;
 
 	*s = (struct sequence){.seq_len = seq_len, .n_rows = n_rows};
 	s->rows = malloc((size_t)n_rows * sizeof *s->rows);
 	s->marked = malloc((size_t)seq_len * sizeof *s->marked);
-	s->host = malloc((size_t)(n_rows * 4 * d) * sizeof *s->host);
+	s->host = malloc((size_t)(n_rows * (m + 2 * d + larger(m, d))) * sizeof *s->host);
 	if (!s->rows || !s->marked || !s->host)
 		return status_set(STATUS_OOM, "no memory to verify with");
-	enum status status = reference_take(
-	        seq_len * (2 * d + p) + n_rows * 3 * d + tokens * (4 * d + p) + grad, &s->memory);
+	enum status status = reference_take(seq_len * (2 * d + p) + n_rows * (m + 2 * d) +
+	                                            tokens * (3 * d + m + p) + grad,
+	                                    &s->memory);
 	if (status != STATUS_OK)
 		return status;
 	next = s->memory;
 	s->x = take(&next, seq_len * d);
 	s->x_norm = take(&next, seq_len * d);
 	s->proj = take(&next, seq_len * p);
-	s->mix = take(&next, n_rows * d);
+	s->mix = take(&next, n_rows * m);
 	s->branch = take(&next, n_rows * d);
 	s->x_rows = take(&next, n_rows * d);
 	s->dy = take(&next, tokens * d);
-	s->dmix = take(&next, tokens * d);
+	s->dmix = take(&next, tokens * m);
 	s->dproj = take(&next, tokens * p);
 	s->dx_norm = take(&next, tokens * d);
 	s->dx = take(&next, tokens * d);
 	s->grad = take(&next, grad);
 	next = s->host;
-	s->mix_host = take(&next, n_rows * d);
+	s->mix_host = take(&next, n_rows * m);
 	s->branch_host = take(&next, n_rows * d);
 	s->x_host = take(&next, n_rows * d);
-	s->actual = take(&next, n_rows * d);
+	s->actual = take(&next, n_rows * larger(m, d));
 	return STATUS_OK;
 }
 
@@ -371,9 +374,10 @@ static enum status expect_rows(const struct subject *subject, int64_t sequence, 
 	                                      s->seq_len, s->proj, s->n_rows, s->rows, s->mix);
 	if (status != STATUS_OK)
 		return status;
-	reference_linear(s->n_rows, d, d, s->mix, subject->param[PARAM_OUT_PROJ], s->branch);
+	reference_linear(s->n_rows, subject->d_mix, d, s->mix, subject->param[PARAM_OUT_PROJ],
+	                 s->branch);
 	reference_get_rows(d, s->n_rows, s->rows, s->x, s->x_rows);
-	status = verify_store(count, s->mix, s->mix_host);
+	status = verify_store(s->n_rows * subject->d_mix, s->mix, s->mix_host);
 	if (status == STATUS_OK)
 		status = verify_store(count, s->branch, s->branch_host);
 	return status == STATUS_OK ? verify_store(count, s->x_rows, s->x_host) : status;
@@ -383,16 +387,16 @@ enum status verify_rows(const struct subject *subject, int64_t sequence, struct 
                         double *worst)
 {
 	const struct stack *stack = subject->stack;
-	int64_t d = subject->d_model, first = sequence * s->seq_len;
+	int64_t d = subject->d_model, m = subject->d_mix, first = sequence * s->seq_len;
 	enum status status = expect_rows(subject, sequence, s);
 
 	if (status == STATUS_OK)
 		status = verify_download_rows(stack->backend,
-		                              stack->memory[subject->layer].saved[SAVED_MIX], d,
+		                              stack->memory[subject->layer].saved[SAVED_MIX], m,
 		                              first, s->n_rows, s->rows, s->actual);
 	if (status != STATUS_OK)
 		return status;
-	verify_raise(worst, verify_worst_row(s->n_rows, d, s->actual, s->mix_host));
+	verify_raise(worst, verify_worst_row(s->n_rows, m, s->actual, s->mix_host));
 	status = verify_download_rows(stack->backend, stack->layer_x[subject->layer + 1], d, first,
 	                              s->n_rows, s->rows, s->actual);
 	if (status == STATUS_OK)
@@ -420,7 +424,7 @@ enum status verify_outputs_finite(const struct subject *subject, int64_t n_token
 		const void *data;
 		int64_t width;
 	} tensors[] = {{saved[SAVED_PROJ], subject->d_proj},
-	               {saved[SAVED_MIX], subject->d_model},
+	               {saved[SAVED_MIX], subject->d_mix},
 	               {stack->layer_x[subject->layer + 1], subject->d_model}};
 	enum status status = STATUS_OK;
 

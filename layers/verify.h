@@ -13,7 +13,7 @@ struct subject {
 	const struct context *ctx; /* of the run */
 	int layer;
 	const struct layer_config *config;
-	int64_t d_model, d_proj;
+	int64_t d_model, d_proj, d_mix;
 	double *param[MAX_TENSORS];
 };
 
@@ -70,9 +70,10 @@ struct sequence {
 	bool *marked;
 	double *memory, *host;
 	double *x, *x_norm, *proj;               /* [T, D], [T, D], [T, P] */
-	double *mix, *branch, *x_rows;           /* [n_rows, D]: expected mix, OutProj of it */
-	double *mix_host, *branch_host, *x_host; /* [n_rows, D]: the same on the host */
-	double *actual;                          /* host [n_rows, D] */
+	double *mix, *branch, *x_rows;           /* [n_rows, M], [n_rows, D]: expected mix, OutProj
+	                                            of it */
+	double *mix_host, *branch_host, *x_host; /* the same on the host */
+	double *actual;                          /* host [n_rows, M] */
 	double *dy, *dmix, *dproj;               /* training: [T, D], [T, D], [T, P] */
 	double *dx_norm, *dx, *grad;             /* [T, D], [T, D], the largest parameter */
 };

@@ -126,7 +126,8 @@ static double *take(double **next, int64_t count)
 static enum status step_take(struct step *step, const struct subject *subject)
 {
 	const struct stack *stack = subject->stack;
-	int64_t d = subject->d_model, p = subject->d_proj, states = 0, largest = 0;
+	int64_t d = subject->d_model, p = subject->d_proj, m = subject->d_mix, states = 0;
+	int64_t largest = 0, wider = m > d ? m : d;
 
 	step->n_states = subject->config->class->state(subject->config, &stack->shape, step->specs);
 	for (int j = 0; j < step->n_states; j++) {
@@ -135,16 +136,17 @@ static enum status step_take(struct step *step, const struct subject *subject)
 		states += count;
 		largest = count > largest ? count : largest;
 	}
-	enum status status = reference_take(5 * d + p + 2 * states + largest, &step->memory);
+	enum status status =
+	        reference_take(3 * d + p + m + wider + 2 * states + largest, &step->memory);
 	if (status != STATUS_OK)
 		return status;
 	double *next = step->memory;
 	step->x = take(&next, d);
 	step->x_norm = take(&next, d);
 	step->proj = take(&next, p);
-	step->mix = take(&next, d);
+	step->mix = take(&next, m);
 	step->branch = take(&next, d);
-	step->actual = take(&next, d);
+	step->actual = take(&next, wider);
 	for (int j = 0; j < step->n_states; j++) {
 		step->before[j] = take(&next, state_count(stack, &step->specs[j]));
 		step->after[j] = take(&next, state_count(stack, &step->specs[j]));
@@ -219,14 +221,13 @@ static enum status verify_states(const struct subject *subject, int64_t sequence
 	return status;
 }
 
-/* Row `sequence` of a tensor [B, D]. */
-static enum status download_row(const struct subject *subject, const void *tensor, int64_t sequence,
-                                double *row)
+/* Row `sequence` of a tensor [B, width]. */
+static enum status download_row(const struct subject *subject, const void *tensor, int64_t width,
+                                int64_t sequence, double *row)
 {
 	const struct backend *backend = subject->stack->backend;
 
-	return verify_download(backend, backend->activation, tensor, sequence * subject->d_model,
-	                       subject->d_model, row);
+	return verify_download(backend, backend->activation, tensor, sequence * width, width, row);
 }
 
 /* Mix and y of one sequence: what was computed, and what should have been. */
@@ -234,15 +235,16 @@ static enum status verify_outputs(const struct subject *subject, int64_t sequenc
                                   const struct step *step, double *worst)
 {
 	const struct stack *stack = subject->stack;
-	int64_t d = subject->d_model;
+	int64_t d = subject->d_model, m = subject->d_mix;
 	enum status status = download_row(subject, stack->memory[subject->layer].saved[SAVED_MIX],
-	                                  sequence, step->actual);
+	                                  m, sequence, step->actual);
 
 	if (status != STATUS_OK)
 		return status;
-	*worst = fmax(*worst, verify_worst_row(1, d, step->actual, step->mix));
-	reference_linear(1, d, d, step->mix, subject->param[PARAM_OUT_PROJ], step->branch);
-	status = download_row(subject, stack->layer_x[subject->layer + 1], sequence, step->actual);
+	*worst = fmax(*worst, verify_worst_row(1, m, step->actual, step->mix));
+	reference_linear(1, m, d, step->mix, subject->param[PARAM_OUT_PROJ], step->branch);
+	status = download_row(subject, stack->layer_x[subject->layer + 1], d, sequence,
+	                      step->actual);
 	if (status == STATUS_OK)
 		*worst = fmax(*worst, verify_worst_sum(1, d, step->actual,
 		                                       subject->config->residual ? step->x : NULL,
@@ -257,8 +259,8 @@ static enum status verify_sequence(const struct subject *subject, int64_t s, str
 	const struct stack *stack = subject->stack;
 	const struct layer_config *config = subject->config;
 	int64_t sequence = stack->snapshot->sequences[s];
-	enum status status =
-	        download_row(subject, stack->layer_x[subject->layer], sequence, step->x);
+	enum status status = download_row(subject, stack->layer_x[subject->layer], subject->d_model,
+	                                  sequence, step->x);
 
 	if (status != STATUS_OK)
 		return status;

@@ -34,7 +34,7 @@ static enum status verify_sequence_backward(const struct subject *subject, int64
 {
 	const struct stack *stack = subject->stack;
 	const struct layer_config *config = subject->config;
-	int64_t d = subject->d_model, p = subject->d_proj, t = s->seq_len;
+	int64_t d = subject->d_model, p = subject->d_proj, m = subject->d_mix, t = s->seq_len;
 	double *const *param = subject->param, *dx = config->prenorm ? s->dx : s->dx_norm;
 	enum dtype dtype = stack->backend->activation;
 	enum status status =
@@ -43,8 +43,8 @@ static enum status verify_sequence_backward(const struct subject *subject, int64
 
 	if (status != STATUS_OK)
 		return status;
-	reference_linear_backward(t, d, d, s->mix, param[PARAM_OUT_PROJ], s->dy, s->dmix, s->grad);
-	mixing_add(d * d, s->grad, grads[PARAM_OUT_PROJ]);
+	reference_linear_backward(t, m, d, s->mix, param[PARAM_OUT_PROJ], s->dy, s->dmix, s->grad);
+	mixing_add(d * m, s->grad, grads[PARAM_OUT_PROJ]);
 	status = config->class->reference_mix_backward(config, (const double *const *)param, 1, t,
 	                                               s->proj, s->dmix, s->dproj, grads);
 	if (status != STATUS_OK)
@@ -146,7 +146,7 @@ struct sample {
 	int64_t *rows;
 	bool *marked;
 	double *memory, *host;
-	double *x, *x_norm, *proj, *dy, *dmix;         /* [T, D], [T, D], [T, P], [T, D], [T, D] */
+	double *x, *x_norm, *proj, *dy, *dmix;         /* [T, D], [T, D], [T, P], [T, D], [T, M] */
 	double *dproj, *dx_norm;                       /* [n_rows, P], [n_rows, D] */
 	double *dproj_host, *dx_norm_host, *dx, *norm; /* the same; [n_rows, D], [D] */
 	double *actual, *base;                         /* [n_rows, P], [n_rows, D] */
@@ -171,7 +171,7 @@ static void sample_release(struct sample *s)
 static enum status sample_take(struct sample *s, const struct subject *subject, int64_t seq_len,
                                int64_t n_rows)
 {
-	int64_t d = subject->d_model, p = subject->d_proj;
+	int64_t d = subject->d_model, p = subject->d_proj, m = subject->d_mix;
 	double *next;
 
 	*s = (struct sample){.seq_len = seq_len, .n_rows = n_rows};
@@ -180,7 +180,8 @@ static enum status sample_take(struct sample *s, const struct subject *subject, 
 	s->host = malloc((size_t)(n_rows * (2 * p + 4 * d) + d) * sizeof *s->host);
 	if (!s->rows || !s->marked || !s->host)
 		return status_set(STATUS_OOM, "no memory to verify with");
-	enum status status = reference_take(seq_len * (4 * d + p) + n_rows * (p + d), &s->memory);
+	enum status status =
+	        reference_take(seq_len * (3 * d + m + p) + n_rows * (p + d), &s->memory);
 	if (status != STATUS_OK)
 		return status;
 	next = s->memory;
@@ -188,7 +189,7 @@ static enum status sample_take(struct sample *s, const struct subject *subject, 
 	s->x_norm = take(&next, seq_len * d);
 	s->proj = take(&next, seq_len * p);
 	s->dy = take(&next, seq_len * d);
-	s->dmix = take(&next, seq_len * d);
+	s->dmix = take(&next, seq_len * m);
 	s->dproj = take(&next, n_rows * p);
 	s->dx_norm = take(&next, n_rows * d);
 	next = s->host;
@@ -209,7 +210,7 @@ static enum status expect_gradients(const struct subject *subject, int64_t seque
 	const struct layer_run run = {stack->backend, &stack->memory[subject->layer], sequence};
 	const struct reference_device *device = reference_in_use();
 	enum dtype dtype = stack->backend->activation;
-	int64_t d = subject->d_model, p = subject->d_proj, t = s->seq_len;
+	int64_t d = subject->d_model, p = subject->d_proj, m = subject->d_mix, t = s->seq_len;
 	enum status status = verify_load(stack->backend, dtype, stack->layer_x[subject->layer],
 	                                 sequence * t * d, t * d, s->x);
 
@@ -219,9 +220,9 @@ static enum status expect_gradients(const struct subject *subject, int64_t seque
 	if (status != STATUS_OK)
 		return status;
 	verify_project(subject, t, s->x, s->x_norm, s->proj);
-	device->linear_input_gradient(t, d, d, s->dy, subject->param[PARAM_OUT_PROJ], s->dmix);
+	device->linear_input_gradient(t, m, d, s->dy, subject->param[PARAM_OUT_PROJ], s->dmix);
 	if (dtype == DTYPE_BF16)
-		reference_round(dtype, t * d, s->dmix);
+		reference_round(dtype, t * m, s->dmix);
 	status = subject->config->class->reference_dproj_rows(
 	        subject->config, (const double *const *)subject->param, &run, t, s->proj, s->dmix,
 	        s->n_rows, s->rows, s->dproj);
@@ -439,7 +440,7 @@ static enum status verify_parameters(const struct subject *subject, uint64_t see
 	const struct reference_gradient_of out = {
 	        .dtype = stack->backend->activation,
 	        .n = n_tokens,
-	        .d_in = d,
+	        .d_in = subject->d_mix,
 	        .d_out = d,
 	        .x_norm = memory->saved[SAVED_MIX],
 	        .dy = stack->layer_dy[subject->layer + 1],

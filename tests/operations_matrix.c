@@ -98,6 +98,7 @@ static void any_matrix_inputs(struct trial *trial, struct matrix_trial *x)
 static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args *a, int64_t longest)
 {
 	static const int64_t widths[] = {8, 40, 64, 72, 128, 136, 256};
+	static const int64_t chunks[] = {0, 16, 32, 64, 128, 256};
 	struct random *random = &trial->random;
 
 	a->batch = random_integer(random, 1, 3);
@@ -115,7 +116,7 @@ static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args 
 		a->rule = RULE_PLAIN;
 	a->chunk = random_integer(random, 0, random_bool(random) ? 70 : 2 * a->seq_len);
 	if (trial->narrow && random_bool(random))
-		a->chunk = 64 * random_integer(random, 0, 1);
+		a->chunk = random_choice(random, chunks, 6);
 	if (trial->narrow && random_integer(random, 0, 3) == 0) {
 		a->d_k = random_choice(random, widths, 7);
 		a->d_v = random_choice(random, widths, 7);
@@ -124,6 +125,8 @@ static void any_matrix_shape(struct trial *trial, struct matrix_recurrence_args 
 		a->batch = 1;
 		a->seq_len = random_integer(random, 150, 1400);
 	}
+	if (random_integer(random, 0, 9) == 0) /* the parallel form */
+		a->chunk = a->seq_len;
 	a->scale = (float)(1 / sqrt((double)a->d_k));
 }
 

@@ -1,9 +1,10 @@
 /*
  * Gated linear attention, forward, for sm_90a: S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t,
- * o_t = scale q_t S_t, bf16 in and out, states in fp32. Chunks of 64 tokens; two kernels:
+ * o_t = scale q_t S_t, bf16 in and out, states in fp32. Chunks of 64, 32 or 16 tokens; two
+ * kernels:
  *
- *   prepare  every chunk by itself: q decayed from the chunk's start, k decayed to its
- *            end, the 64 x 64 scores inside it and its whole decay, in the order and
+ *   prepare  (gla_prepare.cu) every chunk by itself: q decayed from the chunk's start, k
+ *            decayed to its end, the scores inside it and its whole decay, in the order and
  *            swizzle in which the second kernel's products read them from shared memory
  *   recur    a block takes 128 (64) columns of v of one sequence and head through all
  *            its chunks. The state stays on chip, transposed, as fp32 accumulators
@@ -33,10 +34,15 @@
  *   the cluster's barriers without release at cluster scope, which
  *     made every warp wait for its own stores in each chunk            1.84 / 2.32 ms
  * Widths up to 128 (16 heads x 128/128): two kernels 2.83 ms, one kernel 2.21 ms.
+ *
+ * Shorter chunks save scores, but round the state to bf16 and wait for the tensor cores more
+ * often: 64, 32, 16 tokens take 1.87, 2.01, 2.48 ms at T = 4096. Longer ones: gla_materialise.cu.
+ * wgmma in: recur_kernel, fused_kernel
  */
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/hopper/gla.cuh"
 #include "kernels/hopper/gla_chunk.cuh"
 #include "kernels/hopper/hopper.h"
 #include "kernels/hopper/panels.cuh"
@@ -50,181 +56,60 @@ namespace
 {
 
 constexpr int CLUSTER = 2; /* blocks at most */
-constexpr int PREPARE_WIDE = 2, PREPARE_BLOCKS = 3;
 
-/* What `prepare` leaves of a chunk, byte offsets: panels of 64 channels, 128-byte swizzle. */
-template <int DK> struct record {
-	static constexpr int QUERIES = 0;
-	static constexpr int SCORES = DK / 64 * PANEL_BYTES; /* [query, key] */
-	static constexpr int KEYS = SCORES + PANEL_BYTES;
-	static constexpr int DECAYS = KEYS + DK / 64 * PANEL_BYTES; /* fp32 [d_k] */
-	static constexpr int BYTES = DECAYS + DK * 4;
-};
-
-/* ---- prepare */
-
-struct prepare_parameters {
-	CUtensorMap q, k, log_decay;
-	int n_heads, chunks, total; /* chunks of a sequence and head; of all */
-	float scale;
-	unsigned char *records;
-};
-
-struct prepare_layout {
-	static constexpr int STAGES = 2, STAGE_BYTES = 3 * PANEL_BYTES;
-	static constexpr int EXCHANGE = STAGES * STAGE_BYTES;
-	static constexpr int BARRIERS = EXCHANGE + STAGES * EXCHANGE_BYTES;
-	static constexpr int BYTES = BARRIERS + STAGES * 8 + 1024; /* 1024: room to align */
-};
-
-/* The tiles that a block takes: all panels of a chunk, then its next chunk. */
-template <int DK> struct cursor {
-	int chunk = blockIdx.x, panel = 0;
-	int stage = 0;
-	uint32_t parity = 0;
-
-	__device__ void advance()
-	{
-		if (++panel == DK / 64) {
-			panel = 0;
-			chunk += gridDim.x;
-		}
-		if (++stage == prepare_layout::STAGES) {
-			stage = 0;
-			parity ^= 1;
-		}
-	}
-};
-
-template <int DK>
-__device__ __forceinline__ void load_panel(const prepare_parameters &p, uint32_t shared,
-                                           cursor<DK> &at)
-{
-	const int sequence = at.chunk / p.chunks, token = at.chunk % p.chunks * CHUNK;
-	const int b = sequence / p.n_heads, h = sequence % p.n_heads;
-	const uint32_t full = shared + prepare_layout::BARRIERS + at.stage * 8;
-	const uint32_t stage = shared + at.stage * prepare_layout::STAGE_BYTES;
-
-	if (at.chunk >= p.total)
-		return;
-	barrier_arrive_expect(full, 3 * PANEL_BYTES);
-	tensor_load(stage, &p.log_decay, full, at.panel * 64, token, h, b);
-	tensor_load(stage + PANEL_BYTES, &p.q, full, at.panel * 64, token, h, b);
-	tensor_load(stage + 2 * PANEL_BYTES, &p.k, full, at.panel * 64, token, h, b);
-	at.advance();
-}
-
-template <int DK>
-__global__ void __launch_bounds__(128, PREPARE_BLOCKS)
-        prepare_kernel(const __grid_constant__ prepare_parameters p)
-{
-	using layout = prepare_layout;
-	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
-	const bool leader = threadIdx.x == 0;
-	cursor<DK> now, ahead;
-	chunk_scores s = {};
-
-	if (leader) {
-		for (int i = 0; i < layout::STAGES; i++)
-			barrier_init(shared + layout::BARRIERS + i * 8, 1);
-		barrier_init_fence();
-		for (int i = 0; i < layout::STAGES; i++)
-			load_panel<DK>(p, shared, ahead);
-	}
-	__syncthreads();
-#pragma unroll 1
-	for (bool loaded = true; now.chunk < p.total; loaded = false) {
-		unsigned char *record_at =
-		        p.records + static_cast<int64_t>(now.chunk) * record<DK>::BYTES;
-		const uint32_t stage = shared + now.stage * layout::STAGE_BYTES;
-		const panel t = {stage + PANEL_BYTES, stage, stage + 2 * PANEL_BYTES};
-
-		barrier_wait(shared + layout::BARRIERS + now.stage * 8, now.parity);
-		prepare_panel<PREPARE_WIDE>(
-		        s, t, shared + layout::EXCHANGE + now.stage * EXCHANGE_BYTES, p.scale,
-		        now.chunk % p.chunks == 0,
-		        [&] {
-			        __syncthreads();
-			        /* The stage before this one, once it has been stored. */
-			        if (leader && !loaded) {
-				        store_wait_read();
-				        load_panel<DK>(p, shared, ahead);
-				        loaded = true;
-			        }
-		        },
-		        [&](int channel, float x, float y) {
-			        auto *decays =
-			                reinterpret_cast<float *>(record_at + record<DK>::DECAYS);
-
-			        *reinterpret_cast<float2 *>(decays + now.panel * 64 + channel) =
-			                make_float2(x, y);
-		        });
-		const bool last = now.panel == DK / 64 - 1;
-		if (last) {
-			__syncthreads();
-			store_scores(t.decays, s);
-			s = {};
-		}
-		fence_async_proxy();
-		__syncthreads();
-		if (leader) {
-			bulk_store(record_at + record<DK>::QUERIES + now.panel * PANEL_BYTES, t.q,
-			           PANEL_BYTES);
-			bulk_store(record_at + record<DK>::KEYS + now.panel * PANEL_BYTES, t.k,
-			           PANEL_BYTES);
-			if (last)
-				bulk_store(record_at + record<DK>::SCORES, t.decays, PANEL_BYTES);
-			store_commit();
-		}
-		now.advance();
-	}
-	if (leader)
-		store_wait_read();
-}
+/* What `recur` is run for: what each segment adds to the state; the outputs; the states before
+ * chunks of several records (gla_materialise.cu). */
+enum pass { ADDED, OUTPUTS, STATES };
 
 /* ---- recur */
 
 struct recur_parameters {
 	CUtensorMap v, out;
-	int n_heads, chunks, slices, d_v;
-	int cluster;               /* slices that load a record together */
-	int segments, per_segment; /* to run; chunks of each */
-	const unsigned char *records;
+	int n_heads, records, slices, d_v; /* records: of a sequence and head */
+	int cluster;                       /* slices that load a record together */
+	int segments, per_segment;         /* to run; records of each */
+	const unsigned char *prepared;
 	const float *h0; /* or NULL */
 	float *states;   /* [B, H, segments - 1, d_v / 64, d_k / 8, 128, 4]: what a segment adds */
 	float *decays;   /* [B, H, segments - 1, d_k]: its whole decay */
-	float *final_state; /* or NULL */
+	float *final_state;          /* or NULL */
+	unsigned char *chunk_states; /* gla.cuh's, of chunks of per_chunk records; of STATES */
+	int chunks, per_chunk;
 };
 
 struct fused_parameters : recur_parameters {
 	CUtensorMap q, k, log_decay;
+	int q_step, k_step; /* between heads: 0 where they share q or k */
 	float scale;
+	const float *bonus; /* [H, d_k] or NULL */
 };
 
-/* Of a stage: a record, and the columns of v that the block takes. */
-template <int DK, int WARPGROUPS> struct recur_layout {
+/* Of a stage: a record of PARTS chunks, and the columns of v that the block takes. */
+template <int DK, int WARPGROUPS, int PARTS, pass PASS> struct recur_layout {
+	using R = record<DK, PARTS>;
 	static constexpr bool FUSED = false;
-	static constexpr int FIRST_CONSUMER = 1; /* warpgroup */
-	static constexpr int QUERIES = record<DK>::QUERIES, SCORES = record<DK>::SCORES;
-	static constexpr int KEYS = record<DK>::KEYS, DECAYS = record<DK>::DECAYS;
-	static constexpr int V = (record<DK>::BYTES + 1023) / 1024 * 1024;
+	static constexpr int FIRST_CONSUMER = 1;                      /* warpgroup */
+	static constexpr int SKIPPED = PASS == OUTPUTS ? 0 : R::KEYS; /* of a record */
+	static constexpr int QUERIES = R::QUERIES, SCORES = R::SCORES;
+	static constexpr int KEYS = R::KEYS - SKIPPED, DECAYS = R::DECAYS - SKIPPED;
+	static constexpr int V = (R::BYTES - SKIPPED + 1023) / 1024 * 1024;
 	static constexpr int STAGE_BYTES = V + WARPGROUPS * PANEL_BYTES;
-	static constexpr int STAGES = DK == 256 ? 2 : 3;
+	static constexpr int STAGES = DK == 256 && PASS == OUTPUTS ? 2 : 3;
 	static constexpr int OUT = STAGES * STAGE_BYTES;
-	static constexpr int BARRIERS = OUT + WARPGROUPS * PANEL_BYTES; /* full, empty */
-	static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;     /* 1024: room to align */
+	static constexpr int OUT_BYTES = (PASS == STATES ? DK / 64 : 1) * PANEL_BYTES;
+	static constexpr int BARRIERS = OUT + WARPGROUPS * OUT_BYTES; /* full, empty */
+	static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;   /* 1024: room to align */
 };
 
 /* The same where the block prepares its chunks: the scores replace the log decays. */
-template <int DK, int WARPGROUPS> struct fused_layout {
+template <int DK, int WARPGROUPS, int PARTS> struct fused_layout {
 	static constexpr bool FUSED = true;
 	static constexpr int FIRST_CONSUMER = 2;
 	static constexpr int WIDTH = DK / 64 * PANEL_BYTES;
 	static constexpr int QUERIES = 0, SCORES = WIDTH, KEYS = 2 * WIDTH, V = 3 * WIDTH;
 	static constexpr int LOADED = V + WARPGROUPS * PANEL_BYTES;
 	static constexpr int DECAYS = LOADED;
-	static constexpr int STAGE_BYTES = LOADED + 1024;
+	static constexpr int STAGE_BYTES = LOADED + (PARTS * DK * 4 + 1023) / 1024 * 1024;
 	static constexpr int STAGES = 3;
 	static constexpr int OUT = STAGES * STAGE_BYTES;
 	static constexpr int EXCHANGE = OUT + WARPGROUPS * PANEL_BYTES;
@@ -234,7 +119,7 @@ template <int DK, int WARPGROUPS> struct fused_layout {
 
 /* What one block computes. */
 struct item {
-	int sequence, segment, slice, first, last; /* chunks first .. last - 1 */
+	int sequence, segment, slice, first, last; /* records first .. last - 1 */
 };
 
 __device__ __forceinline__ item locate(const recur_parameters &p)
@@ -245,52 +130,51 @@ __device__ __forceinline__ item locate(const recur_parameters &p)
 	t.segment = blockIdx.x / p.slices % p.segments;
 	t.sequence = blockIdx.x / p.slices / p.segments;
 	t.first = t.segment * p.per_segment;
-	t.last = min(t.first + p.per_segment, p.chunks);
+	t.last = min(t.first + p.per_segment, p.records);
 	return t;
 }
 
 /* What follows FIRST of a record; the blocks of a cluster load a part each, for all of them. */
-template <int DK, int FIRST>
+template <int FIRST, int END>
 __device__ __forceinline__ void load_record(const recur_parameters &p, uint32_t stage, int slice,
                                             const unsigned char *from, uint32_t full)
 {
-	const int bytes = (record<DK>::BYTES - FIRST) / p.cluster;
+	const int bytes = (END - FIRST) / p.cluster;
 	const int part = FIRST + slice % p.cluster * bytes;
 
 	if (p.cluster == 1)
-		bulk_load(stage + part, from + part, bytes, full);
+		bulk_load(stage + part - FIRST, from + part, bytes, full);
 	else
-		bulk_load_multicast(stage + part, from + part, bytes, full,
+		bulk_load_multicast(stage + part - FIRST, from + part, bytes, full,
 		                    static_cast<uint16_t>((1 << p.cluster) - 1));
 }
 
-template <int DK, int WARPGROUPS, bool OUTPUT>
+template <int DK, int WARPGROUPS, int PARTS, pass PASS>
 __device__ __forceinline__ void produce(const recur_parameters &p, uint32_t shared)
 {
-	using layout = recur_layout<DK, WARPGROUPS>;
-	constexpr int FIRST = OUTPUT ? record<DK>::QUERIES : record<DK>::KEYS;
-	constexpr int RECORD_BYTES = record<DK>::BYTES - FIRST;
+	using layout = recur_layout<DK, WARPGROUPS, PARTS, PASS>;
+	using R = record<DK, PARTS>;
+	constexpr int RECORD_BYTES = R::BYTES - layout::SKIPPED;
 	const item t = locate(p);
 	const int b = t.sequence / p.n_heads, h = t.sequence % p.n_heads;
 	const unsigned char *records =
-	        p.records + static_cast<int64_t>(t.sequence) * p.chunks * record<DK>::BYTES;
+	        p.prepared + static_cast<int64_t>(t.sequence) * p.records * R::BYTES;
 	slot_ring<layout::STAGES> r;
 
 #pragma unroll 1
-	for (int chunk = t.first; chunk < t.last; chunk++) {
+	for (int number = t.first; number < t.last; number++) {
 		const uint32_t full = shared + layout::BARRIERS + r.slot * 8;
 		const uint32_t empty = full + layout::STAGES * 8;
 		const uint32_t stage = shared + r.slot * layout::STAGE_BYTES;
 
 		barrier_wait(empty, r.parity ^ 1);
 		barrier_arrive_expect(full, RECORD_BYTES + WARPGROUPS * PANEL_BYTES);
-		load_record<DK, FIRST>(p, stage, t.slice,
-		                       records + static_cast<int64_t>(chunk) * record<DK>::BYTES,
-		                       full);
+		load_record<layout::SKIPPED, R::BYTES>(
+		        p, stage, t.slice, records + static_cast<int64_t>(number) * R::BYTES, full);
 #pragma unroll
 		for (int w = 0; w < WARPGROUPS; w++)
 			tensor_load(stage + layout::V + w * PANEL_BYTES, &p.v, full,
-			            (t.slice * WARPGROUPS + w) * 64, chunk * CHUNK, h, b);
+			            (t.slice * WARPGROUPS + w) * 64, number * RECORD, h, b);
 		r.advance();
 	}
 }
@@ -347,12 +231,12 @@ __device__ __forceinline__ void seed(state<DK> &s, const recur_parameters &p, co
 }
 
 /*
- * o^T (64 columns of v x 64 tokens) = S^T q^T for the state as it is, then the state
+ * o^T (64 columns of v x a chunk's tokens) = S^T q^T for the state as it is, then the state
  * decayed to the chunk's end: 64 channels at a time become a left operand, of which
  * two are under way.
  */
-template <int DK, bool OUTPUT>
-__device__ __forceinline__ void read_state(float (&o)[32], uint32_t (&left)[2][16], state<DK> &s,
+template <int DK, bool OUTPUT, int WIDTH>
+__device__ __forceinline__ void read_state(float (&o)[WIDTH], uint32_t (&left)[2][16], state<DK> &s,
                                            uint64_t queries, uint32_t decays, int lane)
 {
 #pragma unroll
@@ -388,48 +272,54 @@ __device__ __forceinline__ void read_state(float (&o)[32], uint32_t (&left)[2][1
 	}
 }
 
-/* o^T through shared memory, transposed on the way, and out as a box of 64 x 64. */
-__device__ __forceinline__ void store_output(const recur_parameters &p, float (&o)[32],
-                                             uint32_t staging, int warp, int lane, int barrier,
-                                             int column, int token, int h, int b)
+/* The state, as it is, for the products of the chunk that begins at record `number`. */
+template <int DK>
+__device__ __forceinline__ void store_state(const recur_parameters &p, const state<DK> &s,
+                                            uint32_t staging, int warp, int lane, int barrier,
+                                            int sequence, int number, int column)
 {
-	const bool leader = warp == 0 && lane == 0;
-
-	if (leader)
-		store_wait_read();
-	named_barrier_sync(barrier, 128);
+	begin_output(warp, lane, barrier);
 #pragma unroll
-	for (int n = 0; n < 8; n += 2)
-		store_transposed_x4(transposed_block(staging, 8 * n, 16 * warp, lane),
-		                    pack_bf16(o[4 * n], o[4 * n + 1]),
-		                    pack_bf16(o[4 * n + 2], o[4 * n + 3]),
-		                    pack_bf16(o[4 * n + 4], o[4 * n + 5]),
-		                    pack_bf16(o[4 * n + 6], o[4 * n + 7]));
+	for (int i = 0; i < DK / 16; i++)
+		store_matrix_x4(
+		        plain_block(staging + i / 4 * PANEL_BYTES, 16 * warp, 16 * (i % 4), lane),
+		        pack_bf16(s.x[8 * i], s.x[8 * i + 1]),
+		        pack_bf16(s.x[8 * i + 2], s.x[8 * i + 3]),
+		        pack_bf16(s.x[8 * i + 4], s.x[8 * i + 5]),
+		        pack_bf16(s.x[8 * i + 6], s.x[8 * i + 7]));
 	fence_async_proxy();
 	named_barrier_sync(barrier, 128);
-	if (leader) {
-		tensor_store(&p.out, staging, column, token, h, b);
+	if (warp == 0 && lane == 0) {
+		const int64_t tile =
+		        (static_cast<int64_t>(sequence) * p.chunks + number / p.per_chunk) *
+		                (p.d_v / 64) +
+		        column / 64;
+
+		bulk_store(p.chunk_states + tile * (DK / 64 * PANEL_BYTES), staging,
+		           DK / 64 * PANEL_BYTES);
 		store_commit();
 	}
 }
 
-template <typename layout, int DK, int WARPGROUPS, bool OUTPUT>
+template <typename layout, int DK, int WARPGROUPS, int PARTS, pass PASS>
 __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shared)
 {
-	const int warpgroup = threadIdx.x / 128 - layout::FIRST_CONSUMER;
+	constexpr bool OUTPUT = PASS == OUTPUTS;
+	constexpr int TOKENS = RECORD / PARTS; /* of a chunk */
+	const int warpgroup = WARPGROUPS == 1 ? 0 : threadIdx.x / 128 - layout::FIRST_CONSUMER;
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, channel = threadIdx.x % 128;
 	const item t = locate(p);
 	const int b = t.sequence / p.n_heads, h = t.sequence % p.n_heads;
 	const int column = (t.slice * WARPGROUPS + warpgroup) * 64;
 	slot_ring<layout::STAGES> r;
 	state<DK> s;
-	float o[32], decay[(DK + 127) / 128];
+	float o[TOKENS / 2], decay[(DK + 127) / 128];
 	uint32_t left[2][16];
 
 #pragma unroll
 	for (float &x : decay)
 		x = 1.0f;
-	if (OUTPUT) {
+	if (PASS != ADDED) {
 		seed<DK>(s, p, t, column, warp, lane);
 	} else {
 #pragma unroll
@@ -437,53 +327,76 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 			x = 0.0f;
 	}
 #pragma unroll 1
-	for (int chunk = t.first; chunk < t.last; chunk++) {
+	for (int number = t.first; number < t.last; number++) {
 		const uint32_t full = shared + layout::BARRIERS + r.slot * 8;
 		const uint32_t empty = full + layout::STAGES * 8;
 		const uint32_t stage = shared + r.slot * layout::STAGE_BYTES;
-		const uint32_t decays = stage + layout::DECAYS;
-		const uint64_t values =
-		        matrix_descriptor(stage + layout::V + warpgroup * PANEL_BYTES, PANEL_BYTES);
-		const uint64_t keys = matrix_descriptor(stage + layout::KEYS, PANEL_BYTES);
 
 		barrier_wait(full, r.parity);
 		if (layout::FUSED)
 			barrier_wait(full + 2 * layout::STAGES * 8, r.parity);
-		wgmma_wait<0>();
-		pin(s.x);
-		read_state<DK, OUTPUT>(o, left, s, matrix_descriptor(stage + layout::QUERIES, 16),
-		                       decays, lane);
-		if (!OUTPUT && warpgroup == 0) {
-#pragma unroll
-			for (int i = 0; i < (DK + 127) / 128; i++)
-				if (channel + 128 * i < DK)
-					decay[i] *= shared_float(decays + (channel + 128 * i) * 4);
+		if constexpr (PASS == STATES) {
+			if (number % p.per_chunk == 0)
+				store_state<DK>(
+				        p, s, shared + layout::OUT + warpgroup * layout::OUT_BYTES,
+				        warp, lane, 1 + warpgroup, t.sequence, number, column);
 		}
-		if (OUTPUT) {
-			const uint64_t scores = matrix_descriptor(stage + layout::SCORES, 16);
+#pragma unroll 1
+		for (int part = 0; part < PARTS; part++) {
+			const uint32_t decays = stage + layout::DECAYS + part * DK * 4;
+			const uint32_t rows = part * TOKENS * 128; /* of a panel, in bytes */
+			const uint64_t values = matrix_descriptor(
+			        stage + layout::V + warpgroup * PANEL_BYTES + rows, PANEL_BYTES);
+			const uint64_t keys =
+			        matrix_descriptor(stage + layout::KEYS + rows, PANEL_BYTES);
 
+			wgmma_wait<0>();
+			pin(s.x);
+			read_state<DK, OUTPUT>(
+			        o, left, s, matrix_descriptor(stage + layout::QUERIES + rows, 16),
+			        decays, lane);
+			if (PASS == ADDED && warpgroup == 0) {
+#pragma unroll
+				for (int i = 0; i < (DK + 127) / 128; i++)
+					if (channel + 128 * i < DK)
+						decay[i] *= shared_float(decays +
+						                         (channel + 128 * i) * 4);
+			}
+			if (OUTPUT) {
+				const uint64_t scores = matrix_descriptor(
+				        stage + layout::SCORES + rows + part * TOKENS * 2, 16);
+
+				wgmma_fence();
+#pragma unroll
+				for (int step = 0; step < TOKENS / 16; step++)
+					wgmma_ss_transposed(o, values + step * 2048 / 16,
+					                    scores + step * 32 / 16, true);
+				wgmma_commit();
+				wgmma_wait<0>();
+				pin(o);
+				pin(left[0]);
+				pin(left[1]);
+			}
+			pin(s.x);
 			wgmma_fence();
 #pragma unroll
-			for (int step = 0; step < CHUNK / 16; step++)
-				wgmma_ss_transposed(o, values + step * 2048 / 16,
-				                    scores + step * 32 / 16, true);
+			for (int step = 0; step < TOKENS / 16; step++)
+				wgmma_ss_both_transposed(s.x, values + step * 2048 / 16,
+				                         keys + step * 2048 / 16, true);
 			wgmma_commit();
-			wgmma_wait<0>();
-			pin(o);
-			pin(left[0]);
-			pin(left[1]);
+			if (OUTPUT && part == 0)
+				begin_output(warp, lane, 1 + warpgroup);
+			if (OUTPUT)
+				stage_output(o, shared + layout::OUT + warpgroup * PANEL_BYTES,
+				             part * TOKENS, warp, lane);
+			if (PARTS > 1) {
+				wgmma_wait<0>();
+				pin(s.x);
+			}
 		}
-		pin(s.x);
-		wgmma_fence();
-#pragma unroll
-		for (int step = 0; step < CHUNK / 16; step++)
-			wgmma_ss_both_transposed(s.x, values + step * 2048 / 16,
-			                         keys + step * 2048 / 16, true);
-		wgmma_commit();
-		if (OUTPUT) {
-			store_output(p, o, shared + layout::OUT + warpgroup * PANEL_BYTES, warp,
-			             lane, 1 + warpgroup, column, chunk * CHUNK, h, b);
-		}
+		if (OUTPUT)
+			end_output(&p.out, shared + layout::OUT + warpgroup * PANEL_BYTES, warp,
+			           lane, 1 + warpgroup, column, number * RECORD, h, b);
 		wgmma_wait<0>();
 		pin(s.x);
 		if (!layout::FUSED && lane < p.cluster)
@@ -492,9 +405,9 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 			barrier_arrive(empty);
 		r.advance();
 	}
-	if (OUTPUT && warp == 0 && lane == 0)
+	if (PASS != ADDED && warp == 0 && lane == 0)
 		store_wait_read();
-	if (!OUTPUT) {
+	if (PASS == ADDED) {
 		const int64_t number = static_cast<int64_t>(t.sequence) * p.segments + t.segment;
 		float4 *to = segment_state<DK>(p, number, column);
 
@@ -506,7 +419,7 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 		for (int i = 0; i < (DK + 127) / 128; i++)
 			if (t.slice == 0 && warpgroup == 0 && channel + 128 * i < DK)
 				p.decays[number * DK + channel + 128 * i] = decay[i];
-	} else if (p.final_state && t.last == p.chunks) {
+	} else if (p.final_state && t.last == p.records) {
 		float *to = p.final_state + static_cast<int64_t>(t.sequence) * DK * p.d_v + column +
 		            16 * warp;
 
@@ -516,11 +429,11 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 	}
 }
 
-template <int DK, int WARPGROUPS, bool OUTPUT>
+template <int DK, int WARPGROUPS, int PARTS, pass PASS>
 __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
         recur_kernel(const __grid_constant__ recur_parameters p)
 {
-	using layout = recur_layout<DK, WARPGROUPS>;
+	using layout = recur_layout<DK, WARPGROUPS, PARTS, PASS>;
 	extern __shared__ char unaligned[];
 	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
 
@@ -537,11 +450,11 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 		if (WARPGROUPS == 2)
 			registers_decrease<24>();
 		if (threadIdx.x == 0)
-			produce<DK, WARPGROUPS, OUTPUT>(p, shared);
+			produce<DK, WARPGROUPS, PARTS, PASS>(p, shared);
 	} else {
 		if (WARPGROUPS == 2)
 			registers_increase<240>();
-		consume<layout, DK, WARPGROUPS, OUTPUT>(p, shared);
+		consume<layout, DK, WARPGROUPS, PARTS, PASS>(p, shared);
 	}
 	/* Others may still load into this block's memory and arrive at its barriers. */
 	__syncwarp();
@@ -550,18 +463,18 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 
 /* ---- fused: one block prepares and takes all columns of v, at most 128 */
 
-template <int DK, int WARPGROUPS>
+template <typename layout, int DK, int WARPGROUPS>
 __device__ __forceinline__ void produce_fused(const fused_parameters &p, uint32_t shared)
 {
-	using layout = fused_layout<DK, WARPGROUPS>;
 	const int b = blockIdx.x / p.n_heads, h = blockIdx.x % p.n_heads;
 	slot_ring<layout::STAGES> r;
 
 #pragma unroll 1
-	for (int chunk = 0; chunk < p.chunks; chunk++) {
+	for (int number = 0; number < p.records; number++) {
 		const uint32_t full = shared + layout::BARRIERS + r.slot * 8;
 		const uint32_t empty = full + layout::STAGES * 8;
 		const uint32_t stage = shared + r.slot * layout::STAGE_BYTES;
+		const int token = number * RECORD;
 
 		barrier_wait(empty, r.parity ^ 1);
 		barrier_arrive_expect(full, layout::LOADED);
@@ -569,51 +482,52 @@ __device__ __forceinline__ void produce_fused(const fused_parameters &p, uint32_
 		for (int i = 0; i < DK / 64; i++) {
 			const uint32_t at = stage + i * PANEL_BYTES;
 
-			tensor_load(at + layout::SCORES, &p.log_decay, full, i * 64, chunk * CHUNK,
-			            h, b);
-			tensor_load(at + layout::QUERIES, &p.q, full, i * 64, chunk * CHUNK, h, b);
-			tensor_load(at + layout::KEYS, &p.k, full, i * 64, chunk * CHUNK, h, b);
+			tensor_load(at + layout::SCORES, &p.log_decay, full, i * 64, token, h, b);
+			tensor_load(at + layout::QUERIES, &p.q, full, i * 64, token, h * p.q_step,
+			            b);
+			tensor_load(at + layout::KEYS, &p.k, full, i * 64, token, h * p.k_step, b);
 		}
 #pragma unroll
 		for (int w = 0; w < WARPGROUPS; w++)
-			tensor_load(stage + layout::V + w * PANEL_BYTES, &p.v, full, w * 64,
-			            chunk * CHUNK, h, b);
+			tensor_load(stage + layout::V + w * PANEL_BYTES, &p.v, full, w * 64, token,
+			            h, b);
 		r.advance();
 	}
 }
 
 /* The warpgroup that turns what was loaded into operands. */
-template <int DK, int WARPGROUPS>
+template <typename layout, int DK, int WARPGROUPS, int PARTS, bool BONUS>
 __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_t shared)
 {
-	using layout = fused_layout<DK, WARPGROUPS>;
 	constexpr int BARRIER = 1 + WARPGROUPS; /* the consumers have one each from 1 on */
 	const auto sync = [] { named_barrier_sync(BARRIER, 128); };
+	const float *bonus = BONUS ? p.bonus + blockIdx.x % p.n_heads * DK : NULL;
 	slot_ring<layout::STAGES> r;
 
 #pragma unroll 1
-	for (int chunk = 0; chunk < p.chunks; chunk++) {
+	for (int number = 0; number < p.records; number++) {
 		const uint32_t full = shared + layout::BARRIERS + r.slot * 8;
 		const uint32_t stage = shared + r.slot * layout::STAGE_BYTES;
 		chunk_scores s = {};
 
 		barrier_wait(full, r.parity);
 #pragma unroll 1
-		for (int number = 0; number < DK / 64; number++) {
-			const uint32_t at = stage + number * PANEL_BYTES;
+		for (int i = 0; i < DK / 64; i++) {
+			const uint32_t at = stage + i * PANEL_BYTES;
 			const panel t = {at + layout::QUERIES, at + layout::SCORES,
 			                 at + layout::KEYS};
 
-			prepare_panel<SLABS>(
-			        s, t, shared + layout::EXCHANGE + number % 2 * EXCHANGE_BYTES,
-			        p.scale, chunk == 0, sync, [&](int channel, float x, float y) {
+			prepare_panel<BONUS ? 1 : SLABS, SUBS / PARTS, BONUS>(
+			        s, t, shared + layout::EXCHANGE + i % 2 * EXCHANGE_BYTES,
+			        {p.scale, bonus + 64 * i}, number == 0, sync,
+			        [&](int part, int channel, float x, float y) {
 				        shared_store2(stage + layout::DECAYS +
-				                              (number * 64 + channel) * 4,
+				                              (part * DK + i * 64 + channel) * 4,
 				                      x, y);
 			        });
 		}
 		sync();
-		store_scores(stage + layout::SCORES, s);
+		store_scores<BONUS>(stage + layout::SCORES, s);
 		fence_async_proxy();
 		__syncwarp();
 		if (threadIdx.x % 32 == 0)
@@ -622,11 +536,11 @@ __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_
 	}
 }
 
-template <int DK, int WARPGROUPS>
+template <int DK, int WARPGROUPS, int PARTS, bool BONUS>
 __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
         fused_kernel(const __grid_constant__ fused_parameters p)
 {
-	using layout = fused_layout<DK, WARPGROUPS>;
+	using layout = fused_layout<DK, WARPGROUPS, PARTS>;
 	extern __shared__ char unaligned[];
 	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
 
@@ -643,14 +557,14 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
 	if (threadIdx.x < 128) {
 		registers_decrease<24>();
 		if (threadIdx.x == 0)
-			produce_fused<DK, WARPGROUPS>(p, shared);
+			produce_fused<layout, DK, WARPGROUPS>(p, shared);
 	} else if (threadIdx.x < 256) {
 		if (WARPGROUPS == 2) /* of one there are 168 from the start */
 			registers_increase<168>();
-		prepare_fused<DK, WARPGROUPS>(p, shared);
+		prepare_fused<layout, DK, WARPGROUPS, PARTS, BONUS>(p, shared);
 	} else {
 		registers_increase<WARPGROUPS == 2 ? 160 : 240>();
-		consume<layout, DK, WARPGROUPS, true>(p, shared);
+		consume<layout, DK, WARPGROUPS, PARTS, OUTPUTS>(p, shared);
 	}
 }
 
@@ -658,13 +572,13 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
 
 /* How the work is cut, and where the workspace's parts begin, in bytes. */
 struct plan {
-	int chunks, slices, segments, per_segment;
+	int parts, records, slices, segments, per_segment; /* parts: chunks of a record */
 	size_t states, decays, bytes;
 };
 
 /*
  * As many segments as make the whole soonest done: a segment takes as many steps as it has
- * chunks, in as many waves as the blocks need; the run without queries costs two fifths.
+ * records, in as many waves as the blocks need; the run without queries costs two fifths.
  */
 void choose_segments(plan &c, int64_t sequences)
 {
@@ -672,10 +586,10 @@ void choose_segments(plan &c, int64_t sequences)
 	double best = 0;
 
 	c.segments = 1;
-	c.per_segment = c.chunks;
-	for (int wanted = 1; wanted <= 32 && wanted <= c.chunks; wanted++) {
-		const int per = (c.chunks + wanted - 1) / wanted,
-		          segments = (c.chunks + per - 1) / per;
+	c.per_segment = c.records;
+	for (int wanted = 1; wanted <= 32 && wanted <= c.records; wanted++) {
+		const int per = (c.records + wanted - 1) / wanted,
+		          segments = (c.records + per - 1) / per;
 		const double waves = static_cast<double>((blocks * segments + sms - 1) / sms);
 		const double before =
 		        static_cast<double>((blocks * (segments - 1) + sms - 1) / sms);
@@ -692,66 +606,27 @@ void choose_segments(plan &c, int64_t sequences)
 plan make_plan(const struct matrix_recurrence_args *a)
 {
 	const int64_t sequences = a->batch * a->n_heads;
-	const size_t record_bytes = a->d_k == 64    ? record<64>::BYTES
-	                            : a->d_k == 128 ? record<128>::BYTES
-	                                            : record<256>::BYTES;
 	plan c;
 
-	c.chunks = static_cast<int>((a->seq_len + CHUNK - 1) / CHUNK);
+	c.parts = a->chunk && a->chunk < RECORD ? static_cast<int>(RECORD / a->chunk) : 1;
+	c.records = static_cast<int>((a->seq_len + RECORD - 1) / RECORD);
 	c.slices = a->d_v == 64 ? 1 : static_cast<int>(a->d_v / 128);
 	choose_segments(c, sequences);
 	const size_t before = static_cast<size_t>(sequences * (c.segments - 1) * a->d_k);
-	c.states = static_cast<size_t>(sequences * c.chunks) * record_bytes;
+	c.states = static_cast<size_t>(sequences * c.records) *
+	           record_bytes(static_cast<int>(a->d_k), c.parts);
 	c.decays = c.states + before * static_cast<size_t>(a->d_v) * sizeof(float);
 	c.bytes = c.decays + before * sizeof(float);
 	return c;
 }
 
-enum status encode_inputs(CUtensorMap *q, CUtensorMap *k, CUtensorMap *log_decay,
-                          const struct matrix_recurrence_args *a)
-{
-	const auto encode = [&](CUtensorMap *map, const struct view *view) {
-		return tensor_map_encode(map, view, a->batch, a->seq_len, a->n_heads, a->d_k,
-		                         CHUNK);
-	};
-	enum status status = encode(q, &a->q);
-
-	if (status == STATUS_OK)
-		status = encode(k, &a->k);
-	return status == STATUS_OK ? encode(log_decay, &a->log_decay) : status;
-}
-
-template <int DK>
-enum status prepare(const struct matrix_recurrence_args *a, const plan &c, unsigned char *records)
-{
-	const int64_t total = a->batch * a->n_heads * c.chunks,
-	              resident = PREPARE_BLOCKS * cuda_sm_count();
-	prepare_parameters p = {};
-	enum status status = encode_inputs(&p.q, &p.k, &p.log_decay, a);
-
-	if (status != STATUS_OK)
-		return status;
-	p.n_heads = static_cast<int>(a->n_heads);
-	p.chunks = c.chunks;
-	p.total = static_cast<int>(total);
-	p.scale = a->scale;
-	p.records = records;
-	CUDA_TRY(cudaFuncSetAttribute(prepare_kernel<DK>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                              prepare_layout::BYTES));
-	prepare_kernel<DK><<<static_cast<unsigned>(total < resident ? total : resident), 128,
-	                     prepare_layout::BYTES, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
-}
-
-template <int DK, int WARPGROUPS, bool OUTPUT>
+template <int DK, int WARPGROUPS, int PARTS, pass PASS>
 enum status recur(const recur_parameters &p, int64_t sequences)
 {
-	const int bytes = recur_layout<DK, WARPGROUPS>::BYTES;
+	const auto kernel = recur_kernel<DK, WARPGROUPS, PARTS, PASS>;
+	const int bytes = recur_layout<DK, WARPGROUPS, PARTS, PASS>::BYTES;
 
-	CUDA_TRY(cudaFuncSetAttribute(recur_kernel<DK, WARPGROUPS, OUTPUT>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 	cudaLaunchAttribute cluster = {};
 	cudaLaunchConfig_t config = {};
 
@@ -764,7 +639,7 @@ enum status recur(const recur_parameters &p, int64_t sequences)
 	config.stream = cuda_stream();
 	config.attrs = &cluster;
 	config.numAttrs = 1;
-	CUDA_TRY(cudaLaunchKernelEx(&config, recur_kernel<DK, WARPGROUPS, OUTPUT>, p));
+	CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
 	return STATUS_OK;
 }
 
@@ -773,10 +648,10 @@ enum status fill_parameters(recur_parameters &p, const struct matrix_recurrence_
                             const plan &c)
 {
 	const enum status status =
-	        tensor_map_encode(&p.v, &a->v, a->batch, a->seq_len, a->n_heads, a->d_v, CHUNK);
+	        tensor_map_encode(&p.v, &a->v, a->batch, a->seq_len, a->n_heads, a->d_v, RECORD);
 
 	p.n_heads = static_cast<int>(a->n_heads);
-	p.chunks = c.chunks;
+	p.records = c.records;
 	p.slices = c.slices;
 	p.cluster = c.slices < CLUSTER ? c.slices : CLUSTER;
 	p.d_v = static_cast<int>(a->d_v);
@@ -785,8 +660,21 @@ enum status fill_parameters(recur_parameters &p, const struct matrix_recurrence_
 	p.h0 = a->h0;
 	p.final_state = a->final_state;
 	return status == STATUS_OK ? tensor_map_encode(&p.out, &a->out, a->batch, a->seq_len,
-	                                               a->n_heads, a->d_v, CHUNK)
+	                                               a->n_heads, a->d_v, RECORD)
 	                           : status;
+}
+
+/* The segments first, where there is more than one. */
+template <int DK, int WARPGROUPS, int PARTS, pass PASS>
+enum status recur_twice(recur_parameters &p, const plan &c, int64_t sequences)
+{
+	enum status status = STATUS_OK;
+
+	p.segments = c.segments - 1;
+	if (p.segments > 0)
+		status = recur<DK, WARPGROUPS, PARTS, ADDED>(p, sequences);
+	p.segments = c.segments;
+	return status == STATUS_OK ? recur<DK, WARPGROUPS, PARTS, PASS>(p, sequences) : status;
 }
 
 template <int DK, int WARPGROUPS>
@@ -798,64 +686,107 @@ enum status run_staged(const struct matrix_recurrence_args *a, unsigned char *wo
 	enum status status = fill_parameters(p, a, c);
 
 	if (status == STATUS_OK)
-		status = prepare<DK>(a, c, workspace);
-	p.records = workspace;
-	p.states = reinterpret_cast<float *>(workspace + c.states);
-	p.decays = reinterpret_cast<float *>(workspace + c.decays);
-	p.segments = c.segments - 1;
-	if (status == STATUS_OK && p.segments > 0)
-		status = recur<DK, WARPGROUPS, false>(p, sequences);
-	p.segments = c.segments;
-	return status == STATUS_OK ? recur<DK, WARPGROUPS, true>(p, sequences) : status;
-}
-
-template <int DK, int WARPGROUPS> enum status run_fused(const struct matrix_recurrence_args *a)
-{
-	const int bytes = fused_layout<DK, WARPGROUPS>::BYTES;
-	plan c = make_plan(a);
-	fused_parameters p = {};
-
-	c.segments = 1;
-	c.per_segment = c.chunks;
-	enum status status = fill_parameters(p, a, c);
-	if (status == STATUS_OK)
-		status = encode_inputs(&p.q, &p.k, &p.log_decay, a);
+		status = gla_prepare(a, c.parts, workspace);
 	if (status != STATUS_OK)
 		return status;
-	p.scale = a->scale;
-	CUDA_TRY(cudaFuncSetAttribute(fused_kernel<DK, WARPGROUPS>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	fused_kernel<DK, WARPGROUPS><<<static_cast<unsigned>(a->batch * a->n_heads),
-	                               128 * (WARPGROUPS + 2), bytes, cuda_stream()>>>(p);
+	p.prepared = workspace;
+	p.states = reinterpret_cast<float *>(workspace + c.states);
+	p.decays = reinterpret_cast<float *>(workspace + c.decays);
+	return c.parts == 1   ? recur_twice<DK, WARPGROUPS, 1, OUTPUTS>(p, c, sequences)
+	       : c.parts == 2 ? recur_twice<DK, WARPGROUPS, 2, OUTPUTS>(p, c, sequences)
+	                      : recur_twice<DK, WARPGROUPS, 4, OUTPUTS>(p, c, sequences);
+}
+
+template <int DK, int WARPGROUPS>
+enum status run_states(const struct matrix_recurrence_args *a, unsigned char *records,
+                       int per_chunk, unsigned char *states, unsigned char *workspace)
+{
+	const plan c = make_plan(a);
+	recur_parameters p = {};
+	enum status status = fill_parameters(p, a, c);
+
+	if (status != STATUS_OK)
+		return status;
+	p.prepared = records;
+	p.states = reinterpret_cast<float *>(workspace);
+	p.decays = reinterpret_cast<float *>(workspace + c.decays - c.states);
+	p.chunk_states = states;
+	p.per_chunk = per_chunk;
+	p.chunks = (c.records + per_chunk - 1) / per_chunk;
+	return recur_twice<DK, WARPGROUPS, 1, STATES>(p, c, a->batch * a->n_heads);
+}
+
+template <int DK, int WARPGROUPS, int PARTS, bool BONUS>
+enum status launch_fused(const fused_parameters &p, int64_t sequences)
+{
+	const auto kernel = fused_kernel<DK, WARPGROUPS, PARTS, BONUS>;
+	const int bytes = fused_layout<DK, WARPGROUPS, PARTS>::BYTES;
+
+	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+	kernel<<<static_cast<unsigned>(sequences), 128 * (WARPGROUPS + 2), bytes, cuda_stream()>>>(
+	        p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
 
+template <int DK, int WARPGROUPS> enum status run_fused(const struct matrix_recurrence_args *a)
+{
+	const int64_t sequences = a->batch * a->n_heads;
+	plan c = make_plan(a);
+	fused_parameters p = {};
+
+	c.segments = 1;
+	c.per_segment = c.records;
+	enum status status = fill_parameters(p, a, c);
+	if (status == STATUS_OK)
+		status = gla_encode_inputs(&p.q, &p.k, &p.log_decay, a);
+	if (status != STATUS_OK)
+		return status;
+	p.q_step = a->q.head ? 1 : 0;
+	p.k_step = a->k.head ? 1 : 0;
+	p.scale = a->scale;
+	p.bonus = a->bonus;
+	if (a->rule == RULE_BONUS)
+		return launch_fused<DK, WARPGROUPS, 1, true>(p, sequences);
+	return c.parts == 1   ? launch_fused<DK, WARPGROUPS, 1, false>(p, sequences)
+	       : c.parts == 2 ? launch_fused<DK, WARPGROUPS, 2, false>(p, sequences)
+	                      : launch_fused<DK, WARPGROUPS, 4, false>(p, sequences);
+}
+
 } // namespace
+
+namespace hopper
+{
+
+size_t gla_states_workspace(const struct matrix_recurrence_args *a)
+{
+	const plan c = make_plan(a);
+
+	return c.bytes - c.states;
+}
+
+enum status gla_states(const struct matrix_recurrence_args *a, unsigned char *records,
+                       int per_chunk, unsigned char *states, unsigned char *workspace)
+{
+	const auto run = a->d_v == 64    ? (a->d_k == 64 ? run_states<64, 1> : run_states<128, 1>)
+	                 : a->d_k == 64  ? run_states<64, 2>
+	                 : a->d_k == 128 ? run_states<128, 2>
+	                                 : run_states<256, 2>;
+
+	return run(a, records, per_chunk, states, workspace);
+}
+
+} // namespace hopper
 
 extern "C" const char *hopper_gla_staged_unsupported(const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
-	if (a->decay != DECAY_DIAGONAL || a->rule != RULE_PLAIN)
-		return "only a diagonal decay and the plain rule";
-	if (a->chunk != 0 && a->chunk != CHUNK)
-		return "chunk must be 64";
-	if (a->d_k != 64 && a->d_k != 128 && a->d_k != 256)
-		return "d_k must be 64, 128 or 256";
-	if (a->d_v != 64 && a->d_v != 128 && a->d_v != 256 && a->d_v != 512)
-		return "d_v must be 64, 128, 256 or 512";
-	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
-	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out) ||
-	    !tensor_map_supports(&a->log_decay))
-		return "views must be 16-byte aligned";
-	if (a->n_heads > 1 && (a->q.head == 0 || a->k.head == 0))
-		return "heads must not share q or k";
-	if (a->batch * a->n_heads * ((a->seq_len + CHUNK - 1) / CHUNK + 4 * 32) > 0x7fffffff)
-		return "more chunks than a grid has blocks";
-	return NULL;
+	const char *why = gla_unsupported(a);
+
+	if (!why && a->chunk != 0 && a->chunk != 16 && a->chunk != 32 && a->chunk != 64)
+		why = "chunk must be 16, 32 or 64";
+	return why;
 }
 
 extern "C" size_t hopper_gla_staged_workspace(const void *args)
@@ -869,9 +800,7 @@ extern "C" enum status hopper_gla_staged(const void *args, void *workspace)
 	auto *memory = static_cast<unsigned char *>(workspace);
 
 	if (a->d_v == 64)
-		return a->d_k == 64    ? run_staged<64, 1>(a, memory)
-		       : a->d_k == 128 ? run_staged<128, 1>(a, memory)
-		                       : run_staged<256, 1>(a, memory);
+		return a->d_k == 64 ? run_staged<64, 1>(a, memory) : run_staged<128, 1>(a, memory);
 	return a->d_k == 64    ? run_staged<64, 2>(a, memory)
 	       : a->d_k == 128 ? run_staged<128, 2>(a, memory)
 	                       : run_staged<256, 2>(a, memory);
@@ -884,6 +813,8 @@ extern "C" const char *hopper_gla_fused_unsupported(const void *args)
 
 	if (!why && (a->d_k > 128 || a->d_v > 128))
 		why = "head widths must be at most 128";
+	if (!why && a->rule == RULE_BONUS && a->chunk && a->chunk != RECORD)
+		why = "chunk must be 64 with a bonus";
 	return why;
 }
 
@@ -896,7 +827,8 @@ extern "C" enum status hopper_gla_fused(const void *args, void *)
 	return a->d_k == 64 ? run_fused<64, 2>(a) : run_fused<128, 2>(a);
 }
 
-/* Fused where that can be, unless the sequences are too few and must be cut. */
+/* Fused where that can be, unless the sequences are too few and must be cut; materialised where
+ * the chunks are longer than a record. */
 static bool fuses(const void *args)
 {
 	return !hopper_gla_fused_unsupported(args) &&
@@ -905,15 +837,20 @@ static bool fuses(const void *args)
 
 extern "C" const char *hopper_gla_unsupported(const void *args)
 {
-	return hopper_gla_staged_unsupported(args);
+	return hopper_gla_staged_unsupported(args) ? hopper_gla_materialise_unsupported(args)
+	                                           : NULL;
 }
 
 extern "C" size_t hopper_gla_workspace(const void *args)
 {
+	if (hopper_gla_staged_unsupported(args))
+		return hopper_gla_materialise_workspace(args);
 	return fuses(args) ? 0 : hopper_gla_staged_workspace(args);
 }
 
 extern "C" enum status hopper_gla(const void *args, void *workspace)
 {
+	if (hopper_gla_staged_unsupported(args))
+		return hopper_gla_materialise(args, workspace);
 	return fuses(args) ? hopper_gla_fused(args, workspace) : hopper_gla_staged(args, workspace);
 }

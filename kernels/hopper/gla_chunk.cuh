@@ -1,8 +1,8 @@
 /*
- * Gated linear attention: what a chunk of 64 tokens needs before its state is known. Four
- * warps turn tiles of q, k and log decays in shared memory, where they lie, into
- * the operands of the chunk's products: q decayed from the chunk's start, k decayed to
- * its end, and the scores between its tokens.
+ * Gated linear attention: what chunks need before their state is known, 64 tokens at a time: one
+ * chunk of 64, two of 32 or four of 16. Four warps turn tiles of q, k and log decays in
+ * shared memory, where they lie, into the operands of the chunks' products: q decayed from its
+ * chunk's start, k decayed to its end, and the scores between a chunk's tokens.
  *
  * With G_t the sum of log2 decays up to token t, every factor is 2^(difference of
  * G). A warp owns a sub-chunk of 16 tokens: q is decayed from the sub-chunk's start, k to its end,
@@ -11,6 +11,9 @@
  * sub-chunk one of two factors exceeds 1; if the sub-chunk's decay is too strong for
  * that, it is halved again and again, at exponents <= 0.
  *
+ * With RWKV-6's bonus a query sees the state before its own token decayed it: its exponent ends a
+ * token earlier, and its score with its own key has the bonus in the place of a decay.
+ *
  * A tile is 64 tokens x 64 channels with the 128-byte swizzle, a slab half of its
  * channels. Fragments of 16 tokens x a slab are as ldmatrix gives them: lane l has rows l / 4 and
  * l / 4 + 8 and of each group of 8 channels the pair 2 (l % 4).
@@ -18,14 +21,15 @@
 #ifndef KERNELS_HOPPER_GLA_CHUNK_CUH
 #define KERNELS_HOPPER_GLA_CHUNK_CUH
 
+#include "kernels/hopper/gla.cuh"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/ptx.cuh"
 
 namespace hopper
 {
 
-constexpr int CHUNK = 64, SUB = 16, SUBS = CHUNK / SUB;
-constexpr int SLABS = 2; /* of a tile */
+constexpr int SUB = 16, SUBS = RECORD / SUB; /* tokens; sub-chunks of a record */
+constexpr int SLABS = 2;                     /* of a tile */
 constexpr int EXCHANGE_BYTES = SLABS * SUBS * 32 * 4;
 constexpr float MILD = 60; /* log2 of a decay whose inverse may be a factor */
 constexpr float LOG2E = 1.4426950408889634f;
@@ -35,9 +39,17 @@ struct panel {
 	uint32_t q, decays, k;
 };
 
-/* Scores of this warp's 16 queries: with the keys of earlier sub-chunks, and with its own. */
+/* Scores of this warp's 16 queries: with the keys of earlier sub-chunks, and with its own; with
+ * their own keys this lane's part where there is a bonus. */
 struct chunk_scores {
 	float between[SUBS - 1][2][4], inside[2][4];
+	float own[2];
+};
+
+/* How the tokens are taken. */
+struct chunk_form {
+	float scale;
+	const float *bonus; /* of the tile's channels */
 };
 
 __device__ __forceinline__ uint4 shared_load_16(uint32_t shared)
@@ -192,8 +204,9 @@ __device__ __forceinline__ void add_scores(float (&s)[2][4], const fragment &q, 
 /*
  * Scores inside a sub-chunk whatever its decay, one slab's part, nearly in fp32: halves of
  * 8, then 4, 2, 1 tokens, queries of the later decayed from its start, keys of the
- * earlier to its end; at last each token with itself.
+ * earlier to its end; at last, without a bonus, each token with itself.
  */
+template <bool BONUS>
 __device__ __forceinline__ void add_halves(float (&s)[2][4], const fragment &queries,
                                            const fragment &keys, const fragment &transposed,
                                            float scale)
@@ -201,11 +214,11 @@ __device__ __forceinline__ void add_halves(float (&s)[2][4], const fragment &que
 	const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
 
 #pragma unroll 1
-	for (int half = SUB / 2; half >= 0; half /= 2) {
+	for (int half = SUB / 2; half >= (BONUS ? 1 : 0); half /= 2) {
 		const selection of = select([&](int t, int u) {
 			const int middle = (t & -2 * half) + half;
 
-			return t & half ? u >= middle && u <= t : u > t && u < middle;
+			return t & half ? u >= middle && u < t + !BONUS : u > t && u < middle;
 		});
 		float part[2][4] = {};
 
@@ -340,31 +353,55 @@ __device__ __forceinline__ void look_at_slab(slab &x, const panel &t, int number
 	x.exact = __any_sync(~0u, exact);
 }
 
+/* This lane's part of the tokens' scores with their own keys. */
+__device__ __forceinline__ void add_own(chunk_scores &s, const values &q, const values &k,
+                                        const float *bonus)
+{
+#pragma unroll
+	for (int i = 0; i < 8; i += 2) {
+		const float2 u = *reinterpret_cast<const float2 *>(bonus + 4 * i);
+
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			s.own[half] = fmaf(q.x[half][i] * k.x[half][i], u.x, s.own[half]);
+			s.own[half] = fmaf(q.x[half][i + 1] * k.x[half][i + 1], u.y, s.own[half]);
+		}
+	}
+}
+
 /*
  * Scores inside the sub-chunk unless they have to be exact. Its decay is shown to the other
  * warps, and k as decayed to its end in the tile of log decays. No branches: slabs overlap.
  */
+template <bool BONUS>
 __device__ __forceinline__ void begin_slab(slab &x, chunk_scores &s, const panel &t, int number,
-                                           uint32_t shown, float scale)
+                                           uint32_t shown, const chunk_form &form)
 {
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 	const uint32_t own = slab_offset(warp, number);
-	const selection before = select([](int t, int u) { return u <= t; });
+	const selection before = select([](int t, int u) { return u < t + !BONUS; });
 	const selection after = select([](int t, int u) { return u > t; });
+	const selection all = select([](int, int) { return true; });
 	values grown;
 	float inverse[8], whole[8];
 
-	x.left = unpack(load_fragment(t.q + own), scale);
+	x.left = unpack(load_fragment(t.q + own), form.scale);
 	x.right = unpack(load_fragment(t.k + own), 1.0f);
+	if (BONUS)
+		add_own(s, x.left, x.right, form.bonus + 32 * number + 2 * (lane % 4));
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
-		float begin[4], end[4];
+		float begin[4], end[4], total[4];
 
+		if (BONUS)
+			sum_decays(total, all, x.decays, i);
 		sum_decays(begin, before, x.decays, i);
 		sum_decays(end, after, x.decays, i);
 #pragma unroll
 		for (int j = 0; j < 2; j++)
-			inverse[2 * i + j] = x.exact ? 0.0f : exp2_approx(-begin[j] - end[j]);
+			inverse[2 * i + j] = x.exact ? 0.0f
+			                     : BONUS ? exp2_approx(-total[j])
+			                             : exp2_approx(-begin[j] - end[j]);
 #pragma unroll
 		for (int j = 0; j < 4; j++) {
 			const float factor = exp2_approx(begin[j]);
@@ -372,7 +409,7 @@ __device__ __forceinline__ void begin_slab(slab &x, chunk_scores &s, const panel
 			x.left.x[j / 2][2 * i + j % 2] *= factor;
 			x.right.x[j / 2][2 * i + j % 2] *= exp2_approx(end[j]);
 			if (j >= 2)
-				whole[2 * i + j % 2] = factor;
+				whole[2 * i + j % 2] = BONUS ? exp2_approx(total[j]) : factor;
 		}
 	}
 	if (lane >= 28) /* its second row is the last */
@@ -383,19 +420,21 @@ __device__ __forceinline__ void begin_slab(slab &x, chunk_scores &s, const panel
 	store_fragment(t.decays + own, pack(x.right));
 }
 
-/* After the barrier: scores with earlier sub-chunks; q and k become operands in place. */
-template <typename Keep>
+/* After the barrier: scores with earlier sub-chunks, of which a chunk has SPAN; q and k become
+ * operands in place. */
+template <int SPAN, typename Keep>
 __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &t, int number,
                                          uint32_t shown, Keep keep)
 {
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+	const int first = warp & -SPAN, behind = first + SPAN; /* of the chunk, after the chunk */
 	const uint32_t own = slab_offset(warp, number);
 
 #pragma unroll
 	for (int j = SUBS - 2; j >= 0; j--) {
 		float decay[8];
 
-		if (j >= warp)
+		if (j >= warp || j < first)
 			continue;
 		add_scores(s.between[j], pack(x.left),
 		           load_fragment(t.decays + slab_offset(j, number)));
@@ -407,18 +446,20 @@ __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &
 	for (int j = 1; j < SUBS; j++) {
 		float decay[8];
 
-		if (j <= warp)
+		if (j <= warp || j >= behind)
 			continue;
 		load_floats(decay, shown + j * 128);
 		scale_by(x.right, decay);
 	}
 	store_fragment(t.k + own, pack(x.right));
-	if (warp == 0 && lane < 4) {
+	if (warp == first && lane < 4) {
 		float whole[8], decay[8];
 
-		load_floats(whole, shown);
+		load_floats(whole, shown + first * 128);
 #pragma unroll
 		for (int j = 1; j < SUBS; j++) {
+			if (j <= first || j >= behind)
+				continue;
 			load_floats(decay, shown + j * 128);
 #pragma unroll
 			for (int i = 0; i < 8; i++)
@@ -426,19 +467,21 @@ __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &
 		}
 #pragma unroll
 		for (int i = 0; i < 4; i++)
-			keep(32 * number + 8 * i + 2 * lane, whole[2 * i], whole[2 * i + 1]);
+			keep(first / SPAN, 32 * number + 8 * i + 2 * lane, whole[2 * i],
+			     whole[2 * i + 1]);
 	}
 }
 
 /*
  * One tile: adds its part to the scores; q and k become operands in place. WIDE slabs are
- * under way at once. `sync` is a barrier of the four warps, keep(c, x, y) gets the chunk's
- * decays of channels c and c + 1. `start`: the chunk is the first of its sequence, whose first
- * tokens have few scores, which can all be small: those are exact.
+ * under way at once. `sync` is a barrier of the four warps, keep(i, c, x, y) gets chunk i's
+ * decays of channels c and c + 1. `start`: the tokens are the first of their sequence, which have
+ * few scores, which can all be small: those are exact.
  */
-template <int WIDE, typename Sync, typename Keep>
+template <int WIDE, int SPAN, bool BONUS, typename Sync, typename Keep>
 __device__ __forceinline__ void prepare_panel(chunk_scores &s, const panel &t, uint32_t exchange,
-                                              float scale, bool start, Sync sync, Keep keep)
+                                              const chunk_form &form, bool start, Sync sync,
+                                              Keep keep)
 {
 	const bool exact = start && threadIdx.x / 32 % 4 == 0;
 	const uint32_t shown = exchange + threadIdx.x % 4 * 32;
@@ -455,26 +498,37 @@ __device__ __forceinline__ void prepare_panel(chunk_scores &s, const panel &t, u
 			const uint32_t own = slab_offset(threadIdx.x / 32 % 4, first + i);
 
 			if (x[i].exact)
-				add_halves(s.inside, load_fragment(t.q + own),
-				           load_fragment(t.k + own), x[i].decays, scale);
+				add_halves<BONUS>(s.inside, load_fragment(t.q + own),
+				                  load_fragment(t.k + own), x[i].decays,
+				                  form.scale);
 		}
 #pragma unroll
 		for (int i = 0; i < WIDE; i++)
-			begin_slab(x[i], s, t, first + i, shown + (first + i) * SUBS * 128, scale);
+			begin_slab<BONUS>(x[i], s, t, first + i, shown + (first + i) * SUBS * 128,
+			                  form);
 		sync();
 #pragma unroll
 		for (int i = 0; i < WIDE; i++)
-			end_slab(x[i], s, t, first + i, shown + (first + i) * SUBS * 128, keep);
+			end_slab<SPAN>(x[i], s, t, first + i, shown + (first + i) * SUBS * 128,
+			               keep);
 	}
 }
 
 /* The scores of this warp's queries, [query, key], into a tile; those of later keys are zero. */
-__device__ __forceinline__ void store_scores(uint32_t tile, const chunk_scores &s)
+template <bool BONUS> __device__ __forceinline__ void store_scores(uint32_t tile, chunk_scores &s)
 {
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 
+	if (BONUS) {
 #pragma unroll
-	for (int n = 0; n < CHUNK / 8; n++) {
+		for (float &x : s.own) {
+			x += __shfl_xor_sync(~0u, x, 1);
+			x += __shfl_xor_sync(~0u, x, 2);
+		}
+	}
+
+#pragma unroll
+	for (int n = 0; n < RECORD / 8; n++) {
 #pragma unroll
 		for (int half = 0; half < 2; half++) {
 			const int row = lane / 4 + 8 * half, key = 8 * (n % 2) + 2 * (lane % 4);
@@ -490,6 +544,8 @@ __device__ __forceinline__ void store_scores(uint32_t tile, const chunk_scores &
 				x[i] = n / 2 == warp && key + i <= row
 				               ? s.inside[n % 2][2 * half + i]
 				               : before;
+				if (BONUS && n / 2 == warp && key + i == row)
+					x[i] = s.own[half];
 			}
 			shared_store(tile + swizzle_128((SUB * warp + row) * 128 + 16 * n +
 			                                4 * (lane % 4)),

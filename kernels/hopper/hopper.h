@@ -24,12 +24,13 @@ size_t hopper_rat_step_workspace(const void *args);
 enum status hopper_rat_step(const void *args, void *workspace);
 
 /* OP_MATRIX_RECURRENCE, plain rule, decays that channels share; d_k up to 256. The form picked by
- * the shape; all on the chip; with the states between short segments in memory. */
+ * the shape; all on the chip; with the states before chunks of any multiple of 64 in memory. */
 const char *hopper_scalar_decay_unsupported(const void *args);
 size_t hopper_scalar_decay_workspace(const void *args);
 enum status hopper_scalar_decay(const void *args, void *workspace);
 size_t hopper_scalar_decay_onchip_workspace(const void *args);
 enum status hopper_scalar_decay_onchip(const void *args, void *workspace);
+const char *hopper_scalar_decay_materialise_unsupported(const void *args);
 size_t hopper_scalar_decay_materialise_workspace(const void *args);
 enum status hopper_scalar_decay_materialise(const void *args, void *workspace);
 
@@ -51,8 +52,10 @@ const char *hopper_rat_scan_unsupported(const void *args);
 size_t hopper_rat_scan_workspace(const void *args);
 enum status hopper_rat_scan(const void *args, void *workspace);
 
-/* OP_MATRIX_RECURRENCE: a diagonal decay, the plain rule; d_k = 64, 128, 256, d_v up to 512. Fused:
- * one kernel, both widths at most 128. Staged: its operands go through memory. Plain: picks. */
+/* OP_MATRIX_RECURRENCE: a diagonal decay, the plain rule or the bonus; d_k = 64, 128, 256, d_v up
+ * to 512, not 256/64. Fused: one kernel, both widths at most 128. Staged: its operands go through
+ * memory. Both take chunks of 16, 32 and 64. Materialise: the states before chunks go through
+ * memory, whose lengths are multiples of 64, or T and more. Plain: picks. */
 const char *hopper_gla_unsupported(const void *args);
 size_t hopper_gla_workspace(const void *args);
 enum status hopper_gla(const void *args, void *workspace);
@@ -61,6 +64,9 @@ enum status hopper_gla_fused(const void *args, void *workspace);
 const char *hopper_gla_staged_unsupported(const void *args);
 size_t hopper_gla_staged_workspace(const void *args);
 enum status hopper_gla_staged(const void *args, void *workspace);
+const char *hopper_gla_materialise_unsupported(const void *args);
+size_t hopper_gla_materialise_workspace(const void *args);
+enum status hopper_gla_materialise(const void *args, void *workspace);
 
 #ifdef __cplusplus
 }

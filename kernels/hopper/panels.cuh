@@ -92,7 +92,36 @@ __device__ __forceinline__ void shared_store1(uint32_t shared, float x)
 	asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
 }
 
-/* d (64 x 64) = [accumulate ? d : 0] + A B: A in registers, B K-major in shared memory. */
+/* d (64 x n) = [accumulate ? d : 0] + A B, n = 16, 32 or 64: A in registers, B K-major in shared
+ * memory. */
+__device__ __forceinline__ void wgmma_rs_k_major(float (&d)[8], const uint32_t *a, uint64_t b,
+                                                 bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %13, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+	             "{" REGISTERS_8 "}, "
+	             "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n"
+	             "}\n"
+	             : OPERANDS_8(d, 0)
+	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
+}
+
+__device__ __forceinline__ void wgmma_rs_k_major(float (&d)[16], const uint32_t *a, uint64_t b,
+                                                 bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %21, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+	             "{" REGISTERS_16 "}, "
+	             "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n"
+	             "}\n"
+	             : OPERANDS_16(d, 0)
+	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
+}
+
 __device__ __forceinline__ void wgmma_rs_k_major(float (&d)[32], const uint32_t *a, uint64_t b,
                                                  bool accumulate)
 {
@@ -107,7 +136,35 @@ __device__ __forceinline__ void wgmma_rs_k_major(float (&d)[32], const uint32_t 
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
 }
 
-/* d (64 x 64) = [accumulate ? d : 0] + A B: A MN-major, B K-major, both in shared memory. */
+/* The same: A MN-major, B K-major, both in shared memory. */
+__device__ __forceinline__ void wgmma_ss_transposed(float (&d)[8], uint64_t a, uint64_t b,
+                                                    bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %10, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+	             "{" REGISTERS_8 "}, "
+	             "%8, %9, p, 1, 1, 1, 0;\n"
+	             "}\n"
+	             : OPERANDS_8(d, 0)
+	             : "l"(a), "l"(b), "r"((int)accumulate));
+}
+
+__device__ __forceinline__ void wgmma_ss_transposed(float (&d)[16], uint64_t a, uint64_t b,
+                                                    bool accumulate)
+{
+	asm volatile("{\n"
+	             ".reg .pred p;\n"
+	             "setp.ne.b32 p, %18, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+	             "{" REGISTERS_16 "}, "
+	             "%16, %17, p, 1, 1, 1, 0;\n"
+	             "}\n"
+	             : OPERANDS_16(d, 0)
+	             : "l"(a), "l"(b), "r"((int)accumulate));
+}
+
 __device__ __forceinline__ void wgmma_ss_transposed(float (&d)[32], uint64_t a, uint64_t b,
                                                     bool accumulate)
 {

@@ -267,9 +267,14 @@ template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[c
 }
 
 /*
- * The registers of an accumulator of 32, 64 or 128 floats, as inline assembly names them: the list
- * in the instruction, where they come first, and the operands behind it.
+ * The registers of an accumulator of 8 to 128 floats, as inline assembly names them: the list in
+ * the instruction, where they come first, and the operands behind it.
  */
+#define REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define REGISTERS_16                                                                               \
+	REGISTERS_8                                                                                \
+	", "                                                                                       \
+	"%8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32                                                                               \
 	"%0, %1, %2, %3, %4, %5, %6, %7, "                                                         \
 	"%8, %9, %10, %11, %12, %13, %14, %15, "                                                   \
@@ -296,6 +301,7 @@ template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[c
 #define OPERANDS_8(d, i)                                                                           \
 	"+f"((d)[i]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3]),                  \
 	        "+f"((d)[(i) + 4]), "+f"((d)[(i) + 5]), "+f"((d)[(i) + 6]), "+f"((d)[(i) + 7])
+#define OPERANDS_16(d, i) OPERANDS_8(d, i), OPERANDS_8(d, (i) + 8)
 #define OPERANDS_32(d, i)                                                                          \
 	OPERANDS_8(d, i), OPERANDS_8(d, (i) + 8), OPERANDS_8(d, (i) + 16), OPERANDS_8(d, (i) + 24)
 #define OPERANDS_64(d, i)  OPERANDS_32(d, i), OPERANDS_32(d, (i) + 32)

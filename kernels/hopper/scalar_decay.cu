@@ -344,14 +344,22 @@ const struct matrix_recurrence_args *recurrence(const void *args)
 	return static_cast<const struct matrix_recurrence_args *>(args);
 }
 
-/* Segments of the materialised form: four chunks, whose state is as large as their v. */
-constexpr int MATERIALISED_CHUNKS = 4;
+/* The materialised form has the states before segments in memory. One is as long as the chunk that
+ * was asked for, or four of ours, whose v is then as large as a state. */
+plan materialised_plan(const struct matrix_recurrence_args *a)
+{
+	const int64_t length = a->chunk ? a->chunk : 4 * CHUNK;
+
+	return make_plan(
+	        a, static_cast<int>(((length < a->seq_len ? length : a->seq_len) + CHUNK - 1) /
+	                            CHUNK));
+}
 
 } // namespace
 
-extern "C" const char *hopper_scalar_decay_unsupported(const void *args)
+/* Whatever the chunk. */
+static const char *scalar_decay_unsupported(const struct matrix_recurrence_args *a)
 {
-	const struct matrix_recurrence_args *a = recurrence(args);
 
 	if (!cuda_is_hopper())
 		return "needs compute capability 9.0";
@@ -359,16 +367,22 @@ extern "C" const char *hopper_scalar_decay_unsupported(const void *args)
 		return "only the plain rule";
 	if (a->decay == DECAY_DIAGONAL)
 		return "only decays that are the same for all channels";
-	if (a->chunk && a->chunk != CHUNK)
-		return "chunk must be 64, or 0";
 	if (a->d_k > 256)
 		return "d_k must be at most 256";
-	if (a->n_heads > 1 && (!a->q.head || !a->k.head || !a->v.head || !a->out.head))
-		return "heads must not share q, k or v";
+	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
+		return "heads must not share v";
 	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
 	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out))
 		return "views must be 16-byte aligned";
 	return NULL;
+}
+
+extern "C" const char *hopper_scalar_decay_unsupported(const void *args)
+{
+	const struct matrix_recurrence_args *a = recurrence(args);
+	const char *why = scalar_decay_unsupported(a);
+
+	return !why && a->chunk && a->chunk != CHUNK ? "chunk must be 64, or 0" : why;
 }
 
 extern "C" size_t hopper_scalar_decay_workspace(const void *args)
@@ -391,12 +405,22 @@ extern "C" enum status hopper_scalar_decay_onchip(const void *args, void *worksp
 	return run(recurrence(args), make_plan(recurrence(args), 0), workspace);
 }
 
+extern "C" const char *hopper_scalar_decay_materialise_unsupported(const void *args)
+{
+	const struct matrix_recurrence_args *a = recurrence(args);
+	const char *why = scalar_decay_unsupported(a);
+
+	return !why && a->chunk % CHUNK && a->chunk < a->seq_len
+	               ? "chunk must be a multiple of 64, or T"
+	               : why;
+}
+
 extern "C" size_t hopper_scalar_decay_materialise_workspace(const void *args)
 {
-	return plan_workspace(make_plan(recurrence(args), MATERIALISED_CHUNKS));
+	return plan_workspace(materialised_plan(recurrence(args)));
 }
 
 extern "C" enum status hopper_scalar_decay_materialise(const void *args, void *workspace)
 {
-	return run(recurrence(args), make_plan(recurrence(args), MATERIALISED_CHUNKS), workspace);
+	return run(recurrence(args), materialised_plan(recurrence(args)), workspace);
 }

@@ -25,9 +25,11 @@ enum status tensor_map_encode(CUtensorMap *map, const struct view *view, int64_t
                               int64_t tokens, int64_t heads, int64_t d, int box_tokens)
 {
 	const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
-	const cuuint64_t dims[4] = {(cuuint64_t)d, (cuuint64_t)tokens, (cuuint64_t)heads,
-	                            (cuuint64_t)batch};
-	const cuuint64_t strides[3] = {(cuuint64_t)view->token * 2, (cuuint64_t)view->head * 2,
+	const bool shared = view->head == 0; /* no map has a stride of 0 */
+	const cuuint64_t dims[4] = {(cuuint64_t)d, (cuuint64_t)tokens,
+	                            shared ? 1 : (cuuint64_t)heads, (cuuint64_t)batch};
+	const cuuint64_t strides[3] = {(cuuint64_t)view->token * 2,
+	                               (cuuint64_t)(shared ? view->token : view->head) * 2,
 	                               (cuuint64_t)view->batch * 2};
 	const cuuint32_t box[4] = {64, (cuuint32_t)box_tokens, 1, 1};
 	const cuuint32_t steps[4] = {1, 1, 1, 1};

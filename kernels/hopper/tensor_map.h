@@ -14,7 +14,8 @@ extern "C" {
  * A map of the bf16 tensor `view` [batch, tokens, heads, d] with coordinates
  * (d, token, head, batch) and boxes of 64 x box_tokens, 128-byte swizzle: a
  * 128-wide head takes two boxes. Outside the tensor loads give zeros and stores are dropped.
- * STATUS_CUDA if the driver refuses.
+ * Heads without a stride between them are one, whose coordinate is 0. STATUS_CUDA if the driver
+ * refuses.
  */
 enum status tensor_map_encode(CUtensorMap *map, const struct view *view, int64_t batch,
                               int64_t tokens, int64_t heads, int64_t d, int box_tokens);

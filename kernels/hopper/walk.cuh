@@ -72,6 +72,7 @@ struct parameters {
 	float *states; /* [segments - 1][walks][DK/2 * 128 * SLICES] in the order of accumulators */
 	float *wholes; /* [segments - 1][walks]: decay of a whole segment */
 	int seq_len, n_heads, d_k, d_v, slices; /* slices: blocks across v's channels */
+	int q_step, k_step;                     /* between heads: 0 where they share q or k */
 	int chunks, segment_chunks, segments;
 	int walks; /* batch * n_heads * slices */
 };
@@ -125,9 +126,9 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 			for (int i = 0; i < S::KEY_PANELS; i++) {
 				if (OUTPUTS)
 					tensor_load(at + S::Q + i * PANEL_BYTES, &p.q, full, i * 64,
-					            chunk * CHUNK, x.h, x.b);
+					            chunk * CHUNK, x.h * p.q_step, x.b);
 				tensor_load(at + S::K + i * PANEL_BYTES, &p.k, full, i * 64,
-				            chunk * CHUNK, x.h, x.b);
+				            chunk * CHUNK, x.h * p.k_step, x.b);
 			}
 #pragma unroll
 			for (int i = 0; i < SLICES; i++)
@@ -508,6 +509,8 @@ inline enum status fill_parameters(parameters &p, const struct matrix_recurrence
 	p.wholes = p.states + static_cast<int64_t>(x.segments - 1) * x.walks * x.state_floats;
 	p.seq_len = static_cast<int>(a->seq_len);
 	p.n_heads = static_cast<int>(a->n_heads);
+	p.q_step = a->q.head ? 1 : 0;
+	p.k_step = a->k.head ? 1 : 0;
 	p.d_k = static_cast<int>(a->d_k);
 	p.d_v = static_cast<int>(a->d_v);
 	p.slices = x.blocks_across;

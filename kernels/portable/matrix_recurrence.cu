@@ -701,8 +701,8 @@ extern "C" const char *portable_matrix_recurrence_unsupported(const void *args)
 
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
-	if (a->chunk > ROWS)
-		return "chunk must be at most 64";
+	if (a->chunk == 1 || a->chunk > ROWS)
+		return "chunk must be 2 to 64";
 	if (a->d_k % 8 || a->d_v % 8 || a->d_k > 512)
 		return "head widths must be multiples of 8, d_k at most 512";
 	if (a->batch * a->n_heads > 65535)

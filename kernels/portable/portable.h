@@ -73,6 +73,8 @@ enum status portable_recurrence_step(const void *args, void *workspace);
 const char *portable_matrix_recurrence_unsupported(const void *args);
 size_t portable_matrix_recurrence_workspace(const void *args);
 enum status portable_matrix_recurrence(const void *args, void *workspace);
+const char *portable_recurrent_form_unsupported(const void *args);
+enum status portable_recurrent_form(const void *args, void *workspace);
 
 const char *portable_matrix_recurrence_step_unsupported(const void *args);
 enum status portable_matrix_recurrence_step(const void *args, void *workspace);
