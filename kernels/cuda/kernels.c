@@ -21,6 +21,8 @@ const struct kernel cuda_kernels[] = {
          flash3_attention},
         {OP_ATTENTION, "cublas", cublas_attention_unsupported, cublas_attention_workspace,
          cublas_attention},
+        {OP_ATTENTION_BACKWARD, "hopper", hopper_attention_backward_unsupported,
+         hopper_attention_backward_workspace, hopper_attention_backward},
         {OP_ATTENTION_STEP, "hopper", hopper_attention_step_unsupported,
          hopper_attention_step_workspace, hopper_attention_step},
         {OP_ATTENTION_STEP, "portable", portable_attention_step_unsupported,
