@@ -27,6 +27,8 @@ const struct kernel cuda_kernels[] = {
          flash3_attention},
         {OP_ATTENTION, "cublas", cublas_attention_unsupported, cublas_attention_workspace,
          cublas_attention},
+        {OP_ATTENTION_BACKWARD, "hopper", hopper_attention_backward_unsupported,
+         hopper_attention_backward_workspace, hopper_attention_backward},
         {OP_ATTENTION_BACKWARD, "portable", portable_attention_backward_unsupported,
          portable_attention_backward_workspace, portable_attention_backward},
         {OP_ATTENTION_BACKWARD, "cudnn", cudnn_attention_backward_unsupported,

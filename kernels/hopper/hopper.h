@@ -15,6 +15,11 @@ const char *hopper_attention_unsupported(const void *args);
 size_t hopper_attention_workspace(const void *args);
 enum status hopper_attention(const void *args, void *workspace);
 
+/* OP_ATTENTION_BACKWARD; the same. Sums dq in an order that differs from run to run. */
+const char *hopper_attention_backward_unsupported(const void *args);
+size_t hopper_attention_backward_workspace(const void *args);
+enum status hopper_attention_backward(const void *args, void *workspace);
+
 /* OP_ATTENTION_STEP and OP_RAT_STEP; d = 64 or 128, each head's cache contiguous. */
 const char *hopper_attention_step_unsupported(const void *args);
 size_t hopper_attention_step_workspace(const void *args);

@@ -1,0 +1,1131 @@
+/*
+ * Gradients of attention for sm_90a: d = 64 or 128, bf16 in and out, fp32 sums.
+ *
+ * Three kernels. The first takes the gate from the gradient of the output,
+ * forms delta and all gradients that need one query alone, and pads the
+ * statistics of the queries to whole tiles. The second, persistent, takes 128
+ * keys of one head at a time and walks over the queries that see them, in
+ * tiles of 64 (d = 64: 128); it holds dK and dV. The third turns the sums of dQ
+ * into bf16. dQ is summed in memory, tile by tile, in the order in which
+ * blocks come by: its last bits differ from run to run.
+ *
+ *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, and a ring of
+ *               queries and gradients of outputs with their statistics
+ *   warp 1 + w  sends what consumer warpgroup w leaves: its half of a tile of
+ *               dQ, to be added; at the end dK and dV
+ *   consumer    64 keys, scores transposed (a row is a key): P and dS are the
+ *               register operands of dV += P^T dO, dK += dS^T Q. Both
+ *               warpgroups' dS meet in shared memory for dQ = dS K, of which
+ *               each forms one 64 x 64 block.
+ *
+ * Order of products in a step, each beside what needs no tensor cores:
+ *   dP = V dO^T             powers of the scores, which the step before issued
+ *   dV                      dS
+ *   dK, dQ of the tile before, S of the next    that dQ leaves
+ *
+ * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s of
+ * all three kernels at T = 4096 / 32768; cuDNN 9.19 in the same run: 456 / 513):
+ *   dQ of the same tile, a named barrier after dS           467 / 514
+ *   dQ before dK                                            478 / 535
+ *   no barrier (wrong: to see what it costs)                535 / 595
+ *   and nothing added to dQ (wrong, too; with the barrier)  472 / 553
+ */
+#include <cuda_runtime.h>
+#include <limits.h>
+#include <math.h>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/panels.cuh"
+#include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/tensor_map.h"
+#include "kernels/kernels.h"
+
+using namespace hopper;
+
+namespace
+{
+
+constexpr int KEYS = 128, SCHEDULE_SLOTS = 4, WARPGROUPS = 2;
+constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int BOTH_BARRIER = 1;    /* named: the two consumer warpgroups */
+constexpr int ROW_BYTES = 128;     /* of a panel */
+constexpr int DQ_FLOATS = 64 * 64; /* of a tile of dQ, a warpgroup's block */
+constexpr int PREPARED_ROWS = 64;  /* queries of a block of the first kernel */
+
+/* Queries of a tile. */
+template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
+
+/* Rings: of queries, of gradients of outputs, of dS. */
+template <int D> constexpr int Q_STAGES = D == 64 ? 2 : 3;
+template <int D> constexpr int DS_STAGES = D == 64 ? 2 : 3;
+constexpr int DO_STAGES = 2, MOST_STAGES = 3;
+
+struct parameters {
+	CUtensorMap q, k, v, dout, dk, dv;
+	int seq_len, n_heads, q_heads, pairs; /* pairs: batch * n_heads */
+	int seen_keys;                        /* no query sees the keys behind these */
+	int window, chunk;
+	enum mask mask;
+	float scale, scale_log2;  /* scale * log2(e) */
+	int padded_len;           /* queries in whole tiles */
+	const float *lse, *delta; /* [pairs][padded_len], lse in base 2 */
+	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][DQ_FLOATS], as accumulators lie */
+	int key_tiles;
+	int heads_per_group; /* batch*head pairs that share L2 */
+	int *ticket;
+};
+
+/* mbarriers, 8 bytes each. */
+enum {
+	BAR_K_FULL,
+	BAR_K_EMPTY,
+	BAR_V_FULL,
+	BAR_V_EMPTY,
+	BAR_Q_FULL, /* queries and lse */
+	BAR_Q_EMPTY = BAR_Q_FULL + MOST_STAGES,
+	BAR_DO_FULL = BAR_Q_EMPTY + MOST_STAGES, /* gradients of outputs and delta */
+	BAR_DO_EMPTY = BAR_DO_FULL + DO_STAGES,
+	BAR_DS_FULL = BAR_DO_EMPTY + DO_STAGES,
+	BAR_DS_EMPTY = BAR_DS_FULL + MOST_STAGES,
+	BAR_UNIT_FULL = BAR_DS_EMPTY + MOST_STAGES,
+	BAR_UNIT_EMPTY = BAR_UNIT_FULL + SCHEDULE_SLOTS,
+	BAR_OUT_FULL = BAR_UNIT_EMPTY + SCHEDULE_SLOTS, /* of a warpgroup: something may leave */
+	BAR_OUT_EMPTY = BAR_OUT_FULL + WARPGROUPS,
+	BAR_DK_LEFT = BAR_OUT_EMPTY + WARPGROUPS, /* dK of both has left the place of dS */
+	BAR_COUNT
+};
+
+template <int D> struct shared_layout {
+	static constexpr int KEYS_BYTES = KEYS * D * 2;
+	static constexpr int ROWS_BYTES = QUERIES<D> * D * 2;
+	static constexpr int DS_PANEL = KEYS * ROW_BYTES; /* 64 queries */
+	static constexpr int DS_BYTES = QUERIES<D> / 64 * DS_PANEL;
+	static constexpr int STATISTICS_BYTES = QUERIES<D> * 4;
+	static constexpr int K = 0;
+	static constexpr int V = K + KEYS_BYTES;
+	static constexpr int Q = V + KEYS_BYTES;
+	static constexpr int DO = Q + Q_STAGES<D> * ROWS_BYTES;
+	static constexpr int DS = DO + DO_STAGES * ROWS_BYTES;   /* [key][query]; at the end dK */
+	static constexpr int OUT = DS + DS_STAGES<D> * DS_BYTES; /* dQ; at the end dV */
+	static constexpr int OUT_BYTES = DQ_FLOATS * 4;          /* of a warpgroup */
+	static constexpr int LSE = OUT + WARPGROUPS * OUT_BYTES;
+	static constexpr int DELTA = LSE + Q_STAGES<D> * STATISTICS_BYTES;
+	static constexpr int UNITS = DELTA + DO_STAGES * STATISTICS_BYTES;
+	static constexpr int BARRIERS = UNITS + 8 * SCHEDULE_SLOTS;
+	static constexpr int BYTES = BARRIERS + 8 * BAR_COUNT + 1024; /* to align the base */
+};
+
+/* What one ticket stands for: tile n of the keys of a sequence and head; n < 0: no more. */
+struct unit {
+	int n, pair;
+};
+
+/* Tiles of queries, from first to end - 1. */
+struct span {
+	int first, end;
+};
+
+/* First and last query that sees a key; none: last < first. */
+__device__ __forceinline__ int first_query(const parameters &p, int key)
+{
+	if (key >= p.seen_keys)
+		return INT_MAX;
+	if (p.mask == MASK_CHUNK)
+		return (key + 1) * p.chunk;
+	return p.mask == MASK_FULL ? 0 : key;
+}
+
+__device__ __forceinline__ int last_query(const parameters &p, int key)
+{
+	if (key >= p.seen_keys)
+		return -1;
+	return p.mask == MASK_WINDOW ? key + p.window : INT_MAX;
+}
+
+template <int D> __device__ __forceinline__ span query_tiles(const parameters &p, int n)
+{
+	const int first = first_query(p, n * KEYS);
+	const int last = min(last_query(p, min(n * KEYS + KEYS, p.seen_keys) - 1), p.seq_len - 1);
+
+	if (first > last)
+		return {0, 0};
+	return {first / QUERIES<D>, last / QUERIES<D> + 1};
+}
+
+__device__ __forceinline__ unit locate(const parameters &p, int number)
+{
+	const int group = number / (p.heads_per_group * p.key_tiles);
+	const int first_pair = group * p.heads_per_group;
+	const int in_group = min(p.heads_per_group, p.pairs - first_pair);
+	const int within = number - first_pair * p.key_tiles;
+
+	return {within / in_group, first_pair + within % in_group};
+}
+
+/* The units of this block, as the producer hands them to the others. */
+static_assert(shared_layout<64>::BYTES <= 232448 && shared_layout<128>::BYTES <= 232448);
+
+template <int D> struct schedule {
+	uint32_t shared;
+	slot_ring<SCHEDULE_SLOTS> at;
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + shared_layout<D>::BARRIERS + (which + at.slot) * 8;
+	}
+
+	__device__ uint32_t slot() const
+	{
+		return shared + shared_layout<D>::UNITS + at.slot * 8;
+	}
+
+	__device__ void put(const unit &u)
+	{
+		barrier_wait(barrier(BAR_UNIT_EMPTY), at.parity ^ 1);
+		shared_store(slot(), u.n);
+		shared_store(slot() + 4, u.pair);
+		barrier_arrive(barrier(BAR_UNIT_FULL));
+		at.advance();
+	}
+
+	/* By whole warps; false behind the last one. */
+	__device__ bool get(unit &u)
+	{
+		barrier_wait(barrier(BAR_UNIT_FULL), at.parity);
+		u.n = shared_load(slot());
+		u.pair = shared_load(slot() + 4);
+		__syncwarp();
+		if (threadIdx.x % 32 == 0)
+			barrier_arrive(barrier(BAR_UNIT_EMPTY));
+		at.advance();
+		return u.n >= 0;
+	}
+};
+
+/* A tile of `rows` x D, as D/64 swizzled panels. */
+template <int D, int rows>
+__device__ __forceinline__ void load_panels(uint32_t tile, uint32_t full, const CUtensorMap *map,
+                                            int token, int head, int batch)
+{
+#pragma unroll
+	for (int panel = 0; panel < D / 64; panel++)
+		tensor_load(tile + panel * rows * ROW_BYTES, map, full, panel * 64, token, head,
+		            batch);
+}
+
+/* Thread 0: tickets and everything that is loaded. */
+template <int D> struct producer {
+	using layout = shared_layout<D>;
+
+	const parameters &p;
+	uint32_t shared;
+	slot_ring<Q_STAGES<D>> q;
+	slot_ring<DO_STAGES> dout;
+	uint32_t parity; /* of keys and values */
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + layout::BARRIERS + which * 8;
+	}
+
+	__device__ void load_rows(int m, int pair, int b, int h)
+	{
+		const int64_t at = static_cast<int64_t>(pair) * p.padded_len + m * QUERIES<D>;
+		const uint32_t q_full = barrier(BAR_Q_FULL + q.slot);
+		const uint32_t do_full = barrier(BAR_DO_FULL + dout.slot);
+
+		barrier_wait(barrier(BAR_Q_EMPTY + q.slot), q.parity ^ 1);
+		barrier_arrive_expect(q_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
+		load_panels<D, QUERIES<D>>(shared + layout::Q + q.slot * layout::ROWS_BYTES, q_full,
+		                           &p.q, m * QUERIES<D>, h % p.q_heads, b);
+		bulk_load(shared + layout::LSE + q.slot * layout::STATISTICS_BYTES, p.lse + at,
+		          layout::STATISTICS_BYTES, q_full);
+		q.advance();
+		barrier_wait(barrier(BAR_DO_EMPTY + dout.slot), dout.parity ^ 1);
+		barrier_arrive_expect(do_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
+		load_panels<D, QUERIES<D>>(shared + layout::DO + dout.slot * layout::ROWS_BYTES,
+		                           do_full, &p.dout, m * QUERIES<D>, h, b);
+		bulk_load(shared + layout::DELTA + dout.slot * layout::STATISTICS_BYTES,
+		          p.delta + at, layout::STATISTICS_BYTES, do_full);
+		dout.advance();
+	}
+
+	__device__ void load_keys(const CUtensorMap *map, int tile, int full, int empty, int n,
+	                          int b, int h)
+	{
+		barrier_wait(barrier(empty), parity ^ 1);
+		barrier_arrive_expect(barrier(full), layout::KEYS_BYTES);
+		load_panels<D, KEYS>(shared + tile, barrier(full), map, n * KEYS, h, b);
+	}
+
+	__device__ void run()
+	{
+		const int n_units = p.key_tiles * p.pairs;
+		const unit end = {-1, 0};
+		schedule<D> units = {shared};
+		unit u = locate(p, blockIdx.x);
+
+		units.put(u);
+		while (u.n >= 0) {
+			const int number = gridDim.x + atomicAdd(p.ticket, 1);
+			const unit next = number < n_units ? locate(p, number) : end;
+			const span m = query_tiles<D>(p, u.n);
+			const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+
+			units.put(next);
+			if (m.first < m.end) {
+				load_rows(m.first, u.pair, b, h);
+				load_keys(&p.v, layout::V, BAR_V_FULL, BAR_V_EMPTY, u.n, b, h);
+				load_keys(&p.k, layout::K, BAR_K_FULL, BAR_K_EMPTY, u.n, b, h);
+				parity ^= 1;
+#pragma unroll 1
+				for (int i = m.first + 1; i < m.end; i++)
+					load_rows(i, u.pair, b, h);
+			}
+			u = next;
+		}
+	}
+};
+
+/* Adds `bytes` (a multiple of 16) of fp32 in shared memory to contiguous memory. */
+__device__ __forceinline__ void bulk_add(float *global, uint32_t shared, uint32_t bytes)
+{
+	asm volatile(
+	        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+	                global),
+	        "r"(shared), "r"(bytes)
+	        : "memory");
+}
+
+/* Warp 1 + w: sends off what consumer warpgroup w leaves. */
+template <int D> __device__ __forceinline__ void send(const parameters &p, uint32_t shared, int w)
+{
+	using layout = shared_layout<D>;
+	const uint32_t barriers = shared + layout::BARRIERS;
+	const uint32_t full = barriers + (BAR_OUT_FULL + w) * 8;
+	const uint32_t empty = barriers + (BAR_OUT_EMPTY + w) * 8;
+	const uint32_t out = shared + layout::OUT + w * layout::OUT_BYTES;
+	const uint32_t dk = shared + layout::DS + w * layout::OUT_BYTES;
+	const int tiles = p.padded_len / QUERIES<D>;
+	schedule<D> units = {shared};
+	uint32_t parity = 0;
+	unit u;
+
+	while (units.get(u)) {
+		const span m = query_tiles<D>(p, u.n);
+		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+		float *to =
+		        p.dq +
+		        ((static_cast<int64_t>(b) * p.q_heads + h % p.q_heads) * tiles + m.first) *
+		                WARPGROUPS * DQ_FLOATS +
+		        w * DQ_FLOATS;
+
+		if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+			for (int i = m.first; i < m.end; i++) {
+				barrier_wait(full, parity);
+				parity ^= 1;
+				bulk_add(to, out, layout::OUT_BYTES);
+				store_commit();
+				store_wait_read();
+				barrier_arrive(empty);
+				to += WARPGROUPS * DQ_FLOATS;
+			}
+			barrier_wait(full, parity);
+			parity ^= 1;
+#pragma unroll
+			for (int panel = 0; panel < D / 64; panel++) {
+				tensor_store(&p.dk, dk + panel * PANEL_BYTES, panel * 64,
+				             u.n * KEYS + w * 64, h, b);
+				tensor_store(&p.dv, out + panel * PANEL_BYTES, panel * 64,
+				             u.n * KEYS + w * 64, h, b);
+			}
+			store_commit();
+			store_wait_read();
+			barrier_arrive(empty);
+			barrier_arrive(barriers + BAR_DK_LEFT * 8);
+		}
+		__syncwarp();
+	}
+}
+
+/* acc (64 keys x n queries) = A (64 x D) B (n x D)^T. Descriptors count in 16 bytes. */
+template <int D, int n>
+__device__ __forceinline__ void issue_scores(float (&acc)[n], uint64_t a, uint64_t b)
+{
+	wgmma_fence();
+#pragma unroll
+	for (int step = 0; step < D / 16; step++) {
+		const int panel = step / 4, within = step % 4 * 32;
+
+		wgmma_ss(acc, a + (panel * KEYS * ROW_BYTES + within) / 16,
+		         b + (panel * QUERIES<D> * ROW_BYTES + within) / 16, step > 0);
+	}
+	wgmma_commit();
+}
+
+/* acc (64 keys x D) += A (64 x queries, registers) B (queries x D). */
+template <int n, int operands>
+__device__ __forceinline__ void issue_gradient(float (&acc)[n], const uint32_t (&a)[operands],
+                                               uint64_t b)
+{
+	wgmma_fence();
+#pragma unroll
+	for (int step = 0; step < operands / 4; step++)
+		wgmma_rs(acc, &a[4 * step], b + step * 2048 / 16, true);
+	wgmma_commit();
+}
+
+/* Of the consumer warpgroups; the shuffle tells the compiler that it is uniform. */
+__device__ __forceinline__ int warpgroup_index()
+{
+	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
+}
+
+/* Address in a warpgroup's 64 swizzled rows of this warp's 16 x 16 block from column 16j (below 64)
+ * on, as stmatrix (x4) wants it from each lane. */
+__device__ __forceinline__ uint32_t block_address(uint32_t rows, int j)
+{
+	const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+
+	return plain_block(rows, warp * 16, 16 * j, lane);
+}
+
+/* What there is of each query, for a thread's columns of n accumulators: fetched ahead of its use
+ * where there are registers for that. */
+template <int n> struct statistics {
+	uint32_t from;
+	float2 x[n / 4];
+
+	__device__ __forceinline__ float2 fetch(int i) const
+	{
+		return shared_float2(from + (8 * i + 2 * (threadIdx.x & 3)) * 4);
+	}
+
+	__device__ __forceinline__ void load()
+	{
+#pragma unroll
+		for (int i = 0; n == 32 && i < n / 4; i++)
+			x[i] = fetch(i);
+	}
+
+	__device__ __forceinline__ float2 at(int i) const
+	{
+		return n == 32 ? x[i] : fetch(i);
+	}
+};
+
+template <int D> struct consumer {
+	using layout = shared_layout<D>;
+	static constexpr int N = QUERIES<D> / 2; /* accumulators of a tile of scores */
+
+	const parameters &p;
+	uint32_t shared;
+	slot_ring<Q_STAGES<D>> q;
+	slot_ring<DO_STAGES> dout;
+	slot_ring<DS_STAGES<D>> ds_at, ds_before; /* of this tile, of the one before */
+	uint32_t key_parity;                      /* of keys and values */
+	uint32_t out_parity;                      /* of what this warpgroup sends */
+	uint32_t unit_parity;                     /* of dK's place */
+	span all_seen; /* queries that see all of the warpgroup's keys: first, last */
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + layout::BARRIERS + which * 8;
+	}
+
+	/* One arrival per warp: each warp vouches for its own accesses. */
+	__device__ void release(int which) const
+	{
+		if (threadIdx.x % 32 == 0)
+			barrier_arrive(barrier(which));
+	}
+
+	__device__ uint64_t q_operand(uint32_t leading) const
+	{
+		return matrix_descriptor(shared + layout::Q + q.slot * layout::ROWS_BYTES, leading);
+	}
+
+	__device__ uint64_t do_operand(uint32_t leading) const
+	{
+		return matrix_descriptor(shared + layout::DO + dout.slot * layout::ROWS_BYTES,
+		                         leading);
+	}
+
+	__device__ void await_out_place()
+	{
+		barrier_wait(barrier(BAR_OUT_EMPTY + warpgroup_index()), out_parity ^ 1);
+		out_parity ^= 1;
+	}
+
+	/* What was written to shared memory may leave. */
+	__device__ void hand_over() const
+	{
+		fence_async_proxy();
+		__syncwarp();
+		release(BAR_OUT_FULL + warpgroup_index());
+	}
+
+	__device__ void powers(float (&s)[N], const statistics<N> &lse,
+	                       uint32_t (&probabilities)[N / 2], int m, int key) const;
+	__device__ void differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
+	                              const statistics<N> &delta, uint32_t (&ds)[N / 2]) const;
+	__device__ void store_ds(const uint32_t (&ds)[N / 2]) const;
+	__device__ void issue_dq(float (&dq)[32], const slot_ring<DS_STAGES<D>> &at) const;
+	__device__ void store_dq(const float (&dq)[32]);
+	__device__ void store_keys(uint32_t place, const float (&x)[D / 2], float scale) const;
+	template <bool first, bool last>
+	__device__ void step(int m, int key, float (&s)[N], float (&dk)[D / 2], float (&dv)[D / 2]);
+	__device__ void run(const unit &u);
+};
+
+/* Scores -> probabilities; `key` is the thread's first, the other is 8 further. */
+template <int D>
+__device__ __forceinline__ void consumer<D>::powers(float (&s)[N], const statistics<N> &lse,
+                                                    uint32_t (&probabilities)[N / 2], int m,
+                                                    int key) const
+{
+	const int begin = m * QUERIES<D>, column = begin + 2 * (threadIdx.x & 3);
+	float2 x;
+
+	if (begin < all_seen.first || begin + QUERIES<D> - 1 > all_seen.end) {
+		const int first[2] = {first_query(p, key) - column,
+		                      first_query(p, key + 8) - column};
+		const int last[2] = {last_query(p, key) - column, last_query(p, key + 8) - column};
+#pragma unroll
+		for (int i = 0; i < N; i++) {
+			const int at = 8 * (i >> 2) + (i & 1), r = (i >> 1) & 1;
+
+			if (at < first[r] || at > last[r])
+				s[i] = -INFINITY;
+		}
+	}
+#pragma unroll
+	for (int i = 0; i < N; i += 2) {
+		if (i % 4 == 0)
+			x = lse.at(i / 4);
+		probabilities[i / 2] = pack_bf16(exp2_approx(fmaf(s[i], p.scale_log2, -x.x)),
+		                                 exp2_approx(fmaf(s[i + 1], p.scale_log2, -x.y)));
+	}
+}
+
+/* P from its bf16, which is what dV sees: no room for it in fp32. */
+template <int D>
+__device__ __forceinline__ void
+consumer<D>::differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
+                           const statistics<N> &delta, uint32_t (&ds)[N / 2]) const
+{
+	float2 x;
+
+#pragma unroll
+	for (int i = 0; i < N; i += 2) {
+		const uint32_t pair = probabilities[i / 2];
+
+		if (i % 4 == 0)
+			x = delta.at(i / 4);
+		ds[i / 2] = pack_bf16(low_bf16(pair) * (dp[i] - x.x),
+		                      high_bf16(pair) * (dp[i + 1] - x.y));
+	}
+}
+
+/* [key][query], panels of 64 queries. */
+template <int D>
+__device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2]) const
+{
+	const uint32_t place = shared + layout::DS + ds_at.slot * layout::DS_BYTES +
+	                       warpgroup_index() * 64 * ROW_BYTES;
+
+#pragma unroll
+	for (int j = 0; j < QUERIES<D> / 16; j++)
+		store_matrix_x4(block_address(place + j / 4 * layout::DS_PANEL, j % 4), ds[4 * j],
+		                ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
+	fence_async_proxy();
+	__syncwarp();
+	release(BAR_DS_FULL + ds_at.slot);
+}
+
+/* dq (64 queries x 64 of D) = dS K over all keys of the tile; d = 64: of warpgroup w queries from
+ * 64w on, d = 128: columns from 64w on. */
+template <int D>
+__device__ __forceinline__ void consumer<D>::issue_dq(float (&dq)[32],
+                                                      const slot_ring<DS_STAGES<D>> &at) const
+{
+	const int w = warpgroup_index();
+	const uint64_t ds = matrix_descriptor(shared + layout::DS + at.slot * layout::DS_BYTES +
+	                                              (D == 64 ? w * layout::DS_PANEL : 0),
+	                                      16);
+	const uint64_t k =
+	        matrix_descriptor(shared + layout::K + (D == 64 ? 0 : w * KEYS * ROW_BYTES), 16);
+
+	barrier_wait(barrier(BAR_DS_FULL + at.slot), at.parity);
+	pin(dq);
+	wgmma_fence();
+#pragma unroll
+	for (int step = 0; step < KEYS / 16; step++)
+		wgmma_ss_both_transposed(dq, ds + step * 2048 / 16, k + step * 2048 / 16, step > 0);
+	wgmma_commit();
+}
+
+/* As the accumulators lie: 4 floats of every thread of the warpgroup, 8 times. */
+template <int D> __device__ __forceinline__ void consumer<D>::store_dq(const float (&dq)[32])
+{
+	const uint32_t place = shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES +
+	                       threadIdx.x % 128 * 16;
+
+	await_out_place();
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place + j * 128 * 16),
+		             "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
+		             "f"(dq[4 * j + 3])
+		             : "memory");
+	hand_over();
+}
+
+/* 64 keys x D, as panels of 64. */
+template <int D>
+__device__ __forceinline__ void consumer<D>::store_keys(uint32_t place, const float (&x)[D / 2],
+                                                        float scale) const
+{
+#pragma unroll
+	for (int j = 0; j < D / 16; j++) {
+		const float *y = &x[8 * j];
+
+		store_matrix_x4(block_address(place + j / 4 * PANEL_BYTES, j % 4),
+		                pack_bf16(y[0] * scale, y[1] * scale),
+		                pack_bf16(y[2] * scale, y[3] * scale),
+		                pack_bf16(y[4] * scale, y[5] * scale),
+		                pack_bf16(y[6] * scale, y[7] * scale));
+	}
+}
+
+/*
+ * Tile m of the queries; its scores have been issued, and those of the next
+ * tile are, but behind the last. dQ is that of the tile before, so that neither
+ * warpgroup waits for the other's dS.
+ */
+template <int D>
+template <bool first, bool last>
+__device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N], float (&dk)[D / 2],
+                                                  float (&dv)[D / 2])
+{
+	constexpr uint32_t PANEL = QUERIES<D> * ROW_BYTES;
+	const uint32_t own_rows = warpgroup_index() * 64 * ROW_BYTES;
+	const uint64_t q_columns = q_operand(PANEL), do_columns = do_operand(PANEL);
+	const int q_slot = q.slot, do_slot = dout.slot;
+	float dp[N], dq[32];
+	statistics<N> lse = {shared + layout::LSE + q.slot * layout::STATISTICS_BYTES};
+	statistics<N> delta = {shared + layout::DELTA + dout.slot * layout::STATISTICS_BYTES};
+	uint32_t probabilities[N / 2], ds[N / 2];
+
+	barrier_wait(barrier(BAR_DO_FULL + dout.slot), dout.parity);
+	lse.load();
+	wgmma_wait<0>();
+	pin(s);
+	pin(dp);
+	issue_scores<D>(dp, matrix_descriptor(shared + layout::V + own_rows, 16), do_operand(16));
+	powers(s, lse, probabilities, m, key);
+	pin(probabilities);
+	pin(dv);
+	issue_gradient(dv, probabilities, do_columns);
+	delta.load();
+	wgmma_wait<1>();
+	pin(dp);
+	if (last)
+		release(BAR_V_EMPTY);
+	differentiate(probabilities, dp, delta, ds);
+	barrier_wait(barrier(BAR_DS_EMPTY + ds_at.slot), ds_at.parity ^ 1);
+	store_ds(ds);
+	pin(ds);
+	pin(dk);
+	issue_gradient(dk, ds, q_columns);
+	if (!first) {
+		issue_dq(dq, ds_before);
+		wgmma_wait<1>();
+	} else {
+		wgmma_wait<0>();
+	}
+	pin(dv);
+	pin(probabilities);
+	pin(dk);
+	pin(ds);
+	release(BAR_Q_EMPTY + q_slot);
+	release(BAR_DO_EMPTY + do_slot);
+	q.advance();
+	dout.advance();
+	if (!last) {
+		barrier_wait(barrier(BAR_Q_FULL + q.slot), q.parity);
+		pin(s);
+		issue_scores<D>(s, matrix_descriptor(shared + layout::K + own_rows, 16),
+		                q_operand(16));
+	}
+	if (!first) {
+		wgmma_wait<last ? 0 : 1>();
+		pin(dq);
+		release(BAR_DS_EMPTY + ds_before.slot);
+		store_dq(dq);
+	}
+	ds_before = ds_at;
+	ds_at.advance();
+}
+
+template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
+{
+	const int w = warpgroup_index(), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+	const int key = u.n * KEYS + w * 64 + warp * 16 + lane / 4;
+	const span tiles = query_tiles<D>(p, u.n);
+	float s[N], dk[D / 2], dv[D / 2];
+
+#pragma unroll
+	for (int i = 0; i < D / 2; i++)
+		dk[i] = dv[i] = 0;
+	all_seen = {first_query(p, u.n * KEYS + w * 64 + 63), last_query(p, u.n * KEYS + w * 64)};
+	if (tiles.first < tiles.end) {
+		float dq[32];
+
+		barrier_wait(barrier(BAR_Q_FULL + q.slot), q.parity);
+		barrier_wait(barrier(BAR_K_FULL), key_parity);
+		pin(s);
+		issue_scores<D>(s, matrix_descriptor(shared + layout::K + w * 64 * ROW_BYTES, 16),
+		                q_operand(16));
+		barrier_wait(barrier(BAR_V_FULL), key_parity);
+		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
+		if (tiles.first == tiles.end - 1) {
+			step<true, true>(tiles.first, key, s, dk, dv);
+		} else {
+			step<true, false>(tiles.first, key, s, dk, dv);
+#pragma unroll 1
+			for (int m = tiles.first + 1; m < tiles.end - 1; m++)
+				step<false, false>(m, key, s, dk, dv);
+			step<false, true>(tiles.end - 1, key, s, dk, dv);
+		}
+		issue_dq(dq, ds_before);
+		wgmma_wait<0>();
+		pin(dq);
+		release(BAR_DS_EMPTY + ds_before.slot);
+		release(BAR_K_EMPTY);
+		store_dq(dq);
+		key_parity ^= 1;
+	} else {
+		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
+	}
+	unit_parity ^= 1;
+	/* Nobody reads dS any more. */
+	named_barrier_sync(BOTH_BARRIER, 128 * WARPGROUPS);
+	store_keys(shared + layout::DS + w * layout::OUT_BYTES, dk, p.scale);
+	await_out_place();
+	store_keys(shared + layout::OUT + w * layout::OUT_BYTES, dv, 1);
+	hand_over();
+}
+
+template <int D>
+__global__ void __launch_bounds__(THREADS, 1)
+        attention_backward_kernel(const __grid_constant__ parameters p)
+{
+	extern __shared__ char unaligned[];
+	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t barriers = shared + shared_layout<D>::BARRIERS;
+	const int warp = threadIdx.x / 32;
+
+	if (threadIdx.x == 0) {
+		const auto init = [&](int first, int count, int arrivals) {
+			for (int i = first; i < first + count; i++)
+				barrier_init(barriers + i * 8, arrivals);
+		};
+
+		init(BAR_K_FULL, 1, 1);
+		init(BAR_K_EMPTY, 1, CONSUMER_WARPS);
+		init(BAR_V_FULL, 1, 1);
+		init(BAR_V_EMPTY, 1, CONSUMER_WARPS);
+		init(BAR_Q_FULL, Q_STAGES<D>, 1);
+		init(BAR_Q_EMPTY, Q_STAGES<D>, CONSUMER_WARPS);
+		init(BAR_DO_FULL, DO_STAGES, 1);
+		init(BAR_DO_EMPTY, DO_STAGES, CONSUMER_WARPS);
+		init(BAR_DS_FULL, DS_STAGES<D>, CONSUMER_WARPS);
+		init(BAR_DS_EMPTY, DS_STAGES<D>, CONSUMER_WARPS);
+		init(BAR_UNIT_FULL, SCHEDULE_SLOTS, 1);
+		init(BAR_UNIT_EMPTY, SCHEDULE_SLOTS, CONSUMER_WARPS + WARPGROUPS);
+		init(BAR_OUT_FULL, WARPGROUPS, 4);
+		init(BAR_OUT_EMPTY, WARPGROUPS, 1);
+		init(BAR_DK_LEFT, 1, WARPGROUPS);
+		barrier_init_fence();
+	}
+	__syncthreads();
+	if (warp < 4) {
+		registers_decrease<PRODUCER_REGISTERS>();
+		if (threadIdx.x == 0)
+			producer<D>{p, shared, {}, {}, 0}.run();
+		else if (warp > 0 && warp <= WARPGROUPS)
+			send<D>(p, shared, warp - 1);
+	} else {
+		registers_increase<CONSUMER_REGISTERS>();
+		consumer<D> c = {p, shared, {}, {}, {}, {}, 0, 0, 0, {}};
+		schedule<D> units = {shared};
+		unit u;
+
+		while (units.get(u))
+			c.run(u);
+	}
+}
+
+/* ---- before and after */
+
+/* A row of bf16 in memory. */
+struct rows {
+	char *data;
+	int64_t batch, token, head; /* strides in bytes */
+
+	__device__ char *at(int b, int t, int h) const
+	{
+		return data + b * batch + t * token + h * head;
+	}
+};
+
+struct query_parameters {
+	rows dout, o, gate, own_value, dgate, down_value, dq; /* data NULL: none */
+	int batch, seq_len, n_heads, q_heads, padded_len;
+	float scale;
+	const float *forward_lse, *own_score;
+	float *lse, *delta, *down_score;
+	uint4 *gated; /* gradients of outputs before the gate [B, H, T, d], or NULL */
+	const float *dq_sums;
+};
+
+__device__ __forceinline__ void unpack(const uint4 &from, float (&to)[8])
+{
+	const uint32_t pairs[4] = {from.x, from.y, from.z, from.w};
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		to[2 * i] = low_bf16(pairs[i]);
+		to[2 * i + 1] = high_bf16(pairs[i]);
+	}
+}
+
+__device__ __forceinline__ uint4 pack(const float (&from)[8])
+{
+	return {pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
+	        pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7])};
+}
+
+/* Sum over the D/8 lanes that share a row. */
+template <int D> __device__ __forceinline__ float row_sum(float x)
+{
+#pragma unroll
+	for (int distance = D / 16; distance > 0; distance /= 2)
+		x += __shfl_xor_sync(~0u, x, distance);
+	return x;
+}
+
+/*
+ * What needs one query alone: PREPARED_ROWS queries of a head, D/8 lanes to a
+ * row. Queries behind the last have an lse of infinity, so that all their
+ * probabilities are 0. `extras`: gate or own values.
+ */
+template <int D, bool extras>
+__global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
+{
+	constexpr int LANES = D / 8, PASSES = PREPARED_ROWS * LANES / 256;
+	/* Heads first, which lie side by side. */
+	const int tiles = p.padded_len / PREPARED_ROWS, tile = blockIdx.x / p.n_heads;
+	const int h = blockIdx.x - tile * p.n_heads, b = tile / tiles;
+	const int first = (tile - b * tiles) * PREPARED_ROWS, pair = b * p.n_heads + h;
+	const int lane = threadIdx.x % LANES;
+	uint4 dout[PASSES], o[PASSES], gate[PASSES], value[PASSES];
+
+#pragma unroll
+	for (int i = 0; i < PASSES; i++) {
+		const int t = first + i * (256 / LANES) + threadIdx.x / LANES;
+		const auto load = [&](const rows &from) {
+			return t < p.seq_len && from.data
+			               ? reinterpret_cast<const uint4 *>(from.at(b, t, h))[lane]
+			               : make_uint4(0, 0, 0, 0);
+		};
+
+		dout[i] = load(p.dout);
+		o[i] = load(p.o);
+		if (extras) {
+			gate[i] = load(p.gate);
+			value[i] = load(p.own_value);
+		}
+	}
+#pragma unroll
+	for (int i = 0; i < PASSES; i++) {
+		const int t = first + i * (256 / LANES) + threadIdx.x / LANES;
+		const int64_t padded = static_cast<int64_t>(pair) * p.padded_len + t;
+		const int64_t row = static_cast<int64_t>(pair) * p.seq_len + t;
+		float x[8], y[8], products = 0;
+
+		unpack(dout[i], x);
+		unpack(o[i], y);
+		if (extras && p.gate.data) {
+			float g[8], dg[8];
+
+			unpack(gate[i], g);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				const float sigmoid =
+				        reciprocal_approx(1 + exp2_approx(g[j] * -1.44269504f));
+
+				x[j] *= sigmoid;
+				dg[j] = x[j] * y[j] * (1 - sigmoid);
+			}
+			dout[i] = pack(x);
+			unpack(dout[i], x);
+			if (t < p.seq_len) {
+				reinterpret_cast<uint4 *>(p.dgate.at(b, t, h))[lane] = pack(dg);
+				p.gated[row * LANES + lane] = dout[i];
+			}
+		}
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			products = fmaf(x[j], y[j], products);
+		const float delta = row_sum<D>(products);
+		const float lse = t < p.seq_len ? p.forward_lse[row] : INFINITY;
+
+		if (lane == 0) {
+			p.delta[padded] = delta;
+			p.lse[padded] = lse == -INFINITY ? INFINITY : lse * 1.44269504f;
+		}
+		if (extras && p.own_score) {
+			const int64_t own =
+			        (static_cast<int64_t>(b) * p.seq_len + t) * p.n_heads + h;
+			const float weight =
+			        t < p.seq_len ? exp2_approx((p.own_score[own] - lse) * 1.44269504f)
+			                      : 0;
+			float dweight = 0;
+
+			unpack(value[i], y);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				dweight = fmaf(x[j], y[j], dweight);
+				x[j] *= weight;
+			}
+			dweight = row_sum<D>(dweight);
+			if (t < p.seq_len) {
+				reinterpret_cast<uint4 *>(p.down_value.at(b, t, h))[lane] = pack(x);
+				if (lane == 0)
+					p.down_score[own] = weight * (dweight - delta);
+			}
+		}
+	}
+}
+
+/* A tile of dQ to bf16, and from the order of accumulators to rows. */
+template <int D> __global__ void __launch_bounds__(256) finish_kernel(query_parameters p)
+{
+	constexpr int PITCH = D / 2 + 4; /* pairs of a row in shared memory */
+	__shared__ alignas(16) uint32_t tile[QUERIES<D> * PITCH];
+	const int tiles = p.padded_len / QUERIES<D>;
+	const int shared_head = blockIdx.x / tiles;
+	const int first = (blockIdx.x - shared_head * tiles) * QUERIES<D>;
+	const int b = shared_head / p.q_heads, h = shared_head - b * p.q_heads;
+	const int w = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+	const int row = warp * 16 + lane / 4 + (D == 64 ? 64 * w : 0);
+	const int column = (lane & 3) + (D == 64 ? 0 : 32 * w); /* in pairs */
+	const float4 *from = reinterpret_cast<const float4 *>(p.dq_sums) +
+	                     (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + w) * (DQ_FLOATS / 4) +
+	                     threadIdx.x % 128;
+	float4 x[8];
+
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		x[j] = from[j * 128];
+#pragma unroll
+	for (int j = 0; j < 8; j++) {
+		tile[row * PITCH + column + 4 * j] = pack_bf16(x[j].x * p.scale, x[j].y * p.scale);
+		tile[(row + 8) * PITCH + column + 4 * j] =
+		        pack_bf16(x[j].z * p.scale, x[j].w * p.scale);
+	}
+	__syncthreads();
+#pragma unroll
+	for (int i = threadIdx.x; i < QUERIES<D> * D / 8; i += 256) {
+		const int t = i / (D / 8), piece = i % (D / 8);
+
+		if (first + t < p.seq_len)
+			reinterpret_cast<uint4 *>(p.dq.at(b, first + t, h))[piece] =
+			        *reinterpret_cast<const uint4 *>(&tile[t * PITCH + piece * 4]);
+	}
+}
+
+/* ---- host */
+
+/* Bytes of queries, gradients and sums to keep in L2 at a time. */
+constexpr int64_t L2_BUDGET = 40 << 20;
+
+/* The workspace, in bytes from its start. */
+struct plan {
+	int64_t padded_len;
+	size_t ticket, lse, delta, gated, dq, dq_bytes, size;
+};
+
+struct plan make_plan(const struct attention_args *a)
+{
+	const int64_t pairs = a->batch * a->n_heads;
+	size_t end = 0;
+	const auto take = [&](int64_t bytes) {
+		const size_t start = end;
+
+		end += (static_cast<size_t>(bytes) + 255) / 256 * 256;
+		return start;
+	};
+	struct plan plan;
+
+	plan.padded_len = (a->seq_len + 127) / 128 * 128;
+	plan.dq_bytes =
+	        static_cast<size_t>(a->batch * a->q_heads * plan.padded_len * a->d_head * 4);
+	plan.ticket = take(sizeof(int));
+	plan.dq = take(plan.dq_bytes); /* behind the ticket: one memset */
+	plan.lse = take(pairs * plan.padded_len * 4);
+	plan.delta = take(pairs * plan.padded_len * 4);
+	plan.gated = take(a->gate.data ? pairs * a->seq_len * a->d_head * 2 : 0);
+	plan.size = end;
+	return plan;
+}
+
+rows rows_of(const struct view &view)
+{
+	return {static_cast<char *>(view.data), view.batch * 2, view.token * 2, view.head * 2};
+}
+
+query_parameters fill_query_parameters(const struct attention_backward_args *args,
+                                       const struct plan &plan, char *base)
+{
+	const struct attention_args *a = &args->forward;
+	const rows none = {NULL, 0, 0, 0};
+	const bool gate = a->gate.data != NULL, own = a->own_score != NULL;
+	query_parameters p;
+
+	p.dout = rows_of(args->dout);
+	p.o = rows_of(gate ? a->out_ungated : a->out);
+	p.gate = gate ? rows_of(a->gate) : none;
+	p.dgate = gate ? rows_of(args->dgate) : none;
+	p.own_value = own ? rows_of(a->own_value) : none;
+	p.down_value = own ? rows_of(args->down_value) : none;
+	p.dq = rows_of(args->dq);
+	p.batch = static_cast<int>(a->batch);
+	p.seq_len = static_cast<int>(a->seq_len);
+	p.n_heads = static_cast<int>(a->n_heads);
+	p.q_heads = static_cast<int>(a->q_heads);
+	p.padded_len = static_cast<int>(plan.padded_len);
+	p.scale = a->scale;
+	p.forward_lse = a->lse;
+	p.own_score = a->own_score;
+	p.lse = reinterpret_cast<float *>(base + plan.lse);
+	p.delta = reinterpret_cast<float *>(base + plan.delta);
+	p.down_score = args->down_score;
+	p.gated = gate ? reinterpret_cast<uint4 *>(base + plan.gated) : NULL;
+	p.dq_sums = reinterpret_cast<float *>(base + plan.dq);
+	return p;
+}
+
+template <int D>
+enum status fill_parameters(parameters &p, const struct attention_backward_args *args,
+                            const struct plan &plan, char *base)
+{
+	const struct attention_args *a = &args->forward;
+	const struct view gated = {base + plan.gated, a->n_heads * a->seq_len * D, D,
+	                           a->seq_len * D};
+	enum status status = STATUS_OK;
+	const auto encode = [&](CUtensorMap *map, const struct view *view, int64_t tokens,
+	                        int64_t heads, int box) {
+		if (status == STATUS_OK)
+			status = tensor_map_encode(map, view, a->batch, tokens, heads, D, box);
+	};
+
+	encode(&p.q, &a->q, a->seq_len, a->q_heads, QUERIES<D>);
+	encode(&p.dout, a->gate.data ? &gated : &args->dout, a->seq_len, a->n_heads, QUERIES<D>);
+	encode(&p.k, &a->k, a->kv_len, a->n_heads, KEYS);
+	encode(&p.v, &a->v, a->kv_len, a->n_heads, KEYS);
+	encode(&p.dk, &args->dk, a->kv_len, a->n_heads, 64);
+	encode(&p.dv, &args->dv, a->kv_len, a->n_heads, 64);
+	p.seq_len = static_cast<int>(a->seq_len);
+	p.n_heads = static_cast<int>(a->n_heads);
+	p.q_heads = static_cast<int>(a->q_heads);
+	p.pairs = static_cast<int>(a->batch * a->n_heads);
+	p.window = static_cast<int>(a->window < a->seq_len ? a->window : a->seq_len);
+	p.chunk = static_cast<int>(a->chunk < a->seq_len ? a->chunk : a->seq_len);
+	p.mask = a->mask;
+	p.seen_keys = static_cast<int>(a->kv_len);
+	if (a->mask == MASK_CHUNK && p.seen_keys > (a->seq_len - 1) / a->chunk)
+		p.seen_keys = static_cast<int>((a->seq_len - 1) / a->chunk);
+	p.scale = a->scale;
+	p.scale_log2 = a->scale * 1.44269504f;
+	p.padded_len = static_cast<int>(plan.padded_len);
+	p.lse = reinterpret_cast<float *>(base + plan.lse);
+	p.delta = reinterpret_cast<float *>(base + plan.delta);
+	p.dq = reinterpret_cast<float *>(base + plan.dq);
+	p.key_tiles = static_cast<int>((a->kv_len + KEYS - 1) / KEYS);
+	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8);
+	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
+	p.ticket = reinterpret_cast<int *>(base + plan.ticket);
+	return status;
+}
+
+template <int D> enum status launch(const struct attention_backward_args *args, void *workspace)
+{
+	const struct attention_args *a = &args->forward;
+	const struct plan plan = make_plan(a);
+	char *base = static_cast<char *>(workspace);
+	const int bytes = shared_layout<D>::BYTES;
+	const query_parameters queries = fill_query_parameters(args, plan, base);
+	parameters p;
+	enum status status = fill_parameters<D>(p, args, plan, base);
+	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
+	const int blocks = static_cast<int>(units < cuda_sm_count() ? units : cuda_sm_count());
+	const int64_t prepare = p.pairs * (plan.padded_len / PREPARED_ROWS);
+	const int64_t finish = a->batch * a->q_heads * (plan.padded_len / QUERIES<D>);
+
+	if (status != STATUS_OK)
+		return status;
+	CUDA_TRY(cudaFuncSetAttribute(attention_backward_kernel<D>,
+	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+	CUDA_TRY(cudaMemsetAsync(base + plan.ticket, 0, plan.dq + plan.dq_bytes - plan.ticket,
+	                         cuda_stream()));
+	if (a->gate.data || a->own_score)
+		prepare_kernel<D, true>
+		        <<<static_cast<unsigned>(prepare), 256, 0, cuda_stream()>>>(queries);
+	else
+		prepare_kernel<D, false>
+		        <<<static_cast<unsigned>(prepare), 256, 0, cuda_stream()>>>(queries);
+	attention_backward_kernel<D><<<blocks, THREADS, bytes, cuda_stream()>>>(p);
+	finish_kernel<D><<<static_cast<unsigned>(finish), 256, 0, cuda_stream()>>>(queries);
+	CUDA_TRY(cudaGetLastError());
+	return STATUS_OK;
+}
+
+} // namespace
+
+extern "C" const char *hopper_attention_backward_unsupported(const void *args)
+{
+	const struct attention_backward_args *x =
+	        static_cast<const struct attention_backward_args *>(args);
+	const struct attention_args *a = &x->forward;
+	const struct view *views[] = {
+	        &a->q,  &a->k,    &a->v,           &a->out,   &x->dout,      &x->dq,        &x->dk,
+	        &x->dv, &a->gate, &a->out_ungated, &x->dgate, &a->own_value, &x->down_value};
+
+	if (!cuda_is_hopper())
+		return "needs compute capability 9.0";
+	if (a->d_head != 64 && a->d_head != 128)
+		return "head width must be 64 or 128";
+	for (const struct view *view : views)
+		if (view->data && !tensor_map_supports(view))
+			return "views must be 16-byte aligned";
+	return NULL;
+}
+
+extern "C" size_t hopper_attention_backward_workspace(const void *args)
+{
+	return make_plan(&static_cast<const struct attention_backward_args *>(args)->forward).size;
+}
+
+extern "C" enum status hopper_attention_backward(const void *args, void *workspace)
+{
+	const struct attention_backward_args *x =
+	        static_cast<const struct attention_backward_args *>(args);
+
+	return x->forward.d_head == 64 ? launch<64>(x, workspace) : launch<128>(x, workspace);
+}
