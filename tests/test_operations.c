@@ -4,10 +4,11 @@
  * times with a NaN among the inputs, which must not be lost. A baseline that
  * has to be built and is not is left out.
  *
- * test_operations [BACKEND [FACTOR [OPERATION]]]: the backend (default:
- * $BACKEND, or cpu); how many times as many cases to run, below 1 for a tool
- * that makes each slow, and then a provider may be left without a case that it
- * supports; and only the operations of that name, which may have a * in it.
+ * test_operations [BACKEND [FACTOR [OPERATION [PROVIDER]]]]: the backend
+ * (default: $BACKEND, or cpu); how many times as many cases to run, below 1 for a
+ * tool that makes each slow, and then a provider may be left without a case that
+ * it supports; only the operations of that name, which may have a * in it; and
+ * only that provider.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -25,6 +26,7 @@ struct subject {
 	const struct operation_test *test;
 	struct trial *trial;
 	double factor;
+	const char *provider; /* or NULL: all */
 };
 
 static void test_provider(struct subject *s, const char *provider)
@@ -62,7 +64,8 @@ static void test_operation(void **state)
 
 	s->trial->title = operation_name(s->test->operation);
 	for (const struct kernel *k = kernels; k->run; k++)
-		if (k->operation == s->test->operation && kernel_is_first(kernels, k))
+		if (k->operation == s->test->operation && kernel_is_first(kernels, k) &&
+		    (!s->provider || strcmp(s->provider, k->provider) == 0))
 			test_provider(s, k->provider);
 }
 
@@ -70,16 +73,17 @@ enum { MAX_TESTS = OP_COUNT + 8 };
 
 /* Appends the operations of a list that the backend has; returns the new count. */
 static size_t add_tests(struct CMUnitTest *tests, struct subject *subjects, size_t count,
-                        const struct operation_test *list, struct trial *trial, double factor)
+                        const struct operation_test *list, const struct subject *common)
 {
 	for (; list->run; list++) {
 		bool exists = false;
 
-		for (const struct kernel *k = trial->backend->kernels; k->run; k++)
+		for (const struct kernel *k = common->trial->backend->kernels; k->run; k++)
 			exists |= k->operation == list->operation;
 		if (!exists || count == MAX_TESTS)
 			continue;
-		subjects[count] = (struct subject){list, trial, factor};
+		subjects[count] = *common;
+		subjects[count].test = list;
 		tests[count] = (struct CMUnitTest){operation_name(list->operation), test_operation,
 		                                   NULL, NULL, &subjects[count]};
 		count++;
@@ -92,10 +96,12 @@ int main(int argc, char **argv)
 	const struct operation_test *const lists[] = {
 	        dense_tests, attention_tests, recurrent_tests, matrix_tests, family_tests, NULL};
 	const char *backend = getenv("BACKEND");
-	double factor = argc > 2 ? atof(argv[2]) : 1;
 	struct CMUnitTest tests[MAX_TESTS];
 	struct subject subjects[MAX_TESTS];
 	struct trial trial;
+	const struct subject common = {.trial = &trial,
+	                               .factor = argc > 2 ? atof(argv[2]) : 1,
+	                               .provider = argc > 4 ? argv[4] : NULL};
 	size_t count = 0;
 	int failed;
 
@@ -108,7 +114,7 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	for (const struct operation_test *const *list = lists; *list; list++)
-		count = add_tests(tests, subjects, count, *list, &trial, factor);
+		count = add_tests(tests, subjects, count, *list, &common);
 	failed = _cmocka_run_group_tests("operations", tests, count, NULL, NULL);
 	trial_close(&trial);
 	return failed;
