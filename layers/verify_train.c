@@ -146,7 +146,8 @@ struct sample {
 	int64_t *rows;
 	bool *marked;
 	double *memory, *host;
-	double *x, *x_norm, *proj, *dy, *dmix;         /* [T, D], [T, D], [T, P], [T, D], [T, M] */
+	double *x, *x_norm, *proj; /* [T, D], [T, D or M], [T, P] */
+	double *dy, *dmix; /* [T, D], [T, M]: in the places of x and x_norm, which are done with */
 	double *dproj, *dx_norm;                       /* [n_rows, P], [n_rows, D] */
 	double *dproj_host, *dx_norm_host, *dx, *norm; /* the same; [n_rows, D], [D] */
 	double *actual, *base;                         /* [n_rows, P], [n_rows, D] */
@@ -181,15 +182,15 @@ static enum status sample_take(struct sample *s, const struct subject *subject, 
 	if (!s->rows || !s->marked || !s->host)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	enum status status =
-	        reference_take(seq_len * (3 * d + m + p) + n_rows * (p + d), &s->memory);
+	        reference_take(seq_len * (d + (m > d ? m : d) + p) + n_rows * (p + d), &s->memory);
 	if (status != STATUS_OK)
 		return status;
 	next = s->memory;
 	s->x = take(&next, seq_len * d);
-	s->x_norm = take(&next, seq_len * d);
+	s->x_norm = take(&next, seq_len * (m > d ? m : d));
 	s->proj = take(&next, seq_len * p);
-	s->dy = take(&next, seq_len * d);
-	s->dmix = take(&next, seq_len * m);
+	s->dy = s->x;
+	s->dmix = s->x_norm;
 	s->dproj = take(&next, n_rows * p);
 	s->dx_norm = take(&next, n_rows * d);
 	next = s->host;
@@ -215,11 +216,12 @@ static enum status expect_gradients(const struct subject *subject, int64_t seque
 	                                 sequence * t * d, t * d, s->x);
 
 	if (status == STATUS_OK)
+		verify_project(subject, t, s->x, s->x_norm, s->proj);
+	if (status == STATUS_OK)
 		status = verify_load(stack->backend, dtype, stack->layer_dy[subject->layer + 1],
 		                     sequence * t * d, t * d, s->dy);
 	if (status != STATUS_OK)
 		return status;
-	verify_project(subject, t, s->x, s->x_norm, s->proj);
 	device->linear_input_gradient(t, m, d, s->dy, subject->param[PARAM_OUT_PROJ], s->dmix);
 	if (dtype == DTYPE_BF16)
 		reference_round(dtype, t * m, s->dmix);
