@@ -14,6 +14,12 @@
  * the workspace once per stretch.
  *
  * Reads v, gate, dv_scan, writes dv, dgate, each [N, D]; the rest is small.
+ *
+ * Tried, on one H200, 262144 tokens x 2048, L = 16: the pair every fourth
+ * token in shared memory and the rest computed a third time: 3.5 ms; its
+ * differences to the tokens kept instead, addresses found once per chunk:
+ * 2.8 ms. The bound is instructions, 80 for each element of v, not memory,
+ * which would take 1.5 ms.
  */
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/portable.h"
