@@ -243,20 +243,17 @@ static bool has_dproj(const struct subject *subject)
 	return subject->layer == 0;
 }
 
-/* All gradients of a layer's parameters, one behind the other; to be freed. */
-static enum status download_gradients(const struct subject *subject, int64_t *total,
-                                      double **gradients)
+/* The gradients of a layer's parameters, one behind the other; to be freed. */
+static enum status download_gradients(const struct subject *subject,
+                                      const struct tensor_spec *specs, int n, double **gradients)
 {
 	const struct stack *stack = subject->stack;
-	struct tensor_spec specs[MAX_TENSORS];
-	int n = subject->config->class->parameters(subject->config, specs);
 	enum status status = STATUS_OK;
-	int64_t next = 0;
+	int64_t total = 0, next = 0;
 
-	*total = 0;
 	for (int i = 0; i < n; i++)
-		*total += tensor_count(&specs[i]);
-	*gradients = malloc((size_t)*total * sizeof **gradients);
+		total += tensor_count(&specs[i]);
+	*gradients = malloc((size_t)total * sizeof **gradients);
 	if (!*gradients)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int i = 0; i < n && status == STATUS_OK; i++) {
@@ -273,16 +270,18 @@ static enum status download_gradients(const struct subject *subject, int64_t *to
 
 /*
  * Where dproj is lost, the layer's backward once more, from what the run has
- * left. Its gradients then stand for the run's, which they must equal.
+ * left. Its gradients then stand for the run's, each of which they must equal.
  */
 static enum status restore_dproj(const struct subject *subject, double *worst)
 {
 	const struct stack *stack = subject->stack;
 	struct layer_memory memory = stack->memory[subject->layer];
 	struct context ctx = *subject->ctx;
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = subject->config->class->parameters(subject->config, specs);
 	double *before = NULL, *after = NULL;
-	int64_t total = 0;
-	enum status status = download_gradients(subject, &total, &before);
+	enum status status = download_gradients(subject, specs, n, &before);
+	int64_t next = 0;
 
 	ctx.ranges = false;
 	if (status == STATUS_OK)
@@ -291,9 +290,15 @@ static enum status restore_dproj(const struct subject *subject, double *worst)
 		                                          stack->layer_dy[subject->layer + 1],
 		                                          stack->layer_dy[subject->layer]);
 	if (status == STATUS_OK)
-		status = download_gradients(subject, &total, &after);
-	if (status == STATUS_OK)
-		verify_raise(worst, verify_row_error(total, before, after, 0));
+		status = download_gradients(subject, specs, n, &after);
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		int64_t count = tensor_count(&specs[i]);
+
+		if (count > 0)
+			verify_raise(worst,
+			             verify_row_error(count, before + next, after + next, 0));
+		next += count;
+	}
 	free(before);
 	free(after);
 	return status;
