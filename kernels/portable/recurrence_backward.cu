@@ -151,33 +151,47 @@ static __device__ __forceinline__ float advance(float &h, float x, float logit, 
 	return dh * (h - h * g);
 }
 
-/* Gathers c of the tile's successor in time, for the lane's two channels. */
+/*
+ * c of the tile's successor in time, for the lane's two channels: back to the
+ * nearest final c, and from there the tiles' own in the order of the chain, as
+ * each of them has computed its own, so that the result does not depend on
+ * timing. The first link is final from the start.
+ */
 static __device__ __forceinline__ void look_back(float (&carry)[2], const uint64_t *links,
                                                  int64_t stride, int tile)
 {
-	float decay[2] = {1.0f, 1.0f};
-	int behind[2] = {tile - 1, tile - 1}; /* -1: done */
-
-	carry[0] = carry[1] = 0.0f;
-	while (behind[0] >= 0 || behind[1] >= 0) {
 #pragma unroll
-		for (int e = 0; e < 2; e++) {
-			union link seen[WINDOW];
+	for (int e = 0; e < 2; e++) {
+		union link seen[WINDOW];
+		int last = tile - 1; /* the final one, when it is found */
+		bool found = tile == 0;
 
-			if (behind[e] < 0)
-				continue;
+		carry[e] = 0.0f;
+		while (!found) {
+#pragma unroll
+			for (int i = 0; i < WINDOW; i++)
+				seen[i].bits = load_relaxed(links + max(last - i, 0) * stride + e);
+#pragma unroll
+			for (int i = 0; i < WINDOW; i++) {
+				if (found || seen[i].bits == NOTHING)
+					break;
+				found = seen[i].value[0] == INCLUSIVE;
+				carry[e] = seen[i].value[1];
+				last -= !found;
+			}
+		}
+		for (int k = last + 1; k < tile; k += WINDOW) {
 #pragma unroll
 			for (int i = 0; i < WINDOW; i++)
 				seen[i].bits =
-				        load_relaxed(links + max(behind[e] - i, 0) * stride + e);
+				        load_relaxed(links + min(k + i, tile - 1) * stride + e);
 #pragma unroll
-			for (int i = 0; i < WINDOW; i++) {
-				if (behind[e] < 0 || seen[i].bits == NOTHING)
-					break;
-				carry[e] += decay[e] * seen[i].value[1];
-				decay[e] *= seen[i].value[0];
-				behind[e] = seen[i].value[0] == INCLUSIVE ? -1 : behind[e] - 1;
-			}
+			for (int i = 0; i < WINDOW; i++)
+				if (k + i < tile)
+					carry[e] = seen[i].value[0] == INCLUSIVE
+					                   ? seen[i].value[1]
+					                   : fmaf(seen[i].value[0], carry[e],
+					                          seen[i].value[1]);
 		}
 	}
 }
@@ -285,7 +299,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 		          (int64_t)chains * SLAB, order);
 		carries[lane] = make_float2(carry[0], carry[1]);
 		for (int e = 0; e < 2; e++) {
-			c[e] += decay[e] * carry[e];
+			c[e] = fmaf(decay[e], carry[e], c[e]);
 			link[e].value[0] = INCLUSIVE;
 			link[e].value[1] = c[e];
 			store_relaxed(mine + e, link[e].bits);
