@@ -146,7 +146,8 @@ struct sample {
 	int64_t *rows;
 	bool *marked;
 	double *memory, *host;
-	double *x, *x_norm, *proj, *dy, *dmix;         /* [T, D], [T, D], [T, P], [T, D], [T, M] */
+	double *x, *x_norm, *proj; /* [T, D], [T, D or M], [T, P] */
+	double *dy, *dmix; /* [T, D], [T, M]: in the places of x and x_norm, which are done with */
 	double *dproj, *dx_norm;                       /* [n_rows, P], [n_rows, D] */
 	double *dproj_host, *dx_norm_host, *dx, *norm; /* the same; [n_rows, D], [D] */
 	double *actual, *base;                         /* [n_rows, P], [n_rows, D] */
@@ -181,15 +182,15 @@ static enum status sample_take(struct sample *s, const struct subject *subject, 
 	if (!s->rows || !s->marked || !s->host)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	enum status status =
-	        reference_take(seq_len * (3 * d + m + p) + n_rows * (p + d), &s->memory);
+	        reference_take(seq_len * (d + (m > d ? m : d) + p) + n_rows * (p + d), &s->memory);
 	if (status != STATUS_OK)
 		return status;
 	next = s->memory;
 	s->x = take(&next, seq_len * d);
-	s->x_norm = take(&next, seq_len * d);
+	s->x_norm = take(&next, seq_len * (m > d ? m : d));
 	s->proj = take(&next, seq_len * p);
-	s->dy = take(&next, seq_len * d);
-	s->dmix = take(&next, seq_len * m);
+	s->dy = s->x;
+	s->dmix = s->x_norm;
 	s->dproj = take(&next, n_rows * p);
 	s->dx_norm = take(&next, n_rows * d);
 	next = s->host;
@@ -215,11 +216,12 @@ static enum status expect_gradients(const struct subject *subject, int64_t seque
 	                                 sequence * t * d, t * d, s->x);
 
 	if (status == STATUS_OK)
+		verify_project(subject, t, s->x, s->x_norm, s->proj);
+	if (status == STATUS_OK)
 		status = verify_load(stack->backend, dtype, stack->layer_dy[subject->layer + 1],
 		                     sequence * t * d, t * d, s->dy);
 	if (status != STATUS_OK)
 		return status;
-	verify_project(subject, t, s->x, s->x_norm, s->proj);
 	device->linear_input_gradient(t, m, d, s->dy, subject->param[PARAM_OUT_PROJ], s->dmix);
 	if (dtype == DTYPE_BF16)
 		reference_round(dtype, t * m, s->dmix);
@@ -241,20 +243,17 @@ static bool has_dproj(const struct subject *subject)
 	return subject->layer == 0;
 }
 
-/* All gradients of a layer's parameters, one behind the other; to be freed. */
-static enum status download_gradients(const struct subject *subject, int64_t *total,
-                                      double **gradients)
+/* The gradients of a layer's parameters, one behind the other; to be freed. */
+static enum status download_gradients(const struct subject *subject,
+                                      const struct tensor_spec *specs, int n, double **gradients)
 {
 	const struct stack *stack = subject->stack;
-	struct tensor_spec specs[MAX_TENSORS];
-	int n = subject->config->class->parameters(subject->config, specs);
 	enum status status = STATUS_OK;
-	int64_t next = 0;
+	int64_t total = 0, next = 0;
 
-	*total = 0;
 	for (int i = 0; i < n; i++)
-		*total += tensor_count(&specs[i]);
-	*gradients = malloc((size_t)*total * sizeof **gradients);
+		total += tensor_count(&specs[i]);
+	*gradients = malloc((size_t)total * sizeof **gradients);
 	if (!*gradients)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int i = 0; i < n && status == STATUS_OK; i++) {
@@ -271,16 +270,18 @@ static enum status download_gradients(const struct subject *subject, int64_t *to
 
 /*
  * Where dproj is lost, the layer's backward once more, from what the run has
- * left. Its gradients then stand for the run's, which they must equal.
+ * left. Its gradients then stand for the run's, each of which they must equal.
  */
 static enum status restore_dproj(const struct subject *subject, double *worst)
 {
 	const struct stack *stack = subject->stack;
 	struct layer_memory memory = stack->memory[subject->layer];
 	struct context ctx = *subject->ctx;
+	struct tensor_spec specs[MAX_TENSORS];
+	int n = subject->config->class->parameters(subject->config, specs);
 	double *before = NULL, *after = NULL;
-	int64_t total = 0;
-	enum status status = download_gradients(subject, &total, &before);
+	enum status status = download_gradients(subject, specs, n, &before);
+	int64_t next = 0;
 
 	ctx.ranges = false;
 	if (status == STATUS_OK)
@@ -289,9 +290,15 @@ static enum status restore_dproj(const struct subject *subject, double *worst)
 		                                          stack->layer_dy[subject->layer + 1],
 		                                          stack->layer_dy[subject->layer]);
 	if (status == STATUS_OK)
-		status = download_gradients(subject, &total, &after);
-	if (status == STATUS_OK)
-		verify_raise(worst, verify_row_error(total, before, after, 0));
+		status = download_gradients(subject, specs, n, &after);
+	for (int i = 0; i < n && status == STATUS_OK; i++) {
+		int64_t count = tensor_count(&specs[i]);
+
+		if (count > 0)
+			verify_raise(worst,
+			             verify_row_error(count, before + next, after + next, 0));
+		next += count;
+	}
 	free(before);
 	free(after);
 	return status;

@@ -248,7 +248,8 @@ static struct gemm tuning_sized(const struct gemm *g)
 {
 	struct gemm small = *g;
 	const double flops_per_row = 2.0 * (double)g->columns * (double)g->inner * (double)g->batch;
-	const double flops_per_inner = 2.0 * (double)g->columns * (double)g->rows * (double)g->batch;
+	const double flops_per_inner =
+	        2.0 * (double)g->columns * (double)g->rows * (double)g->batch;
 	const int64_t inner = (int64_t)(2 * TUNING_FLOPS / flops_per_inner) / 1024 * 1024;
 	const int64_t most = (int64_t)(TUNING_FLOPS / flops_per_row) / 1024 * 1024;
 

@@ -68,8 +68,8 @@ static __device__ bool sees(const struct reference_attention &a, int64_t t, int6
 	}
 }
 
-/* What belongs to one query and head alone, a warp each: d_o, delta [H, T], and the gradients of
- * gate, own score and own value. */
+/* What belongs to one query and head alone, a warp each: delta [H, T], the gradients of gate, own
+ * score and own value, and d_o where a gate makes it another than dout. */
 static __global__ void __launch_bounds__(THREADS)
         own_kernel(struct reference_attention a, struct reference_attention_left left,
                    const double *dout, struct reference_attention_grads grads, double *d_o,
@@ -88,9 +88,10 @@ static __global__ void __launch_bounds__(THREADS)
 			const double g = a.gate ? sigmoid64(a.gate[row * d + i]) : 1;
 			const double x = dout[row * d + i] * g;
 
-			d_o[row * d + i] = x;
-			if (a.gate)
+			if (a.gate) {
+				d_o[row * d + i] = x;
 				grads.dgate[row * d + i] = x * o * (1 - g);
+			}
 			if (a.own_score)
 				own += x * a.own_value[row * d + i];
 			sum += x * o;
@@ -106,7 +107,7 @@ static __global__ void __launch_bounds__(THREADS)
 		if (lane == 0)
 			grads.down_score[row] = p * (own - sum);
 		for (int64_t i = lane; i < d; i += 32)
-			grads.down_value[row * d + i] = p * d_o[row * d + i];
+			grads.down_value[row * d + i] = p * (a.gate ? d_o : dout)[row * d + i];
 	}
 }
 
@@ -205,14 +206,15 @@ enum status reference::attention_backward_rows(const struct reference_attention 
                                                const struct reference_attention_grads *grads)
 {
 	const int64_t rows = a->seq_len * a->n_heads;
-	double *d_o = NULL;
+	double *delta = NULL;
 
 	if (a->d_head > MAX_HEAD || a->batch != 1)
 		return status_set(STATUS_UNSUPPORTED, "reference: no such attention on the device");
-	const enum status status = take(rows * (a->d_head + 1), &d_o);
+	const enum status status = take(rows * (a->gate ? a->d_head + 1 : 1), &delta);
 	if (status != STATUS_OK)
 		return status;
-	double *delta = d_o + rows * a->d_head;
+	double *d_o = delta + rows;
+	const double *ungated = a->gate ? d_o : dout;
 	int64_t *query_list = upload_rows(n_queries, queries);
 	int64_t *key_list = upload_rows(n_keys, keys);
 	if (query_list && key_list) {
@@ -220,17 +222,17 @@ enum status reference::attention_backward_rows(const struct reference_attention 
 		                                                delta);
 		if (n_queries > 0)
 			queries_kernel<<<dim3((unsigned)n_queries, (unsigned)a->q_heads),
-			                 32 * WARPS, 0, cuda_stream()>>>(*a, left->lse, delta, d_o,
-			                                                 query_list, grads->dq);
+			                 32 * WARPS, 0, cuda_stream()>>>(
+			        *a, left->lse, delta, ungated, query_list, grads->dq);
 		if (n_keys > 0)
 			keys_kernel<<<dim3((unsigned)n_keys, (unsigned)a->n_heads), 32 * WARPS, 0,
-			              cuda_stream()>>>(*a, left->lse, delta, d_o, key_list,
+			              cuda_stream()>>>(*a, left->lse, delta, ungated, key_list,
 			                               grads->dk, grads->dv);
 		note_launch("reference attention_backward");
 	}
 	cudaFree(query_list);
 	cudaFree(key_list);
-	release(d_o);
+	release(delta);
 	return report();
 }
 

@@ -76,6 +76,10 @@ enum status portable_matrix_recurrence(const void *args, void *workspace);
 const char *portable_recurrent_form_unsupported(const void *args);
 enum status portable_recurrent_form(const void *args, void *workspace);
 
+const char *portable_matrix_recurrence_backward_unsupported(const void *args);
+size_t portable_matrix_recurrence_backward_workspace(const void *args);
+enum status portable_matrix_recurrence_backward(const void *args, void *workspace);
+
 const char *portable_matrix_recurrence_step_unsupported(const void *args);
 enum status portable_matrix_recurrence_step(const void *args, void *workspace);
 
@@ -98,6 +102,10 @@ enum status portable_rotate_step(const void *args, void *workspace);
 
 const char *portable_short_conv_unsupported(const void *args);
 enum status portable_short_conv(const void *args, void *workspace);
+
+const char *portable_short_conv_backward_unsupported(const void *args);
+size_t portable_short_conv_backward_workspace(const void *args);
+enum status portable_short_conv_backward(const void *args, void *workspace);
 
 const char *portable_short_conv_step_unsupported(const void *args);
 enum status portable_short_conv_step(const void *args, void *workspace);

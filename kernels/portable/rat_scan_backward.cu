@@ -14,6 +14,13 @@
  * the workspace once per stretch.
  *
  * Reads v, gate, dv_scan, writes dv, dgate, each [N, D]; the rest is small.
+ *
+ * Tried, on one H200, 262144 tokens x 2048, L = 16: the pair every fourth
+ * token in shared memory and the rest computed a third time: 3.5 ms; its
+ * differences to the tokens kept instead, addresses found once per chunk:
+ * 2.8 ms. The bound is instructions, 80 for each element of v, not memory,
+ * which would take 1.5 ms. 16 bytes are spilled, needed once per chunk: two
+ * blocks per multiprocessor are worth more.
  */
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/portable.h"
@@ -81,13 +88,19 @@ enum head_tensor { GATE, V, DV_SCAN, DOWN_SCORE, DV, DGATE, HEAD_TENSORS };
 enum group_tensor { K, Q, DQ_OUT, DQ, DK, GROUP_TENSORS };
 
 struct places {
-	void *head[THREADS / 16][HEAD_TENSORS], *group[GROUP_TENSORS];
+	void *head[THREADS / 16][HEAD_TENSORS], *group[GROUP_TENSORS + 1]; /* 16-byte aligned */
 };
 
-/* Where a thread works: the sequence, the head, the group, its first channel. */
+/* First in shared memory. */
+static __device__ __forceinline__ struct places *places_of()
+{
+	return reinterpret_cast<struct places *>(shared_memory);
+}
+
+/* Where a thread works: the sequence, the head, the group, its first channel, and which of the
+ * block's heads it is. */
 struct place {
-	int b, h, group, column;
-	void *const *head_tensors, *const *group_tensors;
+	int b, h, group, column, slot;
 };
 
 static __device__ __forceinline__ void *find_head(const struct rat_scan_backward_args &a,
@@ -156,9 +169,9 @@ static __device__ __forceinline__ void load(struct ahead &s, const struct rat_sc
                                             const struct place &p, int t, int n)
 {
 	const struct rat_scan_args &f = a.forward;
-	const bf16 *gate = row_of(p.head_tensors[GATE], f.gate, t, p.column);
-	const bf16 *v = row_of(p.head_tensors[V], f.v, t, p.column);
-	const bf16 *k = row_of(p.group_tensors[K], f.k, t, p.column);
+	const bf16 *gate = row_of(places_of()->head[p.slot][GATE], f.gate, t, p.column);
+	const bf16 *v = row_of(places_of()->head[p.slot][V], f.v, t, p.column);
+	const bf16 *k = row_of(places_of()->group[K], f.k, t, p.column);
 
 #pragma unroll
 	for (int i = 0; i < SEGMENT; i++) {
@@ -174,12 +187,13 @@ static __device__ __forceinline__ void
 load(struct behind &s, const struct rat_scan_backward_args &a, const struct place &p, int t, int n)
 {
 	const struct rat_scan_args &f = a.forward;
-	const bf16 *gate = row_of(p.head_tensors[GATE], f.gate, t, p.column);
-	const bf16 *dv_scan = row_of(p.head_tensors[DV_SCAN], a.dv_scan, t, p.column);
-	const bf16 *k = row_of(p.group_tensors[K], f.k, t, p.column);
-	const bf16 *q = row_of(p.group_tensors[Q], f.q, t, p.column);
-	const float *down_score = static_cast<const float *>(p.head_tensors[DOWN_SCORE]) +
-	                          (int64_t)t * (int)f.n_heads;
+	const bf16 *gate = row_of(places_of()->head[p.slot][GATE], f.gate, t, p.column);
+	const bf16 *dv_scan = row_of(places_of()->head[p.slot][DV_SCAN], a.dv_scan, t, p.column);
+	const bf16 *k = row_of(places_of()->group[K], f.k, t, p.column);
+	const bf16 *q = row_of(places_of()->group[Q], f.q, t, p.column);
+	const float *down_score =
+	        static_cast<const float *>(places_of()->head[p.slot][DOWN_SCORE]) +
+	        (int64_t)t * (int)f.n_heads;
 
 #pragma unroll
 	for (int i = 0; i < SEGMENT; i++) {
@@ -250,8 +264,8 @@ differentiate(const struct rat_scan_backward_args &a, const struct place &p, con
               int t, int n, const uint4 *steps, float (&mu)[4], float (&lambda)[4], float4 *biases,
               bool active, float4 *parts, int part_stride)
 {
-	bf16 *const to_dv = row_of(p.head_tensors[DV], a.dv, t, p.column);
-	bf16 *const to_dgate = row_of(p.head_tensors[DGATE], a.dgate, t, p.column);
+	bf16 *const to_dv = row_of(places_of()->head[p.slot][DV], a.dv, t, p.column);
+	bf16 *const to_dgate = row_of(places_of()->head[p.slot][DGATE], a.dgate, t, p.column);
 	float bias[4], dbias[4];
 
 	set(bias, biases[0]);
@@ -328,7 +342,7 @@ sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const f
 		const bool is_dk = i / LANES / SEGMENT;
 		const float4 *part = parts + (i / LANES * heads) * LANES + lane;
 		float sum[4] = {};
-		bf16 *const to = row_of(p.group_tensors[is_dk ? DK : DQ], is_dk ? a.dk : a.dq,
+		bf16 *const to = row_of(places_of()->group[is_dk ? DK : DQ], is_dk ? a.dk : a.dq,
 		                        t + token, 4 * lane);
 
 		if (token >= n)
@@ -336,8 +350,9 @@ sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const f
 		if (!first_batch)
 			unpack4(sum, load4(to));
 		else if (!is_dk)
-			unrotate<D>(sum, row_of(p.group_tensors[DQ_OUT], a.dq_out, t + token, 0),
+			unrotate<D>(sum, row_of(places_of()->group[DQ_OUT], a.dq_out, t + token, 0),
 			            4 * lane, angles, a.forward.rope);
+#pragma unroll 4
 		for (int s = 0; s < slots; s++) {
 			const float4 share = part[s * LANES];
 
@@ -350,6 +365,16 @@ sum_heads(const struct rat_scan_backward_args &a, const struct place &p, const f
 	}
 }
 
+/* Where a thread keeps the pair before a stretch of a chunk. */
+static __device__ __forceinline__ float4 *pair_of(const struct work &w,
+                                                  const struct rat_scan_args &f, uint32_t item,
+                                                  int stretch, const struct place &p)
+{
+	const int64_t row = (item * w.stretches + stretch) * f.n_heads + p.h;
+
+	return w.pairs + (row * f.d_head + p.column) / 2;
+}
+
 template <int D>
 static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         rat_scan_backward_kernel(const __grid_constant__ struct rat_scan_backward_args a,
@@ -360,19 +385,17 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	const struct rat_scan_args &f = a.forward;
 	const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
 	const int heads_of_group = (int)(f.n_heads / f.groups);
-	float4 *const parts = reinterpret_cast<float4 *>(shared_memory);
+	float2 *const angles = reinterpret_cast<float2 *>(shared_memory + sizeof(struct places));
+	float4 *const parts = reinterpret_cast<float4 *>(angles + D / 2);
 	/* A thread's own: steps of its tokens, the biases of its channels times -log2(e), and their
 	 * gradients. */
 	uint4 *const all_steps = reinterpret_cast<uint4 *>(parts + 2 * SEGMENT * w.heads * LANES);
 	uint4 *const steps = all_steps + threadIdx.x;
-	float4 *const all_biases = reinterpret_cast<float4 *>(all_steps + STRETCH * blockDim.x);
-	float4 *const biases = all_biases + threadIdx.x;
-	float2 *const angles = reinterpret_cast<float2 *>(all_biases + 2 * blockDim.x);
-	struct places *const places = reinterpret_cast<struct places *>(angles + D / 2);
+	float4 *const biases =
+	        reinterpret_cast<float4 *>(all_steps + STRETCH * blockDim.x) + threadIdx.x;
 	struct place p;
 
-	p.head_tensors = places->head[slot];
-	p.group_tensors = places->group;
+	p.slot = slot;
 	p.group = blockIdx.y;
 	p.column = 4 * lane;
 	for (int batch = 0; batch < heads_of_group; batch += w.heads) {
@@ -389,11 +412,6 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 		biases[blockDim.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 		for (uint32_t item = blockIdx.x; item < w.items; item += gridDim.x) {
 			const uint32_t chunk = item % w.chunks;
-			float4 *const pairs =
-			        w.pairs +
-			        ((int64_t)item * w.stretches * f.n_heads + p.h) * LANES * 2 +
-			        2 * lane;
-			const int64_t pair_stride = f.n_heads * LANES * 2;
 			const int begin = (int)(chunk * f.chunk);
 			const int end = (int)min(begin + f.chunk, f.seq_len);
 			const int last = (end - begin - 1) / STRETCH;
@@ -408,16 +426,18 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 			}
 			/* A head's first lanes find its tensors. */
 			for (int i = lane; i < HEAD_TENSORS; i += LANES)
-				places->head[slot][i] = find_head(a, i, p.b, begin, p.h);
+				places_of()->head[slot][i] = find_head(a, i, p.b, begin, p.h);
 			if (threadIdx.x < GROUP_TENSORS)
-				places->group[threadIdx.x] =
+				places_of()->group[threadIdx.x] =
 				        find_group(a, threadIdx.x, p.b, begin, p.group);
 			__syncthreads();
 			for (int s = 0; s < last; s++) {
 				walk<false>(k, v, biases, a, p, s * STRETCH, STRETCH, NULL);
 				if (active) {
-					pairs[(s + 1) * pair_stride] = vector_of(k);
-					pairs[(s + 1) * pair_stride + 1] = vector_of(v);
+					float4 *const to = pair_of(w, f, item, s + 1, p);
+
+					to[0] = vector_of(k);
+					to[1] = vector_of(v);
 				}
 			}
 			unrotate<D>(mu, at(a.dk_chunk, p.b, chunk, p.h), p.column, angles, f.rope);
@@ -428,8 +448,10 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 				const int final = (n - 1) / SEGMENT;
 
 				if (stretch < last && stretch > 0 && active) {
-					set(k, pairs[stretch * pair_stride]);
-					set(v, pairs[stretch * pair_stride + 1]);
+					const float4 *const from = pair_of(w, f, item, stretch, p);
+
+					set(k, from[0]);
+					set(v, from[1]);
 				}
 				for (int i = 0; stretch == 0 && i < 4; i++)
 					k[i] = v[i] = 0.0f;

@@ -101,14 +101,21 @@ extern "C" enum status portable_rotate(const void *args, void *)
 	return status;
 }
 
+/* Of two tensors that are rotated in place. */
+static const char *check_pair(int64_t d_head, const struct view *q, const struct view *k)
+{
+	const struct view *const views[] = {q, k};
+
+	if (d_head % 16 || d_head > MAX_ROPE_WIDTH)
+		return "head width must be a multiple of 16 up to 128";
+	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
+}
+
 extern "C" const char *portable_rotate_backward_unsupported(const void *args)
 {
 	const auto *a = static_cast<const struct rotate_backward_args *>(args);
-	const struct view *const views[] = {&a->dq, &a->dk};
 
-	if (a->d_head % 16 || a->d_head > MAX_ROPE_WIDTH)
-		return "head width must be a multiple of 16 up to 128";
-	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
+	return check_pair(a->d_head, &a->dq, &a->dk);
 }
 
 extern "C" enum status portable_rotate_backward(const void *args, void *)
@@ -161,11 +168,8 @@ static __global__ void __launch_bounds__(THREADS)
 extern "C" const char *portable_rotate_step_unsupported(const void *args)
 {
 	const auto *a = static_cast<const struct rotate_step_args *>(args);
-	const struct view *const views[] = {&a->q, &a->k};
 
-	if (a->d_head % 16 || a->d_head > MAX_ROPE_WIDTH)
-		return "head width must be a multiple of 16 up to 128";
-	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
+	return check_pair(a->d_head, &a->q, &a->k);
 }
 
 extern "C" enum status portable_rotate_step(const void *args, void *)

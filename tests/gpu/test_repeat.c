@@ -1,6 +1,6 @@
 /*
  * Every kernel that claims nothing else gives the same bits twice, at sizes
- * that fill the device: whole blocks in prefill and generation, by each
+ * that fill the device: whole blocks in prefill, training and generation, by each
  * provider of the operation that mixes. And many times in a row at small
  * sizes that no tile divides, where a lost turn of a ring would show:
  *
@@ -45,6 +45,11 @@ static const struct subject subjects[] = {
         {"mamba2", PASS_PREFILL, 1, 4097, NULL},
         {"hgrn", PASS_PREFILL, 1, 4097, NULL},
         {"hgrn2", PASS_PREFILL, 1, 4097, NULL},
+        {"attention", PASS_TRAIN, 2, 2047, "portable"},
+        {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
+        {"rat:16", PASS_TRAIN, 2, 2047, "portable"},
+        {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
+        {"gla", PASS_TRAIN, 1, 2049, NULL},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"rat:16", PASS_GENERATION, 7, 1500, "portable"},
@@ -74,6 +79,12 @@ static size_t output_bytes(const struct stack *stack, const struct subject *s)
 	return (size_t)(s->batch * stack->shape.seq_len * stack->d_model) * 2;
 }
 
+/* What is compared: y, or in training dx. */
+static void *output(const struct stack *stack)
+{
+	return stack->shape.pass == PASS_TRAIN ? stack->dx : stack->y;
+}
+
 /* The output of one run, which finds NaN there. */
 static void run_once(struct stack *stack, struct context *ctx, const struct subject *s, void *y)
 {
@@ -81,10 +92,10 @@ static void run_once(struct stack *stack, struct context *ctx, const struct subj
 
 	if (s->pass == PASS_GENERATION)
 		require(stack_fill_state(stack, s->seq_len - 1, 5));
-	require(cuda_backend.fill(stack->y, 0xff, bytes));
+	require(cuda_backend.fill(output(stack), 0xff, bytes));
 	require(stack_run(stack, ctx));
 	require(cuda_backend.synchronize());
-	require(cuda_backend.download(y, stack->y, bytes));
+	require(cuda_backend.download(y, output(stack), bytes));
 }
 
 /* Runs again `repeats` times; NULL, or how the outputs differ. */

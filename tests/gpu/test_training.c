@@ -18,7 +18,7 @@
 
 enum { BATCH = 3, SEQ_LEN = 2999, D_MODEL = 512, HEADS = 4, MIN_ROWS = 300 };
 
-static const double allowed = 2e-2;
+static const double allowed = 1.5e-2;
 
 static const char *const patterns[] = {"attention", "swa:200",    "rat:16",
                                        "rat:100",   "recurrence", "rat:16,attention"};
@@ -60,6 +60,11 @@ static void test_passes(void **state)
 	(void)state;
 	for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
 		struct fixture *f = trained(patterns[i]);
+
+		/* With weights as they are in training: the fixture's larger ones make a sharp
+		 * softmax of rounded scores. */
+		require_ok(stack_initialize(&f->stack, 11));
+		fixture_run(f);
 		double error = check(f);
 
 		print_message("%-20s %.2e\n", patterns[i], error);
@@ -84,15 +89,12 @@ static void test_parameters(void **state)
 				set_gradient(f, layer, i, count, 0);
 				assert_true(check(f) > 0.9);
 				fixture_run(f);
-				set_gradient(f, layer, i, 1, NAN);
-				assert_true(check(f) > 0.9);
-				fixture_run(f);
 			}
 		fixture_close(f);
 	}
 }
 
-/* dx without the layer's part; a row of dproj that is another's. */
+/* dx without the layer's part; a row of dproj that is another's; a single NaN. */
 static void test_activations(void **state)
 {
 	(void)state;
@@ -111,6 +113,9 @@ static void test_activations(void **state)
 		write_floats(f, dproj, 0, row, width);
 		free(row);
 		assert_true(check(f) > 0.1);
+		fixture_run(f);
+		set_gradient(f, 0, PARAM_IN_PROJ, 1, NAN);
+		assert_true(check(f) > 0.9);
 		fixture_close(f);
 	}
 }
