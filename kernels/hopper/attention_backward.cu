@@ -24,7 +24,8 @@
  *   dK, dQ of the tile before, S of the next    that dQ leaves
  *
  * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s of
- * all three kernels at T = 4096 / 32768). cuDNN 9.19 in the same run: 456 / 513.
+ * all three kernels at T = 4096 / 32768; from run to run, the device being hot
+ * or not, they differ by up to 7%).  cuDNN 9.19 in the same run: 456 / 513
  *   dQ of the same tile, a named barrier after dS           467 / 514
  *   dQ before dK                                            478 / 535
  *   no barrier (wrong: to see what it costs)                535 / 595
@@ -36,8 +37,17 @@
  *     less traffic of shared memory)                        487 / 554
  *   and dQ summed in a few places that stay in L2, which a
  *     spare warp empties (predicted +7%: no memset, no
- *     third kernel; but a warp is too slow)                 382 / 562
- *   and two places, a second one for keys
+ *     third kernel; but one warp is too slow)               382 / 562
+ * In a third, cuDNN 437 / 531:
+ *   as the first of these                                   507 / 581
+ *   two places in every ring, also for keys                 505 / 580
+ *   and dS stored behind the issue of dK                    488 / 563
+ *   and behind that of dQ, too                              498 / 555
+ * On a cool device the second kernel, with three places, took 17.6 ms of T =
+ * 4096 (627 TFLOP/s), the tensor cores busy for 65% of the cycles, shared
+ * memory for 79% (ncu, four sequences).
+ *
+ * wgmma in: attention_backward_kernel
  */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -120,6 +130,8 @@ template <int D> struct shared_layout {
 	static constexpr int BYTES = BARRIERS + 8 * BAR_COUNT + 1024; /* to align the base */
 };
 
+static_assert(shared_layout<64>::BYTES <= 227 * 1024 && shared_layout<128>::BYTES <= 227 * 1024);
+
 /* What one ticket stands for: tile n of the keys of a sequence and head; n < 0: no more. */
 struct unit {
 	int n, pair;
@@ -168,8 +180,6 @@ __device__ __forceinline__ unit locate(const parameters &p, int number)
 }
 
 /* The units of this block, as the producer hands them to the others. */
-static_assert(shared_layout<64>::BYTES <= 232448 && shared_layout<128>::BYTES <= 232448);
-
 template <int D> struct schedule {
 	uint32_t shared;
 	slot_ring<SCHEDULE_SLOTS> at;
