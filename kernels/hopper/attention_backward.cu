@@ -458,6 +458,7 @@ template <int D> struct consumer {
 	/* One arrival per warp: each warp vouches for its own accesses. */
 	__device__ void release(int which) const
 	{
+		__syncwarp();
 		if (threadIdx.x % 32 == 0)
 			barrier_arrive(barrier(which));
 	}
@@ -482,7 +483,6 @@ template <int D> struct consumer {
 	__device__ void hand_over() const
 	{
 		fence_async_proxy();
-		__syncwarp();
 		release(BAR_OUT_FULL + warpgroup_index());
 	}
 
@@ -560,7 +560,6 @@ __device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2
 		store_matrix_x4(block_address(place + j / 4 * layout::DS_PANEL, j % 4), ds[4 * j],
 		                ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
 	fence_async_proxy();
-	__syncwarp();
 	release(BAR_DS_FULL + rows.slot);
 }
 
