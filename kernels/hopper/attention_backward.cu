@@ -24,11 +24,33 @@
  *   dK, dQ of the tile before, S of the next    that dQ leaves
  *
  * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s of
- * all three kernels at T = 4096 / 32768; cuDNN 9.19 in the same run: 456 / 513):
+ * all three kernels at T = 4096 / 32768; from run to run, the device being hot
+ * or not, they differ by up to 7%).  cuDNN 9.19 in the same run: 456 / 513
  *   dQ of the same tile, a named barrier after dS           467 / 514
  *   dQ before dK                                            478 / 535
  *   no barrier (wrong: to see what it costs)                535 / 595
- *   and nothing added to dQ (wrong, too; with the barrier)  472 / 553
+ *   nothing added to dQ (wrong, too; with the barrier)      472 / 553
+ * In another run, cuDNN 478 / 520:
+ *   dQ of the tile before, no barrier; three places for
+ *     queries and dS                                        539 / 563
+ *   and dQ added from registers (red.v4: predicted a sixth
+ *     less traffic of shared memory)                        487 / 554
+ *   and dQ summed in a few places that stay in L2, which a
+ *     spare warp empties (predicted +7%: no memset, no
+ *     third kernel; but one warp is too slow)               382 / 562
+ * In a third, cuDNN 437 / 531:
+ *   as the first of these                                   507 / 581
+ *   two places in every ring, also for keys                 505 / 580
+ *   and dS stored behind the issue of dK                    488 / 563
+ *   and behind that of dQ, too                              498 / 555
+ * On a cool device the three kernels take 0.62, 17.4 (633 TFLOP/s) and 0.74 ms
+ * of T = 4096; with three places the tensor cores were busy for 65% of the
+ * cycles, shared memory for 79% (ncu).
+ *
+ * All kernels, milliseconds: d = 64, T = 4096, 32 heads 23.5 (468 TFLOP/s; cuDNN
+ * 30.0); window 1024, T = 16384 12.1; RAT, L = 16, T = 4096 / 32768 4.19 / 13.6.
+ *
+ * wgmma in: attention_backward_kernel
  */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -46,7 +68,7 @@ using namespace hopper;
 namespace
 {
 
-constexpr int KEYS = 128, SCHEDULE_SLOTS = 4, WARPGROUPS = 2;
+constexpr int KEYS = 128, STAGES = 2, SCHEDULE_SLOTS = 4, WARPGROUPS = 2;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int BOTH_BARRIER = 1;    /* named: the two consumer warpgroups */
@@ -56,11 +78,6 @@ constexpr int PREPARED_ROWS = 64;  /* queries of a block of the first kernel */
 
 /* Queries of a tile. */
 template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
-
-/* Rings: of queries, of gradients of outputs, of dS. */
-template <int D> constexpr int Q_STAGES = D == 64 ? 2 : 3;
-template <int D> constexpr int DS_STAGES = D == 64 ? 2 : 3;
-constexpr int DO_STAGES = 2, MOST_STAGES = 3;
 
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
@@ -80,16 +97,15 @@ struct parameters {
 /* mbarriers, 8 bytes each. */
 enum {
 	BAR_K_FULL,
-	BAR_K_EMPTY,
-	BAR_V_FULL,
+	BAR_K_EMPTY = BAR_K_FULL + STAGES,
+	BAR_V_FULL = BAR_K_EMPTY + STAGES,
 	BAR_V_EMPTY,
-	BAR_Q_FULL, /* queries and lse */
-	BAR_Q_EMPTY = BAR_Q_FULL + MOST_STAGES,
-	BAR_DO_FULL = BAR_Q_EMPTY + MOST_STAGES, /* gradients of outputs and delta */
-	BAR_DO_EMPTY = BAR_DO_FULL + DO_STAGES,
-	BAR_DS_FULL = BAR_DO_EMPTY + DO_STAGES,
-	BAR_DS_EMPTY = BAR_DS_FULL + MOST_STAGES,
-	BAR_UNIT_FULL = BAR_DS_EMPTY + MOST_STAGES,
+	BAR_Q_FULL,                        /* queries and lse */
+	BAR_DO_FULL = BAR_Q_FULL + STAGES, /* gradients of outputs and delta */
+	BAR_ROWS_EMPTY = BAR_DO_FULL + STAGES,
+	BAR_DS_FULL = BAR_ROWS_EMPTY + STAGES, /* of both warpgroups */
+	BAR_DS_EMPTY = BAR_DS_FULL + STAGES,
+	BAR_UNIT_FULL = BAR_DS_EMPTY + STAGES,
 	BAR_UNIT_EMPTY = BAR_UNIT_FULL + SCHEDULE_SLOTS,
 	BAR_OUT_FULL = BAR_UNIT_EMPTY + SCHEDULE_SLOTS, /* of a warpgroup: something may leave */
 	BAR_OUT_EMPTY = BAR_OUT_FULL + WARPGROUPS,
@@ -104,18 +120,20 @@ template <int D> struct shared_layout {
 	static constexpr int DS_BYTES = QUERIES<D> / 64 * DS_PANEL;
 	static constexpr int STATISTICS_BYTES = QUERIES<D> * 4;
 	static constexpr int K = 0;
-	static constexpr int V = K + KEYS_BYTES;
+	static constexpr int V = K + STAGES * KEYS_BYTES;
 	static constexpr int Q = V + KEYS_BYTES;
-	static constexpr int DO = Q + Q_STAGES<D> * ROWS_BYTES;
-	static constexpr int DS = DO + DO_STAGES * ROWS_BYTES;   /* [key][query]; at the end dK */
-	static constexpr int OUT = DS + DS_STAGES<D> * DS_BYTES; /* dQ; at the end dV */
-	static constexpr int OUT_BYTES = DQ_FLOATS * 4;          /* of a warpgroup */
+	static constexpr int DO = Q + STAGES * ROWS_BYTES;
+	static constexpr int DS = DO + STAGES * ROWS_BYTES; /* [key][query]; at the end dK */
+	static constexpr int OUT = DS + STAGES * DS_BYTES;  /* dQ; at the end dV */
+	static constexpr int OUT_BYTES = DQ_FLOATS * 4;     /* of a warpgroup */
 	static constexpr int LSE = OUT + WARPGROUPS * OUT_BYTES;
-	static constexpr int DELTA = LSE + Q_STAGES<D> * STATISTICS_BYTES;
-	static constexpr int UNITS = DELTA + DO_STAGES * STATISTICS_BYTES;
+	static constexpr int DELTA = LSE + STAGES * STATISTICS_BYTES;
+	static constexpr int UNITS = DELTA + STAGES * STATISTICS_BYTES;
 	static constexpr int BARRIERS = UNITS + 8 * SCHEDULE_SLOTS;
 	static constexpr int BYTES = BARRIERS + 8 * BAR_COUNT + 1024; /* to align the base */
 };
+
+static_assert(shared_layout<64>::BYTES <= 227 * 1024 && shared_layout<128>::BYTES <= 227 * 1024);
 
 /* What one ticket stands for: tile n of the keys of a sequence and head; n < 0: no more. */
 struct unit {
@@ -165,8 +183,6 @@ __device__ __forceinline__ unit locate(const parameters &p, int number)
 }
 
 /* The units of this block, as the producer hands them to the others. */
-static_assert(shared_layout<64>::BYTES <= 232448 && shared_layout<128>::BYTES <= 232448);
-
 template <int D> struct schedule {
 	uint32_t shared;
 	slot_ring<SCHEDULE_SLOTS> at;
@@ -221,9 +237,8 @@ template <int D> struct producer {
 
 	const parameters &p;
 	uint32_t shared;
-	slot_ring<Q_STAGES<D>> q;
-	slot_ring<DO_STAGES> dout;
-	uint32_t parity; /* of keys and values */
+	slot_ring<STAGES> rows, k;
+	uint32_t v_parity;
 
 	__device__ uint32_t barrier(int which) const
 	{
@@ -233,31 +248,40 @@ template <int D> struct producer {
 	__device__ void load_rows(int m, int pair, int b, int h)
 	{
 		const int64_t at = static_cast<int64_t>(pair) * p.padded_len + m * QUERIES<D>;
-		const uint32_t q_full = barrier(BAR_Q_FULL + q.slot);
-		const uint32_t do_full = barrier(BAR_DO_FULL + dout.slot);
+		const uint32_t q_full = barrier(BAR_Q_FULL + rows.slot);
+		const uint32_t do_full = barrier(BAR_DO_FULL + rows.slot);
 
-		barrier_wait(barrier(BAR_Q_EMPTY + q.slot), q.parity ^ 1);
+		barrier_wait(barrier(BAR_ROWS_EMPTY + rows.slot), rows.parity ^ 1);
 		barrier_arrive_expect(q_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
-		load_panels<D, QUERIES<D>>(shared + layout::Q + q.slot * layout::ROWS_BYTES, q_full,
-		                           &p.q, m * QUERIES<D>, h % p.q_heads, b);
-		bulk_load(shared + layout::LSE + q.slot * layout::STATISTICS_BYTES, p.lse + at,
+		load_panels<D, QUERIES<D>>(shared + layout::Q + rows.slot * layout::ROWS_BYTES,
+		                           q_full, &p.q, m * QUERIES<D>, h % p.q_heads, b);
+		bulk_load(shared + layout::LSE + rows.slot * layout::STATISTICS_BYTES, p.lse + at,
 		          layout::STATISTICS_BYTES, q_full);
-		q.advance();
-		barrier_wait(barrier(BAR_DO_EMPTY + dout.slot), dout.parity ^ 1);
 		barrier_arrive_expect(do_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
-		load_panels<D, QUERIES<D>>(shared + layout::DO + dout.slot * layout::ROWS_BYTES,
+		load_panels<D, QUERIES<D>>(shared + layout::DO + rows.slot * layout::ROWS_BYTES,
 		                           do_full, &p.dout, m * QUERIES<D>, h, b);
-		bulk_load(shared + layout::DELTA + dout.slot * layout::STATISTICS_BYTES,
+		bulk_load(shared + layout::DELTA + rows.slot * layout::STATISTICS_BYTES,
 		          p.delta + at, layout::STATISTICS_BYTES, do_full);
-		dout.advance();
+		rows.advance();
 	}
 
-	__device__ void load_keys(const CUtensorMap *map, int tile, int full, int empty, int n,
-	                          int b, int h)
+	__device__ void load_keys(int n, int b, int h)
 	{
-		barrier_wait(barrier(empty), parity ^ 1);
-		barrier_arrive_expect(barrier(full), layout::KEYS_BYTES);
-		load_panels<D, KEYS>(shared + tile, barrier(full), map, n * KEYS, h, b);
+		const uint32_t full = barrier(BAR_K_FULL + k.slot);
+
+		barrier_wait(barrier(BAR_K_EMPTY + k.slot), k.parity ^ 1);
+		barrier_arrive_expect(full, layout::KEYS_BYTES);
+		load_panels<D, KEYS>(shared + layout::K + k.slot * layout::KEYS_BYTES, full, &p.k,
+		                     n * KEYS, h, b);
+		k.advance();
+	}
+
+	__device__ void load_values(int n, int b, int h)
+	{
+		barrier_wait(barrier(BAR_V_EMPTY), v_parity ^ 1);
+		barrier_arrive_expect(barrier(BAR_V_FULL), layout::KEYS_BYTES);
+		load_panels<D, KEYS>(shared + layout::V, barrier(BAR_V_FULL), &p.v, n * KEYS, h, b);
+		v_parity ^= 1;
 	}
 
 	__device__ void run()
@@ -269,21 +293,20 @@ template <int D> struct producer {
 
 		units.put(u);
 		while (u.n >= 0) {
-			const int number = gridDim.x + atomicAdd(p.ticket, 1);
-			const unit next = number < n_units ? locate(p, number) : end;
 			const span m = query_tiles<D>(p, u.n);
 			const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
 
-			units.put(next);
 			if (m.first < m.end) {
+				load_keys(u.n, b, h);
 				load_rows(m.first, u.pair, b, h);
-				load_keys(&p.v, layout::V, BAR_V_FULL, BAR_V_EMPTY, u.n, b, h);
-				load_keys(&p.k, layout::K, BAR_K_FULL, BAR_K_EMPTY, u.n, b, h);
-				parity ^= 1;
-#pragma unroll 1
-				for (int i = m.first + 1; i < m.end; i++)
-					load_rows(i, u.pair, b, h);
+				load_values(u.n, b, h);
 			}
+			const int number = gridDim.x + atomicAdd(p.ticket, 1);
+			const unit next = number < n_units ? locate(p, number) : end;
+			units.put(next);
+#pragma unroll 1
+			for (int i = m.first + 1; i < m.end; i++)
+				load_rows(i, u.pair, b, h);
 			u = next;
 		}
 	}
@@ -423,13 +446,12 @@ template <int D> struct consumer {
 
 	const parameters &p;
 	uint32_t shared;
-	slot_ring<Q_STAGES<D>> q;
-	slot_ring<DO_STAGES> dout;
-	slot_ring<DS_STAGES<D>> ds_at, ds_before; /* of this tile, of the one before */
-	uint32_t key_parity;                      /* of keys and values */
-	uint32_t out_parity;                      /* of what this warpgroup sends */
-	uint32_t unit_parity;                     /* of dK's place */
-	span all_seen; /* queries that see all of the warpgroup's keys: first, last */
+	slot_ring<STAGES> rows, before; /* queries of this step, of the last */
+	slot_ring<STAGES> k;
+	uint32_t v_parity;
+	uint32_t out_parity;  /* of what this warpgroup sends */
+	uint32_t unit_parity; /* of dK's place */
+	span all_seen;        /* queries that see all of the warpgroup's keys: first, last */
 
 	__device__ uint32_t barrier(int which) const
 	{
@@ -439,19 +461,19 @@ template <int D> struct consumer {
 	/* One arrival per warp: each warp vouches for its own accesses. */
 	__device__ void release(int which) const
 	{
+		__syncwarp();
 		if (threadIdx.x % 32 == 0)
 			barrier_arrive(barrier(which));
 	}
 
-	__device__ uint64_t q_operand(uint32_t leading) const
+	__device__ uint32_t keys() const
 	{
-		return matrix_descriptor(shared + layout::Q + q.slot * layout::ROWS_BYTES, leading);
+		return shared + layout::K + k.slot * layout::KEYS_BYTES;
 	}
 
-	__device__ uint64_t do_operand(uint32_t leading) const
+	__device__ uint64_t rows_operand(int tile, uint32_t leading) const
 	{
-		return matrix_descriptor(shared + layout::DO + dout.slot * layout::ROWS_BYTES,
-		                         leading);
+		return matrix_descriptor(shared + tile + rows.slot * layout::ROWS_BYTES, leading);
 	}
 
 	__device__ void await_out_place()
@@ -464,7 +486,6 @@ template <int D> struct consumer {
 	__device__ void hand_over() const
 	{
 		fence_async_proxy();
-		__syncwarp();
 		release(BAR_OUT_FULL + warpgroup_index());
 	}
 
@@ -473,7 +494,7 @@ template <int D> struct consumer {
 	__device__ void differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
 	                              const statistics<N> &delta, uint32_t (&ds)[N / 2]) const;
 	__device__ void store_ds(const uint32_t (&ds)[N / 2]) const;
-	__device__ void issue_dq(float (&dq)[32], const slot_ring<DS_STAGES<D>> &at) const;
+	__device__ void issue_dq(float (&dq)[32], const slot_ring<STAGES> &at) const;
 	__device__ void store_dq(const float (&dq)[32]);
 	__device__ void store_keys(uint32_t place, const float (&x)[D / 2], float scale) const;
 	template <bool first, bool last>
@@ -534,7 +555,7 @@ consumer<D>::differentiate(const uint32_t (&probabilities)[N / 2], const float (
 template <int D>
 __device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2]) const
 {
-	const uint32_t place = shared + layout::DS + ds_at.slot * layout::DS_BYTES +
+	const uint32_t place = shared + layout::DS + rows.slot * layout::DS_BYTES +
 	                       warpgroup_index() * 64 * ROW_BYTES;
 
 #pragma unroll
@@ -542,22 +563,20 @@ __device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2
 		store_matrix_x4(block_address(place + j / 4 * layout::DS_PANEL, j % 4), ds[4 * j],
 		                ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
 	fence_async_proxy();
-	__syncwarp();
-	release(BAR_DS_FULL + ds_at.slot);
+	release(BAR_DS_FULL + rows.slot);
 }
 
 /* dq (64 queries x 64 of D) = dS K over all keys of the tile; d = 64: of warpgroup w queries from
  * 64w on, d = 128: columns from 64w on. */
 template <int D>
 __device__ __forceinline__ void consumer<D>::issue_dq(float (&dq)[32],
-                                                      const slot_ring<DS_STAGES<D>> &at) const
+                                                      const slot_ring<STAGES> &at) const
 {
 	const int w = warpgroup_index();
 	const uint64_t ds = matrix_descriptor(shared + layout::DS + at.slot * layout::DS_BYTES +
 	                                              (D == 64 ? w * layout::DS_PANEL : 0),
 	                                      16);
-	const uint64_t k =
-	        matrix_descriptor(shared + layout::K + (D == 64 ? 0 : w * KEYS * ROW_BYTES), 16);
+	const uint64_t k = matrix_descriptor(keys() + (D == 64 ? 0 : w * KEYS * ROW_BYTES), 16);
 
 	barrier_wait(barrier(BAR_DS_FULL + at.slot), at.parity);
 	pin(dq);
@@ -613,19 +632,20 @@ __device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N],
 {
 	constexpr uint32_t PANEL = QUERIES<D> * ROW_BYTES;
 	const uint32_t own_rows = warpgroup_index() * 64 * ROW_BYTES;
-	const uint64_t q_columns = q_operand(PANEL), do_columns = do_operand(PANEL);
-	const int q_slot = q.slot, do_slot = dout.slot;
+	const uint64_t q_columns = rows_operand(layout::Q, PANEL),
+	               do_columns = rows_operand(layout::DO, PANEL);
 	float dp[N], dq[32];
-	statistics<N> lse = {shared + layout::LSE + q.slot * layout::STATISTICS_BYTES};
-	statistics<N> delta = {shared + layout::DELTA + dout.slot * layout::STATISTICS_BYTES};
+	statistics<N> lse = {shared + layout::LSE + rows.slot * layout::STATISTICS_BYTES};
+	statistics<N> delta = {shared + layout::DELTA + rows.slot * layout::STATISTICS_BYTES};
 	uint32_t probabilities[N / 2], ds[N / 2];
 
-	barrier_wait(barrier(BAR_DO_FULL + dout.slot), dout.parity);
+	barrier_wait(barrier(BAR_DO_FULL + rows.slot), rows.parity);
 	lse.load();
 	wgmma_wait<0>();
 	pin(s);
 	pin(dp);
-	issue_scores<D>(dp, matrix_descriptor(shared + layout::V + own_rows, 16), do_operand(16));
+	issue_scores<D>(dp, matrix_descriptor(shared + layout::V + own_rows, 16),
+	                rows_operand(layout::DO, 16));
 	powers(s, lse, probabilities, m, key);
 	pin(probabilities);
 	pin(dv);
@@ -636,13 +656,13 @@ __device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N],
 	if (last)
 		release(BAR_V_EMPTY);
 	differentiate(probabilities, dp, delta, ds);
-	barrier_wait(barrier(BAR_DS_EMPTY + ds_at.slot), ds_at.parity ^ 1);
+	barrier_wait(barrier(BAR_DS_EMPTY + rows.slot), rows.parity ^ 1);
 	store_ds(ds);
 	pin(ds);
 	pin(dk);
 	issue_gradient(dk, ds, q_columns);
 	if (!first) {
-		issue_dq(dq, ds_before);
+		issue_dq(dq, before);
 		wgmma_wait<1>();
 	} else {
 		wgmma_wait<0>();
@@ -651,24 +671,22 @@ __device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N],
 	pin(probabilities);
 	pin(dk);
 	pin(ds);
-	release(BAR_Q_EMPTY + q_slot);
-	release(BAR_DO_EMPTY + do_slot);
-	q.advance();
-	dout.advance();
+	release(BAR_ROWS_EMPTY + rows.slot);
+	const slot_ring<STAGES> now = rows;
+	rows.advance();
 	if (!last) {
-		barrier_wait(barrier(BAR_Q_FULL + q.slot), q.parity);
+		barrier_wait(barrier(BAR_Q_FULL + rows.slot), rows.parity);
 		pin(s);
-		issue_scores<D>(s, matrix_descriptor(shared + layout::K + own_rows, 16),
-		                q_operand(16));
+		issue_scores<D>(s, matrix_descriptor(keys() + own_rows, 16),
+		                rows_operand(layout::Q, 16));
 	}
 	if (!first) {
 		wgmma_wait<last ? 0 : 1>();
 		pin(dq);
-		release(BAR_DS_EMPTY + ds_before.slot);
+		release(BAR_DS_EMPTY + before.slot);
 		store_dq(dq);
 	}
-	ds_before = ds_at;
-	ds_at.advance();
+	before = now;
 }
 
 template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
@@ -685,12 +703,12 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 	if (tiles.first < tiles.end) {
 		float dq[32];
 
-		barrier_wait(barrier(BAR_Q_FULL + q.slot), q.parity);
-		barrier_wait(barrier(BAR_K_FULL), key_parity);
+		barrier_wait(barrier(BAR_Q_FULL + rows.slot), rows.parity);
+		barrier_wait(barrier(BAR_K_FULL + k.slot), k.parity);
 		pin(s);
-		issue_scores<D>(s, matrix_descriptor(shared + layout::K + w * 64 * ROW_BYTES, 16),
-		                q_operand(16));
-		barrier_wait(barrier(BAR_V_FULL), key_parity);
+		issue_scores<D>(s, matrix_descriptor(keys() + w * 64 * ROW_BYTES, 16),
+		                rows_operand(layout::Q, 16));
+		barrier_wait(barrier(BAR_V_FULL), v_parity);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
 		if (tiles.first == tiles.end - 1) {
 			step<true, true>(tiles.first, key, s, dk, dv);
@@ -701,13 +719,14 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 				step<false, false>(m, key, s, dk, dv);
 			step<false, true>(tiles.end - 1, key, s, dk, dv);
 		}
-		issue_dq(dq, ds_before);
+		issue_dq(dq, before);
 		wgmma_wait<0>();
 		pin(dq);
-		release(BAR_DS_EMPTY + ds_before.slot);
-		release(BAR_K_EMPTY);
+		release(BAR_DS_EMPTY + before.slot);
+		release(BAR_K_EMPTY + k.slot);
 		store_dq(dq);
-		key_parity ^= 1;
+		k.advance();
+		v_parity ^= 1;
 	} else {
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
 	}
@@ -735,16 +754,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 				barrier_init(barriers + i * 8, arrivals);
 		};
 
-		init(BAR_K_FULL, 1, 1);
-		init(BAR_K_EMPTY, 1, CONSUMER_WARPS);
+		init(BAR_K_FULL, STAGES, 1);
+		init(BAR_K_EMPTY, STAGES, CONSUMER_WARPS);
 		init(BAR_V_FULL, 1, 1);
 		init(BAR_V_EMPTY, 1, CONSUMER_WARPS);
-		init(BAR_Q_FULL, Q_STAGES<D>, 1);
-		init(BAR_Q_EMPTY, Q_STAGES<D>, CONSUMER_WARPS);
-		init(BAR_DO_FULL, DO_STAGES, 1);
-		init(BAR_DO_EMPTY, DO_STAGES, CONSUMER_WARPS);
-		init(BAR_DS_FULL, DS_STAGES<D>, CONSUMER_WARPS);
-		init(BAR_DS_EMPTY, DS_STAGES<D>, CONSUMER_WARPS);
+		init(BAR_Q_FULL, 2 * STAGES, 1);
+		init(BAR_ROWS_EMPTY, 3 * STAGES, CONSUMER_WARPS);
 		init(BAR_UNIT_FULL, SCHEDULE_SLOTS, 1);
 		init(BAR_UNIT_EMPTY, SCHEDULE_SLOTS, CONSUMER_WARPS + WARPGROUPS);
 		init(BAR_OUT_FULL, WARPGROUPS, 4);
@@ -761,7 +776,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 			send<D>(p, shared, warp - 1);
 	} else {
 		registers_increase<CONSUMER_REGISTERS>();
-		consumer<D> c = {p, shared, {}, {}, {}, {}, 0, 0, 0, {}};
+		consumer<D> c = {p, shared, {}, {}, {}, 0, 0, 0, {}};
 		schedule<D> units = {shared};
 		unit u;
 
@@ -918,16 +933,15 @@ template <int D> __global__ void __launch_bounds__(256) finish_kernel(query_para
 {
 	constexpr int PITCH = D / 2 + 4; /* pairs of a row in shared memory */
 	__shared__ alignas(16) uint32_t tile[QUERIES<D> * PITCH];
-	const int tiles = p.padded_len / QUERIES<D>;
-	const int shared_head = blockIdx.x / tiles;
-	const int first = (blockIdx.x - shared_head * tiles) * QUERIES<D>;
-	const int b = shared_head / p.q_heads, h = shared_head - b * p.q_heads;
+	const int tiles = p.padded_len / QUERIES<D>, number = blockIdx.x / p.q_heads;
+	const int h = blockIdx.x - number * p.q_heads, b = number / tiles;
+	const int m = number - b * tiles, first = m * QUERIES<D>;
+	const int64_t place = (static_cast<int64_t>(b) * p.q_heads + h) * tiles + m;
 	const int w = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 	const int row = warp * 16 + lane / 4 + (D == 64 ? 64 * w : 0);
 	const int column = (lane & 3) + (D == 64 ? 0 : 32 * w); /* in pairs */
 	const float4 *from = reinterpret_cast<const float4 *>(p.dq_sums) +
-	                     (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + w) * (DQ_FLOATS / 4) +
-	                     threadIdx.x % 128;
+	                     (place * WARPGROUPS + w) * (DQ_FLOATS / 4) + threadIdx.x % 128;
 	float4 x[8];
 
 #pragma unroll
