@@ -19,11 +19,23 @@ static int64_t any_normed_width(struct trial *trial, int64_t widest)
 	return any_width(trial, widest - 7) + 7 * !trial->narrow;
 }
 
+/* Sizes of a projection: any, or wide ones of a few tokens, for which there are other kernels. */
+static void any_projection(struct trial *trial, int64_t *n, int64_t *in, int64_t *out)
+{
+	bool few = random_integer(&trial->random, 0, 2) == 0;
+	int64_t widest = few ? 2600 : 150;
+
+	*n = any_length(trial, few ? 9 : 70);
+	*in = any_normed_width(trial, widest);
+	*out = any_width(trial, widest);
+}
+
 static bool norm_linear_case(struct trial *trial)
 {
 	enum dtype act = trial->backend->activation;
-	int64_t n = any_length(trial, 70), out = any_width(trial, 150);
-	int64_t in = any_normed_width(trial, 150);
+	int64_t n, in, out;
+
+	any_projection(trial, &n, &in, &out);
 	bool norm = random_bool(&trial->random), want_rstd = norm && random_bool(&trial->random);
 	struct tensor *x = trial_flat_input(trial, act, n, in, any_scale(trial));
 	struct tensor *weight = trial_flat_input(trial, act, out, in, 1);
@@ -126,7 +138,9 @@ static bool norm_linear_backward_case(struct trial *trial)
 static bool linear_residual_case(struct trial *trial)
 {
 	enum dtype act = trial->backend->activation;
-	int64_t n = any_length(trial, 70), in = any_width(trial, 150), out = any_width(trial, 150);
+	int64_t n, in, out;
+
+	any_projection(trial, &n, &in, &out);
 	enum residual kind = (enum residual)random_integer(&trial->random, 0, 2);
 	struct tensor *x = trial_flat_input(trial, act, n, in, any_scale(trial));
 	struct tensor *weight = trial_flat_input(trial, act, out, in, 1);

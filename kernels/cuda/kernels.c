@@ -7,10 +7,13 @@
 #include "kernels/portable/portable.h"
 
 const struct kernel cuda_kernels[] = {
+        {OP_NORM_LINEAR, "hopper", hopper_norm_linear_unsupported, NULL, hopper_norm_linear},
         {OP_NORM_LINEAR, "portable", portable_norm_linear_unsupported,
          portable_norm_linear_workspace, portable_norm_linear},
         {OP_NORM_LINEAR_BACKWARD, "portable", portable_norm_linear_backward_unsupported,
          portable_norm_linear_backward_workspace, portable_norm_linear_backward},
+        {OP_LINEAR_RESIDUAL, "hopper", hopper_linear_residual_unsupported, NULL,
+         hopper_linear_residual},
         {OP_LINEAR_RESIDUAL, "portable", portable_linear_residual_unsupported,
          portable_linear_residual_workspace, portable_linear_residual},
         {OP_LINEAR_RESIDUAL_BACKWARD, "portable", portable_linear_residual_backward_unsupported,

@@ -73,6 +73,12 @@ const char *hopper_gla_materialise_unsupported(const void *args);
 size_t hopper_gla_materialise_workspace(const void *args);
 enum status hopper_gla_materialise(const void *args, void *workspace);
 
+/* OP_NORM_LINEAR and OP_LINEAR_RESIDUAL of up to 8 tokens. */
+const char *hopper_norm_linear_unsupported(const void *args);
+enum status hopper_norm_linear(const void *args, void *workspace);
+const char *hopper_linear_residual_unsupported(const void *args);
+enum status hopper_linear_residual(const void *args, void *workspace);
+
 #ifdef __cplusplus
 }
 #endif

@@ -90,6 +90,22 @@ __device__ __forceinline__ int increment_wrapping(unsigned int *counter, int las
 	return before;
 }
 
+/* ---- overlap with the kernel before in the stream, for kernels launched with
+ * launch_early(). What only kernels before that one wrote may be read at once. */
+
+/* Until the kernel before has ended and its writes are visible. */
+__device__ __forceinline__ void wait_for_previous()
+{
+	asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* The next kernel may begin when every block has said so or ended. Only behind
+ * wait_for_previous(): so a kernel that begins early finds all but its direct predecessor done. */
+__device__ __forceinline__ void let_next_begin()
+{
+	asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 /* ---- named barriers: 16 per block, 0 is __syncthreads; `threads` counts arrivers and waiters. */
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads)
@@ -150,6 +166,11 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void *global, u
 	             "[%0], [%1], %2, [%3];" ::"r"(shared),
 	             "l"(global), "r"(bytes), "r"(barrier)
 	             : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void *global)
+{
+	asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 /* For bulk_load: what is read once leaves the L2 cache before anything else. */

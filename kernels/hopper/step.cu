@@ -17,6 +17,10 @@
  * online softmax of the block that has the pair's first tile, which also
  * writes the cache slot. In RAT that block updates the running state as well.
  *
+ * The first tiles are under way before the projection ahead in the stream has
+ * ended. So its direct predecessor must not be what writes *position or the
+ * cache; in a layer it is the projection.
+ *
  * What was tried (one H200; attention, B = 512, T = 256 / 4096, then RAT with L = 16, T = 4096;
  * TB/s of cache; cuDNN 9.19 reads 4.28 / 4.68):
  *   equal parts of the line of all tiles, rows of the token loaded by the consumers
@@ -33,6 +37,23 @@
  * B = 1, RAT at T = 131072: 34.9 us; with one piece a block, all warps merging, and the gate's bias
  * in the header 27.1 us, of which 15 are the bytes. Ring shapes of 32 to 128 keys and one to three
  * blocks a multiprocessor differ by under 1% where there is much to read.
+ *
+ * The same as part of a block of the model, between two projections that overlap it (us, of
+ * which 22.6 are the bytes; linear.cu):
+ *   three blocks a multiprocessor, pieces of six tiles                                    38.1
+ *   two, so that the projections fit beside them, one piece of eight tiles each           36.0
+ *   pieces of six tiles, the rest tile by tile (predicted: -2, since blocks end up to 5 us
+ *     apart: more to merge, and each piece waits for a fence)                             39.6
+ *     the same, each block within one pair, one fence a block                             37.3
+ *       where one piece a block then took                                                 37.4
+ *   the cache prefetched into L2 two to six tiles ahead (predicted: -3, no pause of the
+ *     memory while the projection ends)                                            +3 to +4
+ *   two tiles, one or none loaded ahead of the wait                        37.4, 36.0, 36.8
+ *   the projection behind begins as soon as all blocks are past their wait (predicted: -1,
+ *     its weights are there before the last fences)                             35.7 -> 37.4
+ * A fence and the end of a kernel wait for all loads in flight on the multiprocessor, those of the
+ * other kernel too: with 128 KB of early loads a projection's end is seen 3.3 us later, with none
+ * 0.9; and the last pieces' fences wait for the weights of the projection behind.
  */
 #include <algorithm>
 #include <cuda_runtime.h>
@@ -40,6 +61,7 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/hopper.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/ptx.cuh"
 #include "kernels/kernels.h"
 
@@ -49,6 +71,11 @@ namespace
 {
 
 constexpr int TILE = 64, STAGES = 2, HEADERS = 2, BLOCKS_PER_SM = 3;
+/*
+ * Of few pairs: fewer blocks, beside which a projection fits (linear.cu), with one piece each; and
+ * the tiles of each that are loaded ahead of the wait.
+ */
+constexpr int FEW_BLOCKS_PER_SM = 2, EARLY = 1;
 constexpr int CONSUMER_WARPS = 4, CONSUMERS = CONSUMER_WARPS * 32, THREADS = CONSUMERS + 32;
 /*
  * Where there is a pair for every block, the last ones are cut into TAIL_PIECES so that all blocks
@@ -79,7 +106,7 @@ struct parameters {
 	float *k_state, *v_state;
 	int cut;           /* how many pairs are cut */
 	int pieces, round; /* into how many pieces: at most, and for each block to have one */
-	float *partials;   /* [cut * pieces][d + 2] */
+	float *partials;   /* [cut * pieces][d + 4] */
 };
 
 /*
@@ -160,13 +187,16 @@ enum {
 	HEADER_ROWS
 };
 
+/* Floats of a partial result in memory: o, maximum, sum, and padding to 16 bytes. */
+template <int D> constexpr int PARTIAL = D + 4;
+
 template <int D> struct shared_layout {
 	static constexpr int HALF = TILE * D * 2; /* bytes of a stage's keys, then its values */
 	static constexpr int HEADERS_AT = STAGES * 2 * HALF;
 	static constexpr int BARRIERS = HEADERS_AT + HEADERS * HEADER_ROWS * D * 2;
 	static constexpr int TABLE = BARRIERS + 2 * (STAGES + HEADERS) * 8; /* cos, sin [D/2] */
-	static constexpr int MERGE = TABLE + D * 4; /* [warps][D + 2] floats */
-	static constexpr int FLAG = MERGE + CONSUMER_WARPS * (D + 2) * 4;
+	static constexpr int MERGE = TABLE + D * 4; /* [warps][D + 4] floats */
+	static constexpr int FLAG = MERGE + CONSUMER_WARPS * PARTIAL<D> * 4;
 	static constexpr int BYTES = FLAG + 16;
 };
 
@@ -305,15 +335,27 @@ __device__ __forceinline__ void produce(const parameters &p, const history &past
 {
 	producer<D, RAT> out = {p, past, shared, policy_evict_first(), {}, {}};
 
-	/* Every chunk taken draws one ticket: s.chunks in all, after which the counter is zero. */
-	for (int chunk = blockIdx.x; chunk < s.chunks;) {
-		const int next = gridDim.x + atomicInc(&ticket, s.chunks - 1);
-		const work w = chunk_at(s, past, chunk);
+	if (blockIdx.x < s.chunks) {
+		/* The cache is older than the kernel before; the new token and the tickets are not.
+		 */
+		work w = chunk_at(s, past, blockIdx.x);
+		const int early = min(w.first + EARLY, w.end);
 
+		out.stream({w.pair, w.first, early});
+		wait_for_previous();
+		/* Every chunk taken draws one ticket: s.chunks in all, after which the counter is
+		 * zero. */
+		int next = gridDim.x + atomicInc(&ticket, s.chunks - 1);
 		out.post(w);
-		out.stream(w);
-		chunk = next;
+		out.stream({w.pair, early, w.end});
+		while (next < s.chunks) {
+			w = chunk_at(s, past, next);
+			next = gridDim.x + atomicInc(&ticket, s.chunks - 1);
+			out.post(w);
+			out.stream(w);
+		}
 	}
+	let_next_begin();
 	out.post({-1, 0, 0});
 }
 
@@ -510,6 +552,14 @@ __device__ __forceinline__ void fold_tile(partial &mine, const float (&q)[8], ui
 	}
 }
 
+__device__ __forceinline__ void unpack_four(float *x, const float4 &four)
+{
+	x[0] = four.x;
+	x[1] = four.y;
+	x[2] = four.z;
+	x[3] = four.w;
+}
+
 /* The warps' partials into every lane group of warp 0; others return with nothing. */
 template <int D>
 __device__ __forceinline__ void merge_block(partial &mine, float *scratch, int warp, int lane)
@@ -527,24 +577,24 @@ __device__ __forceinline__ void merge_block(partial &mine, float *scratch, int w
 		merge(mine, max, sum, o);
 	}
 	named_barrier_sync(1, CONSUMERS); /* the previous pair's partials have been read */
-	float *slot = scratch + warp * (D + 2);
+	float *slot = scratch + warp * PARTIAL<D>;
 	if (lane < D / 8) {
 #pragma unroll
-		for (int i = 0; i < 8; i++)
-			slot[channel + i] = mine.o[i];
-		if (lane == 0) {
-			slot[D] = mine.max;
-			slot[D + 1] = mine.sum;
-		}
+		for (int i = 0; i < 8; i += 4)
+			*reinterpret_cast<float4 *>(slot + channel + i) =
+			        make_float4(mine.o[i], mine.o[i + 1], mine.o[i + 2], mine.o[i + 3]);
+		if (lane == 0)
+			*reinterpret_cast<float2 *>(slot + D) = make_float2(mine.max, mine.sum);
 	}
 	named_barrier_sync(1, CONSUMERS);
 	for (int w = 1; warp == 0 && w < CONSUMER_WARPS; w++) {
-		const float *other = scratch + w * (D + 2);
+		const float *other = scratch + w * PARTIAL<D>;
+		const float2 weight = *reinterpret_cast<const float2 *>(other + D);
 		float o[8];
 #pragma unroll
-		for (int i = 0; i < 8; i++)
-			o[i] = other[channel + i];
-		merge(mine, other[D], other[D + 1], o);
+		for (int i = 0; i < 8; i += 4)
+			unpack_four(o + i, *reinterpret_cast<const float4 *>(other + channel + i));
+		merge(mine, weight.x, weight.y, o);
 	}
 }
 
@@ -558,18 +608,17 @@ __device__ __forceinline__ bool merge_pieces(const parameters &p, partial &mine,
 {
 	constexpr int GROUPS = 32 / (D / 8);
 	const int cut = w.pair - s.whole, channel = lane % (D / 8) * 8;
-	const float *const all = p.partials + static_cast<int64_t>(cut) * s.pieces * (D + 2);
+	float *const all = p.partials + static_cast<int64_t>(cut) * s.pieces * PARTIAL<D>;
 
 	if (warp == 0) {
-		float *target =
-		        p.partials +
-		        (static_cast<int64_t>(cut) * s.pieces + w.first / s.length) * (D + 2);
+		float *target = all + w.first / s.length * PARTIAL<D>;
 
 		if (lane < D / 8) {
 #pragma unroll
-			for (int i = 0; i < 8; i += 2)
-				__stcg(reinterpret_cast<float2 *>(target + channel + i),
-				       make_float2(mine.o[i], mine.o[i + 1]));
+			for (int i = 0; i < 8; i += 4)
+				__stcg(reinterpret_cast<float4 *>(target + channel + i),
+				       make_float4(mine.o[i], mine.o[i + 1], mine.o[i + 2],
+				                   mine.o[i + 3]));
 			if (lane == 0)
 				__stcg(reinterpret_cast<float2 *>(target + D),
 				       make_float2(mine.max, mine.sum));
@@ -587,16 +636,13 @@ __device__ __forceinline__ bool merge_pieces(const parameters &p, partial &mine,
 #pragma unroll 4
 	for (int piece = warp * GROUPS + lane / (D / 8); piece < s.pieces;
 	     piece += CONSUMER_WARPS * GROUPS) {
-		const float2 *other = reinterpret_cast<const float2 *>(all + piece * (D + 2));
-		const float2 weight = __ldcg(other + D / 2);
+		const float *other = all + piece * PARTIAL<D>;
+		const float2 weight = __ldcg(reinterpret_cast<const float2 *>(other + D));
 		float o[8];
 #pragma unroll
-		for (int i = 0; i < 8; i += 2) {
-			const float2 two = __ldcg(other + (channel + i) / 2);
-
-			o[i] = two.x;
-			o[i + 1] = two.y;
-		}
+		for (int i = 0; i < 8; i += 4)
+			unpack_four(o + i,
+			            __ldcg(reinterpret_cast<const float4 *>(other + channel + i)));
 		merge(mine, weight.x, weight.y, o);
 	}
 	return true;
@@ -748,11 +794,16 @@ split split_of(int64_t pairs)
 {
 	split s;
 
-	s.blocks = std::min(BLOCKS_PER_SM * cuda_sm_count(), MAX_BLOCKS);
+	const bool few = 2 * pairs <= cuda_sm_count();
+
+	s.blocks =
+	        std::min((few ? FEW_BLOCKS_PER_SM : BLOCKS_PER_SM) * cuda_sm_count(), MAX_BLOCKS);
 	s.cut = static_cast<int>(std::min<int64_t>(pairs, s.blocks));
 	s.round = s.blocks / s.cut;
 	s.pieces = TAIL_PIECES;
-	if (pairs < s.blocks) {
+	if (few) {
+		s.pieces = s.round = std::min(s.round, MAX_PIECES);
+	} else if (pairs < s.blocks) {
 		const int rounds = std::min(MAX_PIECES * s.cut / s.blocks, ROUNDS);
 
 		s.pieces = std::max(rounds * s.blocks / s.cut, std::min(s.round, MAX_PIECES));
@@ -763,13 +814,8 @@ split split_of(int64_t pairs)
 
 template <int D, bool RAT> enum status launch(const parameters &p)
 {
-	const int bytes = shared_layout<D>::BYTES;
-
-	CUDA_TRY(cudaFuncSetAttribute(step_kernel<D, RAT>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	step_kernel<D, RAT><<<split_of(p.pairs).blocks, THREADS, bytes, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return launch_early(step_kernel<D, RAT>, split_of(p.pairs).blocks, THREADS,
+	                    shared_layout<D>::BYTES, p);
 }
 
 bf16_view of(const struct view &v)
@@ -805,7 +851,7 @@ size_t workspace_bytes(int64_t pairs, int64_t d_head)
 {
 	const split s = split_of(pairs);
 
-	return static_cast<size_t>(s.cut) * s.pieces * (d_head + 2) * sizeof(float);
+	return static_cast<size_t>(s.cut) * s.pieces * (d_head + 4) * sizeof(float);
 }
 
 void place_workspace(parameters &p, void *workspace)

@@ -53,6 +53,9 @@ static const struct subject subjects[] = {
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"rat:16", PASS_GENERATION, 7, 1500, "portable"},
+        {"rat:16", PASS_GENERATION, 7, 1500, "hopper"},
+        {"rat:16", PASS_GENERATION, 1, 60001, NULL},
+        {"attention", PASS_GENERATION, 1, 6001, NULL},
         {"gla", PASS_GENERATION, 7, 1500, NULL},
         {"recurrence", PASS_GENERATION, 7, 1500, NULL},
         {"retnet", PASS_GENERATION, 7, 1500, NULL},
@@ -66,6 +69,8 @@ static const struct subject small_subjects[] = {
         {"swa:100", PASS_PREFILL, 2, 513, "attention=hopper"},
         {"rat:16", PASS_PREFILL, 2, 777, "attention=hopper"},
         {"rat:2", PASS_PREFILL, 1, 999, "attention=hopper"},
+        {"rat:2", PASS_GENERATION, 1, 5001, NULL},
+        {"attention", PASS_GENERATION, 5, 999, NULL},
 };
 
 static void require(enum status status)
