@@ -3,10 +3,12 @@
  *
  * One persistent kernel for every mask. A block is a producer warpgroup and two
  * consumer warpgroups (d = 64: three) of 64 query rows each; keys and values
- * stream through two-stage rings in tiles of 128. Each mask is an interval of
- * visible keys per query, so only tiles that an end of the interval cuts pay
- * for masking. Where all keys fit in the rings (T = 4096 in chunks of 16) they
- * stay there for several query tiles, and the warpgroups go their own ways.
+ * stream through rings of two stages (d = 64: four) in tiles of 128. Each mask
+ * is an interval of visible keys per query, so only tiles that an end of the
+ * interval cuts pay for masking, and at d = 64 a warpgroup leaves out tiles
+ * that only the others see. Where the keys of chunks fit in the rings (T = 4096
+ * in chunks of 16) they stay there for several query tiles, and the warpgroups
+ * go their own ways.
  *
  *   warp 0     ticket -> unit of query tiles; TMA: K and V alternately
  *   warp 1 + w serves consumer warpgroup w: fetches queries and, for RAT, own
@@ -21,7 +23,7 @@
  * and the maximum moved. So nothing waits for a maximum, and O never moves.
  *
  * Units are handed out longest first, heads in groups whose keys and values
- * fit in L2.
+ * fit in L2 and whose units keep every block busy once.
  *
  * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s at
  * T = 4096 / 16384 / 131072; cuDNN 9.19 in the same run: 535 / 586 / 565):
@@ -48,11 +50,48 @@
  * 94% of its cycles (ncu, T = 131072). At d = 64 exponentials and products are
  * equally long, and a third warpgroup hides what is left.
  *
+ * By these times a query tile costs 1.1 key tiles more than those it reads (its
+ * first scores and exponentials, its last product, the way out); at T = 2048 the
+ * tensor pipe is busy 79% of the cycles. What was tried against that, samples
+ * alternating with the kernel as it was (in brackets), at T = 1024 / 4096 /
+ * 16384:
+ *   first scores of the next tile under the way out of
+ *     one (predicted +3% at 4096)          441 / 632 / 694  (457 / 638 / 698)
+ *   and queries a tile ahead, exponentials under the last
+ *     product (predicted +4%; it takes 5% more cycles at
+ *     T = 2048 and the same clock)         452 / 582 / 649  (475 / 616 / 673)
+ *   one loop over the key tiles of all query tiles: its
+ *     bookkeeping stands before each product
+ *                                          428 / 562 / 626  (457 / 638 / 698)
+ *   three stages of keys where there are no own values
+ *                                          448 / 604 / 656  (444 / 611 / 672)
+ *   warpgroups started apart               452 / 606 / 664  (448 / 604 / 656)
+ *   only the seen half of the diagonal tile in the first
+ *     product, its exponentials and the sum of values
+ *     (predicted +3% at 1024)              415 / 587 / 654  (448 / 604 / 656)
+ *   a ticket drawn ahead of the keys       463 / 617 / 674  (464 / 622 / 679)
+ * The half tile does less, but then the warpgroups run different code. Inside
+ * the loop a product with fewer columns is out of reach: where two ways with
+ * different accumulators in flight meet ptxas serializes all of them. With
+ * groups of as many heads as L2 holds, all of which are read at once at first,
+ * T = 512 / 1024 ran at 356 / 454, with those of now at 381 / 464; RAT at
+ * T = 16384 took 2.54 ms and takes 2.32.
+ *
+ * d = 64, 32 heads, T = 512 / 1024 / 4096 / 16384, window of 1024 at 16384:
+ *   every warpgroup reads all tiles            207 / 275 / 447 / 538, 327
+ *   those it sees something of (predicted +5% at 4096)
+ *                                              240 / 317 / 475 / 543, 380
+ *   and four stages                            260 / 342 / 481 / 551, 380
+ *
  * RAT, L = 16, milliseconds at T = 4096 / 32768 / 131072:
  *   own values and gates through the rings                 1.78 / 5.06 / 16.0
  *   rows served by warps of their own                      1.45 / 4.37 / 14.4
  *   and keys that stay                                     1.24 / 4.33 / 14.2
  *   and the maximum kept until a sum is huge               1.20 / 4.08 / 13.3
+ * On another day, T = 4096 with L = 16 / 64, and with d = 64 and L = 16:
+ *   the last of these again                                1.43 / 1.23, 1.78
+ *   of a first tile only the half that is seen             1.42 / 1.19, 1.70
+ *   and the maximum kept with keys that stay, too          1.35 / 1.18, 1.62
  */
 #include <cuda_runtime.h>
 #include <math.h>
@@ -71,12 +110,14 @@ namespace
 /* A sum of powers over this and the maximum is moved; far from where fp32 ends. */
 constexpr float HUGE_SUM = 1099511627776.0f; /* 2^40 */
 
-constexpr int TILE_N = 128, STAGES = 2, SCHEDULE_SLOTS = 4;
+constexpr int TILE_N = 128, MAX_STAGES = 4, SCHEDULE_SLOTS = 4;
 
-/* Of a head width: how many consumer warpgroups, and the registers of a thread of either kind. */
+/* Of a head width: how many consumer warpgroups, key tiles in a ring, and the registers of a thread
+ * of either kind. */
 template <int D> struct shape {
 	static constexpr int WARPGROUPS = D == 64 ? 3 : 2;
 	static constexpr int TILE_M = 64 * WARPGROUPS;
+	static constexpr int STAGES = D == 64 ? 4 : 2;
 	static constexpr int CONSUMER_WARPS = 4 * WARPGROUPS;
 	static constexpr int THREADS = 128 * (WARPGROUPS + 1);
 	static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
@@ -101,10 +142,10 @@ struct parameters {
 /* mbarriers, 8 bytes each; from BAR_ROWS on a set for each consumer warpgroup. */
 enum {
 	BAR_K_FULL,
-	BAR_K_EMPTY = BAR_K_FULL + STAGES,
-	BAR_V_FULL = BAR_K_EMPTY + STAGES,
-	BAR_V_EMPTY = BAR_V_FULL + STAGES,
-	BAR_UNIT_FULL = BAR_V_EMPTY + STAGES,
+	BAR_K_EMPTY = BAR_K_FULL + MAX_STAGES,
+	BAR_V_FULL = BAR_K_EMPTY + MAX_STAGES,
+	BAR_V_EMPTY = BAR_V_FULL + MAX_STAGES,
+	BAR_UNIT_FULL = BAR_V_EMPTY + MAX_STAGES,
 	BAR_UNIT_EMPTY = BAR_UNIT_FULL + SCHEDULE_SLOTS,
 	BAR_ROWS = BAR_UNIT_EMPTY + SCHEDULE_SLOTS
 };
@@ -124,8 +165,9 @@ template <int D> struct shared_layout {
 	static constexpr int KEYS_BYTES = TILE_N * D * 2; /* of keys, values */
 	static constexpr int Q = 0;
 	static constexpr int K = Q + shape<D>::WARPGROUPS * ROWS_BYTES;
-	static constexpr int V = K + STAGES * KEYS_BYTES;
-	static constexpr int OWN = V + STAGES * KEYS_BYTES; /* own values, then O before the gate */
+	static constexpr int V = K + shape<D>::STAGES * KEYS_BYTES;
+	static constexpr int OWN =
+	        V + shape<D>::STAGES * KEYS_BYTES; /* own values, then O before the gate */
 	static constexpr int OUT = OWN + shape<D>::WARPGROUPS * ROWS_BYTES; /* gates, then O */
 	static constexpr int BARRIERS = OUT + shape<D>::WARPGROUPS * ROWS_BYTES;
 	static constexpr int BARRIER_COUNT = BAR_ROWS + shape<D>::WARPGROUPS * ROWS_COUNT;
@@ -271,7 +313,7 @@ template <int D> struct schedule {
 };
 
 /* The producer's side of one ring: its stages and barriers are at fixed places. */
-template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<STAGES> {
+template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<shape<D>::STAGES> {
 	__device__ uint32_t next_free(uint32_t shared) const
 	{
 		const uint32_t barrier = shared + shared_layout<D>::BARRIERS + this->slot() * 8;
@@ -322,7 +364,7 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 			/* Tile i in slot i, for all query tiles of the unit. */
 			const span lowest = key_tiles<D>(p, u.m - u.count + 1);
 #pragma unroll 1
-			for (int i = 0; i < STAGES; i++) {
+			for (int i = 0; i < shape<D>::STAGES; i++) {
 				if (i >= lowest.last && i <= n.first) {
 					k.load(shared, &p.k, i, b, h);
 					v.load(shared, &p.v, i, b, h);
@@ -468,9 +510,10 @@ template <int D> __device__ __forceinline__ void server<D>::run()
 	}
 }
 
-/* S (64 x 128) = Q K^T of one stage. Descriptors count in 16 bytes. */
-template <int D>
-__device__ __forceinline__ void issue_scores(float (&s)[64], uint64_t q, uint64_t k)
+/* S (64 rows, COUNT = 64 or 32 floats of a thread: 128 or the first 64 columns) = Q K^T of one
+ * stage. Descriptors count in 16 bytes. */
+template <int D, int COUNT>
+__device__ __forceinline__ void issue_scores(float (&s)[COUNT], uint64_t q, uint64_t k)
 {
 	wgmma_fence();
 #pragma unroll
@@ -500,7 +543,9 @@ struct softmax {
 };
 
 /* Hides what queries `row` and `row` + 8 do not see; `column` is the thread's first key. */
-__device__ __forceinline__ void apply_mask(float (&s)[64], const parameters &p, int row, int column)
+template <int COUNT>
+__device__ __forceinline__ void apply_mask(float (&s)[COUNT], const parameters &p, int row,
+                                           int column)
 {
 	int first[2], last[2];
 
@@ -509,7 +554,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[64], const parameters &p, 
 	last[0] -= column;
 	last[1] -= column;
 #pragma unroll
-	for (int i = 0; i < 64; i++) {
+	for (int i = 0; i < COUNT; i++) {
 		if (8 * (i >> 2) + (i & 1) > last[(i >> 1) & 1])
 			s[i] = -INFINITY;
 	}
@@ -517,7 +562,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[64], const parameters &p, 
 		first[0] -= column;
 		first[1] -= column;
 #pragma unroll
-		for (int i = 0; i < 64; i++) {
+		for (int i = 0; i < COUNT; i++) {
 			if (8 * (i >> 2) + (i & 1) < first[(i >> 1) & 1])
 				s[i] = -INFINITY;
 		}
@@ -525,14 +570,15 @@ __device__ __forceinline__ void apply_mask(float (&s)[64], const parameters &p, 
 }
 
 /* s -> exp2(s*scale - max) with the maximum up to date; gives the factor for O. */
-__device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, float (&rescale)[2],
+template <int COUNT>
+__device__ __forceinline__ void exponentiate(float (&s)[COUNT], softmax &state, float (&rescale)[2],
                                              float scale)
 {
 #pragma unroll
 	for (int row = 0; row < 2; row++) {
 		float top[4] = {s[2 * row], s[2 * row + 1], s[2 * row + 4], s[2 * row + 5]};
 #pragma unroll
-		for (int i = 8; i < 64; i += 8) {
+		for (int i = 8; i < COUNT; i += 8) {
 			top[0] = fmaxf(top[0], s[i + 2 * row]);
 			top[1] = fmaxf(top[1], s[i + 2 * row + 1]);
 			top[2] = fmaxf(top[2], s[i + 2 * row + 4]);
@@ -549,7 +595,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, flo
 		state.max[row] = m;
 		float sum[2] = {0, 0};
 #pragma unroll
-		for (int i = 0; i < 64; i += 4) {
+		for (int i = 0; i < COUNT; i += 4) {
 			s[i + 2 * row] = exp2_approx(fmaf(s[i + 2 * row], scale, -safe));
 			s[i + 2 * row + 1] = exp2_approx(fmaf(s[i + 2 * row + 1], scale, -safe));
 			sum[0] += s[i + 2 * row];
@@ -563,12 +609,13 @@ __device__ __forceinline__ void exponentiate(float (&s)[64], softmax &state, flo
  * The same with the maximum as it was, which is as good while no power is huge;
  * or false, with s spoilt. (A maximum of -inf gives NaN or inf, and false.)
  */
-__device__ __forceinline__ bool exponentiate_lazily(float (&s)[64], softmax &state, float scale)
+template <int COUNT>
+__device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &state, float scale)
 {
 	float sum[2][2] = {{0, 0}, {0, 0}};
 
 #pragma unroll
-	for (int i = 0; i < 64; i++) {
+	for (int i = 0; i < COUNT; i++) {
 		const int row = (i >> 1) & 1;
 
 		s[i] = exp2_approx(fmaf(s[i], scale, -state.max[row]));
@@ -610,6 +657,12 @@ __device__ __forceinline__ void store_block(uint32_t address, const float *o)
 __device__ __forceinline__ int warpgroup_index()
 {
 	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
+}
+
+/* The first 64 columns of S. */
+__device__ __forceinline__ float (&low_half(float (&s)[64]))[32]
+{
+	return reinterpret_cast<float(&)[32]>(s);
 }
 
 /* Eight columns of S, as an accumulator of mma. */
@@ -655,8 +708,9 @@ template <int D, bool RESIDENT> struct consumer {
 	const parameters &p;
 	uint32_t shared, rows; /* rows: this warpgroup's barriers */
 	uint32_t own, out;     /* and tiles */
-	ring<STAGES> keys;     /* key tile being read; RESIDENT: tile n is in slot n, for a unit */
-	uint32_t parity;       /* of this warpgroup's barriers */
+	/* Key tile being read; RESIDENT: tile n is in slot n, for a unit. */
+	ring<shape<D>::STAGES> keys;
+	uint32_t parity; /* of this warpgroup's barriers */
 
 	/* One arrival per warp: each warp vouches for its own reads. */
 	__device__ void release(uint32_t barrier) const
@@ -686,9 +740,37 @@ template <int D, bool RESIDENT> struct consumer {
 	__device__ void release_all(int full, int empty) const
 	{
 #pragma unroll
-		for (int n = 0; RESIDENT && n < STAGES; n++) {
+		for (int n = 0; RESIDENT && n < shape<D>::STAGES; n++) {
 			wait_tile(full, 0, n);
 			release(shared + layout::BARRIERS + (empty + n) * 8);
+		}
+	}
+
+	/* Of the key tiles of query tile m those that this warpgroup sees something of; at least
+	 * one. */
+	__device__ span seen_by(int m, const span &n) const
+	{
+		const int row = m * TILE_M + warpgroup_index() * 64;
+		int lowest, highest, unused;
+
+		if (row >= p.seq_len)
+			return {n.first, n.first};
+		visible(p, row, lowest, unused);
+		visible(p, row + 63, unused, highest);
+		highest = min(max(highest / TILE_N, n.last), n.first);
+		return {highest, max(min(lowest / TILE_N, highest), n.last)};
+	}
+
+	/* Key tiles that only other warpgroups see. */
+	__device__ void skip(int count)
+	{
+#pragma unroll 1
+		for (; count > 0; count--) {
+			wait_tile(BAR_K_FULL, 0, 0);
+			release_tile(BAR_K_EMPTY);
+			wait_tile(BAR_V_FULL, 0, 0);
+			release_tile(BAR_V_EMPTY);
+			keys.turn++;
 		}
 	}
 
@@ -739,40 +821,39 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 	const uint64_t k_operand = matrix_descriptor(shared + layout::K, 16);
 	const uint64_t v_operand = matrix_descriptor(shared + layout::V, 128 * 128);
 	const int row = u.m * TILE_M + warpgroup * 64 + warp * 16 + lane / 4;
-	int wg_first, wg_last, unused;
+	int wg_first, wg_last, highest, unused;
 	float s[64], rescale[2];
 	uint32_t probabilities[32];
 	uint64_t operand;
 
 	/* Tiles inside [wg_first, wg_last] are visible to all 64 rows. */
 	visible(p, u.m * TILE_M + warpgroup * 64, unused, wg_last);
-	visible(p, u.m * TILE_M + warpgroup * 64 + 63, wg_first, unused);
+	visible(p, u.m * TILE_M + warpgroup * 64 + 63, wg_first, highest);
 	const auto cut = [&](int n) {
 		return n * TILE_N + TILE_N - 1 > wg_last || n * TILE_N < wg_first;
 	};
 
 	/* Whether every row has a maximum; then it moves only where it must. */
 	const auto has_maximum = [&]() {
-		return !RESIDENT &&
-		       __all_sync(~0u, state.max[0] != -INFINITY && state.max[1] != -INFINITY);
+		return __all_sync(~0u, state.max[0] != -INFINITY && state.max[1] != -INFINITY);
 	};
-	/* Scores of key tile n to probabilities. */
-	const auto soften = [&](int n, bool lazily) {
+	/* Scores of key tile n, all or the first half of them, to probabilities. */
+	const auto soften = [&](auto &scores, int n, bool lazily) {
 		const int column = n * TILE_N + 2 * (lane & 3);
 
 		if (cut(n))
-			apply_mask(s, p, row, column);
+			apply_mask(scores, p, row, column);
 		rescale[0] = rescale[1] = 1;
-		if (!lazily || !exponentiate_lazily(s, state, p.scale_log2)) {
+		if (!lazily || !exponentiate_lazily(scores, state, p.scale_log2)) {
 			if (lazily) {
 				const uint32_t slot = RESIDENT ? n : keys.slot();
 
 				repeat_scores<D>(s, q_tile,
 				                 shared + layout::K + slot * layout::KEYS_BYTES);
 				if (cut(n))
-					apply_mask(s, p, row, column);
+					apply_mask(scores, p, row, column);
 			}
-			exponentiate(s, state, rescale, p.scale_log2);
+			exponentiate(scores, state, rescale, p.scale_log2);
 		}
 		release_tile(BAR_K_EMPTY);
 	};
@@ -781,10 +862,26 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 	pin(o);
 	operand = wait_tile(BAR_K_FULL, k_operand, n_tiles.first);
 	pin(s);
-	issue_scores<D>(s, q, operand);
-	wgmma_wait<0>();
-	pin(s);
-	soften(n_tiles.first, has_maximum());
+	if (RESIDENT && highest < n_tiles.first * TILE_N + 64) {
+		float low[32];
+
+		pin(low);
+		issue_scores<D>(low, q, operand);
+		wgmma_wait<0>();
+		pin(low);
+#pragma unroll
+		for (int i = 0; i < 32; i++)
+			s[i] = low[i];
+		soften(low_half(s), n_tiles.first, has_maximum());
+#pragma unroll
+		for (int i = 32; i < 64; i++)
+			s[i] = 0;
+	} else {
+		issue_scores<D>(s, q, operand);
+		wgmma_wait<0>();
+		pin(s);
+		soften(s, n_tiles.first, has_maximum());
+	}
 	pin(s);
 
 	/*
@@ -806,7 +903,7 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 		issue_values<D>(o, probabilities, operand);
 		wgmma_wait<1>();
 		pin(s);
-		soften(n, lazily);
+		soften(s, n, lazily);
 		pin(s);
 	}
 	settle(o, probabilities, s, rescale, n_tiles.first > n_tiles.last);
@@ -936,7 +1033,13 @@ template <int D, bool RESIDENT> __device__ __forceinline__ void consumer<D, RESI
 			}
 			__syncwarp();
 		}
-		if (n.first >= n.last) {
+		if (n.first >= n.last && TILE_M > TILE_N && !RESIDENT) {
+			const span seen = seen_by(u.m, n);
+
+			skip(n.first - seen.first);
+			attend(u, seen, o, state);
+			skip(seen.last - n.last);
+		} else if (n.first >= n.last) {
 			attend(u, n, o, state);
 		} else {
 			release(rows + ROWS_Q_EMPTY * 8);
@@ -963,7 +1066,7 @@ __global__ void __launch_bounds__(shape<D>::THREADS, 1)
 	const int warp = threadIdx.x / 32;
 
 	if (threadIdx.x == 0) {
-		for (int i = 0; i < STAGES; i++) {
+		for (int i = 0; i < MAX_STAGES; i++) {
 			barrier_init(barriers + (BAR_K_FULL + i) * 8, 1);
 			barrier_init(barriers + (BAR_K_EMPTY + i) * 8, shape<D>::CONSUMER_WARPS);
 			barrier_init(barriers + (BAR_V_FULL + i) * 8, 1);
@@ -1074,7 +1177,9 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int t
 	p.units_per_pair = (p.m_tiles + p.tiles_per_unit - 1) / p.tiles_per_unit;
 	const int64_t pair_bytes = a->kv_len * a->d_head * 4;
 	const int64_t fit = pair_bytes ? L2_BUDGET / pair_bytes : p.pairs;
-	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
+	const int64_t wave = (cuda_sm_count() + p.units_per_pair - 1) / p.units_per_pair;
+	const int64_t group = !resident && wave < fit ? wave : fit;
+	p.heads_per_group = static_cast<int>(group < 1 ? 1 : group < p.pairs ? group : p.pairs);
 	p.ticket = ticket;
 	return status;
 }
@@ -1095,6 +1200,14 @@ template <int D, bool RESIDENT> enum status launch(const struct attention_args *
 	attention_kernel<D, RESIDENT><<<blocks, shape<D>::THREADS, bytes, cuda_stream()>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
+}
+
+/* Keys stay where query after query sees few of them, as with one key a chunk. */
+template <int D> enum status launch(const struct attention_args *a, int *ticket)
+{
+	const bool resident = a->own_score && a->kv_len <= shape<D>::STAGES * TILE_N;
+
+	return resident ? launch<D, true>(a, ticket) : launch<D, false>(a, ticket);
 }
 
 } // namespace
@@ -1125,10 +1238,7 @@ extern "C" size_t hopper_attention_workspace(const void *args)
 extern "C" enum status hopper_attention(const void *args, void *workspace)
 {
 	const struct attention_args *a = static_cast<const struct attention_args *>(args);
-	const bool resident = a->kv_len <= STAGES * TILE_N;
 	int *ticket = static_cast<int *>(workspace);
 
-	if (a->d_head == 64)
-		return resident ? launch<64, true>(a, ticket) : launch<64, false>(a, ticket);
-	return resident ? launch<128, true>(a, ticket) : launch<128, false>(a, ticket);
+	return a->d_head == 64 ? launch<64>(a, ticket) : launch<128>(a, ticket);
 }
