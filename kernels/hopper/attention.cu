@@ -801,6 +801,8 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::begin(float (&o)[D / 2])
 				o[8 * j + 2 * i + 1] = high_bf16(value[i]);
 			}
 		}
+		/* The next own values come by TMA, which does not wait for plain reads. */
+		fence_async_proxy();
 		__syncwarp();
 		release(rows + ROWS_OWN_EMPTY * 8);
 	} else {
