@@ -38,12 +38,19 @@ flash3=
 if [ -e "${FLASH3_LIBRARY:-$build/libflash3.so}" ]; then
 	flash3='--provider attention=flash3,attention_step=flash3'
 fi
+before=
 for option in "$@"; do
+	case $before$option in
+	--pass*prefill*) ;;
+	--pass?*) chunks= ;;
+	esac
+	before=
 	case $option in
+	--pass) before=--pass= ;;
 	--resume) first= ;;
 	--breakdown | --dry-run | --list | --help) measures= ;;
 	--provider | --provider=*) rivals= ;;
-	--chunk | --chunk=* | --pass | --pass=*) chunks= ;;
+	--chunk | --chunk=*) chunks= ;;
 	esac
 done
 
