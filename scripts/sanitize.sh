@@ -9,8 +9,9 @@
 # Without arguments the first, then the portable kernels of every operation that mixes tokens under
 # racecheck (2025.3), which fails within a cuBLASLt that it checks. And it does not follow an
 # mbarrier that one thread arrives at for its warp, or a bulk copy that completes one: it reports
-# the kernels of kernels/hopper that synchronize so, although their readers wait. Those are launched
-# thousands of times and compared bit by bit instead (tests/gpu/test_repeat).
+# the kernels of kernels/hopper that synchronize so, and what it says of them has to be read with
+# that in mind. They are launched thousands of times and compared bit by bit as well
+# (tests/gpu/test_repeat).
 # Needs: make CUDA=1 tests
 set -eu
 
