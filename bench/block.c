@@ -2,51 +2,38 @@
 
 #include <inttypes.h>
 #include <stdio.h>
-#include <string.h>
 
 #include "bench/harness/bench.h"
-#include "bench/pattern.h"
-#include "layers/stack.h"
+#include "bench/stack_case.h"
+#include "layers/try.h"
 
 /* One of these per program: about 200 KiB, so not on a thread's small stack. */
 struct block {
-	const struct backend *backend;
+	struct driver driver;
+	struct device *device;
 	struct stack stack;
 };
 
-static void use(void *self, const struct backend *backend)
+static void use(void *self, struct device *device)
 {
-	((struct block *)self)->backend = backend;
+	((struct block *)self)->device = device;
 }
 
-/* Unset sizes become 0, which is how a stack is told to choose. */
-static int64_t size_or_zero(int64_t value)
+static enum status check(void *self, const struct options *options)
 {
-	return value == NO_VALUE ? 0 : value;
+	return stack_case_check(&((struct block *)self)->driver, options);
 }
 
 static enum status configure_stack(struct block *block, const struct bench_case *c)
 {
-	struct stack_options options = {
-	        .pattern = c->pattern,
-	        .d_model = c->d_model,
-	        .n_heads = size_or_zero(c->n_heads),
-	        .chunk = size_or_zero(c->chunk),
-	        .window = size_or_zero(c->window),
-	        .groups = size_or_zero(c->groups),
-	        .train_len = c->seq_len,
-	        .rope = strcmp(c->position, "none") != 0,
-	        .prenorm = true,
-	        .residual = true,
-	        .norm_eps = 1e-6f,
-	};
+	const struct stack_options options = stack_case_options(c);
 
-	return stack_configure(&block->stack, block->backend, &options);
+	return stack_configure(&block->stack, block->device, &options);
 }
 
 static enum status set_batch(const struct options *options, struct bench_case *c)
 {
-	if (strcmp(c->pass, "generation") == 0) {
+	if (passes[c->pass].step) {
 		c->batch = c->tokens = options->batch;
 		if (c->batch == 0)
 			return status_set(STATUS_INVALID, "--batch: generation needs at least 1");
@@ -61,65 +48,29 @@ static enum status set_batch(const struct options *options, struct bench_case *c
 	return STATUS_OK;
 }
 
-/* The columns that name the block; "rat" by itself, "hybrid" for a stack. */
-static void describe_block(const struct stack *stack, struct bench_case *c)
-{
-	const struct layer_config *first = &stack->layers[0];
-
-	snprintf(c->block, sizeof c->block, "%s",
-	         stack->n_layers > 1 ? "hybrid" : first->class->name);
-	c->n_layers = stack->n_layers;
-	c->n_heads = first->n_heads;
-	c->d_head = c->d_model / first->n_heads;
-	if (!pattern_tunes(c->pattern, "window"))
-		c->window = NO_VALUE;
-	if (!pattern_tunes(c->pattern, "groups"))
-		c->groups = NO_VALUE;
-	if (!pattern_tunes(c->pattern, "position"))
-		c->position = "";
-	if (!pattern_tunes(c->pattern, "chunk"))
-		c->chunk = NO_VALUE;
-}
-
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
 	struct block *block = self;
+	const struct stack_options given = stack_case_given(c, options);
+	enum status batch = set_batch(options, c);
+	enum status status = stack_configure(&block->stack, block->device, &given);
+
 	c->model = "";
-	enum status status = set_batch(options, c);
-
-	if (status == STATUS_OK)
-		status = configure_stack(block, c);
-	if (status != STATUS_OK)
-		return status;
-	describe_block(&block->stack, c);
-	for (int i = 0; i < block->stack.n_layers; i++) {
-		const struct layer_config *layer = &block->stack.layers[i];
-
-		if (strstr(layer->class->tunables, "chunk") && layer->chunk > c->seq_len)
-			return status_set(STATUS_UNSUPPORTED,
-			                  "a chunk of %" PRId64 " is longer than T = %" PRId64,
-			                  layer->chunk, c->seq_len);
-	}
-	return STATUS_OK;
+	snprintf(c->block, sizeof c->block, "%s",
+	         block->stack.n_layers > 1 ? "hybrid" : block->stack.layers[0].class->name);
+	c->n_layers = block->stack.n_layers;
+	stack_case_describe(&block->stack, status == STATUS_OK, c);
+	return status == STATUS_OK ? batch : status;
 }
 
 static struct layer_shape shape_of(const struct bench_case *c)
 {
-	struct layer_shape shape = {
-	        .pass = PASS_PREFILL,
+	return (struct layer_shape){
+	        .pass = c->pass,
 	        .batch = c->batch,
-	        .seq_len = c->seq_len,
-	        .capacity = c->seq_len,
+	        .seq_len = passes[c->pass].step ? 1 : c->seq_len,
+	        .capacity = passes[c->pass].caches ? c->seq_len : 0,
 	};
-
-	if (strcmp(c->pass, "train") == 0) {
-		shape.pass = PASS_TRAIN;
-		shape.capacity = 0;
-	} else if (strcmp(c->pass, "generation") == 0) {
-		shape.pass = PASS_GENERATION;
-		shape.seq_len = 1;
-	}
-	return shape;
 }
 
 static enum status plan(void *self, const struct context *ctx, struct bench_case *c,
@@ -128,14 +79,11 @@ static enum status plan(void *self, const struct context *ctx, struct bench_case
 	struct block *block = self;
 	struct layer_shape shape = shape_of(c);
 	struct memory_plan memory;
-	enum status status = configure_stack(block, c);
 
-	(void)memory_free;
-	if (status == STATUS_OK)
-		status = stack_plan(&block->stack, ctx, &shape, &memory, work);
-	if (status == STATUS_OK)
-		*bytes = memory.total;
-	return status;
+	TRY(configure_stack(block, c));
+	TRY(stack_plan(&block->stack, ctx, &shape, &memory, work));
+	*bytes = memory.total;
+	return STATUS_OK;
 }
 
 static enum status acquire(void *self, struct context *ctx, const struct bench_case *c,
@@ -143,43 +91,34 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 {
 	struct block *block = self;
 	struct layer_shape shape = shape_of(c);
-	enum status status = configure_stack(block, c);
 
-	if (status == STATUS_OK)
-		status = stack_allocate(&block->stack, ctx, &shape);
-	if (status == STATUS_OK)
-		status = stack_initialize(&block->stack, seed);
-	if (status == STATUS_OK && shape.pass == PASS_GENERATION)
-		status = stack_fill_state(&block->stack, c->seq_len - 1, seed + 1);
-	return status;
+	TRY(configure_stack(block, c));
+	TRY(stack_allocate(&block->stack, ctx, &shape));
+	TRY(stack_initialize(&block->stack, seed));
+	return passes[c->pass].step ? stack_fill_state(&block->stack, c->seq_len - 1, seed + 1)
+	                            : STATUS_OK;
 }
 
 static enum status rewind_block(void *self, struct context *ctx, const struct bench_case *c,
                                 bool to_verify, double *prefill_ms)
 {
 	struct block *block = self;
-	enum status status;
 
-	(void)ctx;
-	(void)prefill_ms;
 	if (!to_verify)
 		return STATUS_OK;
-	status = stack_poison(&block->stack);
-	if (status == STATUS_OK && strcmp(c->pass, "generation") == 0)
-		status = stack_snapshot_state(&block->stack, (uint64_t)c->seq_len);
-	return status;
+	TRY(stack_poison(&block->stack));
+	return passes[c->pass].step ? stack_snapshot_state(&block->stack, (uint64_t)c->seq_len)
+	                            : STATUS_OK;
 }
 
 static enum status launch(void *self, struct context *ctx, const struct bench_case *c)
 {
-	(void)c;
 	return stack_run(&((struct block *)self)->stack, ctx);
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
 {
-	(void)c;
 	return stack_verify(&((struct block *)self)->stack, ctx, rows, seed, rel_err);
 }
 
@@ -194,6 +133,7 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	const struct subject subject = {
 	        .self = &block,
 	        .use = use,
+	        .check = check,
 	        .configure = configure,
 	        .plan = plan,
 	        .acquire = acquire,
@@ -204,5 +144,10 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	        .release = release,
 	};
 
-	return bench_main(driver, &subject, argc, argv);
+	block.driver = *driver;
+	block.driver.file = "latency.csv";
+	block.driver.passes = "prefill,train,generation";
+	block.driver.axes = "pattern,seq-len,tokens,d-model," ARGUMENT_AXES;
+	block.driver.print_help = stack_case_help;
+	return bench_main(&block.driver, &subject, argc, argv);
 }

@@ -4,7 +4,8 @@
 
 #include "bench/harness/driver.h"
 
-/* The main() of a program that measures blocks. */
+/* The main() of a program that measures blocks: a driver's program, summary, layers and defaults.
+ */
 int block_main(const struct driver *driver, int argc, char **argv);
 
 #endif

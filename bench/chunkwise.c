@@ -32,5 +32,5 @@ int main(int argc, char **argv)
 	        .axes = "pattern,seq-len,tokens,chunk,heads,d-model",
 	};
 
-	return kernel_bench_main(&driver, paper, other, argc, argv);
+	return kernel_bench_main(&driver, paper, other, false, argc, argv);
 }

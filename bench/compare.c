@@ -34,7 +34,7 @@ static void print_case(const struct result *r)
 
 	snprintf(name, sizeof name, "%s%s%s%s%s%s", r->series, r->model[0] ? " " : "", r->model,
 	         r->requested[0] ? " [" : "", r->requested, r->requested[0] ? "]" : "");
-	printf("%-28s %-10s D=%-5lld T=%-7lld", name, r->pass, (long long)r->d_model,
+	printf("%-28s %-10s D=%-5lld T=%-7lld", name, pass_name(r->kind), (long long)r->d_model,
 	       (long long)r->seq_len);
 }
 
@@ -74,7 +74,7 @@ static void compare_case(const struct result *before, const struct result *after
 {
 	print_case(before);
 	if (after && result_ok(before) && result_ok(after)) {
-		if (strcmp(before->pass, "throughput") == 0)
+		if (passes[before->kind].models)
 			compare_throughput(before, after, tally);
 		else
 			compare_latency(before, after, tally);

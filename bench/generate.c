@@ -1,14 +1,13 @@
 #include "bench/generate.h"
 
-#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "bench/harness/bench.h"
-#include "bench/pattern.h"
-#include "layers/stack.h"
+#include "bench/stack_case.h"
+#include "layers/try.h"
 
 enum {
 	MAX_PREFILL_TOKENS = 32768, /* prefilled at a time */
@@ -16,7 +15,8 @@ enum {
 };
 
 struct generation {
-	const struct backend *backend;
+	const struct driver *driver;
+	struct device *device;
 	const struct model *models;
 	int n_models;
 	size_t memory_limit;
@@ -28,9 +28,9 @@ struct generation {
 	int32_t *next; /* [batch] */
 };
 
-static void use(void *self, const struct backend *backend)
+static void use(void *self, struct device *device)
 {
-	((struct generation *)self)->backend = backend;
+	((struct generation *)self)->device = device;
 }
 
 static const struct model *model_of(const struct generation *g, const struct bench_case *c)
@@ -41,41 +41,25 @@ static const struct model *model_of(const struct generation *g, const struct ben
 	return NULL;
 }
 
-/* What does not matter to a pattern is 0 for the stack. */
-static int64_t size_or_zero(int64_t value)
+static enum status check(void *self, const struct options *options)
 {
-	return value == NO_VALUE ? 0 : value;
+	return stack_case_check(((struct generation *)self)->driver, options);
+}
+
+static enum status configure_model(struct generation *g, const struct bench_case *c,
+                                   struct stack_options options)
+{
+	const struct model *model = model_of(g, c);
+
+	options.n_layers = model->n_layers;
+	options.ffn = true;
+	options.vocab = model->vocab;
+	return stack_configure(&g->stack, g->device, &options);
 }
 
 static enum status configure_stack(struct generation *g, const struct bench_case *c)
 {
-	const struct model *model = model_of(g, c);
-	struct stack_options options = {
-	        .pattern = c->pattern,
-	        .n_layers = model->n_layers,
-	        .ffn = true,
-	        .vocab = model->vocab,
-	        .d_model = model->d_model,
-	        .n_heads = model->n_heads,
-	        .chunk = size_or_zero(c->chunk),
-	        .window = size_or_zero(c->window),
-	        .groups = size_or_zero(c->groups),
-	        .train_len = c->seq_len,
-	        .rope = strcmp(c->position, "none") != 0,
-	        .prenorm = true,
-	        .residual = true,
-	        .norm_eps = 1e-6f,
-	};
-
-	return stack_configure(&g->stack, g->backend, &options);
-}
-
-/* "rat,swa" is called rat-swa. */
-static void name_block(struct bench_case *c)
-{
-	snprintf(c->block, sizeof c->block, "%s", c->pattern);
-	for (char *comma = c->block; (comma = strchr(comma, ','));)
-		*comma = '-';
+	return configure_model(g, c, stack_case_options(c));
 }
 
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
@@ -91,21 +75,15 @@ static enum status configure(void *self, const struct options *options, struct b
 		return status_set(STATUS_INVALID, "--generate: at least 2 tokens, of which prefill "
 		                                  "picks the first");
 	c->d_model = model->d_model;
-	c->n_heads = model->n_heads;
-	c->d_head = model->d_model / model->n_heads;
 	c->n_layers = model->n_layers;
-	name_block(c);
 	g->memory_limit = (size_t)options->memory << 20;
 	g->seed = (uint64_t)options->seed;
-	if (!pattern_tunes(c->pattern, "chunk"))
-		c->chunk = NO_VALUE;
-	if (!pattern_tunes(c->pattern, "window"))
-		c->window = NO_VALUE;
-	if (!pattern_tunes(c->pattern, "groups"))
-		c->groups = NO_VALUE;
-	if (!pattern_tunes(c->pattern, "position"))
-		c->position = "";
-	return configure_stack(g, c);
+	enum status status = configure_model(g, c, stack_case_given(c, options));
+
+	stack_case_describe(&g->stack, status == STATUS_OK, c);
+	/* "rat,swa" is called rat-swa. */
+	pattern_names(c->pattern, '-', c->block, sizeof c->block);
+	return status;
 }
 
 static int64_t smaller(int64_t a, int64_t b)
@@ -129,10 +107,10 @@ static enum status bytes_for(struct generation *g, const struct context *ctx,
 {
 	struct layer_shape shape = shape_of(c);
 	struct memory_plan memory;
-	enum status status = stack_plan(&g->stack, ctx, &shape, &memory, NULL);
 
+	TRY(stack_plan(&g->stack, ctx, &shape, &memory, NULL));
 	*bytes = memory.total;
-	return status;
+	return STATUS_OK;
 }
 
 /* Whether `value` in *size, one of the sizes of case c, still fits. */
@@ -217,7 +195,7 @@ static enum status choose_micro_batch(struct generation *g, const struct context
 /* The host's memory is everybody's; on a device little else needs any. */
 static size_t available_memory(const struct generation *g, size_t memory_free)
 {
-	bool host = strcmp(g->backend->name, "cpu") == 0;
+	bool host = strcmp(g->device->backend->name, "cpu") == 0;
 	size_t available = memory_free - memory_free / (host ? 16 : 100);
 
 	return g->memory_limit > 0 && g->memory_limit < available ? g->memory_limit : available;
@@ -278,14 +256,12 @@ static void release(void *self)
 static enum status take_stack(struct generation *g, struct context *ctx, const struct bench_case *c,
                               const struct layer_shape *shape)
 {
-	enum status status = configure_stack(g, c);
-
-	if (status == STATUS_OK)
-		status = stack_allocate(&g->stack, ctx, shape);
-	if (status == STATUS_OK)
-		status = stack_initialize(&g->stack, g->seed);
-	g->allocated = status == STATUS_OK;
-	return status;
+	g->allocated = false;
+	TRY(configure_stack(g, c));
+	TRY(stack_allocate(&g->stack, ctx, shape));
+	TRY(stack_initialize(&g->stack, g->seed));
+	g->allocated = true;
+	return STATUS_OK;
 }
 
 static enum status acquire(void *self, struct context *ctx, const struct bench_case *c,
@@ -316,8 +292,8 @@ static int64_t checked_sequence(const struct bench_case *c, int i)
 /* Reads the tokens that were picked for position `position`, as a server has to. */
 static enum status read_next(struct generation *g, const struct bench_case *c, int64_t position)
 {
-	enum status status =
-	        g->backend->download(g->next, g->stack.next, (size_t)c->batch * sizeof *g->next);
+	enum status status = device_download(g->device, g->next, g->stack.next,
+	                                     (size_t)c->batch * sizeof *g->next);
 
 	for (int i = 0; i < N_CHECKED; i++)
 		g->tokens[i][position] = g->next[checked_sequence(c, i)];
@@ -328,11 +304,11 @@ static enum status read_next(struct generation *g, const struct bench_case *c, i
 static enum status warm_up(void *self, struct context *ctx, const struct bench_case *c)
 {
 	struct generation *g = self;
-	enum status status = stack_set_position(&g->stack, c->prompt);
 
-	for (int64_t i = 0; status == STATUS_OK && i < smaller(2, c->generate - 1); i++)
-		status = stack_step(&g->stack, ctx, c->prompt + i);
-	return status;
+	TRY(stack_set_position(&g->stack, c->prompt));
+	for (int64_t i = 0; i < smaller(2, c->generate - 1); i++)
+		TRY(stack_step(&g->stack, ctx, c->prompt + i));
+	return STATUS_OK;
 }
 
 /* Prefill, timed apart. */
@@ -341,45 +317,40 @@ static enum status rewind_prompt(void *self, struct context *ctx, const struct b
 {
 	struct generation *g = self;
 	struct layer_shape shape = shape_of(c);
-	size_t row = (size_t)c->prompt;
-	enum status status = g->allocated ? STATUS_OK : take_stack(g, ctx, c, &shape);
+	size_t bytes = (size_t)c->prompt * sizeof *g->tokens[0];
 
-	if (status == STATUS_OK && to_verify)
-		status = stack_poison(&g->stack);
-	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
-		status = g->backend->download(g->tokens[i],
-		                              g->stack.tokens + checked_sequence(c, i) * c->prompt,
-		                              row * sizeof *g->tokens[i]);
-	if (status == STATUS_OK)
-		status = g->backend->stopwatch_start();
-	if (status == STATUS_OK)
-		status = stack_forward(&g->stack, ctx);
-	if (status == STATUS_OK)
-		status = g->backend->stopwatch_stop(prefill_ms);
-	return status == STATUS_OK ? read_next(g, c, c->prompt) : status;
+	if (!g->allocated)
+		TRY(take_stack(g, ctx, c, &shape));
+	if (to_verify)
+		TRY(stack_poison(&g->stack));
+	for (int i = 0; i < N_CHECKED; i++)
+		TRY(device_download(g->device, g->tokens[i],
+		                    g->stack.tokens + checked_sequence(c, i) * c->prompt, bytes));
+	TRY(device_stopwatch_start(g->device));
+	TRY(stack_forward(&g->stack, ctx));
+	TRY(device_stopwatch_stop(g->device, prefill_ms));
+	return read_next(g, c, c->prompt);
 }
 
 static enum status launch(void *self, struct context *ctx, const struct bench_case *c)
 {
 	struct generation *g = self;
-	enum status status = STATUS_OK;
 
-	for (int64_t p = c->prompt; status == STATUS_OK && p < c->seq_len - 1; p++) {
-		status = stack_step(&g->stack, ctx, p);
-		if (status == STATUS_OK)
-			status = read_next(g, c, p + 1);
+	for (int64_t p = c->prompt; p < c->seq_len - 1; p++) {
+		TRY(stack_step(&g->stack, ctx, p));
+		TRY(read_next(g, c, p + 1));
 	}
-	return status;
+	return STATUS_OK;
 }
 
 /* Logits of one row of stack.logits. */
 static enum status download_logits(const struct generation *g, int64_t row, float *logits)
 {
 	size_t vocab = (size_t)g->stack.vocab;
-	enum dtype dtype = g->backend->activation;
+	enum dtype dtype = g->device->activation;
 	const char *from = (const char *)g->stack.logits + (size_t)row * vocab * dtype_size(dtype);
 
-	return backend_download_floats(g->backend, dtype, logits, from, vocab);
+	return device_download_floats(g->device, dtype, logits, from, vocab);
 }
 
 /* ||a - b|| / ||b||; anything that is not finite gives INFINITY. */
@@ -434,8 +405,6 @@ static enum status verify(void *self, struct context *ctx, const struct bench_ca
 	struct context apart = *ctx;
 	enum status status = logits ? STATUS_OK : status_set(STATUS_OOM, "no memory for logits");
 
-	(void)rows;
-	(void)seed;
 	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
 		status = download_logits(g, checked_sequence(c, i), logits + i * vocab);
 	stack_release(&g->stack);
@@ -458,6 +427,7 @@ int generate_main(const struct driver *driver, const struct model *models, int n
 	const struct subject subject = {
 	        .self = &generation,
 	        .use = use,
+	        .check = check,
 	        .configure = configure,
 	        .plan = plan,
 	        .acquire = acquire,
@@ -468,6 +438,7 @@ int generate_main(const struct driver *driver, const struct model *models, int n
 	        .release = release,
 	};
 
+	generation.driver = driver;
 	generation.models = models;
 	generation.n_models = n_models;
 	return bench_main(driver, &subject, argc, argv);

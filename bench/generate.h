@@ -9,7 +9,7 @@
 /* A model as README, "Models", has it. */
 struct model {
 	const char *name;
-	int64_t n_layers, d_model, n_heads, vocab;
+	int64_t n_layers, d_model, vocab;
 };
 
 /* The main() of a program that measures models[n_models]. */

@@ -7,9 +7,22 @@
 
 #include "bench/harness/bench.h"
 #include "bench/harness/print.h"
-#include "bench/kernel.h"
+#include "kernels/check.h"
+#include "kernels/problem.h"
+#include "layers/try.h"
 
-enum { MAX_CASES = 1024, MAX_NOTES = 4096 };
+enum {
+	MAX_CASES = 1024,
+	MAX_NOTES = 4096,
+	CHECKED_ROWS = 1024,
+	GATE_RANK = 16,
+	VOCABULARY = 32000,
+	/* Of rows that no list has. */
+	PAPER_LENGTH = 4096,
+	DEFAULT_WINDOW = 1024,
+	DEFAULT_CHUNK = 16,
+	DEFAULT_GROUPS = 2
+};
 
 /* What the table at the end says of a row. */
 struct note {
@@ -20,20 +33,107 @@ struct note {
 
 struct kernel_bench {
 	const struct case_row *paper, *other;
-	const struct backend *backend;
-	struct kernel_problem problem;
-	char *memory;
-	size_t workspace_bytes;
-	uint64_t seed;
+	bool all;
+	struct device *device;
+	struct problem problem;
+	struct check *check; /* of the launch under way */
+	void *memory;
 	int n_notes;
 	struct note notes[MAX_NOTES];
 };
 
-static void use(void *self, const struct backend *backend)
+static void use(void *self, struct device *device)
 {
-	struct kernel_bench *bench = self;
+	((struct kernel_bench *)self)->device = device;
+}
 
-	bench->backend = backend;
+/* ---- forms of operations ---- */
+
+/* An operation in one of its forms. */
+struct form {
+	enum operation operation;
+	const struct operation_form *variant;
+	char name[MAX_WORD];
+};
+
+/* The form number `index` of all; false behind the last. */
+static bool form_at(int index, struct form *form)
+{
+	static const struct operation_form only_one = {0};
+
+	for (int op = 0; op < OP_COUNT; op++) {
+		const struct operation_form *v = operation_forms((enum operation)op);
+		int n = 0;
+
+		while (v[n].name)
+			n++;
+		if (index < (n ? n : 1)) {
+			form->operation = (enum operation)op;
+			form->variant = n ? &v[index] : &only_one;
+			form_name(form->operation, form->variant, form->name, MAX_WORD);
+			return true;
+		}
+		index -= n ? n : 1;
+	}
+	return false;
+}
+
+/* The form of a name; attention's are told apart by their mask. False if there is none. */
+static bool form_find(const char *name, enum mask mask, struct form *form)
+{
+	struct form any;
+	bool found = false;
+
+	for (int i = 0; form_at(i, &any); i++) {
+		if (strcmp(any.name, name) != 0 || (found && any.variant->mask != mask))
+			continue;
+		*form = any;
+		found = true;
+	}
+	return found;
+}
+
+static enum mask mask_of(bool window, bool chunk)
+{
+	return window ? MASK_WINDOW : chunk ? MASK_CHUNK : MASK_CAUSAL;
+}
+
+static struct form form_of_case(const struct bench_case *c)
+{
+	struct form form = {0};
+
+	form_find(c->block, mask_of(c->window != NO_VALUE, c->chunk != NO_VALUE), &form);
+	return form;
+}
+
+/* Whether a sequence's length makes a difference: the operation mixes tokens, or has a cache. */
+static bool has_length(const struct form *form)
+{
+	const struct sizes small = {1, 2, 2, 1, 4, 4, 4, 8, 8, 8, 2, 2, 1, 4, false, 0};
+	union any_args args = {0};
+	struct operand_list list;
+
+	operation_describes(form->operation)->size(&args, &small, form->variant);
+	operation_describe(form->operation, &args, &list);
+	for (int i = 0; i < list.count; i++)
+		for (int d = 0; d < OPERAND_DIMS; d++)
+			if ((list.operand[i].axis[d] == AXIS_TOKEN &&
+			     list.operand[i].size[d] > 1) ||
+			    list.operand[i].axis[d] == AXIS_KEY)
+				return true;
+	return false;
+}
+
+static bool is_step(const struct form *form)
+{
+	return operation_describes(form->operation)->is_step;
+}
+
+/* A chunk length is asked for where it is RAT's, or that of a recurrence in chunks. */
+static bool takes_chunk(const struct form *form)
+{
+	return form->variant->chunks || form->operation == OP_MATRIX_RECURRENCE ||
+	       form->operation == OP_MATRIX_RECURRENCE_BACKWARD;
 }
 
 /* ---- cases ---- */
@@ -63,24 +163,24 @@ static bool wanted(const struct options *o, const char *block)
 
 /* Completes a case and adds it, once. */
 static enum status add_case(const struct options *o, const struct case_row *row,
-                            struct bench_case *c, struct sweep *sweep)
+                            const struct form *form, struct bench_case *c, struct sweep *sweep)
 {
-	const struct kernel_kind *kind = kernel_kind_find(row->block);
-	const bool half = kind->half_keys && !row->wide_keys;
+	const bool half = form->variant->half_keys && !row->wide_keys;
 	const int64_t keys = half ? c->d_model / 2 : c->d_model;
+	const int64_t widening = form->variant->widening;
 
 	c->status = STATUS_OK;
 	if (c->d_model % (2 * c->n_heads) != 0)
 		return status_set(STATUS_INVALID, "--heads: %lld heads do not divide width %lld",
 		                  (long long)c->n_heads, (long long)c->d_model);
 	c->d_head = c->d_model / c->n_heads;
-	c->d_k = kind->widening ? c->d_model : keys / c->n_heads;
-	c->d_v = kind->widening ? kind->widening * c->d_model : c->d_head;
-	if (kind->step)
+	c->d_k = widening ? c->d_model : keys / c->n_heads;
+	c->d_v = widening ? widening * c->d_model : c->d_head;
+	if (is_step(form))
 		c->batch = row->batch && !options_given(o, "batch") ? row->batch : o->batch;
 	else
 		c->batch = (row->batch ? row->batch : o->tokens) / c->seq_len;
-	c->tokens = kind->step ? c->batch : c->batch * c->seq_len;
+	c->tokens = is_step(form) ? c->batch : c->batch * c->seq_len;
 	if (c->batch == 0)
 		return status_set(STATUS_INVALID, "--seq-len: %lld is more than --tokens %lld",
 		                  (long long)c->seq_len, (long long)o->tokens);
@@ -94,58 +194,112 @@ static enum status add_case(const struct options *o, const struct case_row *row,
 	return STATUS_OK;
 }
 
-static struct bench_case empty_case(const struct case_row *row)
+/* The lengths of a row: its own, or those of --seq-len; one where a length makes no difference. */
+static struct values lengths_of(const struct options *o, const struct case_row *row,
+                                const struct form *form)
 {
-	struct bench_case c = {.pass = "kernel",
-	                       .pattern = row->block,
-	                       .position = "",
-	                       .model = "",
-	                       .groups = row->groups ? row->groups : NO_VALUE,
-	                       .window = row->window ? row->window : NO_VALUE,
-	                       .chunk = NO_VALUE,
-	                       .prompt = NO_VALUE,
-	                       .generate = NO_VALUE,
-	                       .n_layers = NO_VALUE,
-	                       .micro_batch = NO_VALUE};
-
-	snprintf(c.block, sizeof c.block, "%s", row->block);
-	return c;
-}
-
-/* A row's cases: every combination of its lists, sequence length innermost. */
-static enum status add_row(const struct options *o, const struct case_row *row, struct sweep *sweep)
-{
-	const struct values heads = axis(o, "heads", &o->heads, row->n_heads);
-	/* Attention has chunks only in RAT's rows, matrix recurrences where the user says so. */
-	const bool chunks = row->chunk ||
-	                    (kernel_kind_find(row->block)->chunkwise && options_given(o, "chunk"));
-	const struct values chunk =
-	        chunks ? axis(o, "chunk", &o->chunk, row->chunk) : (struct values){1, {NO_VALUE}};
 	struct values lengths = {0};
-	enum status status = STATUS_OK;
 
+	if (!has_length(form))
+		return (struct values){1, {1}};
 	while (lengths.count < MAX_LENGTHS && row->seq_len[lengths.count]) {
 		lengths.value[lengths.count] = row->seq_len[lengths.count];
 		lengths.count++;
 	}
-	/* A length of one says that the length does not matter. */
-	if (row->seq_len[0] == 0 || (options_given(o, "seq-len") && row->seq_len[0] != 1))
-		lengths = o->seq_len;
+	return lengths.count == 0 || options_given(o, "seq-len") ? o->seq_len : lengths;
+}
+
+/* A row's cases: every combination of its lists, sequence length innermost. */
+static enum status add_row(const struct options *o, const struct case_row *row,
+                           const struct form *form, struct sweep *sweep)
+{
+	const struct values heads = axis(o, "heads", &o->heads, row->n_heads);
+	const bool chunks = row->chunk || form->variant->chunks ||
+	                    (takes_chunk(form) && options_given(o, "chunk"));
+	const struct values chunk =
+	        chunks ? axis(o, "chunk", &o->chunk, row->chunk ? row->chunk : DEFAULT_CHUNK)
+	               : (struct values){1, {NO_VALUE}};
+	const struct values lengths = lengths_of(o, row, form);
+	struct bench_case c = case_empty();
+
+	c.pass = PASS_KERNEL;
+	c.position = c.model = "";
+	c.groups = form->variant->chunks ? DEFAULT_GROUPS : NO_VALUE;
+	if (row->window)
+		c.window = options_given(o, "window") ? o->window.value[0] : row->window;
+	snprintf(c.block, sizeof c.block, "%s", row->block);
+	snprintf(c.pattern, sizeof c.pattern, "%s", row->block);
 	for (int w = 0; w < o->d_model.count; w++)
 		for (int h = 0; h < heads.count; h++)
 			for (int l = 0; l < chunk.count; l++)
-				for (int t = 0; t < lengths.count && status == STATUS_OK; t++) {
-					struct bench_case c = empty_case(row);
+				for (int t = 0; t < lengths.count; t++) {
+					struct bench_case one = c;
 
-					c.d_model = o->d_model.value[w];
-					c.n_heads = heads.value[h];
-					c.chunk = chunk.value[l];
-					c.seq_len = lengths.value[t];
-					if (row->window && options_given(o, "window"))
-						c.window = o->window.value[0];
-					status = add_case(o, row, &c, sweep);
+					one.d_model = o->d_model.value[w];
+					one.n_heads = heads.value[h];
+					one.chunk = chunk.value[l];
+					one.seq_len = lengths.value[t];
+					TRY(add_case(o, row, form, &one, sweep));
 				}
-	return status;
+	return STATUS_OK;
+}
+
+static enum status add_rows_of(const struct options *o, const struct case_row *rows,
+                               struct sweep *sweep)
+{
+	for (; rows->block; rows++) {
+		const enum mask mask = mask_of(rows->window, rows->chunk);
+		struct form form;
+
+		if (!wanted(o, rows->block))
+			continue;
+		if (!form_find(rows->block, mask, &form))
+			return status_set(STATUS_INVALID, "no operation is called '%s'",
+			                  rows->block);
+		TRY(add_row(o, rows, &form, sweep));
+	}
+	return STATUS_OK;
+}
+
+static bool is_listed(const struct case_row *rows, const char *name)
+{
+	for (; rows->block; rows++)
+		if (strcmp(rows->block, name) == 0)
+			return true;
+	return false;
+}
+
+/* A row for every form that is in no list. */
+static enum status add_others(const struct options *o, const struct case_row *rows, bool full,
+                              struct sweep *sweep)
+{
+	struct form form;
+
+	for (int i = 0; form_at(i, &form); i++) {
+		const struct case_row row = {
+		        .block = form.name,
+		        .seq_len = {full ? PAPER_LENGTH : 0},
+		        .window = form.variant->mask == MASK_WINDOW ? DEFAULT_WINDOW : 0};
+
+		if (wanted(o, form.name) && !is_listed(rows, form.name) &&
+		    form.variant->mask != MASK_FULL)
+			TRY(add_row(o, &row, &form, sweep));
+	}
+	return STATUS_OK;
+}
+
+/* Every word of --pattern must be the name of a form. */
+static enum status check_patterns(const struct options *o)
+{
+	struct form form;
+
+	for (int i = 0; i < o->pattern.count; i++)
+		if (!form_find(o->pattern.word[i], MASK_CAUSAL, &form))
+			return status_set(STATUS_INVALID,
+			                  "--pattern: no operation is called '%.64s' (allowed: the "
+			                  "operations of --list, gla_forward and the like)",
+			                  o->pattern.word[i]);
+	return STATUS_OK;
 }
 
 static enum status make_sweep(void *self, const struct options *o, struct sweep *sweep)
@@ -153,39 +307,57 @@ static enum status make_sweep(void *self, const struct options *o, struct sweep 
 	struct kernel_bench *bench = self;
 	const bool full = strcmp(o->preset, "paper") == 0;
 	const struct case_row *rows = full ? bench->paper : bench->other;
-	enum status status = STATUS_OK;
 
+	TRY(check_patterns(o));
 	*sweep = (struct sweep){.cases = calloc(MAX_CASES, sizeof *sweep->cases)};
 	if (!sweep->cases)
 		return status_set(STATUS_OOM, "no memory for a sweep");
-	for (; rows->block && status == STATUS_OK; rows++)
-		if (wanted(o, rows->block))
-			status = add_row(o, rows, sweep);
-	return status;
+	TRY(add_rows_of(o, rows, sweep));
+	return bench->all ? add_others(o, rows, full, sweep) : STATUS_OK;
 }
 
 static enum operation operation_of(void *self, const struct bench_case *c)
 {
-	(void)self;
-	return kernel_kind_find(c->block)->operation;
+	return form_of_case(c).operation;
 }
 
 /* ---- a case ---- */
 
-/* A place that tensors of a plan pretend to begin at. */
-static char nowhere[256] __attribute__((aligned(256)));
+static void plan_problem(struct problem *p, struct device *device, const struct bench_case *c,
+                         uint64_t seed, void *memory)
+{
+	const struct form form = form_of_case(c);
+	const struct problem_form how = {
+	        .variant = form.variant,
+	        .sizes = {.batch = c->batch,
+	                  .seq_len = c->seq_len,
+	                  .n_heads = c->n_heads,
+	                  .groups = c->groups == NO_VALUE ? c->n_heads : c->groups,
+	                  .d_head = c->d_head,
+	                  .d_k = c->d_k,
+	                  .d_v = c->d_v,
+	                  .width = c->d_model,
+	                  .d_in = c->d_k,
+	                  .d_out = c->d_v,
+	                  .rank = GATE_RANK,
+	                  .chunk = c->chunk == NO_VALUE ? 0 : c->chunk,
+	                  .window = c->window,
+	                  .vocab = VOCABULARY},
+	        .seed = seed,
+	};
+
+	problem_plan(p, device, form.operation, &how, memory);
+}
 
 static enum status plan(void *self, const struct context *ctx, struct bench_case *c,
                         size_t memory_free, size_t *bytes, struct kernel_plan *work)
 {
-	struct kernel_problem p;
+	struct problem p;
 	struct context planning = *ctx;
 
-	(void)self;
-	(void)memory_free;
-	kernel_problem_build(&p, ctx->backend, c, nowhere);
+	plan_problem(&p, ctx->device, c, 0, NULL);
 	planning.plan = work;
-	enum status status = kernel_run(&planning, p.kind->operation, &p.args);
+	enum status status = kernel_run(&planning, p.operation, &p.args);
 
 	*bytes = p.bytes + work->workspace_bytes;
 	return status;
@@ -200,18 +372,14 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 	size_t bytes = 0;
 	enum status status = work ? plan(self, ctx, &copy, 0, &bytes, work)
 	                          : status_set(STATUS_OOM, "no memory for a plan");
-	void *memory = NULL;
 
 	if (status == STATUS_OK)
-		status = ctx->backend->allocate(bytes, &memory);
+		status = device_allocate(ctx->device, bytes, &bench->memory);
 	if (status == STATUS_OK) {
-		bench->memory = memory;
-		bench->seed = seed;
-		bench->workspace_bytes = work->workspace_bytes;
-		kernel_problem_build(&bench->problem, ctx->backend, c, bench->memory);
-		ctx->workspace = bench->memory + bench->problem.bytes;
+		plan_problem(&bench->problem, ctx->device, c, seed, bench->memory);
+		ctx->workspace = (char *)bench->memory + bench->problem.bytes;
 		ctx->workspace_bytes = work->workspace_bytes;
-		status = kernel_problem_fill(&bench->problem, seed);
+		status = problem_fill(&bench->problem, false);
 	}
 	free(work);
 	return status;
@@ -221,8 +389,7 @@ static enum status launch(void *self, struct context *ctx, const struct bench_ca
 {
 	struct kernel_bench *bench = self;
 
-	(void)c;
-	return kernel_run(ctx, bench->problem.kind->operation, &bench->problem.args);
+	return kernel_run(ctx, bench->problem.operation, &bench->problem.args);
 }
 
 /* Nothing of what a provider before this one has left may stand in for a result. */
@@ -230,35 +397,41 @@ static enum status rewind_to_launch(void *self, struct context *ctx, const struc
                                     bool to_verify, double *prefill_ms)
 {
 	struct kernel_bench *bench = self;
-	enum status status = STATUS_OK;
+	const struct check_options options = {.rows = CHECKED_ROWS,
+	                                      .seed = bench->problem.form.seed};
 
-	(void)c;
-	(void)prefill_ms;
 	if (!to_verify)
 		return STATUS_OK;
-	if (bench->workspace_bytes > 0)
-		status = ctx->backend->fill(ctx->workspace, 0xff, bench->workspace_bytes);
-	if (status == STATUS_OK)
-		status = kernel_problem_poison(&bench->problem);
-	return status == STATUS_OK ? kernel_problem_keep(&bench->problem, bench->seed) : status;
+	check_free(bench->check);
+	bench->check = NULL;
+	if (ctx->workspace_bytes > 0)
+		TRY(device_fill(ctx->device, ctx->workspace, 0xff, ctx->workspace_bytes));
+	TRY(problem_poison(&bench->problem));
+	return check_begin(&bench->check, ctx->device, bench->problem.operation,
+	                   &bench->problem.args, &options);
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
 {
 	struct kernel_bench *bench = self;
+	struct check_result result = {0};
+	enum status status = check_end(bench->check, &result);
 
-	(void)ctx;
-	(void)c;
-	return kernel_problem_check(&bench->problem, rows, seed, rel_err);
+	*rel_err = result.worst_row;
+	if (status == STATUS_OK && result.name)
+		status_set(STATUS_OK, "%.*s", (int)strcspn(result.name, "|"), result.name);
+	return status;
 }
 
 static void release(void *self)
 {
 	struct kernel_bench *bench = self;
 
-	kernel_problem_release(&bench->problem);
-	bench->backend->release(bench->memory);
+	check_free(bench->check);
+	bench->check = NULL;
+	problem_free(&bench->problem);
+	device_release(bench->device, bench->memory);
 	bench->memory = NULL;
 }
 
@@ -268,7 +441,7 @@ static void release(void *self)
 static void label_case(const struct bench_case *c, char *label, size_t size)
 {
 	describe_case(c, label, size);
-	const size_t block = strlen(c->block), pass = strlen(c->pass) + 1;
+	const size_t block = strlen(c->block), pass = strlen(passes[c->pass].name) + 1;
 	const size_t rest = strlen(label + block + pass) + 1;
 
 	memmove(label + block, label + block + pass, rest);
@@ -342,7 +515,7 @@ static void finish(void *self, FILE *file)
 }
 
 int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
-                      const struct case_row *other, int argc, char **argv)
+                      const struct case_row *other, bool all, int argc, char **argv)
 {
 	static struct kernel_bench bench;
 	static const struct subject subject = {
@@ -363,5 +536,6 @@ int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
 
 	bench.paper = paper;
 	bench.other = other;
+	bench.all = all;
 	return bench_main(driver, &subject, argc, argv);
 }

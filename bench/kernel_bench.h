@@ -9,22 +9,23 @@
 
 enum { MAX_LENGTHS = 8 };
 
-/* A kind of operation at some sizes; what the command line gives takes their place. */
+/* An operation in one of its forms at some sizes; what the command line gives takes their place. */
 struct case_row {
-	const char *block;             /* bench/kernel.h; NULL ends a list */
-	int64_t seq_len[MAX_LENGTHS];  /* none: those of --seq-len; 1: the length does not matter */
-	int64_t n_heads;               /* 0: --heads */
-	bool wide_keys;                /* keys as wide as values, whatever the kind */
-	int64_t batch;                 /* of steps, else tokens; 0: --batch, --tokens */
-	int64_t window, chunk, groups; /* 0: none */
+	const char *block;            /* form_name(); NULL ends a list */
+	int64_t seq_len[MAX_LENGTHS]; /* none: those of --seq-len, where a length matters */
+	int64_t n_heads;              /* 0: --heads */
+	bool wide_keys;               /* keys as wide as values, whatever the form */
+	int64_t batch;                /* of steps, else tokens; 0: --batch, --tokens */
+	int64_t window, chunk;        /* 0: none */
 };
 
 /*
  * Measures every provider of each case's operation, their samples alternating:
- * the cases of `paper` under that preset, those of `other` under the others.
- * Widths are --d-model's. Ends with a table of all. Returns the exit code.
+ * the cases of `paper` under that preset, those of `other` under the others and, where `all` is
+ * set, every form of every operation that neither has. Widths are --d-model's. Ends with a
+ * table of all. Returns the exit code.
  */
 int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
-                      const struct case_row *other, int argc, char **argv);
+                      const struct case_row *other, bool all, int argc, char **argv);
 
 #endif

@@ -46,6 +46,14 @@ static void print_safely(const char *text)
 		putchar(strchr("\"'`\\\n\r", *text) ? ' ' : *text);
 }
 
+/* Number i of a list of quoted words. */
+static void print_word(int i, const char *word)
+{
+	printf(i ? " '" : "'");
+	print_safely(word);
+	printf("'");
+}
+
 static int find_name(const char *const *names, const char *name)
 {
 	for (int i = 0; names[i]; i++)
@@ -146,7 +154,7 @@ static int collect_labels(const struct picture *picture, const struct results *r
 }
 
 /* The most numerous kind of rows of a pass; NULL if there is none. */
-static const struct result *find_example(const struct results *results, const char *pass)
+static const struct result *find_example(const struct results *results, enum pass pass)
 {
 	const struct result *best = NULL;
 	int most = 0;
@@ -154,7 +162,7 @@ static const struct result *find_example(const struct results *results, const ch
 	for (int i = 0; i < results->count; i++) {
 		int count = 0;
 
-		if (strcmp(results->row[i].pass, pass) != 0)
+		if (results->row[i].kind != pass)
 			continue;
 		for (int j = 0; j < results->count; j++)
 			count += result_same_table(&results->row[i], &results->row[j]);
@@ -286,11 +294,8 @@ static enum status print_series(const struct picture *picture, const struct resu
 		range[1] = fmax(range[1], x_of(picture, &results->row[i]));
 	}
 	printf("%slabels = \"", prefix);
-	for (int i = 0; i < count; i++) {
-		printf(i ? " '" : "'");
-		print_safely(labels[i]);
-		printf("'");
-	}
+	for (int i = 0; i < count; i++)
+		print_word(i, labels[i]);
 	printf("\"\n%s << EOD\n", block);
 	for (int i = 0; i < count; i++)
 		print_block(picture, results, labels[i], range, points);
@@ -317,7 +322,8 @@ static void adopt(struct results *published, const struct picture *picture,
 		for (int j = 0; j < results->count && !known; j++)
 			known = shown(picture, &results->row[j]) &&
 			        strcmp(results->row[j].series, r.series) == 0 &&
-			        (r.n_heads == results->row[j].n_heads || picture->x == X_MODEL);
+			        (r.n_heads == results->row[j].n_heads ||
+			         results->row[j].n_heads < 0 || picture->x == X_MODEL);
 		if (known && shown(picture, &r) &&
 		    (picture->x != X_MODEL || model_index(picture, &r) >= 0))
 			published->row[count++] = r;
@@ -328,7 +334,7 @@ static void adopt(struct results *published, const struct picture *picture,
 static void print_title(const struct picture *picture)
 {
 	const struct result *r = picture->example;
-	bool generation = strcmp(r->pass, "generation") == 0;
+	bool generation = passes[r->kind].step;
 
 	printf("device = \"");
 	print_safely(r->device);
@@ -338,11 +344,8 @@ static void print_title(const struct picture *picture)
 	if (picture->x == X_MODEL) {
 		printf("shape = \"%lld tokens after a prompt of %lld\"\nmodels = \"",
 		       (long long)r->generate, (long long)r->prompt);
-		for (int i = 0; i < picture->n_models; i++) {
-			printf(i ? " '" : "'");
-			print_safely(picture->models[i]);
-			printf("'");
-		}
+		for (int i = 0; i < picture->n_models; i++)
+			print_word(i, picture->models[i]);
 		printf("\"\n");
 		return;
 	}
@@ -385,7 +388,7 @@ int main(int argc, char **argv)
 		status = results_add(&results, argv[i]);
 	picture.x = (enum axis_x)x;
 	picture.y = (enum axis_y)y;
-	picture.example = find_example(&results, argv[1]);
+	picture.example = find_example(&results, pass_find(argv[1]));
 	if (picture.example)
 		picture.windows = windows_differ(&picture, &results);
 	if (picture.example && picture.x == X_CHUNK)

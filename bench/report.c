@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "bench/harness/results.h"
+#include "layers/try.h"
 
 static const char usage[] =
         "usage: report [--format markdown|terminal] [--published FILE]... RESULTS.csv...\n"
@@ -38,7 +39,7 @@ struct grid {
 
 static bool is_throughput(const struct table *table)
 {
-	return strcmp(table->example->pass, "throughput") == 0;
+	return passes[table->example->kind].models;
 }
 
 static bool same_line(const struct result *a, const struct result *b)
@@ -101,13 +102,13 @@ static const struct result *find_published(const struct results *published,
 {
 	for (int i = 0; ours && i < published->count; i++) {
 		const struct result *r = &published->row[i];
-		bool model = strcmp(r->pass, "throughput") == 0;
+		bool model = passes[r->kind].models;
 
-		if (strcmp(r->series, ours->series) == 0 && strcmp(r->pass, ours->pass) == 0 &&
+		if (strcmp(r->series, ours->series) == 0 && r->kind == ours->kind &&
 		    strcmp(r->model, ours->model) == 0 && r->d_model == ours->d_model &&
 		    r->prompt == ours->prompt && r->generate == ours->generate &&
 		    (model || (r->seq_len == ours->seq_len && r->batch == ours->batch &&
-		               r->n_heads == ours->n_heads)))
+		               (r->n_heads == ours->n_heads || ours->n_heads < 0))))
 			return r;
 	}
 	return NULL;
@@ -118,7 +119,7 @@ static double value_of(const struct result *result)
 {
 	if (!result || !result_ok(result))
 		return NAN;
-	return strcmp(result->pass, "throughput") == 0 ? result->tokens_per_s : result->latency_ms;
+	return passes[result->kind].models ? result->tokens_per_s : result->latency_ms;
 }
 
 /* Three significant digits; whole tokens per second. */
@@ -223,29 +224,38 @@ static void point_title(const struct table *table, const struct result *point, c
 typedef void fill_cell(const struct table *table, const struct result *line,
                        const struct result *point, char *text);
 
-/* Lines as columns; those of attention are left out of a comparison with it. */
+/* The cell of line number `line` and point number `point`, where 0 are titles. Lines are columns,
+ * except of whole models, which have few and which the paper prints as rows. */
+static char *cell_at(const struct table *table, const struct grid *grid, int line, int point)
+{
+	int row = is_throughput(table) ? line : point, column = is_throughput(table) ? point : line;
+
+	return grid->cell[row * grid->n_columns + column];
+}
+
+/* Lines of attention are left out of a comparison with it. */
 static enum status make_grid(const struct table *table, fill_cell *fill, bool with_attention,
                              struct grid *grid)
 {
-	int column = 1;
+	int n_lines = 1, line = 0;
 
-	*grid = (struct grid){.n_rows = table->n_points + 1, .n_columns = 1};
 	for (int i = 0; i < table->n_lines; i++)
-		grid->n_columns += with_attention || !is_attention(table->line[i]);
+		n_lines += with_attention || !is_attention(table->line[i]);
+	grid->n_rows = is_throughput(table) ? n_lines : table->n_points + 1;
+	grid->n_columns = is_throughput(table) ? table->n_points + 1 : n_lines;
 	grid->cell = calloc((size_t)(grid->n_rows * grid->n_columns), sizeof *grid->cell);
 	if (!grid->cell)
 		return status_set(STATUS_OOM, "no memory for a table");
 	snprintf(grid->cell[0], CELL, "%s", is_throughput(table) ? "model" : "T");
 	for (int p = 0; p < table->n_points; p++)
-		point_title(table, table->point[p], grid->cell[(p + 1) * grid->n_columns]);
+		point_title(table, table->point[p], cell_at(table, grid, 0, p + 1));
 	for (int i = 0; i < table->n_lines; i++) {
 		if (!with_attention && is_attention(table->line[i]))
 			continue;
-		line_title(table->line[i], grid->cell[column]);
+		line_title(table->line[i], cell_at(table, grid, ++line, 0));
 		for (int p = 0; p < table->n_points; p++)
 			fill(table, table->line[i], table->point[p],
-			     grid->cell[(p + 1) * grid->n_columns + column]);
-		column++;
+			     cell_at(table, grid, line, p + 1));
 	}
 	return STATUS_OK;
 }
@@ -277,60 +287,30 @@ static void print_grid(const struct grid *grid, enum format format)
 	}
 }
 
-/* Whole models have few lines and the paper prints them as rows. */
-static enum status transpose(struct grid *grid)
-{
-	struct grid turned = {.n_rows = grid->n_columns, .n_columns = grid->n_rows};
-
-	turned.cell = calloc((size_t)(turned.n_rows * turned.n_columns), sizeof *turned.cell);
-	if (!turned.cell)
-		return status_set(STATUS_OOM, "no memory for a table");
-	for (int row = 0; row < turned.n_rows; row++)
-		for (int column = 0; column < turned.n_columns; column++)
-			memcpy(turned.cell[row * turned.n_columns + column],
-			       grid->cell[column * grid->n_columns + row], CELL);
-	free(grid->cell);
-	*grid = turned;
-	return STATUS_OK;
-}
-
 static enum status print_table(const struct table *table, fill_cell *fill, bool with_attention,
                                enum format format)
 {
 	struct grid grid;
-	enum status status = make_grid(table, fill, with_attention, &grid);
 
-	if (status == STATUS_OK && is_throughput(table))
-		status = transpose(&grid);
-	if (status == STATUS_OK)
-		print_grid(&grid, format);
+	TRY(make_grid(table, fill, with_attention, &grid));
+	print_grid(&grid, format);
 	free(grid.cell);
-	return status;
+	return STATUS_OK;
 }
 
 static void print_title(const struct result *r, const char *what, enum format format)
 {
-	static const char *const titles[][2] = {
-	        {"prefill", "Prefill (forward, filling the cache)"},
-	        {"train", "Training (forward and backward)"},
-	        {"generation", "Generation (one step at position T - 1)"},
-	        {"throughput", "Whole models (maximum throughput)"},
-	};
-	const char *title = r->pass;
+	const struct pass_info *pass = &passes[r->kind];
 
-	for (size_t i = 0; i < sizeof titles / sizeof *titles; i++)
-		if (strcmp(r->pass, titles[i][0]) == 0)
-			title = titles[i][1];
-	printf("%s%s: %s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", title, what,
+	printf("%s%s: %s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", pass->title, what,
 	       r->device, r->dtype);
-	if (strcmp(r->pass, "throughput") == 0)
+	if (pass->models)
 		printf(", %lld tokens generated after %lld.\n\n", (long long)r->generate,
 		       (long long)r->prompt);
 	else
 		printf(", D = %lld, %lld %s.\n\n", (long long)r->d_model,
-		       (long long)(strcmp(r->pass, "generation") == 0 ? r->batch
-		                                                      : r->batch * r->seq_len),
-		       strcmp(r->pass, "generation") == 0 ? "sequences" : "tokens");
+		       (long long)(pass->step ? r->batch : r->batch * r->seq_len),
+		       pass->step ? "sequences" : "tokens");
 }
 
 /* The tables of all rows that belong with `example`. */

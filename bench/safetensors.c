@@ -6,13 +6,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "layers/try.h"
 
 /* Far above any real header, far below what could exhaust memory or the parser's stack. */
 enum {
 	LENGTH_BYTES = 8,
 	MAX_HEADER_BYTES = 8 << 20,
 	MAX_HEADER_DEPTH = 3,
-	MAX_FILE_TENSORS = 4096
+	MAX_FILE_TENSORS = 4096,
+	MAX_ELEMENT = sizeof(int64_t)
 };
 
 /* A tensor and where its data lies, while the header is read. */
@@ -153,8 +155,6 @@ static enum status read_offsets(const cJSON *json, size_t data_size, struct entr
 		return status_set(STATUS_INVALID,
 		                  "tensor '%.64s' has %zu bytes, its shape %lld elements", name,
 		                  bytes, (long long)entry->tensor.count);
-	if ((size_t)begin % element != 0)
-		return status_set(STATUS_INVALID, "tensor '%.64s' is not aligned", name);
 	entry->begin = (size_t)begin;
 	entry->end = (size_t)end;
 	return STATUS_OK;
@@ -162,18 +162,13 @@ static enum status read_offsets(const cJSON *json, size_t data_size, struct entr
 
 static enum status read_tensor(const cJSON *json, size_t data_size, struct entry *entry)
 {
-	enum status status;
-
 	*entry = (struct entry){.tensor.name = json->string};
 	if (json->string[0] == '\0' || !cJSON_IsObject(json))
 		return status_set(STATUS_INVALID, "entry '%.64s' describes no tensor",
 		                  json->string);
-	status = read_dtype(json, &entry->tensor);
-	if (status == STATUS_OK)
-		status = read_shape(json, &entry->tensor);
-	if (status == STATUS_OK)
-		status = read_offsets(json, data_size, entry);
-	return status;
+	TRY(read_dtype(json, &entry->tensor));
+	TRY(read_shape(json, &entry->tensor));
+	return read_offsets(json, data_size, entry);
 }
 
 static int compare_entries(const void *left, const void *right)
@@ -232,18 +227,24 @@ static enum status take_metadata(const cJSON *json, struct safetensors *file)
 	return STATUS_OK;
 }
 
-/* Copies the data, then makes the entries the file's tensors, owning their names. */
+/* Copies the data, each tensor to where its type may lie, and makes the entries the file's tensors,
+ * owning their names. */
 static enum status take_tensors(const struct entry *entries, int n_entries, const char *data,
                                 size_t data_size, struct safetensors *file)
 {
-	file->data = malloc(data_size + 1);
+	size_t used = 0;
+
+	file->data = malloc(data_size + (size_t)n_entries * MAX_ELEMENT + 1);
 	file->tensors = calloc((size_t)n_entries + 1, sizeof *file->tensors);
 	if (!file->data || !file->tensors)
 		return status_set(STATUS_OOM, "no memory for %zu bytes of tensors", data_size);
-	memcpy(file->data, data, data_size);
 	for (int i = 0; i < n_entries; i++) {
 		struct safetensor *tensor = &file->tensors[i];
-		void *start = (char *)file->data + entries[i].begin;
+		size_t bytes = entries[i].end - entries[i].begin;
+		void *start = (char *)file->data + used;
+
+		memcpy(start, data + entries[i].begin, bytes);
+		used += (bytes + MAX_ELEMENT - 1) / MAX_ELEMENT * MAX_ELEMENT;
 
 		*tensor = entries[i].tensor;
 		tensor->name = copy_string(entries[i].tensor.name);
@@ -313,21 +314,16 @@ static enum status header_length(const unsigned char *bytes, size_t size, size_t
 enum status safetensors_parse(const void *bytes, size_t size, struct safetensors *file)
 {
 	const char *text = (const char *)bytes + LENGTH_BYTES;
-	enum status status;
 	size_t length = 0;
 	cJSON *header = NULL;
 
 	*file = (struct safetensors){0};
-	status = header_length(bytes, size, &length);
-	if (status != STATUS_OK)
-		return status;
+	TRY(header_length(bytes, size, &length));
 	if (too_deep(text, length))
 		return status_set(STATUS_INVALID, "the header is nested deeper than %d",
 		                  MAX_HEADER_DEPTH);
-	status = parse_json(text, length, &header);
-	if (status != STATUS_OK)
-		return status;
-	status = read_header(header, text + length, size - LENGTH_BYTES - length, file);
+	TRY(parse_json(text, length, &header));
+	enum status status = read_header(header, text + length, size - LENGTH_BYTES - length, file);
 	cJSON_Delete(header);
 	if (status != STATUS_OK)
 		safetensors_close(file);

@@ -3,6 +3,7 @@
  * prompt, then generation at the largest batch whose memory fits.
  */
 #include "bench/generate.h"
+#include "bench/stack_case.h"
 
 int main(int argc, char **argv)
 {
@@ -11,7 +12,8 @@ int main(int argc, char **argv)
 	        .summary = "tokens per second of whole models at the largest batch",
 	        .file = "table2.csv",
 	        .passes = "throughput",
-	        .axes = "pattern,model,prompt,generate,memory,chunk,window,groups,position",
+	        .axes = "pattern,model,prompt,generate,memory," ARGUMENT_AXES,
+	        .print_help = stack_case_help,
 	        .defaults = {{"pattern", "rat/attention/rat,swa/attention,swa"},
 	                     {"batch", "0"},
 	                     {"samples", "1"},
@@ -19,10 +21,10 @@ int main(int argc, char **argv)
 	        .finds_batch = true,
 	};
 	static const struct model models[] = {
-	        {"1.3B", 24, 2048, 16, 32000},
-	        {"7B", 32, 4096, 32, 32000},
-	        {"13B", 40, 5120, 40, 32000},
-	        {"tiny", 4, 256, 4, 4096},
+	        {"1.3B", 24, 2048, 32000},
+	        {"7B", 32, 4096, 32000},
+	        {"13B", 40, 5120, 32000},
+	        {"tiny", 4, 256, 4096},
 	};
 
 	return generate_main(&driver, models, sizeof models / sizeof models[0], argc, argv);

@@ -2,53 +2,10 @@
 #include "kernels/kernels.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-static const char *const operation_names[OP_COUNT] = {
-        [OP_NORM_LINEAR] = "norm_linear",
-        [OP_NORM_LINEAR_BACKWARD] = "norm_linear_backward",
-        [OP_LINEAR_RESIDUAL] = "linear_residual",
-        [OP_LINEAR_RESIDUAL_BACKWARD] = "linear_residual_backward",
-        [OP_ROTATE] = "rotate",
-        [OP_ROTATE_BACKWARD] = "rotate_backward",
-        [OP_ATTENTION] = "attention",
-        [OP_ATTENTION_BACKWARD] = "attention_backward",
-        [OP_ATTENTION_STEP] = "attention_step",
-        [OP_RAT_SCAN] = "rat_scan",
-        [OP_RAT_SCAN_BACKWARD] = "rat_scan_backward",
-        [OP_RAT_STEP] = "rat_step",
-        [OP_RECURRENCE] = "recurrence",
-        [OP_RECURRENCE_BACKWARD] = "recurrence_backward",
-        [OP_RECURRENCE_STEP] = "recurrence_step",
-        [OP_MATRIX_RECURRENCE] = "matrix_recurrence",
-        [OP_MATRIX_RECURRENCE_BACKWARD] = "matrix_recurrence_backward",
-        [OP_MATRIX_RECURRENCE_STEP] = "matrix_recurrence_step",
-        [OP_DECAY_GATE] = "decay_gate",
-        [OP_DECAY_GATE_BACKWARD] = "decay_gate_backward",
-        [OP_NORM_GATE] = "norm_gate",
-        [OP_NORM_GATE_BACKWARD] = "norm_gate_backward",
-        [OP_ROTATE_STEP] = "rotate_step",
-        [OP_SHORT_CONV] = "short_conv",
-        [OP_SHORT_CONV_BACKWARD] = "short_conv_backward",
-        [OP_SHORT_CONV_STEP] = "short_conv_step",
-        [OP_TIME_STEP] = "time_step",
-        [OP_TIME_STEP_BACKWARD] = "time_step_backward",
-        [OP_FORGET_GATE] = "forget_gate",
-        [OP_FORGET_GATE_BACKWARD] = "forget_gate_backward",
-        [OP_GATE_NORM] = "gate_norm",
-        [OP_GATE_NORM_BACKWARD] = "gate_norm_backward",
-        [OP_GELU] = "gelu",
-        [OP_GELU_BACKWARD] = "gelu_backward",
-        [OP_EMBEDDING] = "embedding",
-        [OP_EMBEDDING_BACKWARD] = "embedding_backward",
-        [OP_CROSS_ENTROPY] = "cross_entropy",
-        [OP_ARGMAX] = "argmax",
-};
-
-const char *operation_name(enum operation operation)
-{
-	return operation < OP_COUNT ? operation_names[operation] : "unknown";
-}
+#include "kernels/operation.h"
 
 const char *mask_name(enum mask mask)
 {
@@ -74,22 +31,22 @@ const char *rule_name(enum rule rule)
 static int operation_find(const char *name, size_t length)
 {
 	for (int i = 0; i < OP_COUNT; i++)
-		if (strlen(operation_names[i]) == length &&
-		    strncmp(operation_names[i], name, length) == 0)
+		if (strlen(operation_name(i)) == length &&
+		    strncmp(operation_name(i), name, length) == 0)
 			return i;
 	return -1;
 }
 
-static bool provider_exists(const struct backend *backend, int operation, const char *provider)
+static bool provider_exists(const struct device *device, int operation, const char *provider)
 {
-	for (const struct kernel *k = backend->kernels; k->run; k++)
+	for (const struct kernel *k = device->kernels; k->run; k++)
 		if ((operation < 0 || (int)k->operation == operation) &&
 		    strcmp(k->provider, provider) == 0)
 			return true;
 	return false;
 }
 
-static enum status parse_one_choice(struct provider_choice *choice, const struct backend *backend,
+static enum status parse_one_choice(struct provider_choice *choice, struct device *device,
                                     const char *text, size_t length)
 {
 	const char *equals = memchr(text, '=', length);
@@ -112,22 +69,23 @@ static enum status parse_one_choice(struct provider_choice *choice, const struct
 	choice->choice[choice->count].operation = operation;
 	snprintf(choice->choice[choice->count].provider, sizeof choice->choice[0].provider, "%.*s",
 	         (int)provider_length, provider);
-	if (!provider_exists(backend, operation, choice->choice[choice->count].provider))
-		return status_set(
-		        STATUS_INVALID, "--provider: backend %s has no %s%s'%s'", backend->name,
-		        operation < 0 ? "provider " : operation_names[operation],
-		        operation < 0 ? "" : " from ", choice->choice[choice->count].provider);
+	if (!provider_exists(device, operation, choice->choice[choice->count].provider))
+		return status_set(STATUS_INVALID, "--provider: backend %s has no %s%s'%s'",
+		                  device->backend->name,
+		                  operation < 0 ? "provider " : operation_name(operation),
+		                  operation < 0 ? "" : " from ",
+		                  choice->choice[choice->count].provider);
 	choice->count++;
 	return STATUS_OK;
 }
 
-enum status provider_choice_parse(struct provider_choice *choice, const struct backend *backend,
+enum status provider_choice_parse(struct provider_choice *choice, struct device *device,
                                   const char *text)
 {
 	choice->count = 0;
 	while (*text) {
 		size_t length = strcspn(text, ",");
-		enum status status = parse_one_choice(choice, backend, text, length);
+		enum status status = parse_one_choice(choice, device, text, length);
 
 		if (status != STATUS_OK)
 			return status;
@@ -150,16 +108,17 @@ static const struct kernel *first_supporting(const struct context *ctx, enum ope
 {
 	const char *why = "no kernel";
 
-	for (const struct kernel *k = ctx->backend->kernels; k->run; k++) {
+	for (const struct kernel *k = ctx->device->kernels; k->run; k++) {
 		if (k->operation != operation || (provider && strcmp(k->provider, provider) != 0))
 			continue;
-		const char *unsupported = k->unsupported ? k->unsupported(args) : NULL;
+		const char *unsupported = k->unsupported ? k->unsupported(ctx->device, args) : NULL;
 		if (!unsupported)
 			return k;
 		why = unsupported;
 	}
 	status_set(STATUS_UNSUPPORTED, "%s%s%s on %s: %s", operation_name(operation),
-	           provider ? " from " : "", provider ? provider : "", ctx->backend->name, why);
+	           provider ? " from " : "", provider ? provider : "", ctx->device->backend->name,
+	           why);
 	return NULL;
 }
 
@@ -207,29 +166,115 @@ static enum status plan_add(struct kernel_plan *plan, enum operation operation,
 void context_range_push(const struct context *ctx, const char *name)
 {
 	if (ctx->ranges)
-		ctx->backend->range_push(name);
+		ctx->device->backend->range_push(ctx->device, name);
 }
 
 void context_range_pop(const struct context *ctx)
 {
 	if (ctx->ranges)
-		ctx->backend->range_pop();
+		ctx->device->backend->range_pop(ctx->device);
+}
+
+static enum status list_add(struct call_list *list, enum operation operation,
+                            const struct kernel *kernel, const void *args)
+{
+	if (list->count == list->capacity) {
+		const int capacity = list->capacity ? 2 * list->capacity : 32;
+		struct operation_call *grown =
+		        realloc(list->calls, (size_t)capacity * sizeof *grown);
+
+		if (!grown)
+			return status_set(STATUS_OOM, "no memory for a list of operations");
+		list->calls = grown;
+		list->capacity = capacity;
+	}
+	struct operation_call *call = &list->calls[list->count++];
+	call->operation = operation;
+	call->kernel = kernel;
+	memset(&call->args, 0, sizeof call->args);
+	memcpy(&call->args, args, operation_describes(operation)->args_size);
+	return STATUS_OK;
+}
+
+enum { ALIGNMENT = 256 };
+
+static size_t aligned(size_t bytes)
+{
+	return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+/* Bytes of the gradients of parameters, each aligned. */
+static size_t gradient_bytes(const struct context *ctx, struct operand_list *list)
+{
+	size_t bytes = 0;
+
+	for (int i = 0; i < list->count; i++)
+		if (list->operand[i].role == ROLE_GRADIENT && operand_data(&list->operand[i]))
+			bytes += aligned((size_t)operand_count(&list->operand[i]) *
+			                 dtype_size(ctx->device->wide));
+	return bytes;
+}
+
+/* Runs with gradients of parameters in the workspace, and adds them to where they belong. */
+static enum status run_accumulating(struct context *ctx, const struct kernel *kernel,
+                                    const void *args, size_t workspace)
+{
+	union any_args copy;
+	struct operand_list list;
+	void *sums[MAX_OPERANDS];
+	char *place = (char *)ctx->workspace + aligned(workspace);
+
+	memcpy(&copy, args, operation_describes(kernel->operation)->args_size);
+	operation_describe(kernel->operation, &copy, &list);
+	for (int i = 0; i < list.count; i++) {
+		struct operand *o = &list.operand[i];
+
+		sums[i] = o->role == ROLE_GRADIENT ? operand_data(o) : NULL;
+		if (!sums[i])
+			continue;
+		operand_set(o, place);
+		place += aligned((size_t)operand_count(o) * dtype_size(ctx->device->wide));
+	}
+	enum status status = kernel->run(ctx->device, &copy, ctx->workspace);
+	for (int i = 0; i < list.count && status == STATUS_OK; i++)
+		if (sums[i])
+			status = ctx->device->backend->add(ctx->device,
+			                                   operand_count(&list.operand[i]),
+			                                   operand_data(&list.operand[i]), sums[i]);
+	return status;
+}
+
+/* Bytes that kernel_run() wants for a kernel. */
+static size_t workspace_of(const struct context *ctx, const struct kernel *kernel, const void *args)
+{
+	const size_t own = kernel->workspace ? kernel->workspace(ctx->device, args) : 0;
+	union any_args copy;
+	struct operand_list list;
+
+	if (!ctx->accumulate)
+		return own;
+	memcpy(&copy, args, operation_describes(kernel->operation)->args_size);
+	operation_describe(kernel->operation, &copy, &list);
+	return aligned(own) + gradient_bytes(ctx, &list);
 }
 
 enum status kernel_run(struct context *ctx, enum operation operation, const void *args)
 {
 	const struct kernel *kernel = kernel_select(ctx, operation, args);
-	enum status status;
+	enum status status = STATUS_OK;
 
 	if (!kernel)
 		return STATUS_UNSUPPORTED;
 	ctx->ran[operation] = kernel->provider;
-	size_t workspace = kernel->workspace ? kernel->workspace(args) : 0;
+	const size_t workspace = workspace_of(ctx, kernel, args);
 	if (ctx->plan) {
 		if (workspace > ctx->plan->workspace_bytes)
 			ctx->plan->workspace_bytes = workspace;
-		return plan_add(ctx->plan, operation, kernel->provider,
-		                kernel_cost(ctx->backend, operation, args));
+		if (ctx->list)
+			status = list_add(ctx->list, operation, kernel, args);
+		return status == STATUS_OK ? plan_add(ctx->plan, operation, kernel->provider,
+		                                      kernel_cost(ctx->device, operation, args))
+		                           : status;
 	}
 	if (workspace > ctx->workspace_bytes)
 		return status_set(STATUS_INVALID,
@@ -237,9 +282,35 @@ enum status kernel_run(struct context *ctx, enum operation operation, const void
 		                  operation_name(operation), kernel->provider, workspace,
 		                  ctx->workspace_bytes);
 	context_range_push(ctx, operation_name(operation));
-	status = kernel->run(args, ctx->workspace);
+	if (ctx->accumulate)
+		status = run_accumulating(ctx, kernel, args,
+		                          kernel->workspace ? kernel->workspace(ctx->device, args)
+		                                            : 0);
+	else
+		status = kernel->run(ctx->device, args, ctx->workspace);
 	context_range_pop(ctx);
 	return status;
+}
+
+struct kernel *kernels_joined(const struct kernel *kernels, const struct kernel *const *more)
+{
+	static const struct kernel *const none[] = {NULL};
+	size_t count = 0;
+
+	more = more ? more : none;
+	for (const struct kernel *k = kernels; k->run; k++)
+		count++;
+	for (int i = 0; more[i]; i++)
+		for (const struct kernel *k = more[i]; k->run; k++)
+			count++;
+	struct kernel *joined = calloc(count + 1, sizeof *joined);
+	struct kernel *to = joined;
+	for (const struct kernel *k = kernels; joined && k->run; k++)
+		*to++ = *k;
+	for (int i = 0; joined && more[i]; i++)
+		for (const struct kernel *k = more[i]; k->run; k++)
+			*to++ = *k;
+	return joined;
 }
 
 bool kernel_is_first(const struct kernel *kernels, const struct kernel *kernel)

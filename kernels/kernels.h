@@ -1,28 +1,33 @@
 /*
  * The one C interface to every operation.
  *
- * An operation is an entry of enum operation, an argument struct, and one or
- * more kernels (implementations, each from a provider: cpu, portable, hopper,
- * cudnn, cublas, flash3). kernel_run() picks the kernel: the provider the user asked
- * for with --provider, else the first in the backend's list that supports the
- * arguments. Adding a kernel is one file and one line in that list.
+ * An operation is a line of OPERATIONS, an argument struct, a description
+ * (kernels/operation.h, kernels/operations/), and one or more kernels
+ * (implementations, each from a provider: cpu, portable, hopper, cublaslt, cudnn,
+ * cublas, flash3; reference). run_attention(ctx, &args) and its like pick the kernel: the
+ * provider the user asked for with --provider, else the first in the device's
+ * list that supports the arguments. Adding a kernel is one file and one line in
+ * its provider's list.
  *
  * Conventions
  *   B batch, T sequence length, N = B*T tokens (token n = b*T + t), D model
  *   width, H heads, d = D/H head width, L chunk length, c(t) = t/L rounded down.
  *   `act` is the backend's activation element: fp32 on the CPU, bf16 on CUDA.
- *   Pointers to void are act; float pointers are always fp32; int32_t * are
- *   tokens or positions. All live in the backend's memory; the caller owns them.
+ *   Pointers to void are act; float pointers are fp32 on every backend; int32_t * are
+ *   tokens or positions. All live in the device's memory; the caller owns them. The
+ *   reference's device is the exception: its act is fp64, and so is what float pointers
+ *   point to, which its kernels read through wide() and wide_out().
  *   A weight [N, K] maps K inputs to N outputs: y = x W^T, row-major.
  *   Head h owns columns h*d .. (h+1)*d of a D-wide tensor.
- *   Gradients OVERWRITE their destination (they do not accumulate).
+ *   Gradients OVERWRITE their destination; those of parameters are added to it if the
+ *   context says so (context.accumulate).
  *   A pointer marked "or NULL" is optional; nothing is computed for it.
  *   Equations: the README's section "Mathematics" and arXiv 2507.04416 (RAT),
  *   2312.06635 (GLA).
  *
  * Every run() returns STATUS_OK, STATUS_UNSUPPORTED, STATUS_OOM or
- * STATUS_CUDA, with a message. None allocates memory: workspace is planned by
- * kernel_workspace() and handed over by the context.
+ * STATUS_CUDA, with a message. None but the reference's allocates memory: a kernel's
+ * workspace() says how much it wants, and the context hands it over.
  */
 #ifndef KERNELS_KERNELS_H
 #define KERNELS_KERNELS_H
@@ -31,53 +36,63 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "kernels/backend.h"
+#include "kernels/device.h"
 #include "kernels/status.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+/*
+ * Every operation, as X(CONSTANT, name): an entry of enum operation, its name in CSV and
+ * --provider, its argument struct (struct name_args), its description (name_description,
+ * kernels/operation.h), and the function that runs it (run_name, below).
+ */
+#define OPERATIONS(X)                                                                              \
+	X(NORM_LINEAR, norm_linear)                                                                \
+	X(NORM_LINEAR_BACKWARD, norm_linear_backward)                                              \
+	X(LINEAR_RESIDUAL, linear_residual)                                                        \
+	X(LINEAR_RESIDUAL_BACKWARD, linear_residual_backward)                                      \
+	X(ROTATE, rotate)                                                                          \
+	X(ROTATE_BACKWARD, rotate_backward)                                                        \
+	X(ATTENTION, attention)                                                                    \
+	X(ATTENTION_BACKWARD, attention_backward)                                                  \
+	X(ATTENTION_STEP, attention_step)                                                          \
+	X(RAT_SCAN, rat_scan)                                                                      \
+	X(RAT_SCAN_BACKWARD, rat_scan_backward)                                                    \
+	X(RAT_STEP, rat_step)                                                                      \
+	X(RECURRENCE, recurrence)                                                                  \
+	X(RECURRENCE_BACKWARD, recurrence_backward)                                                \
+	X(RECURRENCE_STEP, recurrence_step)                                                        \
+	X(MATRIX_RECURRENCE, matrix_recurrence)                                                    \
+	X(MATRIX_RECURRENCE_BACKWARD, matrix_recurrence_backward)                                  \
+	X(MATRIX_RECURRENCE_STEP, matrix_recurrence_step)                                          \
+	X(DECAY_GATE, decay_gate)                                                                  \
+	X(DECAY_GATE_BACKWARD, decay_gate_backward)                                                \
+	X(NORM_GATE, norm_gate)                                                                    \
+	X(NORM_GATE_BACKWARD, norm_gate_backward)                                                  \
+	X(ROTATE_STEP, rotate_step)                                                                \
+	X(SHORT_CONV, short_conv)                                                                  \
+	X(SHORT_CONV_BACKWARD, short_conv_backward)                                                \
+	X(SHORT_CONV_STEP, short_conv_step)                                                        \
+	X(TIME_STEP, time_step)                                                                    \
+	X(TIME_STEP_BACKWARD, time_step_backward)                                                  \
+	X(FORGET_GATE, forget_gate)                                                                \
+	X(FORGET_GATE_BACKWARD, forget_gate_backward)                                              \
+	X(GATE_NORM, gate_norm)                                                                    \
+	X(GATE_NORM_BACKWARD, gate_norm_backward)                                                  \
+	X(GELU, gelu)                                                                              \
+	X(GELU_BACKWARD, gelu_backward)                                                            \
+	X(EMBEDDING, embedding)                                                                    \
+	X(EMBEDDING_BACKWARD, embedding_backward)                                                  \
+	X(CROSS_ENTROPY, cross_entropy)                                                            \
+	X(ARGMAX, argmax)
+
 enum operation {
-	OP_NORM_LINEAR,
-	OP_NORM_LINEAR_BACKWARD,
-	OP_LINEAR_RESIDUAL,
-	OP_LINEAR_RESIDUAL_BACKWARD,
-	OP_ROTATE,
-	OP_ROTATE_BACKWARD,
-	OP_ATTENTION,
-	OP_ATTENTION_BACKWARD,
-	OP_ATTENTION_STEP,
-	OP_RAT_SCAN,
-	OP_RAT_SCAN_BACKWARD,
-	OP_RAT_STEP,
-	OP_RECURRENCE,
-	OP_RECURRENCE_BACKWARD,
-	OP_RECURRENCE_STEP,
-	OP_MATRIX_RECURRENCE,
-	OP_MATRIX_RECURRENCE_BACKWARD,
-	OP_MATRIX_RECURRENCE_STEP,
-	OP_DECAY_GATE,
-	OP_DECAY_GATE_BACKWARD,
-	OP_NORM_GATE,
-	OP_NORM_GATE_BACKWARD,
-	OP_ROTATE_STEP,
-	OP_SHORT_CONV,
-	OP_SHORT_CONV_BACKWARD,
-	OP_SHORT_CONV_STEP,
-	OP_TIME_STEP,
-	OP_TIME_STEP_BACKWARD,
-	OP_FORGET_GATE,
-	OP_FORGET_GATE_BACKWARD,
-	OP_GATE_NORM,
-	OP_GATE_NORM_BACKWARD,
-	OP_GELU,
-	OP_GELU_BACKWARD,
-	OP_EMBEDDING,
-	OP_EMBEDDING_BACKWARD,
-	OP_CROSS_ENTROPY,
-	OP_ARGMAX,
-	OP_COUNT
+#define X(constant, name) OP_##constant,
+	OPERATIONS(X)
+#undef X
+	        OP_COUNT
 };
 
 /* "norm_linear", "attention", "rat_scan_backward", ...: the name in CSV and --provider. */
@@ -106,15 +121,13 @@ struct norm_linear_args {
 
 /* dweight = dy^T x_norm; d(x_norm) = dy W; then through the norm. */
 struct norm_linear_backward_args {
-	int64_t n_tokens, d_in, d_out;
-	const void *x, *x_norm, *weight; /* as in the forward */
-	const float *norm_weight, *rstd;
-	const void *dy;        /* [n_tokens, d_out] */
-	const void *dresidual; /* [n_tokens, d_in] added to dx, or NULL */
-	void *dx_norm;         /* scratch [n_tokens, d_in] */
-	void *dx;              /* out [n_tokens, d_in]; may alias dresidual */
-	float *dnorm_weight;   /* out [d_in]; NULL iff norm_weight is */
-	float *dweight;        /* out [d_out, d_in], fp32 on every backend */
+	struct norm_linear_args forward; /* as it was run; its y is not read */
+	const void *dy;                  /* [n_tokens, d_out] */
+	const void *dresidual;           /* [n_tokens, d_in] added to dx, or NULL */
+	void *dx_norm;                   /* scratch [n_tokens, d_in] */
+	void *dx;                        /* out [n_tokens, d_in]; may alias dresidual */
+	float *dnorm_weight;             /* out [d_in]; NULL iff norm_weight is */
+	float *dweight;                  /* out [d_out, d_in], fp32 on every backend */
 };
 
 /* y = residual + x W^T; residual NULL: y = x W^T. */
@@ -163,11 +176,13 @@ struct rotate_args {
 	                                    likewise q_out.data NULL: q, k_out.data NULL: k */
 };
 
-/* Rotates dq, dk back, in place. */
+/* Gradients of q and k from those of the rotated ones, dq_out and dk_out: rotated back. Outputs may
+ * alias inputs. rope false: a copy (skipped where aliased). */
 struct rotate_backward_args {
 	int64_t batch, seq_len, n_heads, d_head;
 	bool rope;
-	struct view dq, dk;
+	struct view dq_out, dk_out; /* [B, T, H, d] */
+	struct view dq, dk;         /* out [B, T, H, d] */
 };
 
 enum mask {
@@ -372,6 +387,8 @@ struct matrix_recurrence_args {
 	const float *h0;       /* [B, H, d_k, d_v] or NULL: zero */
 	struct view out;       /* out [B, T, H, d_v] */
 	float *final_state;    /* out [B, H, d_k, d_v] or NULL */
+	int64_t first_head;    /* the number of the first head, for DECAY_CONSTANT: 0 except for
+	                          the reference, which may be given some of the heads */
 };
 
 struct matrix_recurrence_backward_args {
@@ -394,6 +411,7 @@ struct matrix_recurrence_step_args {
 	const float *bonus;
 	float *state;
 	struct view out;
+	int64_t first_head; /* as in struct matrix_recurrence_args */
 };
 
 /* GLA's gate: log_decay = logsigmoid(x W^T + bias) / normalizer. x is rank-wide, with a row stride.
@@ -434,11 +452,13 @@ struct norm_gate_backward_args {
 	float *dweight;                /* out [d] */
 };
 
-/* One token per sequence, at *position: q and k rotated in place, as by struct rotate_args. */
+/* One token per sequence, at *position: q and k rotated, as by struct rotate_args. Outputs may
+ * alias inputs. */
 struct rotate_step_args {
 	int64_t batch, n_heads, d_head;
-	const int32_t *position; /* one, in device memory, the same for all sequences */
-	struct view q, k;        /* in, out [B, 1, H, d] */
+	const int32_t *position;  /* one, in device memory, the same for all sequences */
+	struct view q, k;         /* [B, 1, H, d] */
+	struct view q_out, k_out; /* out [B, 1, H, d] */
 };
 
 enum { CONV_WIDTH = 4, CONV_HISTORY = CONV_WIDTH - 1 };
@@ -598,16 +618,24 @@ struct argmax_args {
 	int32_t *position; /* in, out, or NULL */
 };
 
+/* Room for the arguments of any operation. */
+union any_args {
+#define X(constant, name) struct name##_args name;
+	OPERATIONS(X)
+#undef X
+};
+
 /* One implementation of one operation. */
 struct kernel {
 	enum operation operation;
 	const char *provider;
 	/* NULL if it can take these arguments, else why not, in a few words. NULL pointer: takes
 	 * all. */
-	const char *(*unsupported)(const void *args);
+	const char *(*unsupported)(const struct device *device, const void *args);
 	/* Bytes of workspace it wants for these arguments. NULL pointer: none. */
-	size_t (*workspace)(const void *args);
-	enum status (*run)(const void *args, void *workspace);
+	size_t (*workspace)(const struct device *device, const void *args);
+	/* Submits the work to the device's queue. */
+	enum status (*run)(struct device *device, const void *args, void *workspace);
 };
 
 enum { MAX_PROVIDER_CHOICES = 16 };
@@ -623,9 +651,9 @@ struct provider_choice {
 
 /*
  * Parses a comma-separated --provider list into *choice. STATUS_INVALID with a
- * message on an unknown operation or a provider that no kernel of `backend` has.
+ * message on an unknown operation or a provider that no kernel of `device` has.
  */
-enum status provider_choice_parse(struct provider_choice *choice, const struct backend *backend,
+enum status provider_choice_parse(struct provider_choice *choice, struct device *device,
                                   const char *text);
 
 /* One line of a plan: `count` runs of the same operation at the same cost. */
@@ -651,13 +679,27 @@ struct kernel_plan {
 	struct planned_operation operations[MAX_PLANNED_OPERATIONS];
 };
 
+/* The operations that a plan would run, one by one; calls is to be freed. */
+struct operation_call {
+	enum operation operation;
+	const struct kernel *kernel;
+	union any_args args;
+};
+
+struct call_list {
+	int count, capacity;
+	struct operation_call *calls;
+};
+
 /* Where and how operations run: passed down, never stored. */
 struct context {
-	const struct backend *backend;
+	struct device *device;
 	struct provider_choice choice;
 	void *workspace; /* shared by all operations, which run one after another */
 	size_t workspace_bytes;
 	struct kernel_plan *plan;  /* non-NULL: plan, do not run */
+	struct call_list *list;    /* non-NULL with a plan: the operations one by one */
+	bool accumulate;           /* gradients of parameters are added to what is there */
 	bool ranges;               /* wrap each operation in a profiler range */
 	const char *ran[OP_COUNT]; /* provider of the last run (or plan) of each operation */
 };
@@ -670,6 +712,10 @@ struct context {
 const struct kernel *kernel_select(const struct context *ctx, enum operation operation,
                                    const void *args);
 
+/* A list of kernels and those of `more`, which may be NULL and ends with NULL, in new memory; NULL
+ * if there is none. */
+struct kernel *kernels_joined(const struct kernel *kernels, const struct kernel *const *more);
+
 /* False if an earlier kernel of the list has the same operation and provider: a provider may have
  * several kernels of one operation, which take different arguments. */
 bool kernel_is_first(const struct kernel *kernels, const struct kernel *kernel);
@@ -678,12 +724,33 @@ bool kernel_is_first(const struct kernel *kernels, const struct kernel *kernel);
 void context_range_push(const struct context *ctx, const char *name);
 void context_range_pop(const struct context *ctx);
 
-/* Selects and runs (or plans); `args` must be the struct of that operation. */
+/* Selects and runs (or plans); `args` must be the struct of that operation. For generic code;
+ * everybody else calls run_attention(ctx, &args) and its like, which compile with no other struct.
+ */
 enum status kernel_run(struct context *ctx, enum operation operation, const void *args);
+
+#define X(constant, name)                                                                          \
+	static inline enum status run_##name(struct context *ctx, const struct name##_args *args)  \
+	{                                                                                          \
+		return kernel_run(ctx, OP_##constant, args);                                       \
+	}
+OPERATIONS(X)
+#undef X
+
+/* What a float pointer of an argument struct holds on the reference's device. */
+static inline const double *wide(const float *tensor)
+{
+	return (const double *)(const void *)tensor;
+}
+
+static inline double *wide_out(float *tensor)
+{
+	return (double *)(void *)tensor;
+}
 
 /* FLOPs and bytes of an operation: causal attention counts visible pairs only,
  * its backward 2.5 times the forward. */
-struct cost kernel_cost(const struct backend *backend, enum operation operation, const void *args);
+struct cost kernel_cost(const struct device *device, enum operation operation, const void *args);
 
 #ifdef __cplusplus
 }

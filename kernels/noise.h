@@ -33,4 +33,19 @@ NOISE_FUNCTION float noise_unit(uint64_t half)
 	return (float)((half & 0xffffffu) + 1) * 0x1p-24f;
 }
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* out[i] = element first + i of a stream of normal(0, scale). */
+void noise_normal(uint64_t seed, uint64_t stream, int64_t first, int64_t count, float scale,
+                  float *out);
+/* Likewise, uniform in [low, high). */
+void noise_uniform(uint64_t seed, uint64_t stream, int64_t first, int64_t count, float low,
+                   float high, float *out);
+
+#ifdef __cplusplus
+}
+#endif
+
 #endif

@@ -11,18 +11,22 @@ static const struct family_member gla = {
         .input = INPUT_DECAY_GATE,
         .output = OUTPUT_NORM_GATE,
         .key_part = 2,
-        .decay_name = "gk_proj.0.weight",
         .value_factor = 1,
+        .golden = {{"q_proj.weight", COLUMN_Q},
+                   {"k_proj.weight", COLUMN_K},
+                   {"v_proj.weight", COLUMN_V},
+                   {"gk_proj.0.weight", COLUMN_DECAY},
+                   {"g_proj.weight", COLUMN_GATE}},
 };
 
 static int64_t four_heads(int64_t d_model)
 {
-	(void)d_model;
 	return 4;
 }
 
 const struct layer_class gla_layer = {.name = "gla",
-                                      .tunables = "chunk",
+                                      .summary = "gated linear attention",
+                                      .arguments = FAMILY_ARGUMENTS,
                                       .family = &gla,
                                       .default_heads = four_heads,
                                       FAMILY_FUNCTIONS};

@@ -13,9 +13,14 @@ static const struct family_member hgrn = {
         .vector_state = true,
         .norm_over_all = true,
         .key_part = 1,
-        .decay_name = "f_proj.weight",
         .value_factor = 1,
+        .golden = {{"i_proj.weight", COLUMN_V},
+                   {"f_proj.weight", COLUMN_DECAY},
+                   {"g_proj.weight", COLUMN_GATE}},
 };
 
-const struct layer_class hgrn_layer = {
-        .name = "hgrn", .tunables = "", .family = &hgrn, FAMILY_FUNCTIONS};
+const struct layer_class hgrn_layer = {.name = "hgrn",
+                                       .summary = "HGRN, whose state is a vector",
+                                       .arguments = NO_ARGUMENTS,
+                                       .family = &hgrn,
+                                       FAMILY_FUNCTIONS};

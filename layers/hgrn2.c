@@ -12,9 +12,14 @@ static const struct family_member hgrn2 = {
         .output = OUTPUT_NORM,
         .norm_over_all = true,
         .key_part = 1,
-        .decay_name = "f_proj.weight",
         .value_factor = 1,
+        .golden = {{"q_proj.weight", COLUMN_Q},
+                   {"i_proj.weight", COLUMN_V},
+                   {"f_proj.weight", COLUMN_DECAY}},
 };
 
-const struct layer_class hgrn2_layer = {
-        .name = "hgrn2", .tunables = "chunk", .family = &hgrn2, FAMILY_FUNCTIONS};
+const struct layer_class hgrn2_layer = {.name = "hgrn2",
+                                        .summary = "HGRN2, whose state is a matrix",
+                                        .arguments = FAMILY_ARGUMENTS,
+                                        .family = &hgrn2,
+                                        FAMILY_FUNCTIONS};

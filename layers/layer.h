@@ -3,7 +3,7 @@
  * layers (layers/stack.h) plans the memory; a layer only lists what it needs
  * and runs operations of kernels/kernels.h on it. It knows no backend.
  *
- * The temporal-mixing layers are y = x + OutProj(Mix(InProj(RMSNorm(x)))).
+ * All layers are y = x + OutProj(Mix(InProj(RMSNorm(x)))); each is a Mix.
  */
 #ifndef LAYERS_LAYER_H
 #define LAYERS_LAYER_H
@@ -12,8 +12,9 @@
 #include <stdint.h>
 
 #include "kernels/kernels.h"
+#include "layers/pass.h"
 
-enum { MAX_TENSORS = 24, MAX_LAYERS = 128, MAX_GOLDEN_NAMES = 16 };
+enum { MAX_TENSORS = 24, MAX_LAYERS = 128, MAX_GOLDEN_NAMES = 32 };
 
 /* Where a parameter's first value comes from. */
 enum init {
@@ -41,32 +42,81 @@ struct tensor_spec {
 	enum init init;  /* of parameters */
 };
 
+/* Rows that a run writes, and a column of parameters. */
+static inline struct tensor_spec tensor_rows(const char *name, enum storage storage, int64_t n,
+                                             int64_t width)
+{
+	return (struct tensor_spec){name, storage, 2, {n, width}, INIT_ZEROS};
+}
+
+static inline struct tensor_spec tensor_vector(const char *name, int64_t n, enum init init)
+{
+	return (struct tensor_spec){name, STORAGE_FP32, 1, {n}, init};
+}
+
 /* Elements of a tensor. */
 int64_t tensor_count(const struct tensor_spec *spec);
 /* Its element type on a backend, and its bytes there. */
-enum dtype tensor_dtype(const struct tensor_spec *spec, const struct backend *backend);
-size_t tensor_bytes(const struct tensor_spec *spec, const struct backend *backend);
+enum dtype tensor_dtype(const struct tensor_spec *spec, const struct device *device);
+size_t tensor_bytes(const struct tensor_spec *spec, const struct device *device);
 
-/* The name a golden file (the reference implementations) gives to rows of one of our parameters. */
+/* What a golden file (the reference implementations) calls a part of one of our tensors. Entries of
+ * the same name follow one another in the reference's tensor. */
 struct golden_name {
-	const char *name;    /* e.g. "q_proj.weight" */
-	int parameter;       /* index into the layer's parameters */
-	int64_t row, n_rows; /* of the parameter's first dimension */
+	const char *name;     /* "q_proj.weight"; of a state "state.s" */
+	int tensor;           /* index into the layer's parameters or states */
+	int64_t first, count; /* rows of a parameter; of a state columns, its last dimension */
+	bool is_state;
+	bool transposed; /* the last two dimensions of a state */
 };
+
+static inline struct golden_name golden_rows(const char *name, int parameter, int64_t first,
+                                             int64_t count)
+{
+	return (struct golden_name){.name = name, parameter, first, count};
+}
+
+static inline struct golden_name golden_columns(const char *name, int state, int64_t first,
+                                                int64_t count, bool transposed)
+{
+	return (struct golden_name){name, state, first, count, true, transposed};
+}
 
 struct layer_class;
 
 /* One layer of a stack. Filled by stack_configure(); plain data. */
 struct layer_config {
 	const struct layer_class *class;
-	int64_t d_model, n_heads;
-	int64_t chunk;  /* RAT: L; GLA: chunk length of the chunkwise form; 0: the kernel picks */
-	int64_t window; /* swa: W (W+1 keys) */
-	int64_t groups; /* RAT: groups that share q and k */
+	int64_t d_model;
+	/* Arguments; 0 where the class has no such one. */
+	int64_t n_heads; /* 1 where it has none */
+	int64_t chunk;   /* RAT: L; the family: of the chunkwise form; 0: the kernel picks */
+	int64_t window;  /* swa: W (W+1 keys) */
+	int64_t groups;  /* RAT: groups that share q and k */
+	int64_t rope;    /* 1: rotary positions */
+
 	int64_t train_len;      /* L of the recurrence's gate-bias initialisation */
-	bool rope;              /* --position rope */
-	bool prenorm, residual; /* true but for layer_gla's golden file */
+	bool prenorm, residual; /* true except for golden files of a mixer alone */
 	float norm_eps;         /* of the pre-norm: 1e-6 */
+};
+
+/*
+ * An argument of a class, as a pattern gives it: rat(chunk=16). Parsing, messages, --help and the
+ * rows' columns follow from these tables.
+ */
+struct layer_argument {
+	const char *name;         /* NULL ends a list */
+	size_t offset;            /* of an int64_t in struct layer_config */
+	int64_t fallback, least;  /* the value where nobody gives one; the smallest allowed */
+	bool automatic;           /* 0 is allowed as well: the layer or its kernel chooses */
+	const char *const *words; /* the two values by name, 0 first; NULL: a number */
+	/* Two classes mean the same by an argument's name where this is the same. */
+	const char *help;
+};
+
+/* The heads of a row: of queries, of keys and values, and their widths; -1: there are none. */
+struct layer_widths {
+	int64_t heads, kv_heads, d_k, d_v;
 };
 
 /* Memory of one layer, in the order of its spec lists. */
@@ -79,13 +129,10 @@ struct layer_memory {
 };
 
 /* Saved tensors of every layer: InProj's output, OutProj's input, and what the backward of InProj
- * needs (empty outside training). A layer's own follow. */
+ * needs (empty outside training); and the scratch of its backward pass, their gradients. A layer's
+ * own follow. One that works in place has its mix, or its dproj, where the other is. */
 enum { SAVED_PROJ = 0, SAVED_MIX = 1, SAVED_X_NORM = 2, SAVED_RSTD = 3, SAVED_OTHER = 4 };
-
-enum pass { PASS_PREFILL, PASS_TRAIN, PASS_GENERATION, PASS_THROUGHPUT, PASS_KERNEL };
-
-/* "prefill", "train", "generation", "throughput", "kernel". */
-const char *pass_name(enum pass pass);
+enum { SCRATCH_DMIX = 0, SCRATCH_DPROJ = 1, SCRATCH_DX_NORM = 2, SCRATCH_OTHER = 3 };
 
 /* Sizes a layer is planned for. */
 struct layer_shape {
@@ -98,27 +145,45 @@ struct layer_shape {
 	                        are for these, its caches for batch); 0: all */
 };
 
-struct family_member;
-
-/* What a run has left of one sequence. */
+/* One run of one layer. */
 struct layer_run {
-	const struct backend *backend;
+	struct context *ctx;
+	const struct layer_config *config;
+	const struct layer_shape *shape;
 	const struct layer_memory *memory;
-	int64_t sequence;
+	const int32_t *position; /* of a step; otherwise NULL */
+	int64_t position_hint;
 };
 
+static inline int64_t layer_tokens(const struct layer_run *run)
+{
+	return run->shape->batch * run->shape->seq_len;
+}
+
+/* y [N, D] from x [N, D], of a sequence or a step. y must not alias x. */
+enum status layer_forward(const struct layer_run *run, const void *x, void *y);
+/* dx and every parameter's gradient. dx may alias dy. */
+enum status layer_backward(const struct layer_run *run, const void *x, const void *dy, void *dx);
+
+struct family_member;
+
 struct layer_class {
-	const char *name; /* "attention", "rat", ... as in the CSV */
-	/* Which options matter to it: a subset of "chunk,window,groups,position". A number in a
-	 * pattern ("rat:16", "swa:1024") sets the first of them. */
-	const char *tunables;
+	const char *name;    /* "attention", "rat", ... as in the CSV */
+	const char *summary; /* what it is, in a few words */
+	/* A number in a pattern ("rat:16", "swa:1024") sets the first. */
+	const struct layer_argument *arguments;
 	const struct family_member *family; /* of the linear-attention family, or NULL */
 	/* Heads where the user names no number; NULL: as wide as layers/stack.c chooses. */
 	int64_t (*default_heads)(int64_t d_model);
-	/* Columns M of the tensor that enters OutProj; NULL: D. */
+	/* NULL: keys and values have as many heads as queries, and D / heads columns each. */
+	struct layer_widths (*widths)(const struct layer_config *config);
+	bool mixes; /* tokens with one another: all but the ffn */
+	/* Columns P of InProj's output, and M of the tensor that enters OutProj (NULL: D). */
+	int64_t (*proj_width)(const struct layer_config *config);
 	int64_t (*mix_width)(const struct layer_config *config);
 
-	/* STATUS_INVALID with one line naming the option and what is allowed. */
+	/* Whether its arguments go together: STATUS_INVALID with one line naming the layer, the
+	 * argument and what is allowed. NULL: always. */
 	enum status (*check)(const struct layer_config *config);
 
 	/*
@@ -134,63 +199,15 @@ struct layer_class {
 	int (*scratch)(const struct layer_config *config, const struct layer_shape *shape,
 	               struct tensor_spec *specs);
 
-	/* y [N, D] from x [N, D]; fills the state if there is one. y must not alias x. */
-	enum status (*forward)(struct context *ctx, const struct layer_config *config,
-	                       const struct layer_shape *shape, struct layer_memory *memory,
-	                       const void *x, void *y);
-	/* dx and every parameter's gradient. dx may alias dy. */
-	enum status (*backward)(struct context *ctx, const struct layer_config *config,
-	                        const struct layer_shape *shape, struct layer_memory *memory,
-	                        const void *x, const void *dy, void *dx);
-	/* One token per sequence, at *position; x, y [B, D]. */
-	enum status (*step)(struct context *ctx, const struct layer_config *config,
-	                    const struct layer_shape *shape, struct layer_memory *memory,
-	                    const int32_t *position, int64_t position_hint, const void *x, void *y);
+	/* saved[SAVED_MIX] from saved[SAVED_PROJ]; fills the state if there is one. */
+	enum status (*forward)(const struct layer_run *run);
+	/* scratch[SCRATCH_DPROJ] from scratch[SCRATCH_DMIX], and its own parameters' gradients. */
+	enum status (*backward)(const struct layer_run *run);
+	/* The same as forward for one token per sequence, at *position. */
+	enum status (*step)(const struct layer_run *run);
 
-	/*
-	 * The fp64 reference, independent of the kernels, on the host; NULL for
-	 * layers that mix no tokens. Parameters and states are doubles in the
-	 * order and shape of the spec lists.
-	 *
-	 * reference_anywhere: reference_mix touches doubles only through functions that run
-	 * anywhere (kernels/reference/reference.h), so it can be given those of a device.
-	 *
-	 * reference_mix: rows of the tensor that enters OutProj, from all of
-	 * InProj's output. proj [n_seq, T, P] (unrotated), rows: indices into n_seq*T.
-	 */
-	bool reference_anywhere;
-	enum status (*reference_mix)(const struct layer_config *config, const double *const *param,
-	                             int64_t n_seq, int64_t seq_len, const double *proj,
-	                             int64_t n_rows, const int64_t *rows, double *mix);
-	/* The same tensor for one generated token of n_seq sequences. proj [n_seq, P];
-	 * state[i] [n_seq, ...] as before the step in, as after it out. */
-	enum status (*reference_step)(const struct layer_config *config,
-	                              const struct layer_shape *shape, const double *const *param,
-	                              int64_t n_seq, int64_t position, const double *proj,
-	                              double *const *state, double *mix);
-	/* Gradients of sum(dy * y): dproj [N, P] from dmix [N, M]; those of the parameters that act
-	 * inside Mix are added to grad[i] (others are left alone), shaped as param[i]. */
-	enum status (*reference_mix_backward)(const struct layer_config *config,
-	                                      const double *const *param, int64_t batch,
-	                                      int64_t seq_len, const double *proj,
-	                                      const double *dmix, double *dproj,
-	                                      double *const *grad);
-
-	/*
-	 * For sequences too long for the host; NULL where there is no such way.
-	 * reference_dproj_rows: rows of dproj, [n_rows, P], of one sequence, on the device in use.
-	 * Of the run it takes what would need every pair of tokens, which is verified by itself.
-	 * summed_columns: the first column of dproj whose sum over the tokens, and its neighbours',
-	 * is the gradient of parameter `index`; -1 if it is none.
-	 */
-	enum status (*reference_dproj_rows)(const struct layer_config *config,
-	                                    const double *const *param, const struct layer_run *run,
-	                                    int64_t seq_len, const double *proj, const double *dmix,
-	                                    int64_t n_rows, const int64_t *rows, double *dproj);
-	int64_t (*summed_columns)(const struct layer_config *config, int index);
-
-	/* Names of the parameters in golden files, into names[MAX_GOLDEN_NAMES]; returns how many.
-	 */
+	/* Names of parameters and states in golden files, into names[MAX_GOLDEN_NAMES]; returns how
+	 * many. */
 	int (*golden_names)(const struct layer_config *config, struct golden_name *names);
 };
 
@@ -200,8 +217,21 @@ extern const struct layer_class *const layer_classes[];
 /* The class called `name`, or NULL. */
 const struct layer_class *layer_class_find(const char *name);
 
-/* Every temporal-mixing layer: parameter 0 is norm_weight [D] (fp32), parameter 1 in_proj [P, D],
- * parameter 2 out_proj [D, M]; others follow. ffn: 0 norm_weight, 1 fc1 [4D, D], 2 fc2 [D, 4D]. */
+/* Arguments that several classes have. */
+extern const char *const position_words[];
+
+#define NO_ARGUMENTS ((const struct layer_argument[]){{0}})
+#define ARGUMENT(word, field, ...)                                                                 \
+	{                                                                                          \
+		.name = word, .offset = offsetof(struct layer_config, field), __VA_ARGS__          \
+	}
+#define ARGUMENT_HEADS ARGUMENT("heads", n_heads, .least = 1, .automatic = true, .help = "heads H")
+#define ARGUMENT_POSITION                                                                          \
+	ARGUMENT("position", rope, .fallback = 1, .words = position_words,                         \
+	         .help = "position encoding of q and k")
+
+/* Every layer: parameter 0 is norm_weight [D] (fp32), parameter 1 in_proj [P, D],
+ * parameter 2 out_proj [D, M]; others follow. The ffn's are called fc1 and fc2. */
 enum { PARAM_NORM = 0, PARAM_IN_PROJ = 1, PARAM_OUT_PROJ = 2, PARAM_OTHER = 3 };
 
 #endif

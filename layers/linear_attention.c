@@ -11,9 +11,14 @@ static const struct family_member linear_attention = {
         .output = OUTPUT_NORM,
         .key_part = 1,
         .value_factor = 1,
+        .golden = {{"q_proj.weight", COLUMN_Q},
+                   {"k_proj.weight", COLUMN_K},
+                   {"v_proj.weight", COLUMN_V}},
 };
 
-const struct layer_class linear_attention_layer = {.name = "linear_attention",
-                                                   .tunables = "chunk",
-                                                   .family = &linear_attention,
-                                                   FAMILY_FUNCTIONS};
+const struct layer_class linear_attention_layer = {
+        .name = "linear_attention",
+        .summary = "linear attention, with a norm for its normalizer",
+        .arguments = FAMILY_ARGUMENTS,
+        .family = &linear_attention,
+        FAMILY_FUNCTIONS};

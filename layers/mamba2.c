@@ -15,8 +15,13 @@ static const struct family_member mamba2 = {
         .unscaled = true,
         .norm_over_all = true,
         .shared_keys = 128,
-        .decay_name = "dt_proj.weight",
         .value_factor = 2,
+        .golden = {{"in_proj.weight", COLUMN_GATE},
+                   {"in_proj.weight", COLUMN_V},
+                   {"in_proj.weight", COLUMN_K},
+                   {"in_proj.weight", COLUMN_Q},
+                   {"in_proj.weight", COLUMN_DECAY}},
+        .golden_values_first = true,
 };
 
 static int64_t heads_of_64(int64_t d_model)
@@ -25,7 +30,8 @@ static int64_t heads_of_64(int64_t d_model)
 }
 
 const struct layer_class mamba2_layer = {.name = "mamba2",
-                                         .tunables = "chunk",
+                                         .summary = "Mamba-2",
+                                         .arguments = FAMILY_ARGUMENTS,
                                          .family = &mamba2,
                                          .default_heads = heads_of_64,
                                          FAMILY_FUNCTIONS};

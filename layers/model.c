@@ -2,6 +2,7 @@
 #include "layers/model.h"
 
 #include "layers/mixing.h"
+#include "layers/try.h"
 
 static int64_t tokens_of(const struct stack *stack)
 {
@@ -20,13 +21,13 @@ enum status model_embed(const struct stack *stack, struct context *ctx, int64_t 
 	        .y = stack->x,
 	};
 
-	return kernel_run(ctx, OP_EMBEDDING, &args);
+	return run_embedding(ctx, &args);
 }
 
-enum status model_head(const struct stack *stack, struct context *ctx, int64_t n_tokens,
-                       const void *y, void *logits)
+static struct norm_linear_args head_args(const struct stack *stack, int64_t n_tokens, const void *y,
+                                         void *logits)
 {
-	const struct norm_linear_args args = {
+	return (struct norm_linear_args){
 	        .n_tokens = n_tokens,
 	        .d_in = stack->d_model,
 	        .d_out = stack->vocab,
@@ -38,8 +39,14 @@ enum status model_head(const struct stack *stack, struct context *ctx, int64_t n
 	        .rstd = stack->rstd,
 	        .y = logits,
 	};
+}
 
-	return kernel_run(ctx, OP_NORM_LINEAR, &args);
+enum status model_head(const struct stack *stack, struct context *ctx, int64_t n_tokens,
+                       const void *y, void *logits)
+{
+	const struct norm_linear_args args = head_args(stack, n_tokens, y, logits);
+
+	return run_norm_linear(ctx, &args);
 }
 
 /* A gather of strided rows is what OP_ROTATE does when it does not rotate. */
@@ -57,7 +64,7 @@ enum status model_take_last(const struct stack *stack, struct context *ctx, int6
 	        .q_out = {stack->last, d, d, d_head},
 	};
 
-	return kernel_run(ctx, OP_ROTATE, &args);
+	return run_rotate(ctx, &args);
 }
 
 enum status model_pick(const struct stack *stack, struct context *ctx, int64_t n_seq,
@@ -71,7 +78,7 @@ enum status model_pick(const struct stack *stack, struct context *ctx, int64_t n
 	        .position = position,
 	};
 
-	return kernel_run(ctx, OP_ARGMAX, &args);
+	return run_argmax(ctx, &args);
 }
 
 enum status model_loss_backward(const struct stack *stack, struct context *ctx)
@@ -86,25 +93,16 @@ enum status model_loss_backward(const struct stack *stack, struct context *ctx)
 	        .losses = stack->losses,
 	};
 	const struct norm_linear_backward_args head = {
-	        .n_tokens = tokens_of(stack),
-	        .d_in = stack->d_model,
-	        .d_out = stack->vocab,
-	        .x = stack->y,
-	        .x_norm = stack->x_norm,
-	        .weight = stack->head,
-	        .norm_weight = stack->final_norm,
-	        .rstd = stack->rstd,
+	        .forward = head_args(stack, tokens_of(stack), stack->y, NULL),
 	        .dy = stack->logits,
 	        .dx_norm = stack->dx_norm,
 	        .dx = stack->dy,
 	        .dnorm_weight = stack->d_final_norm,
 	        .dweight = stack->d_head,
 	};
-	enum status status = kernel_run(ctx, OP_CROSS_ENTROPY, &loss);
 
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_NORM_LINEAR_BACKWARD, &head);
-	return status;
+	TRY(run_cross_entropy(ctx, &loss));
+	return run_norm_linear_backward(ctx, &head);
 }
 
 enum status model_embed_backward(const struct stack *stack, struct context *ctx)
@@ -118,5 +116,5 @@ enum status model_embed_backward(const struct stack *stack, struct context *ctx)
 	        .dtable = stack->d_embedding,
 	};
 
-	return kernel_run(ctx, OP_EMBEDDING_BACKWARD, &args);
+	return run_embedding_backward(ctx, &args);
 }

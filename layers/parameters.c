@@ -6,7 +6,8 @@
 #include <string.h>
 
 #include "layers/model.h"
-#include "layers/noise.h"
+#include "layers/try.h"
+#include "kernels/noise.h"
 
 /* Floats that are made or moved at a time. */
 enum { BLOCK_COUNT = 4 << 20 };
@@ -85,6 +86,16 @@ static enum status no_parameter(int layer, int index)
 	return status_set(STATUS_INVALID, "layer %d has no parameter %d", layer, index);
 }
 
+bool stack_parameter_spec(const struct stack *stack, int layer, int index, struct tensor_spec *spec)
+{
+	struct parameter parameter;
+	bool found = find_parameter(stack, layer, index, &parameter);
+
+	if (found)
+		*spec = parameter.spec;
+	return found;
+}
+
 int64_t stack_parameter_count(const struct stack *stack, int layer, int index)
 {
 	struct parameter parameter;
@@ -98,8 +109,8 @@ enum status stack_set_parameter(struct stack *stack, int layer, int index, const
 
 	if (!find_parameter(stack, layer, index, &p))
 		return no_parameter(layer, index);
-	return backend_upload_floats(stack->backend, tensor_dtype(&p.spec, stack->backend), p.value,
-	                             values, (size_t)tensor_count(&p.spec));
+	return device_upload_floats(stack->device, tensor_dtype(&p.spec, stack->device), p.value,
+	                            values, (size_t)tensor_count(&p.spec));
 }
 
 enum status stack_get_parameter(const struct stack *stack, int layer, int index, float *values)
@@ -108,8 +119,8 @@ enum status stack_get_parameter(const struct stack *stack, int layer, int index,
 
 	if (!find_parameter(stack, layer, index, &p))
 		return no_parameter(layer, index);
-	return backend_download_floats(stack->backend, tensor_dtype(&p.spec, stack->backend),
-	                               values, p.value, (size_t)tensor_count(&p.spec));
+	return device_download_floats(stack->device, tensor_dtype(&p.spec, stack->device), values,
+	                              p.value, (size_t)tensor_count(&p.spec));
 }
 
 enum status stack_get_gradient(const struct stack *stack, int layer, int index, float *values)
@@ -118,8 +129,8 @@ enum status stack_get_gradient(const struct stack *stack, int layer, int index, 
 
 	if (!find_parameter(stack, layer, index, &p) || !p.gradient)
 		return no_parameter(layer, index);
-	return backend_download_floats(stack->backend, DTYPE_F32, values, p.gradient,
-	                               (size_t)tensor_count(&p.spec));
+	return device_download_floats(stack->device, stack->device->wide, values, p.gradient,
+	                              (size_t)tensor_count(&p.spec));
 }
 
 /* ---- golden names ---- */
@@ -142,91 +153,219 @@ static int layer_of_name(const struct stack *stack, const char **name)
 	return has_ffn && strcmp(kind, "hidden_layer") == 0 ? 2 * index + 1 : -1;
 }
 
-/* The parameter that a golden name means, and its rows; false if it means none. */
-static bool find_named(const struct stack *stack, const char *name, struct parameter *parameter,
-                       int64_t *row, int64_t *n_rows)
+/* What a golden name means: pieces of one of our tensors, in the reference's order. */
+struct named {
+	struct parameter tensor; /* or a state, which has no gradient */
+	bool is_state, transposed;
+	int n_pieces;
+	int64_t first[MAX_GOLDEN_NAMES], count[MAX_GOLDEN_NAMES]; /* rows; of a state columns */
+};
+
+static bool find_state(const struct stack *stack, int layer, int index, struct parameter *state)
+{
+	const struct layer_config *config = &stack->layers[layer];
+	struct tensor_spec specs[MAX_TENSORS];
+
+	if (index >= config->class->state(config, &stack->shape, specs))
+		return false;
+	*state = (struct parameter){specs[index], stack->memory[layer].state[index], NULL};
+	return state->value != NULL;
+}
+
+static bool find_in_layer(const struct stack *stack, int layer, const char *name,
+                          struct named *named)
+{
+	const struct layer_config *config = &stack->layers[layer];
+	struct golden_name names[MAX_GOLDEN_NAMES];
+	int n = config->class->golden_names(config, names);
+
+	for (int i = 0; i < n; i++) {
+		if (strcmp(name, names[i].name) != 0)
+			continue;
+		if (!(names[i].is_state ? find_state : find_parameter)(
+		            stack, layer, names[i].tensor, &named->tensor))
+			return false;
+		named->is_state = names[i].is_state;
+		named->transposed = names[i].transposed;
+		named->first[named->n_pieces] = names[i].first;
+		named->count[named->n_pieces++] = names[i].count;
+	}
+	return named->n_pieces > 0;
+}
+
+/* False if the name means nothing. */
+static bool find_named(const struct stack *stack, const char *name, struct named *named)
 {
 	static const char *const model_names[MODEL_PARAMETERS] = {
 	        [MODEL_EMBEDDING] = "embedding.wte.weight",
 	        [MODEL_FINAL_NORM] = "backbone.ln.weight",
 	        [MODEL_HEAD] = "head.lm_head.weight",
 	};
-	struct golden_name names[MAX_GOLDEN_NAMES];
 
+	*named = (struct named){0};
 	for (int i = 0; i < MODEL_PARAMETERS && stack->vocab > 0; i++)
 		if (strcmp(name, model_names[i]) == 0) {
-			*parameter = model_parameter(stack, i);
-			*row = 0;
-			*n_rows = parameter->spec.dims[0];
+			named->tensor = model_parameter(stack, i);
+			named->count[0] = named->tensor.spec.dims[0];
+			named->n_pieces = 1;
 			return true;
 		}
 	int layer = layer_of_name(stack, &name);
-	if (layer < 0 || layer >= stack->n_layers)
-		return false;
-	const struct layer_config *config = &stack->layers[layer];
-	for (int i = config->class->golden_names(config, names) - 1; i >= 0; i--)
-		if (strcmp(name, names[i].name) == 0) {
-			*row = names[i].row;
-			*n_rows = names[i].n_rows;
-			return find_parameter(stack, layer, names[i].parameter, parameter);
-		}
-	return false;
+	return layer >= 0 && layer < stack->n_layers && find_in_layer(stack, layer, name, named);
 }
 
-/* The range of a golden name in elements. */
-static enum status find_range(const struct stack *stack, const char *name, int64_t count,
-                              struct parameter *parameter, size_t *first)
+static struct tensor_spec shape_of(const struct named *named)
 {
-	int64_t row, n_rows;
+	struct tensor_spec shape = named->tensor.spec;
+	int last = shape.n_dims - 1, cut = named->is_state ? last : 0;
 
-	*first = 0;
-	if (!find_named(stack, name, parameter, &row, &n_rows))
-		return status_set(STATUS_INVALID, "no parameter is called '%s'", name);
-	int64_t width = tensor_count(&parameter->spec) / parameter->spec.dims[0];
-	if (count != n_rows * width)
+	shape.dims[cut] = 0;
+	for (int i = 0; i < named->n_pieces; i++)
+		shape.dims[cut] += named->count[i];
+	if (named->transposed) {
+		int64_t columns = shape.dims[last];
+
+		shape.dims[last] = shape.dims[last - 1];
+		shape.dims[last - 1] = columns;
+	}
+	return shape;
+}
+
+bool stack_named_shape(const struct stack *stack, const char *name, struct tensor_spec *shape)
+{
+	struct named named;
+
+	if (!find_named(stack, name, &named))
+		return false;
+	*shape = shape_of(&named);
+	return true;
+}
+
+/* The same with a message, for a tensor of `count` elements. */
+static enum status require_named(const struct stack *stack, const char *name, bool is_state,
+                                 int64_t count, struct named *named)
+{
+	if (!find_named(stack, name, named) || named->is_state != is_state)
+		return status_set(STATUS_INVALID, "no %s is called '%s'",
+		                  is_state ? "state" : "parameter", name);
+	struct tensor_spec shape = shape_of(named);
+	if (count != tensor_count(&shape))
 		return status_set(STATUS_INVALID, "%s has %lld elements, not %lld", name,
-		                  (long long)(n_rows * width), (long long)count);
-	*first = (size_t)(row * width);
+		                  (long long)tensor_count(&shape), (long long)count);
 	return STATUS_OK;
+}
+
+/* Where piece i of a named parameter lies in `tensor`, its values or its gradient, and how many
+ * elements it has. */
+static void *piece_of(const struct named *named, int i, void *tensor, enum dtype dtype, size_t *n)
+{
+	const struct tensor_spec *spec = &named->tensor.spec;
+	size_t width = (size_t)(tensor_count(spec) / spec->dims[0]);
+
+	*n = width * (size_t)named->count[i];
+	return (char *)tensor + width * (size_t)named->first[i] * dtype_size(dtype);
 }
 
 enum status stack_set_named(struct stack *stack, const char *name, const float *values,
                             int64_t count)
 {
-	struct parameter p;
-	size_t first;
-	enum status status = find_range(stack, name, count, &p, &first);
+	struct named named;
+	size_t n;
 
-	if (status != STATUS_OK)
-		return status;
-	enum dtype dtype = tensor_dtype(&p.spec, stack->backend);
-	return backend_upload_floats(stack->backend, dtype,
-	                             (char *)p.value + first * dtype_size(dtype), values,
-	                             (size_t)count);
+	TRY(require_named(stack, name, false, count, &named));
+	for (int i = 0; i < named.n_pieces; i++, values += n) {
+		enum dtype dtype = tensor_dtype(&named.tensor.spec, stack->device);
+		void *to = piece_of(&named, i, named.tensor.value, dtype, &n);
+
+		TRY(device_upload_floats(stack->device, dtype, to, values, n));
+	}
+	return STATUS_OK;
 }
 
 enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
                                      int64_t count)
 {
-	struct parameter p;
-	size_t first;
-	enum status status = find_range(stack, name, count, &p, &first);
+	const enum dtype wide = stack->device->wide;
+	struct named named;
+	size_t n;
 
-	if (status != STATUS_OK)
-		return status;
-	if (!p.gradient)
+	TRY(require_named(stack, name, false, count, &named));
+	if (!named.tensor.gradient)
 		return status_set(STATUS_INVALID, "%s has a gradient only in training", name);
-	return backend_download_floats(stack->backend, DTYPE_F32, values, p.gradient + first,
-	                               (size_t)count);
+	for (int i = 0; i < named.n_pieces; i++, values += n) {
+		const void *from = piece_of(&named, i, named.tensor.gradient, wide, &n);
+
+		TRY(device_download_floats(stack->device, wide, values, from, n));
+	}
+	return STATUS_OK;
+}
+
+/* The reference's layout of a state. */
+static void rearrange_state(const struct named *named, const float *ours, float *theirs)
+{
+	const struct tensor_spec *spec = &named->tensor.spec, shape = shape_of(named);
+	int last = spec->n_dims - 1;
+	int64_t from_width = spec->dims[last], rows = last > 0 ? spec->dims[last - 1] : 1;
+	int64_t to_width = shape.dims[named->transposed ? last - 1 : last], first = 0;
+
+	for (int p = 0; p < named->n_pieces; first += named->count[p++])
+		for (int64_t i = 0; i < tensor_count(spec) / from_width; i++)
+			for (int64_t j = 0; j < named->count[p]; j++) {
+				int64_t to = named->transposed
+				                     ? (i / rows * to_width + first + j) * rows +
+				                               i % rows
+				                     : i * to_width + first + j;
+
+				theirs[to] = ours[i * from_width + named->first[p] + j];
+			}
+}
+
+enum status stack_get_named_state(const struct stack *stack, const char *name, float *values,
+                                  int64_t count)
+{
+	struct named named;
+	const struct tensor_spec *spec = &named.tensor.spec;
+
+	TRY(require_named(stack, name, true, count, &named));
+	float *ours = malloc((size_t)tensor_count(spec) * sizeof *ours);
+	if (!ours)
+		return status_set(STATUS_OOM, "no memory for '%s'", name);
+	enum status status =
+	        device_download_floats(stack->device, tensor_dtype(spec, stack->device), ours,
+	                               named.tensor.value, (size_t)tensor_count(spec));
+	if (status == STATUS_OK)
+		rearrange_state(&named, ours, values);
+	free(ours);
+	return status;
 }
 
 /* ---- random data ---- */
 
+/* normal(0, scale) into a tensor. What is made on the host is made in blocks of `length`: those of
+ * caches are all the same, CACHE_BLOCK_COUNT long. */
+static enum status fill_normal(struct device *device, enum dtype dtype, void *tensor, int64_t count,
+                               float scale, uint64_t seed, uint64_t stream, int64_t length,
+                               float *block)
+{
+	if (device->backend->normal_floats)
+		return device->backend->normal_floats(device, dtype, tensor, count, scale, seed,
+		                                      stream);
+	for (int64_t i = 0; i < count; i += length) {
+		int64_t n = smaller(length, count - i);
+
+		if (i == 0 || length != CACHE_BLOCK_COUNT)
+			noise_normal(seed, stream, i, n, scale, block);
+		TRY(device_upload_floats(device, dtype,
+		                         (char *)tensor + (size_t)i * dtype_size(dtype), block,
+		                         (size_t)n));
+	}
+	return STATUS_OK;
+}
+
 /* The length that the gate bias of a layer is spread over: its chunk, or all it is trained on. */
 static float gate_length(const struct layer_config *config)
 {
-	bool chunked = strstr(config->class->tunables, "chunk") != NULL;
-	int64_t length = chunked ? config->chunk : config->train_len;
+	int64_t length = config->chunk > 0 ? config->chunk : config->train_len;
 
 	return length > 2 ? (float)(length - 1) : 1.0f;
 }
@@ -265,13 +404,10 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 	return true;
 }
 
+/* Anything but INIT_NORMAL. */
 static void make_values(const struct layer_config *config, enum init init, uint64_t seed,
                         uint64_t stream, int64_t first, int64_t count, float *values)
 {
-	if (init == INIT_NORMAL) {
-		noise_normal(seed, stream, first, count, INIT_SCALE, values);
-		return;
-	}
 	if (make_spread(config, init, seed, stream, first, count, values))
 		return;
 	for (int64_t i = 0; i < count; i++)
@@ -282,45 +418,25 @@ static enum status fill_parameter(struct stack *stack, int layer, int index, uin
                                   uint64_t stream, float *block)
 {
 	const struct layer_config *config = layer < 0 ? NULL : &stack->layers[layer];
-	enum status status = STATUS_OK;
+	struct device *device = stack->device;
 	struct parameter p;
 
 	if (!find_parameter(stack, layer, index, &p))
 		return STATUS_OK;
-	enum dtype dtype = tensor_dtype(&p.spec, stack->backend);
+	enum dtype dtype = tensor_dtype(&p.spec, device);
 	int64_t count = tensor_count(&p.spec);
-	if (p.spec.init == INIT_NORMAL && stack->backend->normal_floats)
-		return stack->backend->normal_floats(dtype, p.value, count, INIT_SCALE, seed,
-		                                     stream);
-	for (int64_t i = 0; i < count && status == STATUS_OK; i += BLOCK_COUNT) {
+	if (p.spec.init == INIT_NORMAL)
+		return fill_normal(device, dtype, p.value, count, INIT_SCALE, seed, stream,
+		                   BLOCK_COUNT, block);
+	for (int64_t i = 0; i < count; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
 		make_values(config, p.spec.init, seed, stream, i, n, block);
-		status = backend_upload_floats(stack->backend, dtype,
-		                               (char *)p.value + (size_t)i * dtype_size(dtype),
-		                               block, (size_t)n);
+		TRY(device_upload_floats(device, dtype,
+		                         (char *)p.value + (size_t)i * dtype_size(dtype), block,
+		                         (size_t)n));
 	}
-	return status;
-}
-
-/* normal(0, 1) into an activation tensor; NULL is left alone. */
-static enum status fill_activation(const struct stack *stack, void *tensor, int64_t count,
-                                   uint64_t seed, uint64_t stream, float *block)
-{
-	enum dtype dtype = stack->backend->activation;
-	enum status status = STATUS_OK;
-
-	if (tensor && stack->backend->normal_floats)
-		return stack->backend->normal_floats(dtype, tensor, count, 1.0f, seed, stream);
-	for (int64_t i = 0; i < count && tensor && status == STATUS_OK; i += BLOCK_COUNT) {
-		int64_t n = smaller(BLOCK_COUNT, count - i);
-
-		noise_normal(seed, stream, i, n, 1.0f, block);
-		status = backend_upload_floats(stack->backend, dtype,
-		                               (char *)tensor + (size_t)i * dtype_size(dtype),
-		                               block, (size_t)n);
-	}
-	return status;
+	return STATUS_OK;
 }
 
 static enum status fill_tokens(struct stack *stack, uint64_t seed)
@@ -337,7 +453,7 @@ static enum status fill_tokens(struct stack *stack, uint64_t seed)
 	for (size_t i = 0; i < batch; i++)
 		tokens[i] = (int32_t)(noise_bits(seed, STREAM_NEXT, i) % (uint64_t)stack->vocab);
 	if (status == STATUS_OK)
-		status = stack->backend->upload(stack->next, tokens, batch * sizeof *tokens);
+		status = device_upload(stack->device, stack->next, tokens, batch * sizeof *tokens);
 	free(tokens);
 	return status;
 }
@@ -359,47 +475,31 @@ enum status stack_initialize(struct stack *stack, uint64_t seed)
 		status = fill_parameter(stack, LAYER_MODEL, j, seed, (uint64_t)(STREAM_MODEL + j),
 		                        block);
 	if (status == STATUS_OK && !model)
-		status = fill_activation(stack, stack->x, count, seed, STREAM_X, block);
-	if (status == STATUS_OK && !model)
-		status = fill_activation(stack, stack->dy, count, seed, STREAM_DY, block);
+		status = fill_normal(stack->device, stack->device->activation, stack->x, count,
+		                     1.0f, seed, STREAM_X, BLOCK_COUNT, block);
+	if (status == STATUS_OK && !model && stack->dy)
+		status = fill_normal(stack->device, stack->device->activation, stack->dy, count,
+		                     1.0f, seed, STREAM_DY, BLOCK_COUNT, block);
 	free(block);
 	return status == STATUS_OK && model ? fill_tokens(stack, seed) : status;
 }
 
 enum status stack_set_tokens(struct stack *stack, const int32_t *tokens)
 {
-	const struct backend *backend = stack->backend;
+	struct device *device = stack->device;
 	size_t n = tokens_of(stack), seq_len = (size_t)stack->shape.seq_len;
 	void *to = stack->shape.pass == PASS_GENERATION ? stack->next : stack->tokens;
-	enum status status = backend->upload(to, tokens, n * sizeof *tokens);
 
-	if (status != STATUS_OK || !stack->targets)
-		return status;
+	TRY(device_upload(device, to, tokens, n * sizeof *tokens));
+	if (!stack->targets)
+		return STATUS_OK;
 	int32_t *targets = malloc(n * sizeof *targets);
 	if (!targets)
 		return status_set(STATUS_OOM, "no memory for %zu targets", n);
 	for (size_t i = 0; i < n; i++)
 		targets[i] = i % seq_len == seq_len - 1 ? -1 : tokens[i + 1];
-	status = backend->upload(stack->targets, targets, n * sizeof *targets);
+	enum status status = device_upload(device, stack->targets, targets, n * sizeof *targets);
 	free(targets);
-	return status;
-}
-
-/* Fills one cache with a block of random numbers over and over. */
-static enum status fill_cache(const struct backend *backend, const struct tensor_spec *spec,
-                              void *cache, uint64_t seed, uint64_t stream, float *block)
-{
-	enum dtype dtype = tensor_dtype(spec, backend);
-	int64_t count = tensor_count(spec);
-	enum status status = STATUS_OK;
-
-	if (backend->normal_floats)
-		return backend->normal_floats(dtype, cache, count, 1.0f, seed, stream);
-	noise_normal(seed, stream, 0, smaller(CACHE_BLOCK_COUNT, count), 1.0f, block);
-	for (int64_t i = 0; i < count && status == STATUS_OK; i += CACHE_BLOCK_COUNT)
-		status = backend_upload_floats(backend, dtype,
-		                               (char *)cache + (size_t)i * dtype_size(dtype), block,
-		                               (size_t)smaller(CACHE_BLOCK_COUNT, count - i));
 	return status;
 }
 
@@ -415,12 +515,20 @@ enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t see
 		const struct layer_config *config = &stack->layers[i];
 		int n = config->class->state(config, &stack->shape, specs);
 
-		for (int j = 0; j < n && status == STATUS_OK; j++) {
-			status = fill_cache(stack->backend, &specs[j], stack->memory[i].state[j],
-			                    seed, (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j),
-			                    block);
-		}
+		for (int j = 0; j < n && status == STATUS_OK; j++)
+			status = fill_normal(stack->device, tensor_dtype(&specs[j], stack->device),
+			                     stack->memory[i].state[j], tensor_count(&specs[j]),
+			                     1.0f, seed,
+			                     (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j),
+			                     CACHE_BLOCK_COUNT, block);
 	}
 	free(block);
 	return status == STATUS_OK ? stack_set_position(stack, position) : status;
+}
+
+enum status stack_empty_state(struct stack *stack)
+{
+	TRY(device_fill(stack->device, (char *)stack->arena + stack->state_offset, 0,
+	                stack->output_offset - stack->state_offset));
+	return stack_set_position(stack, 0);
 }

@@ -3,17 +3,15 @@
  * it. InProj's columns are z, v, g (D each), then q, k (one head width per group).
  */
 #include <math.h>
-#include <stdlib.h>
 
-#include "kernels/reference/reference.h"
 #include "layers/mixing.h"
+#include "layers/try.h"
 
-enum { PARAM_GATE_BIAS = PARAM_OTHER };
 enum { STATE_K_CHUNK, STATE_V_CHUNK, STATE_K, STATE_V, N_STATES };
 enum {
 	SAVED_V_SCAN = SAVED_OTHER,
 	SAVED_OWN_SCORE,
-	SAVED_Q_OUT,   /* training; otherwise q is rotated in place */
+	SAVED_Q_OUT,
 	SAVED_K_CHUNK, /* without a cache */
 	SAVED_V_CHUNK,
 	SAVED_UNGATED, /* training */
@@ -30,7 +28,7 @@ enum {
 };
 
 /* Column blocks of InProj's output, in order. */
-enum block { BLOCK_Z, BLOCK_V, BLOCK_G, BLOCK_Q, BLOCK_K, N_BLOCKS };
+enum block { BLOCK_Z, BLOCK_V, BLOCK_G, BLOCK_Q, BLOCK_K };
 
 static int64_t head_width(const struct layer_config *config)
 {
@@ -47,11 +45,6 @@ static int64_t proj_width(const struct layer_config *config)
 	return 3 * config->d_model + 2 * group_width(config);
 }
 
-static int64_t block_width(const struct layer_config *config, enum block block)
-{
-	return block < BLOCK_Q ? config->d_model : group_width(config);
-}
-
 static int64_t block_column(const struct layer_config *config, enum block block)
 {
 	return block <= BLOCK_Q ? block * config->d_model
@@ -65,217 +58,169 @@ static int64_t chunks_of(const struct layer_config *config, int64_t length)
 
 static enum status rat_check(const struct layer_config *config)
 {
-	enum status status = mixing_check(config, true);
-
-	if (status != STATUS_OK)
-		return status;
-	if (config->chunk < 1)
-		return status_set(STATUS_INVALID, "--chunk: %lld (allowed for rat: 1 or more)",
-		                  (long long)config->chunk);
-	if (config->groups < 1 || config->n_heads % config->groups != 0)
+	if (config->n_heads % config->groups != 0)
 		return status_set(STATUS_INVALID,
-		                  "--groups: %lld (allowed: a divisor of %lld heads)",
+		                  "rat: groups=%lld (allowed: a divisor of %lld heads)",
 		                  (long long)config->groups, (long long)config->n_heads);
-	return STATUS_OK;
-}
-
-static int rat_parameters(const struct layer_config *config, struct tensor_spec *specs)
-{
-	int n = mixing_parameters(config, proj_width(config), specs);
-
-	specs[n++] = (struct tensor_spec){
-	        "gate_bias", STORAGE_FP32, 1, {config->d_model}, INIT_GATE_BIAS};
-	return n;
+	return mixing_check(config);
 }
 
 static int rat_state(const struct layer_config *config, const struct layer_shape *shape,
                      struct tensor_spec *specs)
 {
-	int64_t slots = chunks_of(config, shape->capacity),
-	        d = shape->capacity ? config->d_model : 0;
+	int64_t h = config->n_heads, slots = chunks_of(config, shape->capacity);
+	int64_t d = shape->capacity ? config->d_model : 0;
 
-	specs[STATE_K_CHUNK] =
-	        (struct tensor_spec){"k_chunk",
-	                             STORAGE_ACTIVATION,
-	                             4,
-	                             {shape->batch, config->n_heads, slots, head_width(config)},
-	                             INIT_ZEROS};
+	specs[STATE_K_CHUNK] = (struct tensor_spec){"k_chunk",
+	                                            STORAGE_ACTIVATION,
+	                                            4,
+	                                            {shape->batch, h, slots, head_width(config)},
+	                                            INIT_ZEROS};
 	specs[STATE_V_CHUNK] = specs[STATE_K_CHUNK];
 	specs[STATE_V_CHUNK].name = "v_chunk";
-	specs[STATE_K] =
-	        (struct tensor_spec){"k_state", STORAGE_FP32, 2, {shape->batch, d}, INIT_ZEROS};
-	specs[STATE_V] =
-	        (struct tensor_spec){"v_state", STORAGE_FP32, 2, {shape->batch, d}, INIT_ZEROS};
+	specs[STATE_K] = tensor_rows("k_state", STORAGE_FP32, shape->batch, d);
+	specs[STATE_V] = tensor_rows("v_state", STORAGE_FP32, shape->batch, d);
 	return N_STATES;
 }
 
 static int rat_saved(const struct layer_config *config, const struct layer_shape *shape,
                      struct tensor_spec *specs)
 {
-	int64_t b = shape->batch, t = shape->seq_len, n = b * t, h = config->n_heads;
-	int64_t train = shape->pass == PASS_TRAIN ? 1 : 0;
-	int64_t chunks = shape->capacity > 0 ? 0 : chunks_of(config, t);
+	int64_t n = shape->batch * shape->seq_len, h = config->n_heads, d = config->d_model;
+	int64_t train = shape->pass == PASS_TRAIN ? n : 0;
+	int64_t chunks = shape->capacity > 0 ? 0 : shape->batch * chunks_of(config, shape->seq_len);
 
-	mixing_saved(config, shape, proj_width(config), specs);
-	specs[SAVED_V_SCAN] = (struct tensor_spec){
-	        "v_scan", STORAGE_ACTIVATION, 2, {n, config->d_model}, INIT_ZEROS};
-	specs[SAVED_OWN_SCORE] =
-	        (struct tensor_spec){"own_score", STORAGE_FP32, 3, {b, t, h}, INIT_ZEROS};
-	specs[SAVED_Q_OUT] = (struct tensor_spec){
-	        "q_out", STORAGE_ACTIVATION, 2, {train * n, group_width(config)}, INIT_ZEROS};
-	specs[SAVED_K_CHUNK] = (struct tensor_spec){
-	        "k_chunk", STORAGE_ACTIVATION, 4, {b, h, chunks, head_width(config)}, INIT_ZEROS};
-	specs[SAVED_V_CHUNK] = specs[SAVED_K_CHUNK];
-	specs[SAVED_V_CHUNK].name = "v_chunk";
-	specs[SAVED_UNGATED] = (struct tensor_spec){
-	        "ungated", STORAGE_ACTIVATION, 2, {train * n, config->d_model}, INIT_ZEROS};
-	specs[SAVED_LSE] =
-	        (struct tensor_spec){"lse", STORAGE_FP32, 3, {b, h, train * t}, INIT_ZEROS};
+	mixing_saved(config, shape, specs);
+	specs[SAVED_V_SCAN] = tensor_rows("v_scan", STORAGE_ACTIVATION, n, d);
+	specs[SAVED_OWN_SCORE] = tensor_rows("own_score", STORAGE_FP32, n, h);
+	specs[SAVED_Q_OUT] = tensor_rows("q_out", STORAGE_ACTIVATION, n, group_width(config));
+	specs[SAVED_K_CHUNK] = tensor_rows("k_chunk", STORAGE_ACTIVATION, chunks, d);
+	specs[SAVED_V_CHUNK] = tensor_rows("v_chunk", STORAGE_ACTIVATION, chunks, d);
+	specs[SAVED_UNGATED] = tensor_rows("ungated", STORAGE_ACTIVATION, train, d);
+	specs[SAVED_LSE] = tensor_rows("lse", STORAGE_FP32, train, h);
 	return N_SAVED;
 }
 
 static int rat_scratch(const struct layer_config *config, const struct layer_shape *shape,
                        struct tensor_spec *specs)
 {
-	int64_t b = shape->batch, t = shape->seq_len, h = config->n_heads;
+	int64_t n = shape->batch * shape->seq_len, h = config->n_heads, d = config->d_model;
+	int64_t chunks = shape->batch * chunks_of(config, shape->seq_len);
 
-	mixing_scratch(config, shape, proj_width(config), specs);
-	specs[SCRATCH_DV_SCAN] = (struct tensor_spec){
-	        "dv_scan", STORAGE_ACTIVATION, 2, {b * t, config->d_model}, INIT_ZEROS};
-	specs[SCRATCH_DOWN_SCORE] =
-	        (struct tensor_spec){"down_score", STORAGE_FP32, 3, {b, t, h}, INIT_ZEROS};
-	specs[SCRATCH_DQ_OUT] = (struct tensor_spec){
-	        "dq_out", STORAGE_ACTIVATION, 2, {b * t, group_width(config)}, INIT_ZEROS};
-	specs[SCRATCH_DK_CHUNK] =
-	        (struct tensor_spec){"dk_chunk",
-	                             STORAGE_ACTIVATION,
-	                             4,
-	                             {b, h, chunks_of(config, t), head_width(config)},
-	                             INIT_ZEROS};
-	specs[SCRATCH_DV_CHUNK] = specs[SCRATCH_DK_CHUNK];
-	specs[SCRATCH_DV_CHUNK].name = "dv_chunk";
+	mixing_scratch(config, shape, specs);
+	specs[SCRATCH_DV_SCAN] = tensor_rows("dv_scan", STORAGE_ACTIVATION, n, d);
+	specs[SCRATCH_DOWN_SCORE] = tensor_rows("down_score", STORAGE_FP32, n, h);
+	specs[SCRATCH_DQ_OUT] = tensor_rows("dq_out", STORAGE_ACTIVATION, n, group_width(config));
+	specs[SCRATCH_DK_CHUNK] = tensor_rows("dk_chunk", STORAGE_ACTIVATION, chunks, d);
+	specs[SCRATCH_DV_CHUNK] = tensor_rows("dv_chunk", STORAGE_ACTIVATION, chunks, d);
 	return N_SCRATCH;
 }
 
-static struct view column_block(const struct context *ctx, const struct layer_config *config,
-                                const struct layer_shape *shape, void *proj, enum block block)
+/* A block of InProj's output or its gradient. */
+static struct view column_block(const struct layer_run *run, void *proj, enum block block)
 {
-	return mixing_columns(ctx, proj, shape->seq_len, proj_width(config),
-	                      block_column(config, block), head_width(config));
+	return mixing_columns(run, proj, proj_width(run->config), block_column(run->config, block),
+	                      head_width(run->config));
 }
 
-/* A whole tensor [N, width] as heads. */
-static struct view whole(const struct context *ctx, const struct layer_config *config,
-                         const struct layer_shape *shape, void *tensor, int64_t width)
+/* A whole tensor [N, D], and one with the columns of the groups, as heads. */
+static struct view whole(const struct layer_run *run, void *tensor)
 {
-	return mixing_columns(ctx, tensor, shape->seq_len, width, 0, head_width(config));
+	return mixing_heads(run, tensor, run->config->d_model);
+}
+
+static struct view grouped(const struct layer_run *run, void *tensor)
+{
+	return mixing_columns(run, tensor, group_width(run->config), 0, head_width(run->config));
 }
 
 /* Chunk finals: slots of the cache where there is one, else as many as the sequence has. */
-static struct view chunk_view(const struct layer_config *config, const struct layer_shape *shape,
-                              void *cache, void *saved)
+static struct view chunk_view(const struct layer_run *run, void *cache, void *saved)
 {
-	int64_t slots = chunks_of(config, cache ? shape->capacity : shape->seq_len);
-
-	return mixing_slots(cache ? cache : saved, config->n_heads, slots, head_width(config));
+	return mixing_slots(
+	        run, cache ? cache : saved,
+	        chunks_of(run->config, cache ? run->shape->capacity : run->shape->seq_len));
 }
 
-static struct rat_scan_args scan_args(const struct context *ctx, const struct layer_config *config,
-                                      const struct layer_shape *shape,
-                                      const struct layer_memory *memory)
+static struct rat_scan_args scan_args(const struct layer_run *run)
 {
-	void *proj = memory->saved[SAVED_PROJ], *q_out = memory->saved[SAVED_Q_OUT];
-	struct view q = column_block(ctx, config, shape, proj, BLOCK_Q);
+	const struct layer_config *config = run->config;
+	void *const *saved = run->memory->saved, *const *state = run->memory->state;
+	void *proj = saved[SAVED_PROJ];
 
 	return (struct rat_scan_args){
-	        .batch = shape->batch,
-	        .seq_len = shape->seq_len,
+	        .batch = run->shape->batch,
+	        .seq_len = run->shape->seq_len,
 	        .n_heads = config->n_heads,
 	        .groups = config->groups,
 	        .d_head = head_width(config),
 	        .chunk = config->chunk,
 	        .rope = config->rope,
 	        .scale = 1.0f / sqrtf((float)head_width(config)),
-	        .v = column_block(ctx, config, shape, proj, BLOCK_V),
-	        .gate = column_block(ctx, config, shape, proj, BLOCK_G),
-	        .q = q,
-	        .k = column_block(ctx, config, shape, proj, BLOCK_K),
-	        .gate_bias = memory->param[PARAM_GATE_BIAS],
-	        .v_scan = whole(ctx, config, shape, memory->saved[SAVED_V_SCAN], config->d_model),
-	        .own_score = memory->saved[SAVED_OWN_SCORE],
-	        .q_out = q_out ? whole(ctx, config, shape, q_out, group_width(config)) : q,
-	        .k_chunk = chunk_view(config, shape, memory->state[STATE_K_CHUNK],
-	                              memory->saved[SAVED_K_CHUNK]),
-	        .v_chunk = chunk_view(config, shape, memory->state[STATE_V_CHUNK],
-	                              memory->saved[SAVED_V_CHUNK]),
-	        .k_state = memory->state[STATE_K],
-	        .v_state = memory->state[STATE_V],
+	        .v = column_block(run, proj, BLOCK_V),
+	        .gate = column_block(run, proj, BLOCK_G),
+	        .q = column_block(run, proj, BLOCK_Q),
+	        .k = column_block(run, proj, BLOCK_K),
+	        .gate_bias = run->memory->param[PARAM_GATE_BIAS],
+	        .v_scan = whole(run, saved[SAVED_V_SCAN]),
+	        .own_score = saved[SAVED_OWN_SCORE],
+	        .q_out = grouped(run, saved[SAVED_Q_OUT]),
+	        .k_chunk = chunk_view(run, state[STATE_K_CHUNK], saved[SAVED_K_CHUNK]),
+	        .v_chunk = chunk_view(run, state[STATE_V_CHUNK], saved[SAVED_V_CHUNK]),
+	        .k_state = state[STATE_K],
+	        .v_state = state[STATE_V],
 	};
 }
 
-static struct attention_args attention_args(const struct context *ctx,
-                                            const struct layer_config *config,
-                                            const struct layer_shape *shape,
-                                            const struct layer_memory *memory,
+static struct attention_args attention_args(const struct layer_run *run,
                                             const struct rat_scan_args *scan)
 {
-	int64_t d = config->d_model;
+	void *const *saved = run->memory->saved;
 
 	return (struct attention_args){
-	        .batch = shape->batch,
-	        .n_heads = config->n_heads,
-	        .q_heads = config->groups,
-	        .d_head = head_width(config),
-	        .seq_len = shape->seq_len,
-	        .kv_len = chunks_of(config, shape->seq_len),
+	        .batch = scan->batch,
+	        .n_heads = scan->n_heads,
+	        .q_heads = scan->groups,
+	        .d_head = scan->d_head,
+	        .seq_len = scan->seq_len,
+	        .kv_len = chunks_of(run->config, scan->seq_len),
 	        .mask = MASK_CHUNK,
-	        .chunk = config->chunk,
+	        .chunk = scan->chunk,
 	        .scale = scan->scale,
 	        .q = scan->q_out,
 	        .k = scan->k_chunk,
 	        .v = scan->v_chunk,
 	        .own_score = scan->own_score,
 	        .own_value = scan->v_scan,
-	        .gate = column_block(ctx, config, shape, memory->saved[SAVED_PROJ], BLOCK_Z),
-	        .out = whole(ctx, config, shape, memory->saved[SAVED_MIX], d),
-	        .out_ungated = whole(ctx, config, shape, memory->saved[SAVED_UNGATED], d),
-	        .lse = memory->saved[SAVED_LSE],
+	        .gate = column_block(run, saved[SAVED_PROJ], BLOCK_Z),
+	        .out = whole(run, saved[SAVED_MIX]),
+	        .out_ungated = whole(run, saved[SAVED_UNGATED]),
+	        .lse = saved[SAVED_LSE],
 	};
 }
 
-static enum status rat_forward(struct context *ctx, const struct layer_config *config,
-                               const struct layer_shape *shape, struct layer_memory *memory,
-                               const void *x, void *y)
+static enum status rat_forward(const struct layer_run *run)
 {
-	const struct rat_scan_args scan = scan_args(ctx, config, shape, memory);
-	const struct attention_args attention = attention_args(ctx, config, shape, memory, &scan);
-	enum status status = mixing_in_proj(ctx, config, shape, memory, proj_width(config), x);
+	const struct rat_scan_args scan = scan_args(run);
+	const struct attention_args attention = attention_args(run, &scan);
 
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_RAT_SCAN, &scan);
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_ATTENTION, &attention);
-	if (status == STATUS_OK)
-		status = mixing_out_proj(ctx, config, shape, memory, x, y);
-	return status;
+	TRY(run_rat_scan(run->ctx, &scan));
+	return run_attention(run->ctx, &attention);
 }
 
-static enum status rat_backward(struct context *ctx, const struct layer_config *config,
-                                const struct layer_shape *shape, struct layer_memory *memory,
-                                const void *x, const void *dy, void *dx)
+static enum status rat_backward(const struct layer_run *run)
 {
-	void *dproj = memory->scratch[SCRATCH_DPROJ], *const *scratch = memory->scratch;
-	int64_t d = config->d_model;
-	const struct rat_scan_args scan = scan_args(ctx, config, shape, memory);
+	void *const *scratch = run->memory->scratch, *dproj = scratch[SCRATCH_DPROJ];
+	const struct rat_scan_args scan = scan_args(run);
 	const struct attention_backward_args attention = {
-	        .forward = attention_args(ctx, config, shape, memory, &scan),
-	        .dout = whole(ctx, config, shape, scratch[SCRATCH_DMIX], d),
-	        .dq = whole(ctx, config, shape, scratch[SCRATCH_DQ_OUT], group_width(config)),
-	        .dk = chunk_view(config, shape, NULL, scratch[SCRATCH_DK_CHUNK]),
-	        .dv = chunk_view(config, shape, NULL, scratch[SCRATCH_DV_CHUNK]),
-	        .dgate = column_block(ctx, config, shape, dproj, BLOCK_Z),
+	        .forward = attention_args(run, &scan),
+	        .dout = whole(run, scratch[SCRATCH_DMIX]),
+	        .dq = grouped(run, scratch[SCRATCH_DQ_OUT]),
+	        .dk = chunk_view(run, NULL, scratch[SCRATCH_DK_CHUNK]),
+	        .dv = chunk_view(run, NULL, scratch[SCRATCH_DV_CHUNK]),
+	        .dgate = column_block(run, dproj, BLOCK_Z),
 	        .down_score = scratch[SCRATCH_DOWN_SCORE],
-	        .down_value = whole(ctx, config, shape, scratch[SCRATCH_DV_SCAN], d),
+	        .down_value = whole(run, scratch[SCRATCH_DV_SCAN]),
 	};
 	const struct rat_scan_backward_args scan_backward = {
 	        .forward = scan,
@@ -284,403 +229,68 @@ static enum status rat_backward(struct context *ctx, const struct layer_config *
 	        .dq_out = attention.dq,
 	        .dk_chunk = attention.dk,
 	        .dv_chunk = attention.dv,
-	        .dv = column_block(ctx, config, shape, dproj, BLOCK_V),
-	        .dgate = column_block(ctx, config, shape, dproj, BLOCK_G),
-	        .dq = column_block(ctx, config, shape, dproj, BLOCK_Q),
-	        .dk = column_block(ctx, config, shape, dproj, BLOCK_K),
-	        .dgate_bias = memory->grad[PARAM_GATE_BIAS],
+	        .dv = column_block(run, dproj, BLOCK_V),
+	        .dgate = column_block(run, dproj, BLOCK_G),
+	        .dq = column_block(run, dproj, BLOCK_Q),
+	        .dk = column_block(run, dproj, BLOCK_K),
+	        .dgate_bias = run->memory->grad[PARAM_GATE_BIAS],
 	};
-	enum status status = mixing_out_proj_backward(ctx, config, shape, memory, dy);
 
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_ATTENTION_BACKWARD, &attention);
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_RAT_SCAN_BACKWARD, &scan_backward);
-	if (status == STATUS_OK)
-		status = mixing_in_proj_backward(ctx, config, shape, memory, proj_width(config), x,
-		                                 dy, dx);
-	return status;
+	TRY(run_attention_backward(run->ctx, &attention));
+	return run_rat_scan_backward(run->ctx, &scan_backward);
 }
 
-static enum status rat_step(struct context *ctx, const struct layer_config *config,
-                            const struct layer_shape *shape, struct layer_memory *memory,
-                            const int32_t *position, int64_t position_hint, const void *x, void *y)
+static enum status rat_step(const struct layer_run *run)
 {
-	void *proj = memory->saved[SAVED_PROJ];
+	const struct rat_scan_args scan = scan_args(run);
 	const struct rat_step_args args = {
-	        .batch = shape->batch,
-	        .n_heads = config->n_heads,
-	        .groups = config->groups,
-	        .d_head = head_width(config),
-	        .chunk = config->chunk,
-	        .chunk_slots = chunks_of(config, shape->capacity),
-	        .rope = config->rope,
-	        .scale = 1.0f / sqrtf((float)head_width(config)),
-	        .position = position,
-	        .position_hint = position_hint,
-	        .z = column_block(ctx, config, shape, proj, BLOCK_Z),
-	        .v = column_block(ctx, config, shape, proj, BLOCK_V),
-	        .gate = column_block(ctx, config, shape, proj, BLOCK_G),
-	        .q = column_block(ctx, config, shape, proj, BLOCK_Q),
-	        .k = column_block(ctx, config, shape, proj, BLOCK_K),
-	        .gate_bias = memory->param[PARAM_GATE_BIAS],
-	        .k_state = memory->state[STATE_K],
-	        .v_state = memory->state[STATE_V],
-	        .k_chunk = chunk_view(config, shape, memory->state[STATE_K_CHUNK], NULL),
-	        .v_chunk = chunk_view(config, shape, memory->state[STATE_V_CHUNK], NULL),
-	        .out = whole(ctx, config, shape, memory->saved[SAVED_MIX], config->d_model),
-	};
-	enum status status = mixing_in_proj(ctx, config, shape, memory, proj_width(config), x);
-
-	if (status == STATUS_OK)
-		status = kernel_run(ctx, OP_RAT_STEP, &args);
-	if (status == STATUS_OK)
-		status = mixing_out_proj(ctx, config, shape, memory, x, y);
-	return status;
-}
-
-/* A reference's tensors: z, v, g, q, k and what the scan makes of them, or their gradients. */
-struct reference_tensors {
-	double *memory;
-	double *block[N_BLOCKS];
-	double *v_scan, *own_score, *q_out, *k_chunk, *v_chunk;
-};
-
-/* Hands out `count` doubles from *next. */
-static double *take(double **next, int64_t count)
-{
-	double *taken = *next;
-
-	*next += count;
-	return taken;
-}
-
-static enum status take_tensors(const struct layer_config *config, int64_t n_seq, int64_t seq_len,
-                                struct reference_tensors *r)
-{
-	int64_t n = n_seq * seq_len, chunks = n_seq * chunks_of(config, seq_len);
-	enum status status = reference_take(
-	        n * (proj_width(config) + config->d_model + config->n_heads + group_width(config)) +
-	                2 * chunks * config->d_model,
-	        &r->memory);
-
-	if (status != STATUS_OK)
-		return status;
-	double *next = r->memory;
-	for (enum block i = 0; i < N_BLOCKS; i++)
-		r->block[i] = take(&next, n * block_width(config, i));
-	r->v_scan = take(&next, n * config->d_model);
-	r->own_score = take(&next, n * config->n_heads);
-	r->q_out = take(&next, n * group_width(config));
-	r->k_chunk = take(&next, chunks * config->d_model);
-	r->v_chunk = take(&next, chunks * config->d_model);
-	return STATUS_OK;
-}
-
-static void split_proj(const struct layer_config *config, int64_t n, const double *proj,
-                       const struct reference_tensors *r)
-{
-	for (enum block i = 0; i < N_BLOCKS; i++)
-		reference_get_columns(n, proj_width(config), block_column(config, i),
-		                      block_width(config, i), proj, r->block[i]);
-}
-
-/* Splits proj and runs the scan; *scan and *attention are then ready for their backward. */
-static enum status reference_scan(const struct layer_config *config, const double *const *param,
-                                  int64_t n_seq, int64_t seq_len, const double *proj,
-                                  const struct reference_tensors *r,
-                                  struct reference_rat_scan *scan,
-                                  struct reference_attention *attention)
-{
-	const struct reference_rat_scan_out out = {.v_scan = r->v_scan,
-	                                           .own_score = r->own_score,
-	                                           .q_out = r->q_out,
-	                                           .k_chunk = r->k_chunk,
-	                                           .v_chunk = r->v_chunk};
-
-	split_proj(config, n_seq * seq_len, proj, r);
-	*scan = (struct reference_rat_scan){
-	        .batch = n_seq,
-	        .seq_len = seq_len,
-	        .n_heads = config->n_heads,
-	        .groups = config->groups,
-	        .d_head = head_width(config),
-	        .chunk = config->chunk,
-	        .rope = config->rope,
-	        .scale = 1 / sqrt((double)head_width(config)),
-	        .v = r->block[BLOCK_V],
-	        .gate = r->block[BLOCK_G],
-	        .q = r->block[BLOCK_Q],
-	        .k = r->block[BLOCK_K],
-	        .gate_bias = param[PARAM_GATE_BIAS],
-	};
-	*attention = (struct reference_attention){
-	        .batch = n_seq,
-	        .n_heads = config->n_heads,
-	        .q_heads = config->groups,
-	        .d_head = head_width(config),
-	        .seq_len = seq_len,
-	        .kv_len = chunks_of(config, seq_len),
-	        .mask = MASK_CHUNK,
-	        .chunk = config->chunk,
-	        .scale = scan->scale,
-	        .q = r->q_out,
-	        .k = r->k_chunk,
-	        .v = r->v_chunk,
-	        .own_score = r->own_score,
-	        .own_value = r->v_scan,
-	        .gate = r->block[BLOCK_Z],
-	};
-	return reference_rat_scan_forward(scan, &out);
-}
-
-static enum status reference_mix(const struct layer_config *config, const double *const *param,
-                                 int64_t n_seq, int64_t seq_len, const double *proj, int64_t n_rows,
-                                 const int64_t *rows, double *mix)
-{
-	struct reference_tensors r;
-	struct reference_rat_scan scan;
-	struct reference_attention attention;
-	enum status status = take_tensors(config, n_seq, seq_len, &r);
-
-	if (status != STATUS_OK)
-		return status;
-	status = reference_scan(config, param, n_seq, seq_len, proj, &r, &scan, &attention);
-	if (status == STATUS_OK)
-		status = reference_attention_forward(&attention, n_rows, rows, mix, NULL, NULL);
-	reference_release(r.memory);
-	return status;
-}
-
-/* Where g holds what the attention's backward gives, and the scan's takes and gives. */
-static struct reference_attention_grads attention_grads_of(const struct reference_tensors *g)
-{
-	return (struct reference_attention_grads){
-	        .dq = g->q_out,
-	        .dk = g->k_chunk,
-	        .dv = g->v_chunk,
-	        .dgate = g->block[BLOCK_Z],
-	        .down_score = g->own_score,
-	        .down_value = g->v_scan,
-	};
-}
-
-static struct reference_rat_scan_grads scan_grads_of(const struct reference_tensors *g,
-                                                     double *dgate_bias)
-{
-	return (struct reference_rat_scan_grads){
-	        .dv_scan = g->v_scan,
-	        .down_score = g->own_score,
-	        .dq_out = g->q_out,
-	        .dk_chunk = g->k_chunk,
-	        .dv_chunk = g->v_chunk,
-	        .dv = g->block[BLOCK_V],
-	        .dgate = g->block[BLOCK_G],
-	        .dq = g->block[BLOCK_Q],
-	        .dk = g->block[BLOCK_K],
-	        .dgate_bias = dgate_bias,
-	};
-}
-
-/* The two backward references one after the other; g holds every gradient on the way. */
-static enum status backward_through(const struct reference_rat_scan *scan,
-                                    const struct reference_attention *attention, const double *dmix,
-                                    const struct reference_tensors *g, double *dgate_bias)
-{
-	const struct reference_attention_grads attention_grads = attention_grads_of(g);
-	const struct reference_rat_scan_grads scan_grads = scan_grads_of(g, dgate_bias);
-	enum status status = reference_attention_backward(attention, dmix, &attention_grads);
-
-	return status == STATUS_OK ? reference_rat_scan_backward(scan, &scan_grads) : status;
-}
-
-static enum status reference_mix_backward(const struct layer_config *config,
-                                          const double *const *param, int64_t batch,
-                                          int64_t seq_len, const double *proj, const double *dmix,
-                                          double *dproj, double *const *grad)
-{
-	struct reference_tensors r = {0}, g = {0};
-	struct reference_rat_scan scan;
-	struct reference_attention attention;
-	double *dgate_bias = NULL;
-	enum status status = take_tensors(config, batch, seq_len, &r);
-
-	if (status == STATUS_OK)
-		status = take_tensors(config, batch, seq_len, &g);
-	if (status == STATUS_OK)
-		status = reference_take(config->d_model, &dgate_bias);
-	if (status == STATUS_OK)
-		status = reference_scan(config, param, batch, seq_len, proj, &r, &scan, &attention);
-	if (status == STATUS_OK)
-		status = backward_through(&scan, &attention, dmix, &g, dgate_bias);
-	if (status == STATUS_OK) {
-		for (enum block i = 0; i < N_BLOCKS; i++)
-			reference_set_columns(batch * seq_len, proj_width(config),
-			                      block_column(config, i), block_width(config, i),
-			                      g.block[i], dproj);
-		mixing_add(config->d_model, dgate_bias, grad[PARAM_GATE_BIAS]);
-	}
-	reference_release(r.memory);
-	reference_release(g.memory);
-	reference_release(dgate_bias);
-	return status;
-}
-
-/* The rows of a sequence, then the chunks that they lie in, which are the keys they bear. */
-static enum status backward_rows(const struct reference_rat_scan *scan,
-                                 const struct reference_attention *attention,
-                                 const struct reference_attention_left *left, const double *dmix,
-                                 int64_t n_rows, const int64_t *rows,
-                                 const struct reference_tensors *g)
-{
-	const struct reference_device *device = reference_in_use();
-	const struct reference_attention_grads attention_grads = attention_grads_of(g);
-	const struct reference_rat_scan_grads scan_grads = scan_grads_of(g, NULL);
-	int64_t *chunks = malloc((size_t)n_rows * sizeof *chunks), n_chunks = 0;
-
-	if (!chunks)
-		return status_set(STATUS_OOM, "no memory to verify with");
-	for (int64_t i = 0; i < n_rows; i++)
-		if (i == 0 || rows[i] / scan->chunk != rows[i - 1] / scan->chunk)
-			chunks[n_chunks++] = rows[i] / scan->chunk;
-	enum status status = device->attention_backward_rows(attention, left, dmix, n_rows, rows,
-	                                                     n_chunks, chunks, &attention_grads);
-	free(chunks);
-	return status == STATUS_OK ? device->rat_scan_backward(scan, &scan_grads) : status;
-}
-
-static enum status reference_dproj_rows(const struct layer_config *config,
-                                        const double *const *param, const struct layer_run *run,
-                                        int64_t seq_len, const double *proj, const double *dmix,
-                                        int64_t n_rows, const int64_t *rows, double *dproj)
-{
-	struct reference_tensors r = {0}, g = {0};
-	struct reference_rat_scan scan;
-	struct reference_attention attention;
-	int64_t count = seq_len * config->d_model, n_lse = seq_len * config->n_heads;
-	double *left = NULL;
-	enum status status = take_tensors(config, 1, seq_len, &r);
-
-	if (status == STATUS_OK)
-		status = take_tensors(config, 1, seq_len, &g);
-	if (status == STATUS_OK)
-		status = reference_take(count + n_lse, &left);
-	if (status == STATUS_OK)
-		status = reference_scan(config, param, 1, seq_len, proj, &r, &scan, &attention);
-	if (status == STATUS_OK)
-		status = mixing_load_saved(run, SAVED_UNGATED, run->backend->activation, count,
-		                           left);
-	if (status == STATUS_OK)
-		status = mixing_load_saved(run, SAVED_LSE, DTYPE_F32, n_lse, left + count);
-	if (status == STATUS_OK)
-		status = backward_rows(&scan, &attention,
-		                       &(struct reference_attention_left){left, left + count}, dmix,
-		                       n_rows, rows, &g);
-	for (enum block i = 0; i < N_BLOCKS && status == STATUS_OK; i++)
-		status = mixing_set_rows(proj_width(config), block_column(config, i),
-		                         block_width(config, i), n_rows, rows, g.block[i], dproj);
-	reference_release(r.memory);
-	reference_release(g.memory);
-	reference_release(left);
-	return status;
-}
-
-static int64_t summed_columns(const struct layer_config *config, int index)
-{
-	return index == PARAM_GATE_BIAS ? block_column(config, BLOCK_G) : -1;
-}
-
-/* Slot `chunk` of the caches = the running pair of state, k rotated (in k_state, which holds it).
- */
-static void store_chunk(const struct layer_config *config, int64_t n_seq, int64_t slots,
-                        int64_t chunk, double *k_state, double *const *state)
-{
-	int64_t h = config->n_heads, d = head_width(config);
-
-	if (config->rope)
-		reference_rotate(n_seq, 1, h, d, chunk, 1, k_state, k_state);
-	mixing_store_slot(n_seq * h, slots, chunk, d, k_state, state[STATE_K_CHUNK]);
-	mixing_store_slot(n_seq * h, slots, chunk, d, state[STATE_V], state[STATE_V_CHUNK]);
-}
-
-static enum status reference_step(const struct layer_config *config,
-                                  const struct layer_shape *shape, const double *const *param,
-                                  int64_t n_seq, int64_t position, const double *proj,
-                                  double *const *state, double *mix)
-{
-	int64_t h = config->n_heads, d = head_width(config), row = n_seq * config->d_model;
-	int64_t slots = chunks_of(config, shape->capacity), cache = row * slots;
-	struct reference_tensors r;
-	double *memory = NULL;
-	enum status status = take_tensors(config, n_seq, 1, &r);
-
-	if (status == STATUS_OK)
-		status = reference_take(2 * row + 2 * cache, &memory);
-	if (status != STATUS_OK) {
-		reference_release(r.memory);
-		return status;
-	}
-	double *k_state = memory, *v_state = k_state + row;
-	double *k_chunk = v_state + row, *v_chunk = k_chunk + cache;
-	split_proj(config, n_seq, proj, &r);
-	mixing_from_slots(n_seq, h, slots, d, state[STATE_K_CHUNK], k_chunk);
-	mixing_from_slots(n_seq, h, slots, d, state[STATE_V_CHUNK], v_chunk);
-	const struct reference_rat_step step = {
-	        .batch = n_seq,
-	        .n_heads = h,
-	        .groups = config->groups,
-	        .d_head = d,
-	        .chunk = config->chunk,
-	        .chunk_slots = slots,
-	        .rope = config->rope,
-	        .scale = 1 / sqrt((double)d),
-	        .position = position,
-	        .z = r.block[BLOCK_Z],
-	        .v = r.block[BLOCK_V],
-	        .gate = r.block[BLOCK_G],
-	        .q = r.block[BLOCK_Q],
-	        .k = r.block[BLOCK_K],
-	        .gate_bias = param[PARAM_GATE_BIAS],
-	        .k_state = state[STATE_K],
-	        .v_state = state[STATE_V],
-	        .k_chunk = k_chunk,
-	        .v_chunk = v_chunk,
+	        .batch = scan.batch,
+	        .n_heads = scan.n_heads,
+	        .groups = scan.groups,
+	        .d_head = scan.d_head,
+	        .chunk = scan.chunk,
+	        .chunk_slots = chunks_of(run->config, run->shape->capacity),
+	        .rope = scan.rope,
+	        .scale = scan.scale,
+	        .position = run->position,
+	        .position_hint = run->position_hint,
+	        .z = column_block(run, run->memory->saved[SAVED_PROJ], BLOCK_Z),
+	        .v = scan.v,
+	        .gate = scan.gate,
+	        .q = scan.q,
+	        .k = scan.k,
+	        .gate_bias = scan.gate_bias,
+	        .k_state = scan.k_state,
+	        .v_state = scan.v_state,
+	        .k_chunk = scan.k_chunk,
+	        .v_chunk = scan.v_chunk,
+	        .out = whole(run, run->memory->saved[SAVED_MIX]),
 	};
 
-	status = reference_rat_step(&step, mix, k_state, v_state);
-	mixing_copy(row, k_state, state[STATE_K]);
-	mixing_copy(row, v_state, state[STATE_V]);
-	if (position % config->chunk == config->chunk - 1)
-		store_chunk(config, n_seq, slots, position / config->chunk, k_state, state);
-	reference_release(r.memory);
-	reference_release(memory);
-	return status;
+	return run_rat_step(run->ctx, &args);
 }
 
-static int rat_golden_names(const struct layer_config *config, struct golden_name *names)
-{
-	int n = mixing_golden_names(config, proj_width(config), names);
-
-	names[n++] = (struct golden_name){"gate_bias", PARAM_GATE_BIAS, 0, config->d_model};
-	return n;
-}
+static const struct layer_argument rat_arguments[] = {
+        ARGUMENT("chunk", chunk, .fallback = 16, .least = 1, .help = "tokens L of a chunk"),
+        ARGUMENT("groups", groups, .fallback = 2, .least = 1,
+                 .help = "groups G of heads that share q and k"),
+        ARGUMENT_HEADS,
+        ARGUMENT_POSITION,
+        {0}};
 
 const struct layer_class rat_layer = {
         .name = "rat",
-        .tunables = "chunk,groups,position",
+        .mixes = true,
+        .summary = "RAT: a recurrence within chunks, attention between them",
+        .arguments = rat_arguments,
         .check = rat_check,
-        .parameters = rat_parameters,
+        .proj_width = proj_width,
+        .parameters = mixing_gated_parameters,
         .state = rat_state,
         .saved = rat_saved,
         .scratch = rat_scratch,
         .forward = rat_forward,
         .backward = rat_backward,
         .step = rat_step,
-        .reference_anywhere = true,
-        .reference_mix = reference_mix,
-        .reference_step = reference_step,
-        .reference_mix_backward = reference_mix_backward,
-        .reference_dproj_rows = reference_dproj_rows,
-        .summed_columns = summed_columns,
-        .golden_names = rat_golden_names,
+        .golden_names = mixing_gated_golden_names,
 };

@@ -24,6 +24,8 @@ LAYERS(DECLARE)
 
 const struct layer_class *const layer_classes[] = {LAYERS(ADDRESS) NULL};
 
+const char *const position_words[] = {"none", "rope", NULL};
+
 const struct layer_class *layer_class_find(const char *name)
 {
 	if (strcmp(name, "retention") == 0) /* RetNet's layer, by the name of its mechanism */

@@ -12,7 +12,17 @@ static const struct family_member retnet = {
         .output = OUTPUT_NORM_GATE,
         .key_part = 1,
         .value_factor = 2,
+        .golden = {{"q_proj.weight", COLUMN_Q},
+                   {"k_proj.weight", COLUMN_K},
+                   {"v_proj.weight", COLUMN_V},
+                   {"g_proj.weight", COLUMN_GATE}},
 };
 
 const struct layer_class retnet_layer = {
-        .name = "retnet", .tunables = "chunk,position", .family = &retnet, FAMILY_FUNCTIONS};
+        .name = "retnet",
+        .summary = "multi-scale retention (RetNet)",
+        .arguments =
+                (const struct layer_argument[]){
+                        ARGUMENT_FORM, ARGUMENT_HEADS, ARGUMENT_POSITION, {0}},
+        .family = &retnet,
+        FAMILY_FUNCTIONS};

@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include "layers/model.h"
+#include "layers/pattern.h"
+#include "layers/try.h"
 
 enum { ALIGNMENT = 256 };
 
@@ -13,129 +15,163 @@ enum { ALIGNMENT = 256 };
 /* Heads of a layer where the user names no number. */
 static int64_t default_heads(const struct layer_class *class, int64_t d_model)
 {
-	int64_t width = d_model >= 1024 && d_model % 128 == 0 ? 128 : 64;
+	int64_t width = d_model >= 1024 && d_model % 128 == 0 ? 128 : d_model < 128 ? 32 : 64;
 
 	if (class->default_heads)
 		return class->default_heads(d_model);
 	return d_model % width == 0 ? d_model / width : 1;
 }
 
-static enum status unknown_layer(const char *name, int length)
+/* The value that the options have for an argument. */
+static int64_t general_value(const struct stack_options *options,
+                             const struct layer_argument *argument)
 {
-	char allowed[256] = "";
+	const struct {
+		const char *name;
+		int64_t value;
+	} values[] = {
+	        {"heads", options->n_heads}, {"chunk", options->chunk},
+	        {"window", options->window}, {"groups", options->groups},
+	        {"position", options->rope},
+	};
 
-	for (int i = 0; layer_classes[i]; i++) {
-		strncat(allowed, i ? ", " : "", sizeof allowed - strlen(allowed) - 1);
-		strncat(allowed, layer_classes[i]->name, sizeof allowed - strlen(allowed) - 1);
-	}
-	return status_set(STATUS_INVALID, "--pattern: no layer '%.*s' (allowed: %s)", length, name,
-	                  allowed);
+	for (size_t i = 0; i < sizeof values / sizeof values[0]; i++)
+		if (strcmp(values[i].name, argument->name) == 0 && values[i].value >= 0 &&
+		    (values[i].value > 0 || argument->least == 0))
+			return values[i].value;
+	return argument->fallback;
 }
 
-/* The number behind a name ("rat:16") sets the first of the class's tunables. */
-static enum status apply_suffix(struct layer_config *config, const char *suffix, size_t length)
+static void configure_layer(struct layer_config *config, const struct stack_options *options,
+                            const struct pattern_item *item)
 {
-	const char *tunables = config->class->tunables;
-	int64_t *tunable = strncmp(tunables, "chunk", 5) == 0    ? &config->chunk
-	                   : strncmp(tunables, "window", 6) == 0 ? &config->window
-	                                                         : NULL;
-	long long value = strtoll(suffix, NULL, 10);
+	const struct layer_argument *arguments = item->class->arguments;
 
-	if (!tunable)
-		return status_set(STATUS_INVALID, "--pattern: %s takes no number ':%.*s'",
-		                  config->class->name, (int)length, suffix);
-	if (length == 0 || strspn(suffix, "0123456789") != length || value > INT32_MAX)
-		return status_set(STATUS_INVALID,
-		                  "--pattern: '%s:%.*s' (allowed after the colon: 0 to %d)",
-		                  config->class->name, (int)length, suffix, INT32_MAX);
-	*tunable = value;
-	return STATUS_OK;
-}
-
-/* One name of the pattern, `length` characters long. */
-static enum status configure_layer(struct layer_config *config, const struct stack_options *options,
-                                   const char *name, size_t length)
-{
-	size_t name_length = strcspn(name, ":,");
-	char copy[32] = "";
-
-	if (name_length < sizeof copy)
-		memcpy(copy, name, name_length);
 	*config = (struct layer_config){
-	        .class = layer_class_find(copy),
+	        .class = item->class,
 	        .d_model = options->d_model,
-	        .n_heads = options->n_heads,
-	        .chunk = options->chunk,
-	        .window = options->window,
-	        .groups = options->groups,
+	        .n_heads = 1,
 	        .train_len = options->train_len,
-	        .rope = options->rope,
 	        .prenorm = options->prenorm,
 	        .residual = options->residual,
 	        .norm_eps = options->norm_eps,
 	};
-	if (!config->class)
-		return unknown_layer(name, (int)name_length);
+	for (int i = 0; arguments[i].name; i++)
+		*argument_of(config, &arguments[i]) =
+		        item->given[i] ? item->value[i] : general_value(options, &arguments[i]);
 	if (config->n_heads == 0)
 		config->n_heads = default_heads(config->class, options->d_model);
-	if (name_length < length) {
-		enum status status =
-		        apply_suffix(config, name + name_length + 1, length - name_length - 1);
-
-		if (status != STATUS_OK)
-			return status;
-	}
-	return config->class->check(config);
 }
 
-static int64_t names_in(const char *pattern)
-{
-	int64_t count = 1;
-
-	for (; *pattern; pattern++)
-		count += *pattern == ',';
-	return count;
-}
-
-/* The pattern's name number `index`, counting on from the start again behind its end. */
-static const char *name_of_layer(const char *pattern, int64_t index)
-{
-	for (index %= names_in(pattern); index > 0; index--)
-		pattern = strchr(pattern, ',') + 1;
-	return pattern;
-}
-
-enum status stack_configure(struct stack *stack, const struct backend *backend,
+enum status stack_configure(struct stack *stack, struct device *device,
                             const struct stack_options *options)
 {
-	int64_t n = options->n_layers ? options->n_layers : names_in(options->pattern);
+	struct pattern pattern;
 
 	memset(stack, 0, sizeof *stack);
-	stack->backend = backend;
+	TRY(pattern_parse(&pattern, options->pattern));
+	int64_t n = options->n_layers ? options->n_layers : pattern.count;
+	stack->device = device;
 	stack->vocab = options->vocab;
 	stack->d_model = options->d_model;
 	if (options->d_model < 1)
 		return status_set(STATUS_INVALID, "--d-model %lld (allowed: 1 or more)",
 		                  (long long)options->d_model);
-	if (options->n_heads < 0)
-		return status_set(STATUS_INVALID, "--heads %lld (allowed: 1 or more)",
-		                  (long long)options->n_heads);
 	if (n < 1 || n * (options->ffn ? 2 : 1) > MAX_LAYERS)
 		return status_set(STATUS_INVALID, "%lld layers (allowed: 1 to %d)", (long long)n,
 		                  MAX_LAYERS / (options->ffn ? 2 : 1));
 	for (int64_t i = 0; i < n; i++) {
-		const char *name = name_of_layer(options->pattern, i);
 		struct layer_config *config = &stack->layers[stack->n_layers++];
-		enum status status = configure_layer(config, options, name, strcspn(name, ","));
 
-		if (status != STATUS_OK)
-			return status;
+		configure_layer(config, options, &pattern.item[i % pattern.count]);
 		if (options->ffn) {
 			stack->layers[stack->n_layers] = *config;
 			stack->layers[stack->n_layers++].class = &ffn_layer;
 		}
+		if (i < pattern.count)
+			stack->period = stack->n_layers;
 	}
+	for (int i = 0; i < stack->period; i++)
+		if (stack->layers[i].class->check)
+			TRY(stack->layers[i].class->check(&stack->layers[i]));
 	return STATUS_OK;
+}
+
+void stack_pattern(const struct stack *stack, char *text, size_t size)
+{
+	text[0] = '\0';
+	for (int i = 0; i < stack->period; i++) {
+		if (!stack->layers[i].class->mixes)
+			continue;
+		if (i > 0)
+			strncat(text, ",", size - strlen(text) - 1);
+		pattern_append(text, size, &stack->layers[i]);
+	}
+}
+
+int64_t stack_argument(const struct stack *stack, const char *name)
+{
+	for (int i = 0; i < stack->period; i++) {
+		struct layer_config config = stack->layers[i];
+		int argument = argument_find(config.class, name);
+
+		if (argument >= 0)
+			return *argument_of(&config, &config.class->arguments[argument]);
+	}
+	return -1;
+}
+
+struct layer_widths stack_widths(const struct stack *stack)
+{
+	const struct layer_config *first = &stack->layers[0];
+	int64_t h = first->n_heads, d = first->d_model / h;
+
+	if (argument_find(first->class, "heads") < 0)
+		return (struct layer_widths){-1, -1, -1, -1};
+	return first->class->widths ? first->class->widths(first)
+	                            : (struct layer_widths){h, h, d, d};
+}
+
+int64_t stack_parameters(const struct stack *stack)
+{
+	int64_t count = stack->vocab > 0 ? (2 * stack->vocab + 1) * stack->d_model : 0;
+	struct tensor_spec specs[MAX_TENSORS];
+
+	for (int i = 0; i < stack->n_layers; i++)
+		for (int j = stack->layers[i].class->parameters(&stack->layers[i], specs); j > 0;
+		     j--)
+			count += tensor_count(&specs[j - 1]);
+	return count;
+}
+
+/* Bytes of one layer's state of one sequence of `capacity` tokens. */
+static int64_t state_bytes(const struct stack *stack, int i, int64_t capacity)
+{
+	const struct layer_config *config = &stack->layers[i];
+	const struct layer_shape shape = {
+	        .pass = PASS_GENERATION, .batch = 1, .seq_len = 1, .capacity = capacity};
+	struct tensor_spec specs[MAX_TENSORS];
+	int64_t bytes = 0;
+
+	for (int j = config->class->state(config, &shape, specs); j > 0; j--)
+		bytes += (int64_t)tensor_bytes(&specs[j - 1], stack->device);
+	return bytes;
+}
+
+int64_t stack_state_bytes(const struct stack *stack, int64_t capacity, double *per_token)
+{
+	int64_t bytes = 0;
+
+	*per_token = 0;
+	for (int i = 0; i < stack->n_layers; i++) {
+		/* Whole chunks, of which each adds as much as the next. */
+		int64_t more = stack->layers[i].chunk > 0 ? stack->layers[i].chunk : 1;
+		int64_t now = state_bytes(stack, i, capacity);
+
+		bytes += now;
+		*per_token += (double)(state_bytes(stack, i, capacity + more) - now) / (double)more;
+	}
+	return bytes;
 }
 
 /* ---- shapes ---- */
@@ -204,7 +240,7 @@ static int last_mixing_layer(const struct stack *stack)
 {
 	int last = stack->n_layers - 1;
 
-	while (last > 0 && !stack->layers[last].class->reference_mix)
+	while (last > 0 && !stack->layers[last].class->mixes)
 		last--;
 	return last;
 }
@@ -249,46 +285,58 @@ static void take_tensors(struct arena *arena, const struct stack *stack,
 	for (int s = 0; s < n_shapes; s++)
 		n = list(config, &shapes[s], specs[s]);
 	for (int i = 0; i < n; i++) {
-		size_t bytes = tensor_bytes(&specs[0][i], stack->backend);
+		size_t bytes = tensor_bytes(&specs[0][i], stack->device);
 
-		if (n_shapes == 2 && tensor_bytes(&specs[1][i], stack->backend) > bytes)
-			bytes = tensor_bytes(&specs[1][i], stack->backend);
+		if (n_shapes == 2 && tensor_bytes(&specs[1][i], stack->device) > bytes)
+			bytes = tensor_bytes(&specs[1][i], stack->device);
 		tensors[i] = take(arena, bytes, purpose);
 	}
 }
 
-static void lay_out_parameters(struct stack *stack, struct arena *arena, struct memory_plan *plan)
+/* Every parameter, or the gradient of every one. */
+static void lay_out_parameters(struct stack *stack, bool gradients, struct arena *arena,
+                               size_t *purpose)
 {
-	size_t element = dtype_size(stack->backend->activation);
+	size_t wide = dtype_size(stack->device->wide);
+	size_t element = gradients ? wide : dtype_size(stack->device->activation);
 	struct tensor_spec specs[MAX_TENSORS];
 
-	for (int i = 0; i < stack->n_layers; i++) {
-		const struct layer_config *config = &stack->layers[i];
-
-		for (int j = config->class->parameters(config, specs) - 1; j >= 0; j--)
-			stack->memory[i].param[j] = take(
-			        arena, tensor_bytes(&specs[j], stack->backend), &plan->parameters);
-	}
+	for (int i = 0; i < stack->n_layers; i++)
+		for (int j = stack->layers[i].class->parameters(&stack->layers[i], specs) - 1;
+		     j >= 0; j--)
+			if (gradients)
+				stack->memory[i].grad[j] = take(
+				        arena, (size_t)tensor_count(&specs[j]) * wide, purpose);
+			else
+				stack->memory[i].param[j] = take(
+				        arena, tensor_bytes(&specs[j], stack->device), purpose);
 	if (!is_model(stack))
 		return;
 	size_t table = (size_t)(stack->vocab * stack->d_model) * element;
-	stack->embedding = take(arena, table, &plan->parameters);
-	stack->final_norm = take(arena, (size_t)stack->d_model * sizeof(float), &plan->parameters);
-	stack->head = take(arena, table, &plan->parameters);
+	void *embedding = take(arena, table, purpose);
+	void *final_norm = take(arena, (size_t)stack->d_model * wide, purpose);
+	void *head = take(arena, table, purpose);
+	if (gradients) {
+		stack->d_embedding = embedding;
+		stack->d_final_norm = final_norm;
+		stack->d_head = head;
+	} else {
+		stack->embedding = embedding;
+		stack->final_norm = final_norm;
+		stack->head = head;
+	}
 }
 
 static void lay_out_state(struct stack *stack, const struct layer_shape *shape, struct arena *arena,
-                          struct memory_plan *plan)
+                          size_t *purpose)
 {
 	struct tensor_spec specs[MAX_TENSORS];
 
-	for (int i = 0; i < stack->n_layers; i++) {
-		const struct layer_config *config = &stack->layers[i];
-
-		for (int j = config->class->state(config, shape, specs) - 1; j >= 0; j--)
+	for (int i = 0; i < stack->n_layers; i++)
+		for (int j = stack->layers[i].class->state(&stack->layers[i], shape, specs) - 1;
+		     j >= 0; j--)
 			stack->memory[i].state[j] =
-			        take(arena, tensor_bytes(&specs[j], stack->backend), &plan->state);
-	}
+			        take(arena, tensor_bytes(&specs[j], stack->device), purpose);
 }
 
 /* What the user supplies: it outlives every run. */
@@ -297,7 +345,7 @@ static void lay_out_inputs(struct stack *stack, const struct layer_shape *shape,
 {
 	size_t n = (size_t)(shape->batch * shape->seq_len);
 	size_t activations = (size_t)(most_tokens(shape) * stack->d_model) *
-	                     dtype_size(stack->backend->activation);
+	                     dtype_size(stack->device->activation);
 
 	stack->position = take(arena, sizeof(int32_t), &plan->activations);
 	if (is_model(stack)) {
@@ -319,7 +367,7 @@ static void lay_out_activations(struct stack *stack, const struct layer_shape *s
                                 struct arena *arena, struct memory_plan *plan)
 {
 	size_t bytes = (size_t)(most_tokens(shape) * stack->d_model) *
-	               dtype_size(stack->backend->activation);
+	               dtype_size(stack->device->activation);
 	int n = stack->n_layers;
 	bool train = shape->pass == PASS_TRAIN, all = train || !is_model(stack);
 	void *turns[2] = {NULL, NULL};
@@ -341,8 +389,9 @@ static void lay_out_activations(struct stack *stack, const struct layer_shape *s
 	stack->dy = stack->layer_dy[n];
 }
 
-/* Saved tensors of every layer, and the scratch of the backward pass. What need not survive the
- * layer's own run shares one place, as large as the neediest layer. */
+/* Saved tensors of every layer, and the scratch of the backward pass. In a model what need not
+ * survive the layer's own run shares one place, as large as the neediest layer; a stack of blocks
+ * keeps all, so that all can be verified. */
 static void lay_out_layers(struct stack *stack, const struct layer_shape *shape,
                            struct arena *arena, struct memory_plan *plan)
 {
@@ -356,7 +405,7 @@ static void lay_out_layers(struct stack *stack, const struct layer_shape *shape,
 		if (!stack_keeps(stack, shape, i))
 			take_tensors(&scratch, stack, config, config->class->saved, shape,
 			             stack->memory[i].saved, &ignored);
-		if (shape->pass == PASS_TRAIN)
+		if (shape->pass == PASS_TRAIN && is_model(stack))
 			take_tensors(&scratch, stack, config, config->class->scratch, shape,
 			             stack->memory[i].scratch, &ignored);
 		if (scratch.used > end.used)
@@ -364,53 +413,40 @@ static void lay_out_layers(struct stack *stack, const struct layer_shape *shape,
 	}
 	*(shape->pass == PASS_TRAIN ? &plan->scratch : &plan->saved) += end.used - arena->used;
 	*arena = end;
-	for (int i = 0; i < stack->n_layers; i++)
-		if (stack_keeps(stack, shape, i))
-			take_tensors(arena, stack, &stack->layers[i], stack->layers[i].class->saved,
-			             shape, stack->memory[i].saved, &plan->saved);
-}
-
-static void lay_out_gradients(struct stack *stack, struct arena *arena, struct memory_plan *plan)
-{
-	struct tensor_spec specs[MAX_TENSORS];
-
 	for (int i = 0; i < stack->n_layers; i++) {
 		const struct layer_config *config = &stack->layers[i];
 
-		for (int j = config->class->parameters(config, specs) - 1; j >= 0; j--)
-			stack->memory[i].grad[j] =
-			        take(arena, (size_t)tensor_count(&specs[j]) * sizeof(float),
-			             &plan->gradients);
+		if (stack_keeps(stack, shape, i))
+			take_tensors(arena, stack, config, config->class->saved, shape,
+			             stack->memory[i].saved, &plan->saved);
+		if (shape->pass == PASS_TRAIN && !is_model(stack))
+			take_tensors(arena, stack, config, config->class->scratch, shape,
+			             stack->memory[i].scratch, &plan->scratch);
 	}
-	if (!is_model(stack))
-		return;
-	size_t table = (size_t)(stack->vocab * stack->d_model) * sizeof(float);
-	stack->d_embedding = take(arena, table, &plan->gradients);
-	stack->d_final_norm = take(arena, (size_t)stack->d_model * sizeof(float), &plan->gradients);
-	stack->d_head = take(arena, table, &plan->gradients);
 }
 
 /* The end of a model. In training every position has logits, otherwise the last one. */
 static void lay_out_model(struct stack *stack, const struct layer_shape *shape, struct arena *arena,
                           struct memory_plan *plan)
 {
-	size_t element = dtype_size(stack->backend->activation);
+	size_t element = dtype_size(stack->device->activation);
 	bool train = shape->pass == PASS_TRAIN;
 	size_t rows = (size_t)(train ? shape->batch * shape->seq_len : shape->batch);
-	size_t wide = rows * (size_t)stack->d_model * element;
+	size_t bytes = rows * (size_t)stack->d_model * element,
+	       wide = dtype_size(stack->device->wide);
 
 	if (!is_model(stack))
 		return;
 	stack->logits = take(arena, rows * (size_t)stack->vocab * element, &plan->logits);
-	stack->x_norm = take(arena, wide, &plan->activations);
+	stack->x_norm = take(arena, bytes, &plan->activations);
 	if (!train) {
-		stack->last = take(arena, wide, &plan->activations);
+		stack->last = take(arena, bytes, &plan->activations);
 		return;
 	}
-	stack->rstd = take(arena, rows * sizeof(float), &plan->activations);
-	stack->losses = take(arena, rows * sizeof(float), &plan->activations);
-	stack->loss = take(arena, sizeof(float), &plan->activations);
-	stack->dx_norm = take(arena, wide, &plan->activations);
+	stack->rstd = take(arena, rows * wide, &plan->activations);
+	stack->losses = take(arena, rows * wide, &plan->activations);
+	stack->loss = take(arena, wide, &plan->activations);
+	stack->dx_norm = take(arena, bytes, &plan->activations);
 }
 
 /* Gives every tensor its place behind `base`, and says how much that is. Parameters and inputs
@@ -421,20 +457,22 @@ static void lay_out(struct stack *stack, const struct layer_shape *shape, void *
 	struct arena arena = {base, 0};
 
 	memset(plan, 0, sizeof *plan);
-	memset(stack->memory, 0, sizeof stack->memory);
+	/* No pointer is left of a pass that has more tensors. */
+	memset((char *)stack + offsetof(struct stack, memory), 0,
+	       offsetof(struct stack, arena) - offsetof(struct stack, memory));
 	stack->shape = *shape;
 	if (shape->pass == PASS_TRAIN)
 		stack->shape.capacity = 0;
 	shape = &stack->shape;
-	lay_out_parameters(stack, &arena, plan);
+	lay_out_parameters(stack, false, &arena, &plan->parameters);
 	lay_out_inputs(stack, shape, &arena, plan);
 	stack->state_offset = arena.used;
-	lay_out_state(stack, shape, &arena, plan);
+	lay_out_state(stack, shape, &arena, &plan->state);
 	stack->output_offset = arena.used;
 	lay_out_layers(stack, shape, &arena, plan);
 	lay_out_activations(stack, shape, &arena, plan);
 	if (shape->pass == PASS_TRAIN)
-		lay_out_gradients(stack, &arena, plan);
+		lay_out_parameters(stack, true, &arena, &plan->gradients);
 	lay_out_model(stack, shape, &arena, plan);
 	stack->workspace = take(&arena, workspace, &plan->workspace);
 	plan->total = arena.used;
@@ -465,8 +503,7 @@ static enum status check_shape(const struct stack *stack, const struct layer_sha
 		return status_set(STATUS_INVALID,
 		                  "generation needs a cache, and takes one token at a time");
 	for (int i = 0; i < stack->n_layers; i++)
-		if (strstr(stack->layers[i].class->tunables, "chunk") &&
-		    stack->layers[i].chunk > longest)
+		if (stack->layers[i].chunk > longest)
 			return status_set(STATUS_UNSUPPORTED,
 			                  "%s: a chunk of %lld is longer than the sequence of %lld",
 			                  stack->layers[i].class->name,
@@ -511,16 +548,15 @@ static enum status plan_throughput(struct stack *stack, struct context *ctx,
 {
 	int64_t first = stack->shape.seq_len, end = stack->shape.capacity - 1;
 	struct kernel_plan middle = {0}, last = {0};
-	enum status status = stack_forward(stack, ctx);
 
-	if (first == end || status != STATUS_OK)
-		return status;
-	status = plan_step(stack, ctx, (first + end - 1) / 2, &middle);
-	if (status == STATUS_OK)
-		status = plan_step(stack, ctx, end, &last);
+	TRY(stack_forward(stack, ctx));
+	if (first == end)
+		return STATUS_OK;
+	TRY(plan_step(stack, ctx, (first + end - 1) / 2, &middle));
+	TRY(plan_step(stack, ctx, end, &last));
 	if (last.workspace_bytes > middle.workspace_bytes)
 		middle.workspace_bytes = last.workspace_bytes;
-	return status == STATUS_OK ? plan_add_repeated(work, &middle, end - first) : status;
+	return plan_add_repeated(work, &middle, end - first);
 }
 
 /* An address that no tensor has, for plans: never dereferenced, and as aligned as a real one. */
@@ -570,16 +606,12 @@ enum status stack_allocate(struct stack *stack, struct context *ctx,
                            const struct layer_shape *shape)
 {
 	struct memory_plan plan;
-	void *arena;
 	enum status status = stack_plan(stack, ctx, shape, &plan, NULL);
 
 	stack_release(stack);
-	if (status == STATUS_OK)
-		status = stack->backend->allocate(plan.total, &arena);
-	if (status != STATUS_OK)
-		return status;
-	stack->arena = arena;
-	lay_out(stack, shape, arena, plan.workspace, &stack->plan);
+	TRY(status);
+	TRY(device_allocate(stack->device, plan.total, &stack->arena));
+	lay_out(stack, shape, stack->arena, plan.workspace, &stack->plan);
 	ctx->workspace = stack->workspace;
 	ctx->workspace_bytes = plan.workspace;
 	return STATUS_OK;
@@ -588,10 +620,9 @@ enum status stack_allocate(struct stack *stack, struct context *ctx,
 void stack_release(struct stack *stack)
 {
 	if (stack->arena)
-		stack->backend->release(stack->arena);
+		device_release(stack->device, stack->arena);
 	stack->arena = NULL;
-	free(stack->snapshot);
-	stack->snapshot = NULL;
+	stack_forget_snapshot(stack);
 }
 
 enum status stack_poison(struct stack *stack)
@@ -600,7 +631,8 @@ enum status stack_poison(struct stack *stack)
 	        stack->shape.pass == PASS_PREFILL || stack->shape.pass == PASS_THROUGHPUT;
 	size_t from = fills_state ? stack->state_offset : stack->output_offset;
 
-	return stack->backend->fill((char *)stack->arena + from, 0xff, stack->plan.total - from);
+	return device_fill(stack->device, (char *)stack->arena + from, 0xff,
+	                   stack->plan.total - from);
 }
 
 /* ---- runs ---- */
@@ -609,7 +641,7 @@ enum status stack_set_position(struct stack *stack, int64_t position)
 {
 	int32_t value = (int32_t)position;
 
-	return stack->backend->upload(stack->position, &value, sizeof value);
+	return device_upload(stack->device, stack->position, &value, sizeof value);
 }
 
 /* A layer's memory as sequences first ... see it. */
@@ -621,7 +653,7 @@ static struct layer_memory memory_from(const struct stack *stack, int i, int64_t
 	int n = config->class->state(config, &stack->shape, specs);
 
 	for (int j = 0; j < n; j++) {
-		size_t bytes = tensor_bytes(&specs[j], stack->backend);
+		size_t bytes = tensor_bytes(&specs[j], stack->device);
 
 		if (memory.state[j])
 			memory.state[j] = (char *)memory.state[j] +
@@ -630,18 +662,20 @@ static struct layer_memory memory_from(const struct stack *stack, int i, int64_t
 	return memory;
 }
 
+/* All layers' forward; with a position, a step. */
 static enum status forward_layers(struct stack *stack, struct context *ctx, int64_t first,
-                                  const struct layer_shape *shape)
+                                  const struct layer_shape *shape, const int32_t *position,
+                                  int64_t position_hint)
 {
 	enum status status = STATUS_OK;
 
 	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
-		const struct layer_config *config = &stack->layers[i];
-		struct layer_memory memory = memory_from(stack, i, first);
+		const struct layer_memory memory = memory_from(stack, i, first);
+		const struct layer_run run = {ctx,     &stack->layers[i], shape,
+		                              &memory, position,          position_hint};
 
-		context_range_push(ctx, config->class->name);
-		status = config->class->forward(ctx, config, shape, &memory, stack->layer_x[i],
-		                                stack->layer_x[i + 1]);
+		context_range_push(ctx, stack->layers[i].class->name);
+		status = layer_forward(&run, stack->layer_x[i], stack->layer_x[i + 1]);
 		context_range_pop(ctx);
 	}
 	return status;
@@ -652,39 +686,31 @@ static enum status forward_part(struct stack *stack, struct context *ctx, int64_
                                 const struct layer_shape *shape)
 {
 	int64_t n = shape->batch * shape->seq_len;
-	size_t row = (size_t)stack->vocab * dtype_size(stack->backend->activation);
+	size_t row = (size_t)stack->vocab * dtype_size(stack->device->activation);
 	char *logits = (char *)stack->logits + (size_t)first * row;
-	enum status status = model_embed(stack, ctx, n, stack->tokens + first * shape->seq_len);
 
-	if (status == STATUS_OK)
-		status = forward_layers(stack, ctx, first, shape);
-	if (status != STATUS_OK)
-		return status;
+	TRY(model_embed(stack, ctx, n, stack->tokens + first * shape->seq_len));
+	TRY(forward_layers(stack, ctx, first, shape, NULL, 0));
 	if (shape->pass == PASS_TRAIN)
 		return model_head(stack, ctx, n, stack->y, stack->logits);
-	status = model_take_last(stack, ctx, shape->batch, shape->seq_len);
-	if (status == STATUS_OK)
-		status = model_head(stack, ctx, shape->batch, stack->last, logits);
-	if (status == STATUS_OK)
-		status = model_pick(stack, ctx, shape->batch, logits, stack->next + first, NULL);
-	return status;
+	TRY(model_take_last(stack, ctx, shape->batch, shape->seq_len));
+	TRY(model_head(stack, ctx, shape->batch, stack->last, logits));
+	return model_pick(stack, ctx, shape->batch, logits, stack->next + first, NULL);
 }
 
 enum status stack_forward(struct stack *stack, struct context *ctx)
 {
 	struct layer_shape shape = forward_shape(&stack->shape);
 	int64_t part = shape.batch;
-	enum status status = STATUS_OK;
 
 	if (!is_model(stack) && part == stack->shape.batch)
-		return forward_layers(stack, ctx, 0, &shape);
-	for (int64_t b = 0; b < stack->shape.batch && status == STATUS_OK; b += part) {
+		return forward_layers(stack, ctx, 0, &shape, NULL, 0);
+	for (int64_t b = 0; b < stack->shape.batch; b += part) {
 		shape.batch = smaller(part, stack->shape.batch - b);
-		status = forward_part(stack, ctx, b, &shape);
+		TRY(forward_part(stack, ctx, b, &shape));
 	}
-	if (status == STATUS_OK && shape.pass != PASS_TRAIN && !ctx->plan)
-		status = stack_set_position(stack, shape.seq_len);
-	return status;
+	return shape.pass == PASS_TRAIN || ctx->plan ? STATUS_OK
+	                                             : stack_set_position(stack, shape.seq_len);
 }
 
 enum status stack_backward(struct stack *stack, struct context *ctx)
@@ -693,11 +719,14 @@ enum status stack_backward(struct stack *stack, struct context *ctx)
 
 	for (int i = stack->n_layers - 1; i >= 0 && status == STATUS_OK; i--) {
 		const struct layer_config *config = &stack->layers[i];
+		const struct layer_run run = {.ctx = ctx,
+		                              .config = config,
+		                              .shape = &stack->shape,
+		                              .memory = &stack->memory[i]};
 
 		context_range_push(ctx, config->class->name);
-		status = config->class->backward(ctx, config, &stack->shape, &stack->memory[i],
-		                                 stack->layer_x[i], stack->layer_dy[i + 1],
-		                                 stack->layer_dy[i]);
+		status = layer_backward(&run, stack->layer_x[i], stack->layer_dy[i + 1],
+		                        stack->layer_dy[i]);
 		context_range_pop(ctx);
 	}
 	if (status == STATUS_OK && is_model(stack))
@@ -708,44 +737,30 @@ enum status stack_backward(struct stack *stack, struct context *ctx)
 enum status stack_step(struct stack *stack, struct context *ctx, int64_t position_hint)
 {
 	const struct layer_shape shape = step_shape(&stack->shape);
-	enum status status = STATUS_OK;
 
 	if (is_model(stack))
-		status = model_embed(stack, ctx, shape.batch, stack->next);
-	for (int i = 0; i < stack->n_layers && status == STATUS_OK; i++) {
-		const struct layer_config *config = &stack->layers[i];
-
-		context_range_push(ctx, config->class->name);
-		status = config->class->step(ctx, config, &shape, &stack->memory[i],
-		                             stack->position, position_hint, stack->layer_x[i],
-		                             stack->layer_x[i + 1]);
-		context_range_pop(ctx);
-	}
-	if (status == STATUS_OK && is_model(stack))
-		status = model_head(stack, ctx, shape.batch, stack->y, stack->logits);
-	if (status == STATUS_OK && is_model(stack))
-		status = model_pick(stack, ctx, shape.batch, stack->logits, stack->next,
-		                    stack->position);
-	return status;
+		TRY(model_embed(stack, ctx, shape.batch, stack->next));
+	TRY(forward_layers(stack, ctx, 0, &shape, stack->position, position_hint));
+	if (!is_model(stack))
+		return STATUS_OK;
+	TRY(model_head(stack, ctx, shape.batch, stack->y, stack->logits));
+	return model_pick(stack, ctx, shape.batch, stack->logits, stack->next, stack->position);
 }
 
 enum status stack_run(struct stack *stack, struct context *ctx)
 {
-	enum status status;
+	const struct layer_shape *shape = &stack->shape;
 
-	if (stack->shape.pass == PASS_GENERATION)
-		return stack_step(stack, ctx, stack->shape.capacity - 1);
-	status = stack_forward(stack, ctx);
-	if (stack->shape.pass == PASS_TRAIN && status == STATUS_OK)
-		status = stack_backward(stack, ctx);
-	if (stack->shape.pass != PASS_THROUGHPUT)
-		return status;
-	for (int64_t p = stack->shape.seq_len; p < stack->shape.capacity - 1 && status == STATUS_OK;
+	if (shape->pass == PASS_GENERATION)
+		return stack_step(stack, ctx, shape->capacity - 1);
+	TRY(stack_forward(stack, ctx));
+	if (shape->pass == PASS_TRAIN)
+		return stack_backward(stack, ctx);
+	for (int64_t p = shape->seq_len; shape->pass == PASS_THROUGHPUT && p < shape->capacity - 1;
 	     p++) {
 		if (!is_model(stack))
-			status = stack_set_position(stack, p);
-		if (status == STATUS_OK)
-			status = stack_step(stack, ctx, p);
+			TRY(stack_set_position(stack, p));
+		TRY(stack_step(stack, ctx, p));
 	}
-	return status;
+	return STATUS_OK;
 }

@@ -6,7 +6,7 @@
  * what is free, stack_allocate, stack_initialize, then any of the runs.
  *
  * Buffers (x, y, dy, dx, logits, ...) are in the backend's memory; read and write them with
- * backend_download_floats(stack->backend, stack->backend->activation, ...) and its twin.
+ * device_download_floats(stack->device, stack->device->activation, ...) and its twin.
  */
 #ifndef LAYERS_STACK_H
 #define LAYERS_STACK_H
@@ -15,17 +15,17 @@
 
 /* What every layer of a stack is made from. */
 struct stack_options {
-	/* Layer names, comma separated, each with its own L or W if wanted ("rat:16,swa:1024");
-	 * layer i is name i mod count. */
+	/* layers/pattern.h; layer i is item i mod count. */
 	const char *pattern;
 	int64_t n_layers; /* 0: as many as the pattern names; an ffn does not count */
 	bool ffn;         /* an ffn after each layer (models) */
 	int64_t vocab;    /* > 0: a model with embedding and head */
-	/* n_heads 0: GLA 4, Mamba-2 heads of 64, others of 128 (of 64 where D < 1024 or no multiple
-	 * of 128) */
-	int64_t d_model, n_heads;
-	int64_t chunk, window, groups, train_len;
-	bool rope, prenorm, residual;
+	int64_t d_model, train_len;
+	/* Of layers that have such an argument and whose item does not say it. Negative, or 0 where
+	 * that is not allowed: the class's default. Automatic heads: GLA 4, Mamba-2 heads of 64,
+	 * others of 128 (64 where D < 1024 or no multiple of 128, 32 where D < 128). */
+	int64_t n_heads, chunk, window, groups, rope;
+	bool prenorm, residual;
 	float norm_eps;
 };
 
@@ -39,8 +39,9 @@ struct stack_snapshot;
 
 /* Fields below `arena` are for layers/ alone. */
 struct stack {
-	const struct backend *backend;
+	struct device *device;
 	int n_layers; /* ffn layers included */
+	int period;   /* of them, after which the pattern begins again */
 	struct layer_config layers[MAX_LAYERS];
 	int64_t vocab, d_model;
 
@@ -75,8 +76,18 @@ struct stack {
 };
 
 /* STATUS_INVALID with one line naming the option that is wrong and what is allowed. */
-enum status stack_configure(struct stack *stack, const struct backend *backend,
+enum status stack_configure(struct stack *stack, struct device *device,
                             const struct stack_options *options);
+
+/* What the stack is: its pattern with every argument but automatic ones ("rat(chunk=16,...),..."),
+ * what the first layer that has an argument has for it (-1: none has), the heads of the first
+ * layer, all its parameters, and the bytes of state of a sequence of `capacity` tokens, with what
+ * each further token adds. The first three are known even if stack_configure() refused. */
+void stack_pattern(const struct stack *stack, char *text, size_t size);
+int64_t stack_argument(const struct stack *stack, const char *name);
+struct layer_widths stack_widths(const struct stack *stack);
+int64_t stack_parameters(const struct stack *stack);
+int64_t stack_state_bytes(const struct stack *stack, int64_t capacity, double *per_token);
 
 /* Bytes the stack needs for `shape` and the work of one run of shape.pass; takes nothing.
  * STATUS_UNSUPPORTED if a layer or an operation cannot do it. `work` may be NULL. */
@@ -99,6 +110,8 @@ void stack_release(struct stack *stack);
 enum status stack_initialize(struct stack *stack, uint64_t seed);
 /* Random caches of position `position`, as prefill would lay them out; sets *position. */
 enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t seed);
+/* Caches as they are before the first token: zero; *position too. */
+enum status stack_empty_state(struct stack *stack);
 /* Sets *position on the device. */
 enum status stack_set_position(struct stack *stack, int64_t position);
 /* Tokens [B, T] of a model; in training its targets too: the token that follows, none for the
@@ -113,6 +126,9 @@ enum status stack_set_tokens(struct stack *stack, const int32_t *tokens);
 enum { LAYER_MODEL = -1 };
 enum model_parameter { MODEL_EMBEDDING, MODEL_FINAL_NORM, MODEL_HEAD, MODEL_PARAMETERS };
 
+/* What a parameter is; false if there is none. */
+bool stack_parameter_spec(const struct stack *stack, int layer, int index,
+                          struct tensor_spec *spec);
 /* Elements of a parameter (0: there is none). */
 int64_t stack_parameter_count(const struct stack *stack, int layer, int index);
 enum status stack_set_parameter(struct stack *stack, int layer, int index, const float *values);
@@ -120,15 +136,20 @@ enum status stack_get_parameter(const struct stack *stack, int layer, int index,
 enum status stack_get_gradient(const struct stack *stack, int layer, int index, float *values);
 
 /*
- * The same by golden name, a row range of a parameter: in a stack of one layer
+ * The same by golden name, row ranges of a parameter: in a stack of one layer
  * "in_proj.weight", in a model "backbone.layers.0.seq_layer.in_proj.weight",
  * "backbone.layers.0.hidden_layer.fc1.weight", "backbone.ln.weight", "embedding.wte.weight",
  * "head.lm_head.weight". STATUS_INVALID for an unknown name or a count that is not the range's.
+ * stack_named_shape: what the name means, with the reference's sizes; false if nothing.
  */
+bool stack_named_shape(const struct stack *stack, const char *name, struct tensor_spec *shape);
 enum status stack_set_named(struct stack *stack, const char *name, const float *values,
                             int64_t count);
 enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
                                      int64_t count);
+/* A state, "state.s", as the reference lays it out. */
+enum status stack_get_named_state(const struct stack *stack, const char *name, float *values,
+                                  int64_t count);
 
 /* x -> y, filling states. A model: tokens -> logits, in training of every position; otherwise of
  * the last one, and it picks the next token greedily and sets *position to T. */
@@ -145,20 +166,19 @@ enum status stack_step(struct stack *stack, struct context *ctx, int64_t positio
 enum status stack_run(struct stack *stack, struct context *ctx);
 
 /*
- * Verification. The worst row's ||a-b||/||b|| of the tensor that enters OutProj
- * in the buffers of the last run, and in training of dx without the residual's
- * part and of every parameter's gradient, against the fp64 reference; NaN or
- * Inf anywhere gives INFINITY. At least `min_rows` rows (all, if no more than that). For a
- * stack of several layers each layer is checked on its own input, and the
- * worst counts; of a model outside training only the last temporal-mixing layer, whose buffers
- * survive. For generation call stack_snapshot_state() before the step: the step's rows and
- * the state it wrote are then checked for the sequences of the snapshot. ctx is the run's: of
- * several layers on a device, the backward of some is run again.
+ * Verification. The worst row's ||a-b||/||b|| of what each operation of the last run has written,
+ * against the fp64 reference on the inputs that the run left it (kernels/check.h); what was added
+ * to a residual is judged without it. NaN or Inf anywhere gives INFINITY. At least `min_rows` rows
+ * of each tensor (all, where that is cheap). Of a model the operations whose inputs survive are
+ * checked. For generation call stack_snapshot_state() before the step. ctx is the run's. After
+ * STATUS_OK status_message() says where the worst is: "dq of attention_backward".
  */
 enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t min_rows,
                          uint64_t seed, double *rel_err);
-/* Keeps a copy of the states of some sequences (all, if that is cheap) for stack_verify(). */
+/* Keeps states of some sequences (all, if that is cheap) for stack_verify(). */
 enum status stack_snapshot_state(struct stack *stack, uint64_t seed);
+/* Gives the copy back. */
+void stack_forget_snapshot(struct stack *stack);
 /* Fills every buffer a run writes with NaN bytes (the caches too in prefill, which writes them). */
 enum status stack_poison(struct stack *stack);
 

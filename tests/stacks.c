@@ -1,33 +1,36 @@
 /* What the tests of layers share. */
 #include "tests/stacks.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
+#include "kernels/noise.h"
 
-#include <cmocka.h>
-#include <math.h>
-#include <stdlib.h>
+struct device *cpu;
 
-#include "layers/noise.h"
-
-int stacks_setup(void **state)
+static int open_cpu(void **state)
 {
-	(void)state;
-	return cpu_backend.open(0) == STATUS_OK ? 0 : -1;
+	return cpu_backend.open("", NULL, &cpu) == STATUS_OK ? 0 : -1;
 }
 
-int stacks_teardown(void **state)
+static int close_cpu(void **state)
 {
-	(void)state;
-	cpu_backend.close();
+	device_close(cpu);
 	return 0;
 }
 
-void require_ok(enum status status)
+FIXTURE(open_cpu, close_cpu, NULL)
+
+struct device mutant_of(const struct device *device, const struct kernel *first)
 {
-	if (status != STATUS_OK)
-		fail_msg("%s: %s", status_name(status), status_message());
+	const struct kernel *const own[] = {device->kernels, NULL};
+	struct device mutant = *device;
+
+	mutant.kernels = kernels_joined(first, own);
+	assert_non_null(mutant.kernels);
+	return mutant;
+}
+
+void mutant_free(struct device *mutant)
+{
+	free((struct kernel *)mutant->kernels);
 }
 
 struct stack_options small_options(const char *pattern)
@@ -47,6 +50,14 @@ struct stack_options small_options(const char *pattern)
 	};
 }
 
+struct layer_shape shape_of(enum pass pass, int64_t batch, int64_t seq_len)
+{
+	const bool train = pass == PASS_TRAIN;
+
+	return (struct layer_shape){pass, batch, pass == PASS_GENERATION ? 1 : seq_len,
+	                            train ? 0 : seq_len, 0};
+}
+
 const char *pattern_at(const char *const *more, int i)
 {
 	int n = 0;
@@ -56,39 +67,63 @@ const char *pattern_at(const char *const *more, int i)
 	return i < n ? layer_classes[i]->name : more[i - n];
 }
 
-/* Makes the matrices larger, and the norms' weights something other than 1. */
-static void spread_parameters(struct fixture *fixture, uint64_t seed)
+bool next_parameter(const struct fixture *fixture, struct parameter *p)
 {
-	struct stack *stack = &fixture->stack;
-
-	for (int layer = 0; layer < stack->n_layers; layer++)
-		for (int i = 0; i < MAX_TENSORS; i++) {
-			int64_t count = stack_parameter_count(stack, layer, i);
-			bool vector = i == PARAM_NORM || i >= PARAM_OTHER;
-
-			if (count == 0)
-				continue;
-			float *values = malloc((size_t)count * sizeof *values);
-			assert_non_null(values);
-			float *noise =
-			        random_floats(seed + (uint64_t)(layer * MAX_TENSORS + i), count);
-			require_ok(stack_get_parameter(stack, layer, i, values));
-			for (int64_t j = 0; j < count; j++)
-				values[j] = vector ? values[j] + 0.2f * noise[j] : 5 * values[j];
-			require_ok(stack_set_parameter(stack, layer, i, values));
-			free(values);
-			free(noise);
+	do {
+		if (++p->index == MAX_TENSORS) {
+			p->index = 0;
+			p->layer++;
 		}
+		if (p->layer == fixture->stack.n_layers)
+			return false;
+		p->count = stack_parameter_count(&fixture->stack, p->layer, p->index);
+	} while (p->count == 0);
+	return true;
 }
 
-struct fixture *fixture_open(const struct backend *backend, const struct stack_options *options,
+float *read_parameter(const struct fixture *fixture, const struct parameter *p)
+{
+	float *values = new_memory((size_t)p->count * sizeof *values);
+
+	require_ok(stack_get_parameter(&fixture->stack, p->layer, p->index, values));
+	return values;
+}
+
+float *read_gradient(const struct fixture *fixture, const struct parameter *p)
+{
+	float *values = new_memory((size_t)p->count * sizeof *values);
+
+	require_ok(stack_get_gradient(&fixture->stack, p->layer, p->index, values));
+	return values;
+}
+
+/* Makes the matrices of layers larger, and the norms' weights something other than 1. */
+static void spread_parameters(struct fixture *fixture, uint64_t seed)
+{
+	struct parameter p = NO_PARAMETER;
+
+	while (next_parameter(fixture, &p)) {
+		const bool vector = p.index == PARAM_NORM || p.index >= PARAM_OTHER;
+
+		if (p.layer == LAYER_MODEL)
+			continue;
+		scoped float *values = read_parameter(fixture, &p);
+		scoped float *noise =
+		        random_floats(seed + (uint64_t)(p.layer * MAX_TENSORS + p.index), p.count);
+		for (int64_t j = 0; j < p.count; j++)
+			values[j] = vector ? values[j] + 0.2f * noise[j] : 5 * values[j];
+		require_ok(stack_set_parameter(&fixture->stack, p.layer, p.index, values));
+	}
+}
+
+struct fixture *fixture_open(struct device *device, const struct stack_options *options,
                              struct layer_shape shape, uint64_t seed)
 {
 	struct fixture *fixture = calloc(1, sizeof *fixture);
 
 	assert_non_null(fixture);
-	fixture->ctx.backend = backend ? backend : &cpu_backend;
-	require_ok(stack_configure(&fixture->stack, fixture->ctx.backend, options));
+	fixture->ctx.device = device ? device : cpu;
+	require_ok(stack_configure(&fixture->stack, fixture->ctx.device, options));
 	require_ok(stack_allocate(&fixture->stack, &fixture->ctx, &shape));
 	require_ok(stack_poison(&fixture->stack));
 	require_ok(stack_initialize(&fixture->stack, seed));
@@ -109,26 +144,25 @@ void fixture_run(struct fixture *fixture)
 
 float *read_floats(const struct fixture *fixture, const void *buffer, int64_t first, int64_t count)
 {
-	const struct backend *backend = fixture->ctx.backend;
-	float *values = malloc((size_t)count * sizeof *values);
+	struct device *device = fixture->ctx.device;
+	float *values = new_memory((size_t)count * sizeof *values);
 
-	assert_non_null(values);
-	require_ok(backend_download_floats(backend, backend->activation, values,
-	                                   (const char *)buffer +
-	                                           (size_t)first * dtype_size(backend->activation),
-	                                   (size_t)count));
+	require_ok(device_download_floats(device, device->activation, values,
+	                                  (const char *)buffer +
+	                                          (size_t)first * dtype_size(device->activation),
+	                                  (size_t)count));
 	return values;
 }
 
 void write_floats(const struct fixture *fixture, void *buffer, int64_t first, const float *values,
                   int64_t count)
 {
-	const struct backend *backend = fixture->ctx.backend;
+	struct device *device = fixture->ctx.device;
 
-	require_ok(backend_upload_floats(backend, backend->activation,
-	                                 (char *)buffer +
-	                                         (size_t)first * dtype_size(backend->activation),
-	                                 values, (size_t)count));
+	require_ok(device_upload_floats(device, device->activation,
+	                                (char *)buffer +
+	                                        (size_t)first * dtype_size(device->activation),
+	                                values, (size_t)count));
 }
 
 void copy_parameters(const struct fixture *from, int from_layer, struct fixture *to, int to_layer)
@@ -139,11 +173,9 @@ void copy_parameters(const struct fixture *from, int from_layer, struct fixture 
 		assert_int_equal(count, stack_parameter_count(&to->stack, to_layer, i));
 		if (count == 0)
 			continue;
-		float *values = malloc((size_t)count * sizeof *values);
-		assert_non_null(values);
+		scoped float *values = new_memory((size_t)count * sizeof *values);
 		require_ok(stack_get_parameter(&from->stack, from_layer, i, values));
 		require_ok(stack_set_parameter(&to->stack, to_layer, i, values));
-		free(values);
 	}
 }
 
@@ -160,11 +192,45 @@ double float_error(int64_t count, const float *a, const float *b)
 	return difference == 0 ? 0 : sqrt(difference / length);
 }
 
+double row_float_error(int64_t n_rows, int64_t width, const float *a, const float *b)
+{
+	double total = 0, worst = 0;
+
+	for (int64_t i = 0; i < n_rows * width; i++)
+		total += (double)b[i] * b[i];
+	for (int64_t n = 0; n < n_rows; n++) {
+		double difference = 0, length = 0;
+
+		for (int64_t i = n * width; i < (n + 1) * width; i++) {
+			difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+			length += (double)b[i] * b[i];
+		}
+		length = fmax(length, 0.01 * total / (double)n_rows);
+		if (!isfinite(difference) || !isfinite(length))
+			return INFINITY;
+		if (difference > 0)
+			worst = fmax(worst, sqrt(difference / length));
+	}
+	return worst;
+}
+
+double worst_gradient_error(const struct fixture *a, const struct fixture *b)
+{
+	struct parameter p = NO_PARAMETER;
+	double worst = 0;
+
+	while (next_parameter(a, &p)) {
+		scoped float *left = read_gradient(a, &p), *right = read_gradient(b, &p);
+
+		worst = fmax(worst, float_error(p.count, left, right));
+	}
+	return worst;
+}
+
 float *random_floats(uint64_t seed, int64_t count)
 {
-	float *values = malloc((size_t)count * sizeof *values);
+	float *values = new_memory((size_t)count * sizeof *values);
 
-	assert_non_null(values);
 	noise_normal(seed, 1u << 30, 0, count, 1.0f, values);
 	return values;
 }

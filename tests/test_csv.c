@@ -1,28 +1,18 @@
 /* The CSV reader and writer: what is written is read back, and what is broken is said to be. */
-#define _GNU_SOURCE
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "tests/programs.h"
+
 #include <unistd.h>
-
-#include <cmocka.h>
-
-#include "bench/harness/csv.h"
 
 static enum status parse(const char *text, struct csv *csv)
 {
 	return csv_parse("test.csv", text, strlen(text), csv);
 }
 
-static void reads_plain_fields(void **state)
+TEST(reads_plain_fields)
 {
-	struct csv csv;
+	scoped_csv struct csv csv;
 
-	(void)state;
-	assert_int_equal(parse("a,b,c\n1,,x y\n2,3,\n", &csv), STATUS_OK);
+	require_ok(parse("a,b,c\n1,,x y\n2,3,\n", &csv));
 	assert_int_equal(csv.n_columns, 3);
 	assert_int_equal(csv.n_rows, 2);
 	assert_false(csv.cut);
@@ -34,31 +24,27 @@ static void reads_plain_fields(void **state)
 	assert_true(csv_number(&csv, 1, "b") == 3);
 	assert_true(isnan(csv_number(&csv, 0, "b")));
 	assert_true(isnan(csv_number(&csv, 0, "c")));
-	csv_release(&csv);
 }
 
-static void reads_quotes_and_line_endings(void **state)
+TEST(reads_quotes_and_line_endings)
 {
-	struct csv csv;
+	scoped_csv struct csv csv;
 
-	(void)state;
-	assert_int_equal(parse("a,b\r\n\"x,\"\"y\"\"\nz\",2\r\n\n\"\",\"\"\n", &csv), STATUS_OK);
+	require_ok(parse("a,b\r\n\"x,\"\"y\"\"\nz\",2\r\n\n\"\",\"\"\n", &csv));
 	assert_int_equal(csv.n_rows, 2);
 	assert_string_equal(csv_text(&csv, 0, "a"), "x,\"y\"\nz");
 	assert_string_equal(csv_text(&csv, 0, "b"), "2");
 	assert_string_equal(csv_text(&csv, 1, "b"), "");
-	csv_release(&csv);
 }
 
-static void leaves_out_a_cut_line(void **state)
+TEST(leaves_out_a_cut_line)
 {
 	static const char whole[] = "a,b\n1,2\n3,\"4,\n5\"\n6,7\n";
 	struct csv csv;
 
-	(void)state;
 	/* Wherever the file is cut, the rows before the cut are there, and only they. */
 	for (size_t length = 0; length < sizeof whole; length++) {
-		assert_int_equal(csv_parse("test.csv", whole, length, &csv), STATUS_OK);
+		require_ok(csv_parse("test.csv", whole, length, &csv));
 		assert_int_equal(csv.cut, length > 0 && csv.whole_bytes != length);
 		assert_true(csv.whole_bytes <= length);
 		assert_int_equal(csv.n_rows, length < 8    ? 0
@@ -69,22 +55,21 @@ static void leaves_out_a_cut_line(void **state)
 	}
 }
 
-static void refuses_what_is_broken(void **state)
+TEST(refuses_what_is_broken)
 {
 	static const char *const broken[] = {
 	        "a,b\n1\n", "a,b\n1,2,3\n", "a,b\n1,\"2\"x\n", "a,b\n1,2\"2\n", "a\n\"x\"\ry\n",
 	};
 	struct csv csv;
 
-	(void)state;
-	for (size_t i = 0; i < sizeof broken / sizeof broken[0]; i++) {
+	for (size_t i = 0; i < COUNT_OF(broken); i++) {
 		assert_int_equal(parse(broken[i], &csv), STATUS_INVALID);
 		assert_non_null(strstr(status_message(), "test.csv: line 2"));
 		assert_null(csv.text);
 	}
 	assert_int_equal(csv_parse("test.csv", "a\0b\n", 4, &csv), STATUS_INVALID);
 	assert_int_equal(csv_read("/nonexistent/file.csv", &csv), STATUS_IO);
-	assert_int_equal(parse("", &csv), STATUS_OK);
+	require_ok(parse("", &csv));
 	assert_int_equal(csv.n_columns, 0);
 	csv_release(&csv);
 }
@@ -100,7 +85,7 @@ static void random_text(char *text, size_t size)
 	text[length] = '\0';
 }
 
-static void reads_back_what_it_wrote(void **state)
+TEST(reads_back_what_it_wrote)
 {
 	enum { ROWS = 200, COLUMNS = 3, SIZE = 9 };
 	static char fields[ROWS + 1][COLUMNS][SIZE];
@@ -109,7 +94,6 @@ static void reads_back_what_it_wrote(void **state)
 	FILE *file = fdopen(descriptor, "w");
 	struct csv csv;
 
-	(void)state;
 	srand(1);
 	for (int row = 0; row <= ROWS; row++) {
 		for (int i = 0; i < COLUMNS; i++) {
@@ -121,24 +105,11 @@ static void reads_back_what_it_wrote(void **state)
 		}
 	}
 	fclose(file);
-	assert_int_equal(csv_read(path, &csv), STATUS_OK);
+	require_ok(csv_read(path, &csv));
 	assert_int_equal(csv.n_rows, ROWS);
 	for (int row = 0; row < ROWS; row++)
 		for (int i = 0; i < COLUMNS; i++)
 			assert_string_equal(csv_text(&csv, row, fields[0][i]), fields[row + 1][i]);
 	csv_release(&csv);
 	unlink(path);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(reads_plain_fields),
-	        cmocka_unit_test(reads_quotes_and_line_endings),
-	        cmocka_unit_test(leaves_out_a_cut_line),
-	        cmocka_unit_test(refuses_what_is_broken),
-	        cmocka_unit_test(reads_back_what_it_wrote),
-	};
-
-	return cmocka_run_group_tests_name("csv", tests, NULL, NULL);
 }

@@ -1,44 +1,30 @@
 /* Generation step by step equals the full sequence, at every position, for every layer, from
  * prompts of every length, and for models with their caches. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-
-#include <cmocka.h>
-#include <stdlib.h>
-#include <string.h>
-
 #include "tests/stacks.h"
 
 static const double allowed = 2e-5;
 
 enum { D = 48 };
 
-static const char *const more_patterns[] = {"swa:0",
-                                            "swa:1",
-                                            "swa:100",
-                                            "gla:16",
-                                            "rat:1",
-                                            "rat:2",
-                                            "rat:16",
-                                            "rat:37",
-                                            "rat:38",
-                                            "rat:5,swa:3",
-                                            "attention,recurrence,rat:8,gla:4",
-                                            NULL};
-
-/* Each registered layer, and more. */
-static const char *pattern(int i)
-{
-	return pattern_at(more_patterns, i);
-}
+/* Beside each registered layer. */
+static const char *const more[] = {"swa:0",
+                                   "swa:1",
+                                   "swa:100",
+                                   "gla:16",
+                                   "rat:1",
+                                   "rat:2",
+                                   "rat:16",
+                                   "rat:37",
+                                   "rat:38",
+                                   "rat:5,swa:3",
+                                   "attention,recurrence,rat:8,gla:4",
+                                   NULL};
 
 /* Token t of every sequence of [B, T, D]. */
 static float *take_token(const float *all, int64_t batch, int64_t seq_len, int64_t t)
 {
-	float *one = malloc((size_t)(batch * D) * sizeof *one);
+	float *one = new_memory((size_t)(batch * D) * sizeof *one);
 
-	assert_non_null(one);
 	for (int64_t b = 0; b < batch; b++)
 		memcpy(one + b * D, all + (b * seq_len + t) * D, D * sizeof *one);
 	return one;
@@ -47,9 +33,8 @@ static float *take_token(const float *all, int64_t batch, int64_t seq_len, int64
 /* The first `count` tokens of every sequence. */
 static float *take_prompt(const float *all, int64_t batch, int64_t seq_len, int64_t count)
 {
-	float *prompt = malloc((size_t)(batch * count * D) * sizeof *prompt);
+	float *prompt = new_memory((size_t)(batch * count * D) * sizeof *prompt);
 
-	assert_non_null(prompt);
 	for (int64_t b = 0; b < batch; b++)
 		memcpy(prompt + b * count * D, all + b * seq_len * D,
 		       (size_t)(count * D) * sizeof *prompt);
@@ -59,15 +44,13 @@ static float *take_prompt(const float *all, int64_t batch, int64_t seq_len, int6
 static void expect_token(const struct fixture *f, int64_t batch, int64_t seq_len, int64_t t,
                          const float *all, const char *layers)
 {
-	float *expected = take_token(all, batch, seq_len, t);
-	float *actual = read_floats(f, f->stack.y, 0, batch * D);
+	scoped float *expected = take_token(all, batch, seq_len, t);
+	scoped float *actual = read_floats(f, f->stack.y, 0, batch * D);
 	double error = float_error(batch * D, actual, expected);
 
 	if (!(error < allowed))
 		fail_msg("%s, B=%lld: token %lld differs by %g", layers, (long long)batch,
 		         (long long)t, error);
-	free(expected);
-	free(actual);
 }
 
 /* Prefills `prompt` of T tokens, generates the others, and compares each with the full run. */
@@ -76,36 +59,29 @@ static void generate(const struct stack_options *options, int64_t batch, int64_t
 {
 	struct layer_shape whole = {PASS_PREFILL, batch, seq_len, capacity, 0};
 	struct layer_shape steps = {PASS_THROUGHPUT, batch, prompt, capacity, 0};
-	struct fixture *full = fixture_open(NULL, options, whole, 71);
-	struct fixture *f = fixture_open(NULL, options, steps, 71);
-	float *x = read_floats(full, full->stack.x, 0, batch * seq_len * D);
-	float *start = take_prompt(x, batch, seq_len, prompt);
+	scoped_fixture struct fixture *full = fixture_open(NULL, options, whole, 71);
+	scoped_fixture struct fixture *f = fixture_open(NULL, options, steps, 71);
+	scoped float *x = read_floats(full, full->stack.x, 0, batch * seq_len * D);
+	scoped float *start = take_prompt(x, batch, seq_len, prompt);
 
 	fixture_run(full);
-	float *y = read_floats(full, full->stack.y, 0, batch * seq_len * D);
+	scoped float *y = read_floats(full, full->stack.y, 0, batch * seq_len * D);
 	write_floats(f, f->stack.x, 0, start, batch * prompt * D);
 	require_ok(stack_forward(&f->stack, &f->ctx));
 	for (int64_t t = prompt; t < seq_len; t++) {
-		float *token = take_token(x, batch, seq_len, t);
+		scoped float *token = take_token(x, batch, seq_len, t);
 
 		write_floats(f, f->stack.x, 0, token, batch * D);
 		require_ok(stack_set_position(&f->stack, t));
 		require_ok(stack_step(&f->stack, &f->ctx, t));
 		expect_token(f, batch, seq_len, t, y, options->pattern);
-		free(token);
 	}
-	free(start);
-	free(x);
-	free(y);
-	fixture_close(full);
-	fixture_close(f);
 }
 
-static void test_every_position(void **state)
+TEST(test_every_position)
 {
-	(void)state;
-	for (int i = 0; pattern(i); i++) {
-		struct stack_options options = small_options(pattern(i));
+	for (int i = 0; pattern_at(more, i); i++) {
+		struct stack_options options = small_options(pattern_at(more, i));
 
 		generate(&options, 2, 40, 1, 40);
 		options.rope = false;
@@ -113,23 +89,21 @@ static void test_every_position(void **state)
 	}
 }
 
-static void test_prompts_of_any_length(void **state)
+TEST(test_prompts_of_any_length)
 {
 	static const int64_t prompts[] = {2, 5, 6, 7, 8, 15, 16, 17, 33};
 
-	(void)state;
-	for (int i = 0; pattern(i); i++)
+	for (int i = 0; pattern_at(more, i); i++)
 		for (int j = 0; j < 9; j++) {
-			struct stack_options options = small_options(pattern(i));
+			struct stack_options options = small_options(pattern_at(more, i));
 
 			generate(&options, 1 + j % 3, 38, prompts[j], 38 + j);
 		}
 }
 
 /* Every number of groups, and heads of other widths. */
-static void test_groups(void **state)
+TEST(test_groups)
 {
-	(void)state;
 	for (int64_t heads = 1; heads <= 8; heads *= 2)
 		for (int64_t groups = 1; groups <= heads; groups *= 2) {
 			struct stack_options options = small_options("rat:5");
@@ -164,10 +138,10 @@ static void copy_model(const struct fixture *from, struct fixture *to)
 
 static int32_t *read_tokens(const struct fixture *f, int64_t batch)
 {
-	int32_t *tokens = malloc((size_t)batch * sizeof *tokens);
+	int32_t *tokens = new_memory((size_t)batch * sizeof *tokens);
 
-	assert_non_null(tokens);
-	require_ok(f->ctx.backend->download(tokens, f->stack.next, (size_t)batch * sizeof *tokens));
+	require_ok(device_download(f->ctx.device, tokens, f->stack.next,
+	                           (size_t)batch * sizeof *tokens));
 	return tokens;
 }
 
@@ -186,9 +160,8 @@ static float *full_logits(const struct stack_options *options, const struct fixt
 {
 	struct layer_shape shape = {PASS_PREFILL, batch, count, 64, 0};
 	struct fixture *f = fixture_open(NULL, options, shape, 5);
-	int32_t *start = malloc((size_t)(batch * count) * sizeof *start);
+	int32_t *start = new_memory((size_t)(batch * count) * sizeof *start);
 
-	assert_non_null(start);
 	for (int64_t b = 0; b < batch; b++)
 		memcpy(start + b * count, tokens + b * seq_len, (size_t)count * sizeof *start);
 	copy_model(model, f);
@@ -204,23 +177,22 @@ static float *full_logits(const struct stack_options *options, const struct fixt
 static void expect_choice(const struct stack_options *options, const struct fixture *model,
                           int32_t *tokens, int64_t batch, int64_t seq_len, int64_t t)
 {
-	float *expected = full_logits(options, model, tokens, batch, seq_len, t);
-	float *actual = read_floats(model, model->stack.logits, 0, batch * VOCAB);
+	scoped float *expected = full_logits(options, model, tokens, batch, seq_len, t);
+	scoped float *actual = read_floats(model, model->stack.logits, 0, batch * VOCAB);
 	int32_t *next = read_tokens(model, batch), position;
 	double error = float_error(batch * VOCAB, actual, expected);
 
 	if (!(error < allowed))
-		fail_msg("%s: logits behind token %lld differ by %g", options->pattern,
-		         (long long)t, error);
-	require_ok(model->ctx.backend->download(&position, model->stack.position, sizeof position));
+		fail_msg("%s: logits after token %lld differ by %g", options->pattern, (long long)t,
+		         error);
+	require_ok(device_download(model->ctx.device, &position, model->stack.position,
+	                           sizeof position));
 	assert_int_equal(position, t);
 	for (int64_t b = 0; b < batch; b++) {
 		assert_int_equal(next[b], likeliest(actual + b * VOCAB));
 		if (t < seq_len)
 			tokens[b * seq_len + t] = next[b];
 	}
-	free(expected);
-	free(actual);
 	free(next);
 }
 
@@ -229,7 +201,7 @@ static void generate_text(const char *layers, int64_t micro_batch)
 	enum { B = 5, PROMPT = 9, T = 24 };
 	struct stack_options options = model_options(layers);
 	struct layer_shape shape = {PASS_THROUGHPUT, B, PROMPT, T, micro_batch};
-	struct fixture *model = fixture_open(NULL, &options, shape, 81);
+	scoped_fixture struct fixture *model = fixture_open(NULL, &options, shape, 81);
 	int32_t tokens[B * T], prompt[B * PROMPT];
 
 	for (int i = 0; i < B * PROMPT; i++) {
@@ -243,12 +215,10 @@ static void generate_text(const char *layers, int64_t micro_batch)
 		require_ok(stack_step(&model->stack, &model->ctx, t));
 		expect_choice(&options, model, tokens, B, T, t + 1);
 	}
-	fixture_close(model);
 }
 
-static void test_models_generate(void **state)
+TEST(test_models_generate)
 {
-	(void)state;
 	generate_text("attention", 0);
 	generate_text("rat:6,swa:7", 0);
 	generate_text("recurrence", 0);
@@ -256,9 +226,8 @@ static void test_models_generate(void **state)
 }
 
 /* Prompts taken a few sequences at a time fill the same caches. */
-static void test_micro_batches(void **state)
+TEST(test_micro_batches)
 {
-	(void)state;
 	generate_text("attention,rat:4,gla:8", 1);
 	generate_text("rat:6,swa:7", 2);
 	generate_text("recurrence", 4);
@@ -267,34 +236,22 @@ static void test_micro_batches(void **state)
 }
 
 /* One run of a throughput stack ends with as many tokens picked as were asked for. */
-static void test_throughput_run(void **state)
+TEST(test_throughput_run)
 {
 	enum { B = 3, PROMPT = 10, T = 30 };
 	struct stack_options options = model_options("rat:4");
 	struct layer_shape shape = {PASS_THROUGHPUT, B, PROMPT, T, 2};
-	struct fixture *model = fixture_open(NULL, &options, shape, 91);
+	scoped_fixture struct fixture *model = fixture_open(NULL, &options, shape, 91);
 	struct memory_plan plan;
 	struct kernel_plan work;
 	int32_t position;
 
-	(void)state;
 	require_ok(stack_plan(&model->stack, &model->ctx, &shape, &plan, &work));
 	for (int i = 0; i < work.n_operations; i++)
 		if (work.operations[i].operation == OP_RAT_STEP)
 			assert_int_equal(work.operations[i].count, 3 * (T - PROMPT - 1));
 	fixture_run(model);
-	require_ok(model->ctx.backend->download(&position, model->stack.position, sizeof position));
+	require_ok(device_download(model->ctx.device, &position, model->stack.position,
+	                           sizeof position));
 	assert_int_equal(position, T - 1);
-	fixture_close(model);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_every_position), cmocka_unit_test(test_prompts_of_any_length),
-	        cmocka_unit_test(test_groups),         cmocka_unit_test(test_models_generate),
-	        cmocka_unit_test(test_micro_batches),  cmocka_unit_test(test_throughput_run),
-	};
-
-	return cmocka_run_group_tests(tests, stacks_setup, stacks_teardown);
 }

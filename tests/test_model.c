@@ -1,95 +1,42 @@
 /* Models: the loss and its gradients, and that following them teaches the model something. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-
-#include <cmocka.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "kernels/reference/reference.h"
 #include "tests/stacks.h"
+
+#include "kernels/noise.h"
 
 enum { B = 2, T = 33, N = B * T, D = 48, VOCAB = 40 };
 
-static const char *const more_patterns[] = {"rat:6,swa:7", NULL};
+/* Beside each registered layer. */
+static const char *const more[] = {"rat:6,swa:7", NULL};
 
-/* Each registered layer, and more. */
-static const char *pattern(int i)
-{
-	return pattern_at(more_patterns, i);
-}
-
-static struct fixture *open_model(const char *layers, bool ffn, struct layer_shape shape)
+static struct fixture *open_model(struct device *device, const char *layers, bool ffn,
+                                  struct layer_shape shape)
 {
 	struct stack_options options = small_options(layers);
 
 	options.vocab = VOCAB;
 	options.ffn = ffn;
 	options.n_layers = 2;
-	return fixture_open(NULL, &options, shape, 111);
-}
-
-static struct layer_shape training(void)
-{
-	return (struct layer_shape){PASS_TRAIN, B, T, 0, 0};
+	return fixture_open(device, &options, shape, 111);
 }
 
 static double loss_of(const struct fixture *f)
 {
-	float loss;
+	struct device *device = f->ctx.device;
+	double loss;
 
-	require_ok(f->ctx.backend->download(&loss, f->stack.loss, sizeof loss));
+	require_ok(device_download_doubles(device, device->wide, &loss, f->stack.loss, 1));
 	return loss;
 }
 
-/* One parameter of a model with its gradient, copied. */
-struct parameter {
-	int layer, index;
-	int64_t count;
-	float *value, *gradient;
-};
-
-/* Slots for every parameter that a model could have; many are empty. */
-static int parameter_slots(const struct fixture *f)
-{
-	return f->stack.n_layers * MAX_TENSORS + MODEL_PARAMETERS;
-}
-
-static struct parameter read_parameter(const struct fixture *f, int slot)
-{
-	int ends = f->stack.n_layers * MAX_TENSORS;
-	struct parameter p = {.layer = slot < ends ? slot / MAX_TENSORS : LAYER_MODEL,
-	                      .index = slot < ends ? slot % MAX_TENSORS : slot - ends};
-
-	p.count = stack_parameter_count(&f->stack, p.layer, p.index);
-	if (p.count == 0)
-		return p;
-	p.value = malloc((size_t)p.count * sizeof *p.value);
-	p.gradient = malloc((size_t)p.count * sizeof *p.gradient);
-	assert_true(p.value && p.gradient);
-	require_ok(stack_get_parameter(&f->stack, p.layer, p.index, p.value));
-	require_ok(stack_get_gradient(&f->stack, p.layer, p.index, p.gradient));
-	return p;
-}
-
-static void free_parameter(struct parameter *p)
-{
-	free(p->value);
-	free(p->gradient);
-}
-
 /* Sets the parameter to value + rate * gradient. */
-static void set_moved(struct fixture *f, const struct parameter *p, double rate)
+static void set_moved(struct fixture *f, const struct parameter *p, const float *value,
+                      const float *gradient, double rate)
 {
-	float *moved = malloc((size_t)p->count * sizeof *moved);
+	scoped float *moved = new_memory((size_t)p->count * sizeof *moved);
 
-	assert_non_null(moved);
 	for (int64_t i = 0; i < p->count; i++)
-		moved[i] = (float)(p->value[i] + rate * p->gradient[i]);
+		moved[i] = (float)(value[i] + rate * gradient[i]);
 	require_ok(stack_set_parameter(&f->stack, p->layer, p->index, moved));
-	free(moved);
 }
 
 static double length_of(const float *values, int64_t count)
@@ -101,158 +48,249 @@ static double length_of(const float *values, int64_t count)
 	return sqrt(sum);
 }
 
-static double loss_after(struct fixture *f, const struct parameter *p, double rate)
+static double loss_after(struct fixture *f, const struct parameter *p, const float *value,
+                         const float *gradient, double rate)
 {
-	set_moved(f, p, rate);
+	set_moved(f, p, value, gradient, rate);
 	fixture_run(f);
 	return loss_of(f);
 }
 
 /* Along each parameter's gradient g the loss changes by |g|^2: central differences, as far as fp32
- * can tell. Short ones: the norm behind linear attention is steep where a token's score is near 0.
+ * can tell. Short ones: the norm after linear attention is steep where a token's score is near 0.
  */
-static void test_gradients_of_the_loss(void **state)
+TEST(test_gradients_of_the_loss)
 {
-	(void)state;
-	for (int i = 0; pattern(i); i++) {
-		struct fixture *f = open_model(pattern(i), true, training());
+	for (int i = 0; pattern_at(more, i); i++) {
+		scoped_fixture struct fixture *f =
+		        open_model(cpu, pattern_at(more, i), true, shape_of(PASS_TRAIN, B, T));
+		struct parameter p = NO_PARAMETER;
 		int n_checked = 0;
 
 		fixture_run(f);
-		for (int slot = 0; slot < parameter_slots(f); slot++) {
-			struct parameter p = read_parameter(f, slot);
-
-			if (p.count == 0)
-				continue;
-			double length = length_of(p.gradient, p.count);
-			double step = fmin(2e-4 / length, 0.02 * length_of(p.value, p.count));
+		while (next_parameter(f, &p)) {
+			scoped float *value = read_parameter(f, &p), *dvalue = read_gradient(f, &p);
+			double length = length_of(dvalue, p.count);
+			double step = fmin(2e-4 / length, 0.02 * length_of(value, p.count));
 			double rate = step / length;
-			double change = loss_after(f, &p, rate) - loss_after(f, &p, -rate);
+			double change = loss_after(f, &p, value, dvalue, rate) -
+			                loss_after(f, &p, value, dvalue, -rate);
 			double expected = 2 * step * length;
 
 			if (!(fabs(change - expected) < 0.02 * expected + 4e-6))
 				fail_msg("%s, layer %d, parameter %d: loss changes by %g, not %g",
-				         pattern(i), p.layer, p.index, change, expected);
+				         pattern_at(more, i), p.layer, p.index, change, expected);
 			n_checked += expected > 1e-4;
-			set_moved(f, &p, 0);
-			fixture_run(f);
-			free_parameter(&p);
+			loss_after(f, &p, value, dvalue, 0);
 		}
 		assert_true(n_checked > 10);
-		fixture_close(f);
 	}
 }
 
 /* Plain gradient descent on one batch. */
-static void test_loss_decreases(void **state)
+TEST(test_loss_decreases)
 {
-	(void)state;
-	for (int i = 0; pattern(i); i++) {
-		struct fixture *f = open_model(pattern(i), true, training());
+	for (int i = 0; pattern_at(more, i); i++) {
+		scoped_fixture struct fixture *f =
+		        open_model(cpu, pattern_at(more, i), true, shape_of(PASS_TRAIN, B, T));
 		double first = 0, last = 0;
 
 		for (int step = 0; step < 30; step++) {
 			fixture_run(f);
 			last = loss_of(f);
 			first = step == 0 ? last : first;
-			for (int slot = 0; slot < parameter_slots(f); slot++) {
-				struct parameter p = read_parameter(f, slot);
+			for (struct parameter p = NO_PARAMETER; next_parameter(f, &p);) {
+				scoped float *value = read_parameter(f, &p),
+				             *dvalue = read_gradient(f, &p);
 
-				if (p.count > 0)
-					set_moved(f, &p, -0.3);
-				free_parameter(&p);
+				set_moved(f, &p, value, dvalue, -0.3);
 			}
 		}
 		if (!(last < 0.6 * first))
-			fail_msg("%s: the loss goes from %g to %g", pattern(i), first, last);
-		fixture_close(f);
+			fail_msg("%s: the loss goes from %g to %g", pattern_at(more, i), first,
+			         last);
 	}
 }
 
-/* The loss is the mean over all tokens but the last of each sequence, of the token that follows;
- * the head is RMSNorm and a product. */
-static void test_loss_and_head(void **state)
+/* The loss is the mean over all tokens but the last of each sequence, of the token that follows. */
+static double expected_loss(const int32_t *tokens, const double *logits)
 {
-	struct fixture *f = open_model("rat:6", true, training());
-	int32_t tokens[N], targets[N];
-	double *y = malloc(sizeof(double) * N * D), *norm = malloc(sizeof(double) * N * D);
-	double *head = malloc(sizeof(double) * VOCAB * D);
-	double *logits = malloc(sizeof(double) * N * VOCAB), weight[D];
-	float *head_floats = malloc(sizeof(float) * VOCAB * D), weight_floats[D];
-	float *expected = malloc(sizeof(float) * N * VOCAB);
+	double sum = 0;
 
-	(void)state;
+	for (int n = 0; n < N; n++) {
+		double denominator = 0;
+
+		for (int v = 0; v < VOCAB; v++)
+			denominator += exp(logits[n * VOCAB + v]);
+		if (n % T != T - 1)
+			sum += log(denominator) - logits[n * VOCAB + tokens[n + 1]];
+	}
+	return sum / (N - B);
+}
+
+/* The head is RMSNorm and a product. */
+static void expected_logits(const float *y, const float *weight, const float *head, double *logits)
+{
+	for (int n = 0; n < N; n++) {
+		double squares = 0;
+
+		for (int i = 0; i < D; i++)
+			squares += (double)y[n * D + i] * y[n * D + i];
+		for (int v = 0; v < VOCAB; v++) {
+			double sum = 0;
+
+			for (int i = 0; i < D; i++)
+				sum += (double)y[n * D + i] * weight[i] * head[v * D + i];
+			logits[n * VOCAB + v] = sum / sqrt(squares / D + 1e-6);
+		}
+	}
+}
+
+TEST(test_loss_and_head)
+{
+	scoped_fixture struct fixture *f =
+	        open_model(cpu, "rat:6", true, shape_of(PASS_TRAIN, B, T));
+	int32_t tokens[N];
+	scoped double *logits = new_memory(sizeof(double) * N * VOCAB);
+	float *head = new_memory(sizeof(float) * VOCAB * D), weight[D];
+	scoped float *expected = new_memory(sizeof(float) * N * VOCAB);
+
 	for (int i = 0; i < N; i++)
 		tokens[i] = (i * 7 + i / 5) % VOCAB;
-	for (int i = 0; i < N; i++)
-		targets[i] = i % T == T - 1 ? -1 : tokens[i + 1];
 	require_ok(stack_set_tokens(&f->stack, tokens));
 	require_ok(stack_forward(&f->stack, &f->ctx));
-	float *y_floats = read_floats(f, f->stack.y, 0, N * D);
-	float *actual = read_floats(f, f->stack.logits, 0, N * VOCAB);
-	require_ok(stack_get_parameter(&f->stack, LAYER_MODEL, MODEL_HEAD, head_floats));
-	require_ok(stack_get_parameter(&f->stack, LAYER_MODEL, MODEL_FINAL_NORM, weight_floats));
-	for (int i = 0; i < N * D; i++)
-		y[i] = y_floats[i];
-	for (int i = 0; i < VOCAB * D; i++)
-		head[i] = head_floats[i];
-	for (int i = 0; i < D; i++)
-		weight[i] = weight_floats[i];
-	reference_rms_norm(N, D, 1e-6, y, weight, norm, NULL);
-	reference_linear(N, D, VOCAB, norm, head, logits);
+	scoped float *y = read_floats(f, f->stack.y, 0, N * D);
+	scoped float *actual = read_floats(f, f->stack.logits, 0, N * VOCAB);
+	require_ok(stack_get_parameter(&f->stack, LAYER_MODEL, MODEL_HEAD, head));
+	require_ok(stack_get_parameter(&f->stack, LAYER_MODEL, MODEL_FINAL_NORM, weight));
+	expected_logits(y, weight, head, logits);
 	for (int i = 0; i < N * VOCAB; i++)
 		expected[i] = (float)logits[i];
 	assert_true(float_error(N * VOCAB, actual, expected) < 2e-5);
 	require_ok(stack_backward(&f->stack, &f->ctx));
-	assert_true(fabs(loss_of(f) - reference_cross_entropy(N, VOCAB, logits, targets, NULL)) <
-	            1e-5);
-	free(y);
-	free(norm);
+	assert_true(fabs(loss_of(f) - expected_loss(tokens, logits)) < 1e-5);
 	free(head);
-	free(logits);
-	free(head_floats);
-	free(expected);
-	free(y_floats);
-	free(actual);
-	fixture_close(f);
+}
+
+/* The whole model in fp64: its loss, and all gradients. */
+TEST(test_agrees_with_reference)
+{
+	for (int i = 0; pattern_at(more, i); i++) {
+		scoped_fixture struct fixture *f = open_model(cpu, pattern_at(more, i), i % 2 == 0,
+		                                              shape_of(PASS_TRAIN, B, T));
+		scoped_fixture struct fixture *reference =
+		        open_model(cpu->reference, pattern_at(more, i), i % 2 == 0,
+		                   shape_of(PASS_TRAIN, B, T));
+
+		fixture_run(f);
+		fixture_run(reference);
+		double error = worst_gradient_error(f, reference);
+		if (!(error < 1e-4) || !(fabs(loss_of(f) - loss_of(reference)) < 1e-5))
+			fail_msg("%s: a gradient differs by %g; loss %g, not %g",
+			         pattern_at(more, i), error, loss_of(f), loss_of(reference));
+	}
+}
+
+/* Other tokens for the batch that the model was opened with. */
+static void set_batch(struct fixture *f, int batch)
+{
+	int32_t tokens[N];
+
+	for (int i = 0; i < N; i++)
+		tokens[i] = (int32_t)(noise_bits(9, (uint64_t)batch, (uint64_t)i) % VOCAB);
+	require_ok(stack_set_tokens(&f->stack, tokens));
+}
+
+static float *all_gradients(const struct fixture *f, int64_t *count)
+{
+	float *values = NULL;
+
+	*count = 0;
+	for (struct parameter p = NO_PARAMETER; next_parameter(f, &p);) {
+		scoped float *gradient = read_gradient(f, &p);
+
+		float *longer = realloc(values, (size_t)(*count + p.count) * sizeof *values);
+		assert_non_null(longer);
+		values = longer;
+		memcpy(values + *count, gradient, (size_t)p.count * sizeof *values);
+		*count += p.count;
+	}
+	return values;
+}
+
+/*
+ * Two batches: the gradients of parameters are the sum of each one's, those of activations the
+ * second's alone. The memory is planned with a context that accumulates, which needs more.
+ */
+TEST(test_accumulation)
+{
+	for (int i = 0; pattern_at(more, i); i++) {
+		scoped_fixture struct fixture *f =
+		        open_model(cpu, pattern_at(more, i), true, shape_of(PASS_TRAIN, B, T));
+		struct layer_shape shape = shape_of(PASS_TRAIN, B, T);
+		float *gradients[3], *dx[2];
+		int64_t count;
+
+		f->ctx.accumulate = true;
+		require_ok(stack_allocate(&f->stack, &f->ctx, &shape));
+		require_ok(stack_poison(&f->stack));
+		require_ok(stack_initialize(&f->stack, 5));
+		/* Batch 1; then batch 0 in its place, and batch 1 added. */
+		for (int run = 0; run < 3; run++) {
+			f->ctx.accumulate = run == 2;
+			set_batch(f, run != 1);
+			fixture_run(f);
+			gradients[run] = all_gradients(f, &count);
+			if (run != 1)
+				dx[run / 2] = read_floats(f, f->stack.dx, 0, N * D);
+		}
+		for (int64_t j = 0; j < count; j++)
+			gradients[0][j] += gradients[1][j];
+		if (!(float_error(count, gradients[2], gradients[0]) < 1e-6))
+			fail_msg("%s: the sum of two batches' gradients is not theirs",
+			         pattern_at(more, i));
+		assert_memory_equal(dx[0], dx[1], sizeof(float) * N * D);
+		for (int j = 0; j < 3; j++)
+			free(gradients[j]);
+		free(dx[0]);
+		free(dx[1]);
+	}
 }
 
 /* The embedding picks rows, and prefill's logits are those of training's last position. */
-static void test_prefill_is_training_forward(void **state)
+TEST(test_prefill_is_training_forward)
 {
 	static const bool ffns[] = {true, false};
 
-	(void)state;
-	for (int i = 0; pattern(i); i++) {
-		struct fixture *train = open_model(pattern(i), ffns[i % 2], training());
+	for (int i = 0; pattern_at(more, i); i++) {
+		scoped_fixture struct fixture *train = open_model(
+		        cpu, pattern_at(more, i), ffns[i % 2], shape_of(PASS_TRAIN, B, T));
 		struct layer_shape shape = {PASS_PREFILL, B, T, T, 0};
-		struct fixture *prefill = open_model(pattern(i), ffns[i % 2], shape);
+		scoped_fixture struct fixture *prefill =
+		        open_model(cpu, pattern_at(more, i), ffns[i % 2], shape);
 
 		require_ok(stack_forward(&train->stack, &train->ctx));
 		require_ok(stack_forward(&prefill->stack, &prefill->ctx));
 		for (int64_t b = 0; b < B; b++) {
-			float *all = read_floats(train, train->stack.logits,
-			                         (b * T + T - 1) * VOCAB, VOCAB);
-			float *last = read_floats(prefill, prefill->stack.logits, b * VOCAB, VOCAB);
+			scoped float *all = read_floats(train, train->stack.logits,
+			                                (b * T + T - 1) * VOCAB, VOCAB);
+			scoped float *last =
+			        read_floats(prefill, prefill->stack.logits, b * VOCAB, VOCAB);
 
 			assert_true(float_error(VOCAB, last, all) < 2e-5);
-			free(all);
-			free(last);
 		}
-		fixture_close(train);
-		fixture_close(prefill);
 	}
 }
 
 /* Parameters by the names of golden files: ranges of rows, and what there is not. */
-static void test_golden_names(void **state)
+TEST(test_golden_names)
 {
 	enum { COUNT = 5 * D * D };
-	struct fixture *f = open_model("rat:6,gla:4", true, training());
-	float *values = random_floats(3, COUNT), *back = malloc(sizeof(float) * COUNT);
+	scoped_fixture struct fixture *f =
+	        open_model(cpu, "rat:6,gla:4", true, shape_of(PASS_TRAIN, B, T));
+	scoped float *values = random_floats(3, COUNT), *back = malloc(sizeof(float) * COUNT);
 	struct stack *stack = &f->stack;
 
-	(void)state;
 	require_ok(stack_set_named(stack, "backbone.layers.0.seq_layer.in_proj.weight", values,
 	                           3 * D * D + 4 * D * D / 4));
 	require_ok(stack_get_parameter(stack, 0, PARAM_IN_PROJ, back));
@@ -281,22 +319,19 @@ static void test_golden_names(void **state)
 	                 STATUS_INVALID);
 	assert_int_equal(stack_get_parameter(stack, 0, 23, values), STATUS_INVALID);
 	assert_int_equal(stack_get_parameter(stack, 99, 0, values), STATUS_INVALID);
-	free(values);
-	free(back);
-	fixture_close(f);
 }
 
 /* The same seed gives the same model, whatever it is allocated for; another seed another one. */
-static void test_initialization(void **state)
+TEST(test_initialization)
 {
 	struct stack_options options = small_options("rat,recurrence");
 	struct layer_shape shape = {PASS_PREFILL, 1, 8, 8, 0};
-	struct fixture *a = fixture_open(NULL, &options, training(), 1);
-	struct fixture *b = fixture_open(NULL, &options, shape, 1);
-	struct fixture *c = fixture_open(NULL, &options, shape, 2);
+	scoped_fixture struct fixture *a =
+	        fixture_open(NULL, &options, shape_of(PASS_TRAIN, B, T), 1);
+	scoped_fixture struct fixture *b = fixture_open(NULL, &options, shape, 1);
+	scoped_fixture struct fixture *c = fixture_open(NULL, &options, shape, 2);
 	float one[D], other[D], bias[D];
 
-	(void)state;
 	require_ok(stack_initialize(&a->stack, 9));
 	require_ok(stack_initialize(&b->stack, 9));
 	require_ok(stack_initialize(&c->stack, 10));
@@ -316,25 +351,7 @@ static void test_initialization(void **state)
 		assert_true(largest <= logf(longest) && largest > logf(0.8f * longest));
 		assert_true(smallest >= 0 && smallest < logf(0.3f * longest));
 	}
-	float *weights = malloc(sizeof(float) * 4 * D * D);
+	scoped float *weights = malloc(sizeof(float) * 4 * D * D);
 	require_ok(stack_get_parameter(&a->stack, 0, PARAM_IN_PROJ, weights));
 	assert_true(fabs(length_of(weights, 4 * D * D) / sqrt(4.0 * D * D) / 0.02 - 1) < 0.05);
-	free(weights);
-	fixture_close(a);
-	fixture_close(b);
-	fixture_close(c);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_gradients_of_the_loss),
-	        cmocka_unit_test(test_loss_decreases),
-	        cmocka_unit_test(test_loss_and_head),
-	        cmocka_unit_test(test_prefill_is_training_forward),
-	        cmocka_unit_test(test_golden_names),
-	        cmocka_unit_test(test_initialization),
-	};
-
-	return cmocka_run_group_tests(tests, stacks_setup, stacks_teardown);
 }

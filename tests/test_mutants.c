@@ -3,48 +3,14 @@
  * first kernel for an operation is subtly wrong must fail, and the same
  * rewrites without the mistake must pass.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
+#include "tests/stacks.h"
 
 #include "bench/golden_check.h"
 #include "kernels/cpu/kernels_cpu.h"
 
-enum { MAX_KERNELS = 64 };
-
-/* The CPU backend with some kernels before its own. */
-struct mutant {
-	struct backend backend;
-	struct kernel kernels[MAX_KERNELS];
-	int n_kernels;
-};
-
-static void mutant_add(struct mutant *mutant, const struct kernel *kernel)
+static struct golden_result check(struct device *device, const char *path, const char *tensor)
 {
-	assert_true(mutant->n_kernels < MAX_KERNELS - 1);
-	mutant->kernels[mutant->n_kernels++] = *kernel;
-}
-
-/* kernels ends with an entry whose run is NULL. */
-static void mutant_make(struct mutant *mutant, const struct kernel *kernels)
-{
-	*mutant = (struct mutant){.backend = cpu_backend};
-	for (const struct kernel *k = kernels; k->run; k++)
-		mutant_add(mutant, k);
-	for (const struct kernel *k = cpu_kernels; k->run; k++)
-		mutant_add(mutant, k);
-	mutant->backend.kernels = mutant->kernels;
-}
-
-static struct golden_result check(const struct mutant *mutant, const char *path, const char *tensor)
-{
-	struct golden_options options = {.backend = &mutant->backend};
+	struct golden_options options = {.device = device};
 	struct golden_report report;
 	enum status status = golden_check(&options, path, &report);
 	const struct golden_result *result = golden_find(&report, tensor);
@@ -56,12 +22,22 @@ static struct golden_result check(const struct mutant *mutant, const char *path,
 	return *result;
 }
 
+/* The check's result with these kernels before the CPU's own; `kernels` ends with an entry whose
+ * run is NULL. */
+static struct golden_result check_mutant(const struct kernel *kernels, const char *path,
+                                         const char *tensor)
+{
+	struct device mutant = mutant_of(cpu, kernels);
+	struct golden_result result = check(&mutant, path, tensor);
+
+	mutant_free(&mutant);
+	return result;
+}
+
 static void expect_pass(const struct kernel *kernels, const char *path, const char *tensor)
 {
-	struct mutant mutant;
+	struct golden_result result = check_mutant(kernels, path, tensor);
 
-	mutant_make(&mutant, kernels);
-	struct golden_result result = check(&mutant, path, tensor);
 	if (result.verdict != GOLDEN_PASS)
 		fail_msg("%s, %s: %.2e off", path, tensor, result.rel_err);
 }
@@ -69,14 +45,36 @@ static void expect_pass(const struct kernel *kernels, const char *path, const ch
 /* Caught with room to spare: the tolerance of bf16 would catch it too. */
 static void expect_caught(const struct kernel *kernels, const char *path, const char *tensor)
 {
-	struct mutant mutant;
+	struct golden_result result = check_mutant(kernels, path, tensor);
 
-	mutant_make(&mutant, kernels);
-	struct golden_result result = check(&mutant, path, tensor);
 	assert_int_equal(result.verdict, GOLDEN_MISS);
 	if (!isfinite(result.rel_err) || result.rel_err < 1.5e-2)
 		fail_msg("%s, %s: only %.2e off", path, tensor, result.rel_err);
 }
+
+#define KERNEL(name, body)                                                                         \
+	static enum status name(struct device *device, const void *args, void *workspace)          \
+	{                                                                                          \
+		body;                                                                              \
+	}
+
+/* The CPU's kernel on arguments that have been changed. */
+#define EDITED(name, op, change)                                                                   \
+	static enum status name(struct device *device, const void *args, void *workspace)          \
+	{                                                                                          \
+		struct op##_args a = *(const struct op##_args *)args;                              \
+		change;                                                                            \
+		return cpu_##op(device, &a, workspace);                                            \
+	}
+
+/* A list of one mutant. */
+#define MUTANT(operation, workspace, run)                                                          \
+	(const struct kernel[2])                                                                   \
+	{                                                                                          \
+		{                                                                                  \
+			operation, "mutant", NULL, workspace, run                                  \
+		}                                                                                  \
+	}
 
 static const char layer_attention[] = "tests/golden/layer_attention.safetensors";
 static const char layer_swa[] = "tests/golden/layer_swa.safetensors";
@@ -86,23 +84,10 @@ static const char op_gated_delta[] = "tests/golden/op_gated_delta_rule.safetenso
 
 /* -------- RoPE left out -------- */
 
-static enum status rotate_without_rope(const void *args, void *workspace)
-{
-	struct rotate_args a = *(const struct rotate_args *)args;
+EDITED(rotate_without_rope, rotate, a.rope = false)
+EDITED(rat_scan_without_rope, rat_scan, a.rope = false)
 
-	a.rope = false;
-	return cpu_rotate(&a, workspace);
-}
-
-static enum status rat_scan_without_rope(const void *args, void *workspace)
-{
-	struct rat_scan_args a = *(const struct rat_scan_args *)args;
-
-	a.rope = false;
-	return cpu_rat_scan(&a, workspace);
-}
-
-static void test_rope_left_out(void **state)
+TEST(test_rope_left_out)
 {
 	const struct kernel no_rope[] = {
 	        {OP_ROTATE, "mutant", NULL, cpu_rotate_workspace, rotate_without_rope},
@@ -110,7 +95,6 @@ static void test_rope_left_out(void **state)
 	        {0},
 	};
 
-	(void)state;
 	expect_caught(no_rope, layer_attention, "y - x");
 	expect_caught(no_rope, layer_swa, "y - x");
 	expect_caught(no_rope, layer_rat, "y - x");
@@ -119,22 +103,13 @@ static void test_rope_left_out(void **state)
 
 /* -------- a window of W keys, not W+1 -------- */
 
-static enum status attention_short_window(const void *args, void *workspace)
+EDITED(attention_short_window, attention, a.window--)
+
+TEST(test_window_too_short)
 {
-	struct attention_args a = *(const struct attention_args *)args;
+	const struct kernel *short_window =
+	        MUTANT(OP_ATTENTION, cpu_attention_workspace, attention_short_window);
 
-	a.window--;
-	return cpu_attention(&a, workspace);
-}
-
-static void test_window_too_short(void **state)
-{
-	const struct kernel short_window[] = {
-	        {OP_ATTENTION, "mutant", NULL, cpu_attention_workspace, attention_short_window},
-	        {0},
-	};
-
-	(void)state;
 	expect_caught(short_window, layer_swa, "y - x");
 	expect_pass(short_window, layer_attention, "y - x");
 }
@@ -145,7 +120,6 @@ typedef int64_t group_of(int64_t head, int64_t n_heads, int64_t groups);
 
 static int64_t tiled(int64_t head, int64_t n_heads, int64_t groups)
 {
-	(void)n_heads;
 	return head % groups;
 }
 
@@ -190,7 +164,8 @@ static void gather(const struct view *heads, const struct view *grouped, group_o
 }
 
 /* rat_scan with q and k spread over the heads first. */
-static enum status scan_grouped(const struct rat_scan_args *args, group_of *group)
+static enum status scan_grouped(struct device *device, const struct rat_scan_args *args,
+                                group_of *group)
 {
 	struct rat_scan_args a = *args;
 	int64_t B = a.batch, T = a.seq_len, H = a.n_heads, d = a.d_head;
@@ -199,8 +174,8 @@ static enum status scan_grouped(const struct rat_scan_args *args, group_of *grou
 	a.q = spread(&args->q, group, args->groups, B, T, H, d);
 	a.k = spread(&args->k, group, args->groups, B, T, H, d);
 	a.q_out = (struct view){new_floats(B * T * H * d), T * H * d, H * d, d};
-	float *workspace = new_floats((int64_t)cpu_rat_scan_workspace(&a) / 4 + 64);
-	enum status status = cpu_rat_scan(&a, workspace);
+	float *workspace = new_floats((int64_t)cpu_rat_scan_workspace(device, &a) / 4 + 64);
+	enum status status = cpu_rat_scan(device, &a, workspace);
 	gather(&a.q_out, &args->q_out, group, args->groups, B, T, H, d);
 	free(workspace);
 	free(a.q.data);
@@ -210,44 +185,26 @@ static enum status scan_grouped(const struct rat_scan_args *args, group_of *grou
 }
 
 /* Attention with q spread over the heads first. */
-static enum status attend_grouped(const struct attention_args *args, group_of *group)
+static enum status attend_grouped(struct device *device, const struct attention_args *args,
+                                  group_of *group)
 {
 	struct attention_args a = *args;
 
 	a.q_heads = a.n_heads;
 	a.q = spread(&args->q, group, args->q_heads, a.batch, a.seq_len, a.n_heads, a.d_head);
-	float *workspace = new_floats((int64_t)cpu_attention_workspace(&a) / 4 + 64);
-	enum status status = cpu_attention(&a, workspace);
+	float *workspace = new_floats((int64_t)cpu_attention_workspace(device, &a) / 4 + 64);
+	enum status status = cpu_attention(device, &a, workspace);
 	free(workspace);
 	free(a.q.data);
 	return status;
 }
 
-static enum status rat_scan_tiled(const void *args, void *workspace)
-{
-	(void)workspace;
-	return scan_grouped(args, tiled);
-}
+KERNEL(rat_scan_tiled, return scan_grouped(device, args, tiled))
+KERNEL(rat_scan_by_block, return scan_grouped(device, args, by_block))
+KERNEL(attention_tiled, return attend_grouped(device, args, tiled))
+KERNEL(attention_by_block, return attend_grouped(device, args, by_block))
 
-static enum status rat_scan_by_block(const void *args, void *workspace)
-{
-	(void)workspace;
-	return scan_grouped(args, by_block);
-}
-
-static enum status attention_tiled(const void *args, void *workspace)
-{
-	(void)workspace;
-	return attend_grouped(args, tiled);
-}
-
-static enum status attention_by_block(const void *args, void *workspace)
-{
-	(void)workspace;
-	return attend_grouped(args, by_block);
-}
-
-static void test_heads_grouped_by_block(void **state)
+TEST(test_heads_grouped_by_block)
 {
 	const struct kernel right[] = {
 	        {OP_RAT_SCAN, "mutant", NULL, NULL, rat_scan_tiled},
@@ -260,7 +217,6 @@ static void test_heads_grouped_by_block(void **state)
 	        {0},
 	};
 
-	(void)state;
 	expect_pass(right, layer_rat, "y - x");
 	expect_pass(right, layer_rat, "dx - dy");
 	expect_caught(wrong, layer_rat, "y - x");
@@ -326,40 +282,16 @@ static enum status gated_delta(const struct matrix_recurrence_args *a, enum orde
 	return STATUS_OK;
 }
 
-static enum status decay_first(const void *args, void *workspace)
-{
-	(void)workspace;
-	return gated_delta(args, DECAY_FIRST);
-}
+KERNEL(decay_first, return gated_delta(args, DECAY_FIRST))
+KERNEL(decay_after_correction, return gated_delta(args, DECAY_AFTER_CORRECTION))
+KERNEL(decay_last, return gated_delta(args, DECAY_LAST))
 
-static enum status decay_after_correction(const void *args, void *workspace)
+TEST(test_decay_after_the_delta_correction)
 {
-	(void)workspace;
-	return gated_delta(args, DECAY_AFTER_CORRECTION);
-}
+	const struct kernel *right = MUTANT(OP_MATRIX_RECURRENCE, NULL, decay_first);
+	const struct kernel *after = MUTANT(OP_MATRIX_RECURRENCE, NULL, decay_after_correction);
+	const struct kernel *last = MUTANT(OP_MATRIX_RECURRENCE, NULL, decay_last);
 
-static enum status decay_last(const void *args, void *workspace)
-{
-	(void)workspace;
-	return gated_delta(args, DECAY_LAST);
-}
-
-static void test_decay_after_the_delta_correction(void **state)
-{
-	const struct kernel right[] = {
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, NULL, decay_first},
-	        {0},
-	};
-	const struct kernel after[] = {
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, NULL, decay_after_correction},
-	        {0},
-	};
-	const struct kernel last[] = {
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, NULL, decay_last},
-	        {0},
-	};
-
-	(void)state;
 	expect_pass(right, op_gated_delta, "o");
 	expect_pass(right, op_gated_delta, "final_state");
 	expect_caught(after, op_gated_delta, "o");
@@ -368,51 +300,23 @@ static void test_decay_after_the_delta_correction(void **state)
 
 /* -------- decays of the linear-attention family -------- */
 
-static enum status matrix_without_decay(const void *args, void *workspace)
-{
-	struct matrix_recurrence_args a = *(const struct matrix_recurrence_args *)args;
-
-	a.decay = DECAY_NONE;
-	return cpu_matrix_recurrence(&a, workspace);
-}
+EDITED(matrix_without_decay, matrix_recurrence, a.decay = DECAY_NONE)
 
 /* Every head with the first head's decay. */
-static enum status matrix_of_one_decay(const void *args, void *workspace)
-{
-	struct matrix_recurrence_args a = *(const struct matrix_recurrence_args *)args;
-
-	if (a.log_decay.data)
-		a.log_decay.head = 0;
-	return cpu_matrix_recurrence(&a, workspace);
-}
+EDITED(matrix_of_one_decay, matrix_recurrence, if (a.log_decay.data) a.log_decay.head = 0)
 
 /* HGRN's decay as if it were the logit of one, with the input closed in turn. */
-static enum status recurrence_of_logits(const void *args, void *workspace)
+EDITED(recurrence_of_logits, recurrence, a.form = GATE_SIGMOID)
+
+TEST(test_decays_of_the_family)
 {
-	struct recurrence_args a = *(const struct recurrence_args *)args;
+	const struct kernel *no_decay =
+	        MUTANT(OP_MATRIX_RECURRENCE, cpu_matrix_recurrence_workspace, matrix_without_decay);
+	const struct kernel *one_decay =
+	        MUTANT(OP_MATRIX_RECURRENCE, cpu_matrix_recurrence_workspace, matrix_of_one_decay);
+	const struct kernel *logits =
+	        MUTANT(OP_RECURRENCE, cpu_recurrence_workspace, recurrence_of_logits);
 
-	a.form = GATE_SIGMOID;
-	return cpu_recurrence(&a, workspace);
-}
-
-static void test_decays_of_the_family(void **state)
-{
-	const struct kernel no_decay[] = {
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, cpu_matrix_recurrence_workspace,
-	         matrix_without_decay},
-	        {0},
-	};
-	const struct kernel one_decay[] = {
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, cpu_matrix_recurrence_workspace,
-	         matrix_of_one_decay},
-	        {0},
-	};
-	const struct kernel logits[] = {
-	        {OP_RECURRENCE, "mutant", NULL, cpu_recurrence_workspace, recurrence_of_logits},
-	        {0},
-	};
-
-	(void)state;
 	expect_caught(no_decay, "tests/golden/op_retention.safetensors", "o");
 	expect_caught(no_decay, "tests/golden/op_scalar_decay.safetensors", "o");
 	expect_caught(no_decay, "tests/golden/op_gla.safetensors", "o");
@@ -423,14 +327,9 @@ static void test_decays_of_the_family(void **state)
 
 /* -------- kernels that do nothing, and backends that cannot -------- */
 
-static enum status do_nothing(const void *args, void *workspace)
-{
-	(void)args;
-	(void)workspace;
-	return STATUS_OK;
-}
+KERNEL(do_nothing, return STATUS_OK)
 
-static void test_unwritten_outputs(void **state)
+TEST(test_unwritten_outputs)
 {
 	const struct kernel lazy[] = {
 	        {OP_ATTENTION, "mutant", NULL, NULL, do_nothing},
@@ -438,61 +337,34 @@ static void test_unwritten_outputs(void **state)
 	        {OP_LINEAR_RESIDUAL_BACKWARD, "mutant", NULL, NULL, do_nothing},
 	        {0},
 	};
-	struct mutant mutant;
-
-	(void)state;
-	mutant_make(&mutant, lazy);
-	assert_true(isnan(check(&mutant, layer_attention, "y - x").rel_err));
-	assert_true(isnan(check(&mutant, model_rat, "logits").rel_err));
-	assert_true(isnan(check(&mutant, op_gated_delta, "o").rel_err));
-	assert_int_equal(check(&mutant, op_gated_delta, "final_state").verdict, GOLDEN_MISS);
-	assert_int_equal(
-	        check(&mutant, "tests/golden/layer_recurrence.safetensors", "grad.out_proj.weight")
-	                .verdict,
-	        GOLDEN_MISS);
+	assert_true(isnan(check_mutant(lazy, layer_attention, "y - x").rel_err));
+	assert_true(isnan(check_mutant(lazy, model_rat, "logits").rel_err));
+	assert_true(isnan(check_mutant(lazy, op_gated_delta, "o").rel_err));
+	assert_int_equal(check_mutant(lazy, op_gated_delta, "final_state").verdict, GOLDEN_MISS);
+	assert_int_equal(check_mutant(lazy, "tests/golden/layer_recurrence.safetensors",
+	                              "grad.out_proj.weight")
+	                         .verdict,
+	                 GOLDEN_MISS);
 }
 
-/* The CPU backend without its backward passes, as a backend that is being built would be. */
-static void forward_only(struct mutant *mutant)
+/* A device without backward passes, as one that is being built would be. */
+TEST(test_backward_unsupported)
 {
-	*mutant = (struct mutant){.backend = cpu_backend};
-	for (const struct kernel *k = cpu_kernels; k->run; k++)
+	const struct kernel none[] = {{0}};
+	struct device mutant = mutant_of(cpu, none);
+	struct kernel *to = (struct kernel *)mutant.kernels;
+
+	for (const struct kernel *k = to; k->run; k++)
 		if (!strstr(operation_name(k->operation), "_backward"))
-			mutant_add(mutant, k);
-	mutant->backend.kernels = mutant->kernels;
-}
-
-static void test_backward_unsupported(void **state)
-{
-	struct mutant mutant;
-
-	(void)state;
-	forward_only(&mutant);
-	assert_int_equal(check(&mutant, layer_rat, "y - x").verdict, GOLDEN_PASS);
+			*to++ = *k;
+	*to = none[0];
+	assert_int_equal(check(&mutant, layer_rat, "y - x (prefill)").verdict, GOLDEN_PASS);
 	assert_int_equal(check(&mutant, layer_rat, "dx").verdict, GOLDEN_UNSUPPORTED);
 	assert_int_equal(check(&mutant, layer_rat, "grad.gate_bias").verdict, GOLDEN_UNSUPPORTED);
-	/* Every position's logits all the same: by prompts of every length. */
-	assert_int_equal(check(&mutant, model_rat, "logits").verdict, GOLDEN_PASS);
+	assert_int_equal(check(&mutant, model_rat, "logits (prefill)").verdict, GOLDEN_PASS);
+	assert_int_equal(check(&mutant, model_rat, "logits (steps)").verdict, GOLDEN_PASS);
 	assert_int_equal(check(&mutant, model_rat, "loss").verdict, GOLDEN_UNSUPPORTED);
 	assert_int_equal(check(&mutant, op_gated_delta, "o").verdict, GOLDEN_PASS);
 	assert_int_equal(check(&mutant, op_gated_delta, "dbeta").verdict, GOLDEN_UNSUPPORTED);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_rope_left_out),
-	        cmocka_unit_test(test_window_too_short),
-	        cmocka_unit_test(test_heads_grouped_by_block),
-	        cmocka_unit_test(test_decay_after_the_delta_correction),
-	        cmocka_unit_test(test_decays_of_the_family),
-	        cmocka_unit_test(test_unwritten_outputs),
-	        cmocka_unit_test(test_backward_unsupported),
-	};
-
-	if (cpu_backend.open(0) != STATUS_OK)
-		return 1;
-	int failed = cmocka_run_group_tests(tests, NULL, NULL);
-	cpu_backend.close();
-	return failed;
+	mutant_free(&mutant);
 }

@@ -1,8 +1,8 @@
 /*
- * Every operation of every provider on a backend against the fp64 reference,
- * over random shapes, strides, options and numbers of threads; and a few
- * times with a NaN among the inputs, which must not be lost. A baseline that
- * has to be built and is not is left out.
+ * Every operation of every provider on a device against the fp64 reference, over random shapes,
+ * strides, options and numbers of threads, all made from the operation's description; and a few
+ * times with a NaN among the inputs, which must not be lost. Nothing but outputs may change, in
+ * the tensors and around them. A baseline that has to be built and is not is left out.
  *
  * test_operations [BACKEND [FACTOR [OPERATION [PROVIDER]]]]: the backend
  * (default: $BACKEND, or cpu); how many times as many cases to run, below 1 for a
@@ -10,112 +10,327 @@
  * it supports; only the operations of that name, which may have a * in it; and
  * only that provider.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
+#include "tests/test.h"
 
-#include <cmocka.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <omp.h>
 
-#include "tests/operations.h"
+#include "baselines/baselines.h"
+#include "kernels/check.h"
+#include "kernels/problem.h"
 
-/* One test of the program: an operation on a backend. */
+enum { CASES = 100, NAN_CASES = 20, MAX_THREADS = 4, GUARD_BYTES = 4096, POISON = 0xff };
+
+/* ||a-b||/||b|| that a kernel may have; a worst row may have ROW_SLACK times that. */
+static const double TOLERANCE_FP32 = 2e-5, TOLERANCE_BF16 = 1.5e-2, TOLERANCE_BF16_GRADIENT = 3e-2;
+static const double ROW_SLACK = 5;
+/* Scores that overflow a naive exponential move every probability by their own rounding error. */
+static const double HARD_SLACK = 5;
+
+/* One test of the program: an operation on a device. */
 struct subject {
-	const struct operation_test *test;
-	struct trial *trial;
+	enum operation operation;
+	struct device *device;
 	double factor;
 	const char *provider; /* or NULL: all */
+	/* Of the case under way. */
+	struct context ctx;
+	struct problem problem;
+	char label[256];
+	double worst; /* error over what is allowed, of all cases so far */
 };
+
+static void require(const struct subject *s, enum status status)
+{
+	if (status != STATUS_OK)
+		fail_msg("%s, %s: %s: %s", operation_name(s->operation), s->label,
+		         status_name(status), status_message());
+}
+
+/* ---- sizes ---- */
+
+static int64_t any_of(struct dice *dice, const int64_t *choices, int count)
+{
+	return choices[dice_integer(dice, 0, count - 1)];
+}
+
+/* One token, a few, many, or about where tiles end. */
+static int64_t any_length(struct dice *dice, int64_t longest)
+{
+	static const int64_t edges[] = {1, 17, 63, 65, 127, 128, 129, 191, 193, 255, 256, 257};
+
+	switch (dice_integer(dice, 0, 7)) {
+	case 0:
+		return 1;
+	case 1:
+		return dice_integer(dice, 1, 9);
+	case 2:
+	case 3:
+		return any_of(dice, edges, COUNT_OF(edges));
+	default:
+		return dice_integer(dice, 1, longest);
+	}
+}
+
+static int64_t any_width(struct dice *dice, bool narrow, int64_t widest)
+{
+	return narrow ? 8 * dice_integer(dice, 1, widest / 8) : dice_integer(dice, 1, widest);
+}
+
+static int64_t any_head(struct dice *dice, bool narrow)
+{
+	static const int64_t any[] = {2, 4, 6, 8, 10, 16, 24, 32, 40, 64, 128};
+
+	if (narrow)
+		return dice_bits(dice) & 1 ? 64 : 128;
+	return any_of(dice, any, COUNT_OF(any));
+}
+
+static int64_t any_divisor(struct dice *dice, int64_t n)
+{
+	int64_t divisor;
+
+	do
+		divisor = dice_integer(dice, 1, n);
+	while (n % divisor != 0);
+	return divisor;
+}
+
+/* Now and then one long sequence of few channels, as kernels cut it. */
+static struct sizes any_sizes(struct dice *dice, bool narrow)
+{
+	static const int64_t states[] = {8, 40, 64, 72, 128, 136, 256},
+	                     chunks[] = {16, 32, 64, 128, 256};
+	const bool is_long = dice_integer(dice, 0, 19) == 0;
+	struct sizes s = {.any = true, .bits = dice_bits(dice)};
+
+	s.batch = is_long ? 1 : dice_integer(dice, 1, 3);
+	s.seq_len = is_long ? dice_integer(dice, 500, 4200) : any_length(dice, 200);
+	s.n_heads = is_long ? 1 : dice_integer(dice, 1, 4);
+	s.groups = any_divisor(dice, s.n_heads);
+	s.d_head = is_long ? 64 : any_head(dice, narrow);
+	s.d_k = narrow ? any_head(dice, narrow) : any_width(dice, narrow, is_long ? 20 : 70);
+	s.d_v = narrow ? any_head(dice, narrow) : any_width(dice, narrow, is_long ? 20 : 140);
+	if (narrow && dice_integer(dice, 0, 3) == 0) {
+		s.d_k = any_of(dice, states, 7);
+		s.d_v = any_of(dice, states, 7);
+	}
+	s.width = any_width(dice, narrow, is_long ? 40 : 300);
+	s.d_in = any_width(dice, narrow, is_long ? 40 : 150);
+	s.d_out = any_width(dice, narrow, is_long ? 40 : 150);
+	s.rank = narrow ? 16 : dice_integer(dice, 1, 20);
+	s.chunk = dice_integer(dice, 1, dice_bits(dice) & 1 ? 20 : 2 * s.seq_len);
+	if (dice_bits(dice) & 1)
+		s.chunk = narrow ? any_of(dice, chunks, 5) : s.chunk;
+	s.window = dice_integer(dice, 0, dice_bits(dice) & 1 ? 20 : 2 * s.seq_len);
+	s.vocab = dice_integer(dice, 2, 300);
+	return s;
+}
+
+/* One form after the other. */
+static const struct operation_form *variant_of(enum operation operation, uint64_t seed)
+{
+	const struct operation_form *variants = operation_forms(operation);
+	int count = 0;
+
+	while (variants[count].name)
+		count++;
+	return count == 0 ? NULL : &variants[seed % (uint64_t)count];
+}
+
+/* ---- a case ---- */
+
+static void make_problem(struct subject *s, uint64_t seed)
+{
+	struct dice dice = {seed, 1u << 20};
+	const bool narrow = s->device->activation == DTYPE_BF16;
+	struct problem_form form = {.variant = variant_of(s->operation, seed),
+	                            .sizes = any_sizes(&dice, narrow),
+	                            .seed = seed,
+	                            .any = true,
+	                            .narrow = narrow};
+	const struct sizes *z = &form.sizes;
+
+	omp_set_num_threads((int)dice_integer(&dice, 1, MAX_THREADS));
+	problem_plan(&s->problem, s->device, s->operation, &form, NULL);
+	snprintf(s->label, sizeof s->label,
+	         "%s, seed %llu: B %ld, T %ld, H %ld (%ld), d %ld, %ld x %ld, width %ld, %ld to "
+	         "%ld, chunk %ld, window %ld%s",
+	         form.variant ? form.variant->name : "", (unsigned long long)seed, (long)z->batch,
+	         (long)z->seq_len, (long)z->n_heads, (long)z->groups, (long)z->d_head, (long)z->d_k,
+	         (long)z->d_v, (long)z->width, (long)z->d_in, (long)z->d_out, (long)z->chunk,
+	         (long)z->window, s->problem.hard ? ", hard" : "");
+}
+
+/* Runs with exactly the workspace that is asked for, poisoned and guarded. */
+static void run_problem(struct subject *s, const struct kernel *kernel)
+{
+	const size_t bytes = kernel->workspace ? kernel->workspace(s->device, &s->problem.args) : 0;
+	unsigned char guard[GUARD_BYTES];
+	void *workspace;
+
+	require(s, device_allocate(s->device, bytes + GUARD_BYTES, &workspace));
+	require(s, device_fill(s->device, workspace, POISON, bytes + GUARD_BYTES));
+	s->ctx.workspace = workspace;
+	s->ctx.workspace_bytes = bytes;
+	require(s, kernel_run(&s->ctx, s->operation, &s->problem.args));
+	require(s, device_synchronize(s->device));
+	require(s, device_download(s->device, guard, (char *)workspace + bytes, GUARD_BYTES));
+	device_release(s->device, workspace);
+	for (int i = 0; i < GUARD_BYTES; i++)
+		if (guard[i] != POISON)
+			fail_msg("%s, %s: wrote %d bytes past its workspace of %zu",
+			         operation_name(s->operation), s->label, i + 1, bytes);
+}
+
+static double allowed(const struct subject *s)
+{
+	const bool gradient = strstr(operation_name(s->operation), "_backward") != NULL;
+	const double tolerance = s->device->activation != DTYPE_BF16 ? TOLERANCE_FP32
+	                         : gradient                          ? TOLERANCE_BF16_GRADIENT
+	                                                             : TOLERANCE_BF16;
+
+	return s->problem.hard ? HARD_SLACK * tolerance : tolerance;
+}
+
+static void judge(struct subject *s, const struct check_result *result, const char *how)
+{
+	const double tolerance = allowed(s);
+
+	if (!(result->overall <= tolerance) || !(result->worst_row <= ROW_SLACK * tolerance))
+		fail_msg("%s, %s%s: %s differs by %.3g, its worst row by %.3g (allowed %.3g, %.3g)",
+		         operation_name(s->operation), s->label, how, result->name, result->overall,
+		         result->worst_row, tolerance, ROW_SLACK * tolerance);
+	s->worst = fmax(s->worst, fmax(result->overall, result->worst_row / ROW_SLACK) / tolerance);
+}
+
+/* Whether a check after the run sees the inputs that the run saw. */
+static bool keeps_inputs(const struct problem *p)
+{
+	for (int i = 0; i < p->list.count; i++)
+		if (p->list.operand[i].role == ROLE_STATE || p->region[i].alias >= 0)
+			return false;
+	return true;
+}
+
+static void check_case(struct subject *s, const struct kernel *kernel, bool nan)
+{
+	struct check_options options = {.seed = s->problem.form.seed,
+	                                .everything = true,
+	                                .in_place = true,
+	                                .tolerant = true,
+	                                .with_nan = nan};
+	struct check_result result = {0}, of_parts = {0};
+	const char *touched;
+	struct check *check;
+
+	require(s, problem_poison(&s->problem));
+	require(s, problem_guard(&s->problem));
+	require(s, check_begin(&check, s->device, s->operation, &s->problem.args, &options));
+	run_problem(s, kernel);
+	require(s, problem_guarded(&s->problem, &touched));
+	if (touched)
+		fail_msg("%s, %s: touched memory in or around %s that it must not write",
+		         operation_name(s->operation), s->label, touched);
+	require(s, check_end(check, &result));
+	check_free(check);
+	if (nan) {
+		if (result.worst_row > 0)
+			fail_msg("%s, %s: %s swallows a NaN", operation_name(s->operation),
+			         s->label, result.name);
+		return;
+	}
+	judge(s, &result, "");
+	if (!keeps_inputs(&s->problem))
+		return;
+	/* The same from parts of the problem, as large ones are checked. */
+	options = (struct check_options){
+	        .rows = 24, .seed = s->problem.form.seed, .parts = true, .tolerant = true};
+	require(s, check_operation(s->device, s->operation, &s->problem.args, &options, &of_parts));
+	of_parts.overall = fmin(of_parts.overall, of_parts.worst_row / ROW_SLACK);
+	judge(s, &of_parts, " in parts");
+}
+
+/* False if the provider does not support the case. */
+static bool run_case(struct subject *s, uint64_t seed, bool nan)
+{
+	void *memory;
+
+	make_problem(s, seed);
+	const struct kernel *kernel = kernel_select(&s->ctx, s->operation, &s->problem.args);
+	if (!kernel)
+		return false;
+	require(s, device_allocate(s->device, s->problem.bytes + 1, &memory));
+	const struct problem_form form = s->problem.form;
+	problem_plan(&s->problem, s->device, s->operation, &form, memory);
+	kernel = kernel_select(&s->ctx, s->operation, &s->problem.args);
+	const enum status status = kernel ? problem_fill(&s->problem, nan) : STATUS_UNSUPPORTED;
+	if (status == STATUS_OK)
+		check_case(s, kernel, nan);
+	else if (status != STATUS_UNSUPPORTED)
+		require(s, status);
+	problem_free(&s->problem);
+	device_release(s->device, memory);
+	return status == STATUS_OK;
+}
 
 static void test_provider(struct subject *s, const char *provider)
 {
-	enum operation operation = s->test->operation;
-	struct provider_choice *choice = &s->trial->ctx.choice;
-	int n_run = 0, n_cases = (int)(s->test->n_cases * s->factor);
-	int n_nan_cases = (int)(20 * s->factor);
+	struct provider_choice *choice = &s->ctx.choice;
+	const int n_cases = (int)(CASES * s->factor),
+	          n_all = n_cases + (int)(NAN_CASES * s->factor);
+	int n_run = 0;
 
+	s->ctx.device = s->device;
 	choice->count = 1;
-	choice->choice[0].operation = operation;
+	choice->choice[0].operation = s->operation;
 	snprintf(choice->choice[0].provider, sizeof choice->choice[0].provider, "%s", provider);
-	s->trial->worst = 0;
-	for (int i = 0; i < n_cases + n_nan_cases; i++) {
-		bool with_nan = i >= n_cases;
-
-		trial_begin(s->trial, (uint64_t)operation << 32 | (uint64_t)i, with_nan);
-		n_run += s->test->run(s->trial);
-		trial_clear(s->trial);
-	}
+	s->worst = 0;
+	for (int i = 0; i < n_all; i++)
+		n_run += run_case(s, (uint64_t)s->operation << 32 | (uint64_t)i, i >= n_cases);
 	print_message("%-26s %-9s %3d of %3d cases supported, worst error %3.0f%% of the allowed\n",
-	              operation_name(operation), provider, n_run, n_cases + n_nan_cases,
-	              100 * s->trial->worst);
+	              operation_name(s->operation), provider, n_run, n_all, 100 * s->worst);
 	if (n_run == 0 && strstr(status_message(), "not built"))
 		print_message("%s\n", status_message());
 	else if (n_run == 0 && s->factor >= 1)
-		fail_msg("%s from %s supports none of the cases", operation_name(operation),
+		fail_msg("%s from %s supports none of the cases", operation_name(s->operation),
 		         provider);
 }
 
 static void test_operation(void **state)
 {
 	struct subject *s = *state;
-	const struct kernel *kernels = s->trial->backend->kernels;
+	const struct kernel *kernels = s->device->kernels;
 
-	s->trial->title = operation_name(s->test->operation);
 	for (const struct kernel *k = kernels; k->run; k++)
-		if (k->operation == s->test->operation && kernel_is_first(kernels, k) &&
+		if (k->operation == s->operation && kernel_is_first(kernels, k) &&
 		    (!s->provider || strcmp(s->provider, k->provider) == 0))
 			test_provider(s, k->provider);
 }
 
-enum { MAX_TESTS = OP_COUNT + 8 };
-
-/* Appends the operations of a list that the backend has; returns the new count. */
-static size_t add_tests(struct CMUnitTest *tests, struct subject *subjects, size_t count,
-                        const struct operation_test *list, const struct subject *common)
-{
-	for (; list->run; list++) {
-		bool exists = false;
-
-		for (const struct kernel *k = common->trial->backend->kernels; k->run; k++)
-			exists |= k->operation == list->operation;
-		if (!exists || count == MAX_TESTS)
-			continue;
-		subjects[count] = *common;
-		subjects[count].test = list;
-		tests[count] = (struct CMUnitTest){operation_name(list->operation), test_operation,
-		                                   NULL, NULL, &subjects[count]};
-		count++;
-	}
-	return count;
-}
-
 int main(int argc, char **argv)
 {
-	const struct operation_test *const lists[] = {
-	        dense_tests, attention_tests, recurrent_tests, matrix_tests, family_tests, NULL};
-	const char *backend = getenv("BACKEND");
-	struct CMUnitTest tests[MAX_TESTS];
-	struct subject subjects[MAX_TESTS];
-	struct trial trial;
-	const struct subject common = {.trial = &trial,
-	                               .factor = argc > 2 ? atof(argv[2]) : 1,
-	                               .provider = argc > 4 ? argv[4] : NULL};
-	size_t count = 0;
-	int failed;
+	static struct subject subjects[OP_COUNT];
+	struct CMUnitTest tests[OP_COUNT];
+	const char *name = argc > 1 ? argv[1] : getenv("BACKEND");
+	const struct backend *backend = backend_find(name ? name : "cpu");
+	struct device *device;
 
-	if (argc > 1)
-		backend = argv[1];
 	if (argc > 3)
 		cmocka_set_test_filter(argv[3]);
-	if (trial_open(&trial, backend ? backend : "cpu") != STATUS_OK) {
-		fprintf(stderr, "%s\n", status_message());
+	if (!backend || backend->open("", baseline_kernels, &device) != STATUS_OK) {
+		fprintf(stderr, "%s\n",
+		        backend ? status_message() : "no such backend in this build");
 		return 1;
 	}
-	for (const struct operation_test *const *list = lists; *list; list++)
-		count = add_tests(tests, subjects, count, *list, &common);
-	failed = _cmocka_run_group_tests("operations", tests, count, NULL, NULL);
-	trial_close(&trial);
+	for (int i = 0; i < OP_COUNT; i++) {
+		subjects[i] = (struct subject){.operation = (enum operation)i,
+		                               .device = device,
+		                               .factor = argc > 2 ? atof(argv[2]) : 1,
+		                               .provider = argc > 4 ? argv[4] : NULL};
+		tests[i] = (struct CMUnitTest){operation_name((enum operation)i), test_operation,
+		                               NULL, NULL, &subjects[i]};
+	}
+	const int failed = _cmocka_run_group_tests("operations", tests, OP_COUNT, NULL, NULL);
+	device_close(device);
 	return failed;
 }

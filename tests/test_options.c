@@ -1,13 +1,5 @@
 /* Options: lists, ranges, presets, and one clear line for everything that is wrong. */
-#define _POSIX_C_SOURCE 200809L
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
+#include "tests/programs.h"
 
 #include "bench/harness/case.h"
 #include "bench/harness/options.h"
@@ -28,28 +20,33 @@ enum { MAX_ARGUMENTS = 16 };
 static enum status parse(struct options *options, const char *line)
 {
 	char copy[256], *argv[MAX_ARGUMENTS + 2] = {(char *)"test"};
-	int argc = 1;
 
 	snprintf(copy, sizeof copy, "%s", line);
-	for (char *word = strtok(copy, " "); word && argc <= MAX_ARGUMENTS;
-	     word = strtok(NULL, " "))
-		argv[argc++] = word;
-	return options_parse(options, &driver, argc, argv);
+	return options_parse(options, &driver, split_words(copy, argv, 1, MAX_ARGUMENTS + 1), argv);
+}
+
+/* Parses a command line that is right, for a device of this preset. */
+static struct options completed(const char *line, const char *preset)
+{
+	struct options options;
+
+	require_ok(parse(&options, line));
+	require_ok(options_complete(&options, &driver, preset));
+	return options;
 }
 
 static void expect_values(const char *text, int count, const int64_t *expected)
 {
 	struct values values;
 
-	assert_int_equal(values_parse(&values, "seq-len", text, 1, 1 << 20), STATUS_OK);
+	require_ok(values_parse(&values, "seq-len", text, 1, 1 << 20));
 	assert_int_equal(values.count, count);
 	for (int i = 0; i < count; i++)
 		assert_int_equal(values.value[i], expected[i]);
 }
 
-static void parses_lists_and_ranges(void **state)
+TEST(parses_lists_and_ranges)
 {
-	(void)state;
 	expect_values("1,2,3", 3, (int64_t[]){1, 2, 3});
 	expect_values("4096..131072*2", 6, (int64_t[]){4096, 8192, 16384, 32768, 65536, 131072});
 	expect_values("512..2048+512", 4, (int64_t[]){512, 1024, 1536, 2048});
@@ -74,13 +71,12 @@ static void expect_mistakes(const struct mistake *mistakes, size_t count)
 			status = options_complete(&options, &driver, "small");
 		if (status != STATUS_INVALID)
 			fail_msg("accepted: %s", mistakes[i].line);
-		if (!strstr(status_message(), mistakes[i].option) ||
-		    !strstr(status_message(), mistakes[i].hint) || strchr(status_message(), '\n'))
-			fail_msg("'%s' gives '%s'", mistakes[i].line, status_message());
+		expect_message(mistakes[i].line, mistakes[i].option);
+		expect_message(mistakes[i].line, mistakes[i].hint);
 	}
 }
 
-static void names_the_option_that_is_wrong(void **state)
+TEST(names_the_option_that_is_wrong)
 {
 	static const struct mistake mistakes[] = {
 	        {"--nonsense 3", "--nonsense", "--help"},
@@ -116,84 +112,96 @@ static void names_the_option_that_is_wrong(void **state)
 	        {"--rows 0", "--rows", "between 1 and"},
 	};
 
-	(void)state;
-	expect_mistakes(mistakes, sizeof mistakes / sizeof mistakes[0]);
+	expect_mistakes(mistakes, COUNT_OF(mistakes));
 }
 
-static void prefers_user_to_driver_to_preset(void **state)
+TEST(prefers_user_to_driver_to_preset)
 {
-	struct options options;
+	struct options options = completed("--d-model 512 --pass train --warm", "paper");
 
-	(void)state;
-	assert_int_equal(parse(&options, "--d-model 512 --pass train --warm"), STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "paper"), STATUS_OK);
 	assert_int_equal(options.d_model.count, 1);
 	assert_int_equal(options.d_model.value[0], 512);
 	assert_int_equal(options.heads.value[0], 16);
 	assert_int_equal(options.tokens, 262144);
 	assert_int_equal(options.seq_len.count, 7);
 	assert_int_equal(options.chunk.count, 2);
-	assert_int_equal(options.groups.value[0], 2);
+	assert_int_equal(options.groups.count, 0);
 	assert_int_equal(options.pass.count, 1);
 	assert_string_equal(options.pass.word[0], "train");
-	assert_string_equal(options.position.word[0], "rope");
+	assert_int_equal(options.position.count, 0);
 	assert_string_equal(options.preset, "paper");
 	assert_true(options.warm);
 	assert_false(options.resume);
 }
 
-static void tells_what_was_given(void **state)
+TEST(tells_what_was_given)
 {
-	struct options options;
+	struct options options = completed("--seq-len 8", "tiny");
 
-	(void)state;
-	assert_int_equal(parse(&options, "--seq-len 8"), STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
 	assert_true(options_given(&options, "seq-len"));
 	assert_false(options_given(&options, "tokens"));
 	assert_false(options_given(&options, "chunk"));
 	assert_false(options_given(&options, "no-such-option"));
 }
 
-static void keeps_every_provider(void **state)
+TEST(keeps_every_provider)
 {
-	struct options options;
+	struct options options =
+	        completed("--provider portable --provider attention=cudnn,hopper", "tiny");
 
-	(void)state;
-	assert_int_equal(parse(&options, "--provider portable --provider attention=cudnn,hopper"),
-	                 STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
 	assert_int_equal(options.provider.count, 2);
 	assert_string_equal(options.provider.word[1], "attention=cudnn,hopper");
-	assert_int_equal(parse(&options, ""), STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
+	options = completed("", "tiny");
 	assert_int_equal(options.provider.count, 1);
 	assert_string_equal(options.provider.word[0], "");
 }
 
-static void helps_with_every_option(void **state)
+TEST(helps_with_every_option)
 {
-	char *text = NULL;
+	scoped char *text = NULL;
 	size_t length;
 	FILE *file = open_memstream(&text, &length);
 
-	(void)state;
 	options_print_help(file, &driver);
 	fclose(file);
 	assert_non_null(strstr(text, "--seq-len"));
 	assert_non_null(strstr(text, "what to measure: prefill,train"));
 	assert_non_null(strstr(text, "preset paper"));
 	assert_null(strstr(text, "--model"));
-	free(text);
+}
+
+TEST(writes_out_lists_of_arguments)
+{
+	static const char *const expected[] = {
+	        "rat(chunk=16,groups=1),swa:3",
+	        "rat(chunk=16,groups=2),swa:3",
+	        "rat(chunk=64,groups=1),swa:3",
+	        "rat(chunk=64,groups=2),swa:3",
+	        "gla",
+	        "rat:1",
+	        "rat:",
+	};
+	struct driver any = driver;
+	struct options options;
+	char *argv[] = {(char *)"test", (char *)"--pattern",
+	                (char *)"rat(chunk=16|64,groups=1|2),swa:3/gla/rat:1|"};
+
+	any.patterns = NULL;
+	require_ok(options_parse(&options, &any, 3, argv));
+	assert_int_equal(options.pattern.count, 7);
+	for (int i = 0; i < options.pattern.count; i++)
+		assert_string_equal(options.pattern.word[i], expected[i]);
+	argv[2] = (char *)"rat(a=1|2|3|4,b=1|2|3|4,c=1|2|3|4,d=1|2)";
+	assert_int_equal(options_parse(&options, &any, 3, argv), STATUS_INVALID);
+	assert_non_null(strstr(status_message(), "--pattern"));
 }
 
 /* Chunks longer than T make no sense; attention has no chunk; T = 3 is a mistake. */
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
-	(void)options;
 	++*(int *)self;
 	c->batch = 1;
-	snprintf(c->block, sizeof c->block, "%s", c->pattern);
+	snprintf(c->block, sizeof c->block, "%.100s", c->pattern);
 	if (strcmp(c->pattern, "attention") == 0)
 		c->chunk = NO_VALUE;
 	if (c->seq_len == 3)
@@ -203,17 +211,14 @@ static enum status configure(void *self, const struct options *options, struct b
 	return STATUS_OK;
 }
 
-static void sweeps_every_combination_once(void **state)
+TEST(sweeps_every_combination_once)
 {
 	struct options options;
 	struct sweep sweep;
 	int calls = 0, unsupported = 0;
 
-	(void)state;
-	assert_int_equal(parse(&options, "--pattern rat/attention --seq-len 32,64 --chunk 16,64"),
-	                 STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
-	assert_int_equal(sweep_create(&sweep, &options, configure, &calls), STATUS_OK);
+	options = completed("--pattern rat/attention --seq-len 32,64 --chunk 16,64", "tiny");
+	require_ok(sweep_create(&sweep, &options, configure, &calls));
 	/* Two passes; rat: two chunks by two lengths; attention: two lengths. */
 	assert_int_equal(calls, 16);
 	assert_int_equal(sweep.count, 12);
@@ -227,35 +232,20 @@ static void sweeps_every_combination_once(void **state)
 	sweep_release(&sweep);
 }
 
-static void refuses_a_sweep_with_a_mistake(void **state)
+TEST(refuses_a_sweep_that_is_impossible)
 {
 	struct options options;
 	struct sweep sweep;
 	int calls = 0;
 
-	(void)state;
-	assert_int_equal(parse(&options, "--seq-len 4,3"), STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
+	options = completed("--seq-len 17,3", "tiny");
+	require_ok(sweep_create(&sweep, &options, configure, &calls));
+	assert_int_equal(sweep.cases[1].status, STATUS_UNSUPPORTED);
+	assert_string_equal(sweep.cases[1].message, "--seq-len: not 3");
+	sweep_release(&sweep);
+	options = completed("--seq-len 3", "tiny");
 	assert_int_equal(sweep_create(&sweep, &options, configure, &calls), STATUS_INVALID);
 	assert_null(sweep.cases);
-	assert_int_equal(parse(&options, "--seq-len 1..64+1 --chunk 1..64+1 --heads 1..64+1"),
-	                 STATUS_OK);
-	assert_int_equal(options_complete(&options, &driver, "tiny"), STATUS_OK);
+	options = completed("--seq-len 1..64+1 --chunk 1..64+1 --heads 1..64+1", "tiny");
 	assert_int_equal(sweep_create(&sweep, &options, configure, &calls), STATUS_INVALID);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(parses_lists_and_ranges),
-	        cmocka_unit_test(names_the_option_that_is_wrong),
-	        cmocka_unit_test(prefers_user_to_driver_to_preset),
-	        cmocka_unit_test(tells_what_was_given),
-	        cmocka_unit_test(keeps_every_provider),
-	        cmocka_unit_test(helps_with_every_option),
-	        cmocka_unit_test(sweeps_every_combination_once),
-	        cmocka_unit_test(refuses_a_sweep_with_a_mistake),
-	};
-
-	return cmocka_run_group_tests_name("options", tests, NULL, NULL);
 }

@@ -1,14 +1,6 @@
 /* The programs report, compare and plotdata on small files of known content. */
-#define _POSIX_C_SOURCE 200809L
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "tests/test.h"
 
-#include <cmocka.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -56,18 +48,21 @@ static void add_block(char *rows, const char *block, int chunk, const char *pass
 	         seq_len, number, groups, latency, status, requested);
 }
 
-/* Runs a program with arguments; its output (to be freed) and exit code. */
-static char *run(const char *arguments, int *code)
+/* Runs a program with arguments, which must end with this code; its output, until the next run. */
+static const char *run(int code, const char *format, ...)
 {
-	char command[1024], *output = calloc(1, 1 << 16);
+	static char output[1 << 16];
+	char arguments[512], command[1100];
+	va_list list;
 
-	assert_non_null(output);
+	va_start(list, format);
+	vsnprintf(arguments, sizeof arguments, format, list);
+	va_end(list);
 	snprintf(command, sizeof command, "%s/%s 2>&1", programs, arguments);
 	FILE *pipe = popen(command, "r");
 	assert_non_null(pipe);
-	size_t length = fread(output, 1, (1 << 16) - 1, pipe);
-	output[length] = '\0';
-	*code = WEXITSTATUS(pclose(pipe));
+	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
+	assert_int_equal(WEXITSTATUS(pclose(pipe)), code);
 	return output;
 }
 
@@ -83,31 +78,25 @@ static void expect_no_text(const char *output, const char *text)
 		fail_msg("'%s' is not expected in:\n%s", text, output);
 }
 
-static char *report(const char *rows, const char *options, int *code)
+static const char *report(int code, const char *rows, const char *options)
 {
 	struct file file = write_file(rows);
-	char arguments[256];
+	const char *output = run(code, "report %s %s", options, file.path);
 
-	snprintf(arguments, sizeof arguments, "report %s %s", options, file.path);
-	char *output = run(arguments, code);
 	unlink(file.path);
 	return output;
 }
 
-static void test_latency_beside_the_paper(void **state)
+TEST(test_latency_beside_the_paper)
 {
 	char rows[8192] = "";
-	int code;
 
-	(void)state;
 	add_block(rows, "attention", 0, "prefill", 131072, 250, "ok", "");
 	add_block(rows, "attention", 0, "prefill", 4096, 20, "ok", "");
 	add_block(rows, "rat", 16, "prefill", 4096, 16, "ok", "");
 	add_block(rows, "rat", 16, "prefill", 131072, 25, "ok", "");
 	add_block(rows, "rat", 16, "prefill", 8192, 0, "skipped", "");
-	char *output = report(rows, "--format terminal", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = report(0, rows, "--format terminal");
 	expect_text(output, "Test GPU, bf16, D = 2048, 262144 tokens.");
 	/* Sorted by T; ours, and the published milliseconds of the same shape. */
 	expect_text(output, "     T  attention   rat L=16\n"
@@ -120,58 +109,45 @@ static void test_latency_beside_the_paper(void **state)
 	                    "  8192            \n"
 	                    "131072  10.0 (6.9)\n");
 	expect_text(output, "Test GPU: commit 0123456789ab, 2030-01-02, driver 1.0\n");
-	free(output);
 }
 
-static void test_markdown(void **state)
+TEST(test_markdown)
 {
 	char rows[4096] = "";
-	int code;
 
-	(void)state;
 	add_block(rows, "recurrence", 0, "generation", 4096, 0.08, "ok", "");
-	char *output = report(rows, "", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = report(0, rows, "");
 	expect_text(output, "### Generation");
 	expect_text(output, "512 sequences");
 	expect_text(output, "|    T |   recurrence |\n"
 	                    "| ---: | ---: |\n"
 	                    "| 4096 | 0.080 (0.35) |\n");
 	expect_no_text(output, "times faster");
-	free(output);
 }
 
 /* A repeated case counts as it was last; providers compared are lines of their own. */
-static void test_repeated_rows_and_providers(void **state)
+TEST(test_repeated_rows_and_providers)
 {
 	char rows[8192] = "";
-	int code;
 
-	(void)state;
 	add_block(rows, "attention", 0, "train", 8192, 100, "ok", "portable");
 	add_block(rows, "attention", 0, "train", 8192, 80, "ok", "portable");
 	add_block(rows, "attention", 0, "train", 8192, 60, "ok", "cudnn");
 	add_block(rows, "recurrence", 0, "train", 8192, 30, "ok", "");
-	char *output = report(rows, "--format terminal", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = report(0, rows, "--format terminal");
 	expect_text(output, "   T  attention [portable]  attention [cudnn]  recurrence\n"
 	                    "8192                  80.0               60.0        30.0\n");
 	/* Against the fastest attention there is. */
 	expect_text(output, "8192        2.00\n");
 	expect_no_text(output, "In parentheses");
-	free(output);
 }
 
-static void test_throughput(void **state)
+TEST(test_throughput)
 {
 	char rows[4096] = "";
-	int code;
 	static const char *const models[] = {"7B", "1.3B"};
 	static const int widths[] = {4096, 2048};
 
-	(void)state;
 	for (int i = 0; i < 2; i++)
 		for (int rat = 0; rat < 2; rat++)
 			snprintf(rows + strlen(rows), 400,
@@ -181,57 +157,37 @@ static void test_throughput(void **state)
 			         rat ? "rat" : "attention", 100 + i, rat ? "16" : "",
 			         rat ? "2" : "", widths[i], widths[i] / 128, models[i],
 			         rat ? 40000 : 2000);
-	char *output = report(rows, "--format terminal", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = report(0, rows, "--format terminal");
 	expect_text(output, "    model           1.3B             7B\n"
 	                    "attention    2000 (3152)     2000 (983)\n"
 	                    " rat L=16  40000 (31170)  40000 (10103)\n");
 	expect_text(output, "rat L=16  20.0 (9.9)  20.0 (10)\n");
 	expect_text(output, "4 rows were measured while the clock was throttled.");
 	expect_text(output, "0123456789ab with changes");
-	free(output);
 }
 
-static void test_report_complains(void **state)
+TEST(test_report_complains)
 {
-	int code;
-	char *output = run("report", &code);
-
-	(void)state;
-	assert_int_equal(code, 2);
-	free(output);
-	output = run("report --colour red x.csv", &code);
-	assert_int_equal(code, 2);
-	expect_text(output, "--colour");
-	free(output);
-	output = run("report /nowhere/x.csv", &code);
-	assert_int_equal(code, 2);
-	expect_text(output, "/nowhere/x.csv");
-	free(output);
-	output = run("report README.md", &code);
-	assert_int_equal(code, 2);
-	free(output);
+	run(2, "report");
+	expect_text(run(2, "report --colour red x.csv"), "--colour");
+	expect_text(run(2, "report /nowhere/x.csv"), "/nowhere/x.csv");
+	run(2, "report README.md");
 }
 
-static char *compare(const char *before, const char *after, int *code)
+static const char *compare(int code, const char *before, const char *after)
 {
 	struct file files[] = {write_file(before), write_file(after)};
-	char arguments[256];
+	const char *output = run(code, "compare %s %s", files[0].path, files[1].path);
 
-	snprintf(arguments, sizeof arguments, "compare %s %s", files[0].path, files[1].path);
-	char *output = run(arguments, code);
 	unlink(files[0].path);
 	unlink(files[1].path);
 	return output;
 }
 
-static void test_compare(void **state)
+TEST(test_compare)
 {
 	char before[4096] = "", after[4096] = "";
-	int code;
 
-	(void)state;
 	add_block(before, "attention", 0, "prefill", 4096, 20, "ok", "");
 	add_block(after, "attention", 0, "prefill", 4096, 19, "ok", "");
 	add_block(before, "attention", 0, "prefill", 8192, 20, "ok", "");
@@ -239,110 +195,107 @@ static void test_compare(void **state)
 	add_block(before, "rat", 16, "prefill", 8192, 20, "ok", "");
 	add_block(before, "rat", 64, "prefill", 8192, 0, "oom", "");
 	add_block(after, "rat", 64, "prefill", 8192, 0, "oom", "");
-	char *output = compare(before, after, &code);
-	assert_int_equal(code, 0);
+	const char *output = compare(0, before, after);
 	expect_text(output, "0.950  faster\n");
 	expect_text(output, "1.005  overlap\n");
 	expect_text(output, "only in the first file");
 	expect_text(output, "1 faster, 0 slower, 1 overlap, 2 without a verdict");
-	free(output);
 
 	/* The other way round it is a regression, and the exit code says so. */
-	output = compare(after, before, &code);
-	assert_int_equal(code, 1);
+	output = compare(1, after, before);
 	expect_text(output, "slower\n");
 	expect_text(output, "only in the second file");
-	free(output);
 }
 
-static void test_compare_outcomes(void **state)
+TEST(test_compare_outcomes)
 {
 	char before[4096] = "", after[4096] = "";
-	int code;
 
-	(void)state;
 	add_block(before, "rat", 16, "train", 8192, 20, "ok", "");
 	add_block(after, "rat", 16, "train", 8192, 0, "mismatch", "");
-	char *output = compare(before, after, &code);
-	assert_int_equal(code, 1);
+	const char *output = compare(1, before, after);
 	expect_text(output, "another outcome");
-	free(output);
 }
 
-static char *plotdata(const char *rows, const char *what, int *code)
+static const char *plotdata(int code, const char *rows, const char *what)
 {
 	struct file file = write_file(rows);
-	char arguments[256];
+	const char *output = run(code, "plotdata %s results/paper/latency.csv %s", what, file.path);
 
-	snprintf(arguments, sizeof arguments, "plotdata %s results/paper/latency.csv %s", what,
-	         file.path);
-	char *output = run(arguments, code);
 	unlink(file.path);
 	return output;
 }
 
-static void test_plot_against_length(void **state)
+TEST(test_plot_against_length)
 {
 	char rows[4096] = "";
-	int code;
 
-	(void)state;
 	add_block(rows, "attention", 0, "prefill", 131072, 250, "ok", "");
 	add_block(rows, "attention", 0, "prefill", 4096, 20, "ok", "");
 	add_block(rows, "attention", 0, "prefill", 8192, 0, "oom", "");
 	add_block(rows, "rat", 16, "prefill", 4096, 16, "ok", "");
 	add_block(rows, "gla", 64, "prefill", 4096, 17, "ok", "`touch /tmp/x`");
-	char *output = plotdata(rows, "prefill seq_len latency_ms", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = plotdata(0, rows, "prefill seq_len latency_ms");
 	expect_text(output, "labels = \"'attention' 'rat L=16' 'gla L=64 [ touch /tmp/x ]'\"\n"
 	                    "$data << EOD\n4096 20\n131072 250\n\n\n4096 16\n\n\n4096 17\n");
 	/* Only of series that are ours too. */
 	expect_text(output, "published_labels = \"'attention' 'rat L=16'\"\n$published << EOD\n"
 	                    "4096 38\n32768 136\n131072 495\n\n\n4096 46\n");
-	free(output);
-	output = plotdata(rows, "train seq_len latency_ms", &code);
-	assert_int_equal(code, 3);
+	output = plotdata(3, rows, "train seq_len latency_ms");
 	assert_string_equal(output, "");
-	free(output);
+}
+
+/* The same cases in the columns of both schemas; and two layers that differ in an argument. */
+TEST(test_schemas)
+{
+	static const char old[] =
+	        "1,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n"
+	        "1,,,,GPU,,hybrid,hybrid,\"rat,swa\",prefill,bf16,1,8192,16,8,1,none,64,2,,,,9,9,9,"
+	        "9,,,ok,,\n"
+	        "1,,,,GPU,,recurrence,recurrence,,prefill,bf16,1,8192,,,,,64,2,,,,9,9,9,9,,,ok,,\n";
+	static const char new[] =
+	        "2,,,,GPU,,hybrid,rat,\"rat(chunk=16,groups=2,heads=2,position=rope)\",prefill,"
+	        "bf16,1,"
+	        "8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n"
+	        "2,,,,GPU,,hybrid,hybrid,\"rat(chunk=16,groups=1,heads=2,position=none),swa(window="
+	        "8,"
+	        "heads=2,position=none)\",prefill,bf16,1,8192,16,8,1,none,64,2,,,,8,8,8,9,,,ok,,\n"
+	        "2,,,,GPU,,hybrid,recurrence,,prefill,bf16,1,8192,,,,,64,,,,,8,8,8,9,,,ok,,\n"
+	        "2,,,,GPU,,hybrid,hybrid,\"rat(chunk=16,groups=2),rat(chunk=64,groups=2)\",prefill,"
+	        "bf16,1,8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n";
+	const char *output = compare(0, old, new);
+	expect_text(output, "rat-swa L=16 W=8 G=1 NoPE");
+	expect_text(output, "rat-rat L=16|64");
+	expect_text(output, "3 faster, 0 slower, 0 overlap, 1 without a verdict");
+	output = report(
+	        2, "3,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n",
+	        "");
+	expect_text(output, "schema 3 is of a later program");
+	output = report(
+	        2, "1,,,,GPU,,rat,rat,,warmup,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n", "");
+	expect_text(output, "no pass is called 'warmup'");
 }
 
 /* At the T that has most chunk lengths; a series without any is a level line. */
-static void test_plot_against_chunk(void **state)
+TEST(test_plot_against_chunk)
 {
 	char rows[4096] = "";
-	int code;
 
-	(void)state;
 	for (int chunk = 16; chunk <= 64; chunk *= 2)
 		add_block(rows, "rat", chunk, "train", 8192, 1 + 160. / chunk, "ok", "");
 	add_block(rows, "rat", 16, "train", 16384, 99, "ok", "");
 	add_block(rows, "recurrence", 0, "train", 8192, 5, "ok", "");
-	char *output = plotdata(rows, "train chunk latency_ms", &code);
-
-	assert_int_equal(code, 0);
+	const char *output = plotdata(0, rows, "train chunk latency_ms");
 	expect_text(output, "T = 8192");
 	expect_text(output, "labels = \"'rat' 'recurrence'\"\n$data << EOD\n"
 	                    "16 11\n32 6\n64 3.5\n\n\n16 5\n64 5\n");
-	free(output);
 }
 
 int main(int argc, char **argv)
 {
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_latency_beside_the_paper),
-	        cmocka_unit_test(test_markdown),
-	        cmocka_unit_test(test_repeated_rows_and_providers),
-	        cmocka_unit_test(test_throughput),
-	        cmocka_unit_test(test_report_complains),
-	        cmocka_unit_test(test_compare),
-	        cmocka_unit_test(test_compare_outcomes),
-	        cmocka_unit_test(test_plot_against_length),
-	        cmocka_unit_test(test_plot_against_chunk),
-	};
 	const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
 
 	snprintf(programs, sizeof programs, "%.*s/..", slash ? (int)(slash - argv[0]) : 1,
 	         slash ? argv[0] : ".");
-	return cmocka_run_group_tests(tests, NULL, NULL);
+	return tests_run();
 }

@@ -1,14 +1,6 @@
 /* The safetensors reader on sound, truncated and hostile files. */
-#define _POSIX_C_SOURCE 200809L
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "tests/test.h"
 
-#include <cmocka.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "bench/safetensors.h"
@@ -18,9 +10,8 @@
 static unsigned char *make_file(const char *header, size_t data_size, size_t *size)
 {
 	size_t length = strlen(header);
-	unsigned char *bytes = malloc(8 + length + data_size);
+	unsigned char *bytes = new_memory(8 + length + data_size);
 
-	assert_non_null(bytes);
 	for (int i = 0; i < 8; i++)
 		bytes[i] = (unsigned char)((uint64_t)length >> (8 * i));
 	for (size_t i = 0; i < length; i++)
@@ -47,8 +38,7 @@ static void refuse(const char *header, size_t data_size, const char *reason)
 	struct safetensors file;
 
 	assert_int_equal(parse(header, data_size, &file), STATUS_INVALID);
-	if (!strstr(status_message(), reason))
-		fail_msg("'%s' does not say '%s'", status_message(), reason);
+	expect_message(header, reason);
 	assert_int_equal(file.n_tensors, 0);
 	assert_null(file.tensors);
 	assert_null(file.data);
@@ -57,7 +47,7 @@ static void refuse(const char *header, size_t data_size, const char *reason)
 #define ENTRY(shape, begin, end)                                                                   \
 	"{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" begin "," end "]}"
 
-static void test_sound_file(void **state)
+TEST(test_sound_file)
 {
 	const char *header = "{\"__metadata__\":{\"block\":\"rat\",\"chunk_size\":\"16\"},"
 	                     "\"b\":{\"dtype\":\"I64\",\"shape\":[2,1],\"data_offsets\":[24,40]},"
@@ -66,8 +56,7 @@ static void test_sound_file(void **state)
 	float second;
 	int64_t last;
 
-	(void)state;
-	assert_int_equal(parse(header, 40, &file), STATUS_OK);
+	require_ok(parse(header, 40, &file));
 	assert_int_equal(file.n_tensors, 2);
 	assert_string_equal(safetensors_metadata(&file, "chunk_size"), "16");
 	assert_null(safetensors_metadata(&file, "absent"));
@@ -88,25 +77,39 @@ static void test_sound_file(void **state)
 	assert_int_equal(file.n_tensors, 0);
 }
 
-static void test_scalars_and_empty_tensors(void **state)
+TEST(test_scalars_and_empty_tensors)
 {
 	struct safetensors file;
 
-	(void)state;
-	assert_int_equal(
-	        parse("{\"a\":" ENTRY("[]", "0", "4") ",\"b\":" ENTRY("[0,7]", "4", "4") "}", 4,
-	              &file),
-	        STATUS_OK);
+	require_ok(parse("{\"a\":" ENTRY("[]", "0", "4") ",\"b\":" ENTRY("[0,7]", "4", "4") "}", 4,
+	                 &file));
 	assert_int_equal(safetensors_find(&file, "a")->count, 1);
 	assert_int_equal(safetensors_find(&file, "b")->count, 0);
 	safetensors_close(&file);
-	assert_int_equal(parse("{}", 0, &file), STATUS_OK);
+	require_ok(parse("{}", 0, &file));
 	safetensors_close(&file);
 }
 
-static void test_hostile_headers(void **state)
+/* An int64 behind one float lies where none may be read from; it is moved. */
+TEST(test_unaligned_data)
 {
-	(void)state;
+	struct safetensors file;
+	int64_t value;
+
+	assert_int_equal(
+	        parse("{\"a\":" ENTRY("[1]", "0", "4") ",\"b\":{\"dtype\":\"I64\",\"shape\":[1],"
+	                                               "\"data_offsets\":[4,12]}}",
+	              12, &file),
+	        STATUS_OK);
+	memcpy(&value, (unsigned char[]){4, 5, 6, 7, 8, 9, 10, 11}, sizeof value);
+	const struct safetensor *b = safetensors_find(&file, "b");
+	assert_int_equal((uintptr_t)b->data.i64 % sizeof value, 0);
+	assert_int_equal(*b->data.i64, value);
+	safetensors_close(&file);
+}
+
+TEST(test_hostile_headers)
+{
 	refuse("", 0, "not a JSON object");
 	refuse("[1]", 0, "not a JSON object");
 	refuse("{\"a\":", 0, "not a JSON object");
@@ -130,9 +133,8 @@ static void test_hostile_headers(void **state)
 	refuse("{\"__metadata__\":{\"a\":\"1\"},\"__metadata__\":{}}", 0, "two entries");
 }
 
-static void test_hostile_offsets(void **state)
+TEST(test_hostile_offsets)
 {
-	(void)state;
 	refuse("{\"a\":" ENTRY("[2]", "0", "8") "}", 4, "ends at byte 8");
 	refuse("{\"a\":" ENTRY("[1]", "9007199254740988", "9007199254740992") "}", 4, "ends at");
 	refuse("{\"a\":" ENTRY("[1]", "0", "99999999999999999999") "}", 4, "data_offsets");
@@ -140,7 +142,6 @@ static void test_hostile_offsets(void **state)
 	refuse("{\"a\":" ENTRY("[1]", "4", "0") "}", 4, "data_offsets");
 	refuse("{\"a\":" ENTRY("[2]", "0", "4") "}", 4, "its shape 2");
 	refuse("{\"a\":" ENTRY("[1]", "0", "5") "}", 5, "has 5 bytes");
-	refuse("{\"a\":" ENTRY("[1]", "2", "6") "}", 6, "not aligned");
 	refuse("{\"a\":" ENTRY("[2]", "0", "8") ",\"b\":" ENTRY("[2]", "4", "12") "}", 12,
 	       "overlaps");
 	refuse("{\"a\":" ENTRY("[1]", "0", "4") ",\"b\":" ENTRY("[1]", "8", "12") "}", 12, "gap");
@@ -149,13 +150,11 @@ static void test_hostile_offsets(void **state)
 	       "two tensors");
 }
 
-static void test_deep_nesting(void **state)
+TEST(test_deep_nesting)
 {
 	enum { DEPTH = 100000 };
-	char *header = malloc(2 * DEPTH + 6);
+	char *header = new_memory(2 * DEPTH + 6);
 
-	(void)state;
-	assert_non_null(header);
 	memcpy(header, "{\"a\":", 5);
 	memset(header + 5, '[', DEPTH);
 	header[5 + DEPTH] = '\0';
@@ -166,33 +165,28 @@ static void test_deep_nesting(void **state)
 }
 
 /* Every proper prefix of a sound file is refused. */
-static void test_truncation(void **state)
+TEST(test_truncation)
 {
 	const char *header = "{\"__metadata__\":{\"k\":\"v\"},\"a\":" ENTRY("[4]", "0", "16") "}";
 	struct safetensors file;
 	size_t size;
-	unsigned char *bytes = make_file(header, 16, &size);
+	scoped unsigned char *bytes = make_file(header, 16, &size);
 
-	(void)state;
 	for (size_t length = 0; length < size; length++) {
-		unsigned char *prefix = malloc(length ? length : 1);
+		scoped unsigned char *prefix = new_memory(length ? length : 1);
 
-		assert_non_null(prefix);
 		memcpy(prefix, bytes, length);
 		assert_int_equal(safetensors_parse(prefix, length, &file), STATUS_INVALID);
-		free(prefix);
 	}
-	assert_int_equal(safetensors_parse(bytes, size, &file), STATUS_OK);
+	require_ok(safetensors_parse(bytes, size, &file));
 	safetensors_close(&file);
-	free(bytes);
 }
 
-static void test_header_longer_than_the_file(void **state)
+TEST(test_header_longer_than_the_file)
 {
 	struct safetensors file;
 	unsigned char bytes[16] = {9, 0, 0, 0, 0, 0, 0, 0, '{', '}'};
 
-	(void)state;
 	assert_int_equal(safetensors_parse(bytes, 16, &file), STATUS_INVALID);
 	assert_non_null(strstr(status_message(), "9 bytes in a file of 16"));
 	memset(bytes, 0xff, 8);
@@ -201,13 +195,12 @@ static void test_header_longer_than_the_file(void **state)
 }
 
 /* Flips each byte of a sound file's head in turn: whatever comes out, nothing is read outside. */
-static void test_flipped_bytes(void **state)
+TEST(test_flipped_bytes)
 {
 	const char *header = "{\"__metadata__\":{\"k\":\"v\"},\"a\":" ENTRY("[4]", "0", "16") "}";
 	size_t size;
-	unsigned char *bytes = make_file(header, 16, &size);
+	scoped unsigned char *bytes = make_file(header, 16, &size);
 
-	(void)state;
 	for (size_t i = 0; i < 8 * size; i++) {
 		struct safetensors file;
 
@@ -216,10 +209,9 @@ static void test_flipped_bytes(void **state)
 			safetensors_close(&file);
 		bytes[i / 8] ^= (unsigned char)(1u << i % 8);
 	}
-	free(bytes);
 }
 
-static void test_files(void **state)
+TEST(test_files)
 {
 	char path[] = "/tmp/safetensors-test-XXXXXX";
 	int descriptor = mkstemp(path);
@@ -227,10 +219,9 @@ static void test_files(void **state)
 	size_t size;
 	unsigned char *bytes = make_file("{\"a\":" ENTRY("[4]", "0", "16") "}", 16, &size);
 
-	(void)state;
 	assert_true(descriptor >= 0);
 	assert_int_equal(write(descriptor, bytes, size), size);
-	assert_int_equal(safetensors_open(path, &file), STATUS_OK);
+	require_ok(safetensors_open(path, &file));
 	assert_int_equal(file.tensors[0].count, 4);
 	safetensors_close(&file);
 	assert_int_equal(ftruncate(descriptor, (off_t)size - 1), 0);
@@ -243,21 +234,4 @@ static void test_files(void **state)
 	free(bytes);
 	assert_int_equal(safetensors_open(path, &file), STATUS_IO);
 	assert_int_equal(safetensors_open("/", &file), STATUS_IO);
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_sound_file),
-	        cmocka_unit_test(test_scalars_and_empty_tensors),
-	        cmocka_unit_test(test_hostile_headers),
-	        cmocka_unit_test(test_hostile_offsets),
-	        cmocka_unit_test(test_deep_nesting),
-	        cmocka_unit_test(test_truncation),
-	        cmocka_unit_test(test_header_longer_than_the_file),
-	        cmocka_unit_test(test_flipped_bytes),
-	        cmocka_unit_test(test_files),
-	};
-
-	return cmocka_run_group_tests(tests, NULL, NULL);
 }

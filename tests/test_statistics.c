@@ -1,24 +1,16 @@
 /* Quantiles, the stopping rule, rooflines, and the names of result folders. */
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
+#include "tests/test.h"
 
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
 #include "bench/harness/statistics.h"
 
-static void summarizes_samples(void **state)
+TEST(summarizes_samples)
 {
 	double samples[] = {5, 1, 4, 2, 3, 6};
 	struct summary s = summarize(samples, 6);
 	double one = 7;
 
-	(void)state;
 	assert_int_equal(s.count, 6);
 	assert_true(s.minimum == 1);
 	assert_true(s.p20 == 2);
@@ -48,14 +40,13 @@ static int samples_taken(const struct stopping_rule *rule, double ms, double noi
 	return count;
 }
 
-static void stops_when_the_noise_has_settled(void **state)
+TEST(stops_when_the_noise_has_settled)
 {
 	const struct stopping_rule rule = {.min_time = 0, .max_time = 10, .noise = 0.005};
 	const struct stopping_rule longer = {.min_time = 0.5, .max_time = 10, .noise = 0.005};
 	const struct stopping_rule capped = {.min_time = 0, .max_time = 0.03, .noise = 0.005};
 	const struct stopping_rule exact = {.samples = 5, .max_time = 0.001};
 
-	(void)state;
 	assert_int_equal(samples_taken(&rule, 1, 0), MIN_NOISE_SAMPLES);
 	/* The error of the median is 1.25 sigma / sqrt(n): 156 samples for 5%. */
 	assert_in_range(samples_taken(&rule, 1, 0.05), 60, 400);
@@ -65,13 +56,12 @@ static void stops_when_the_noise_has_settled(void **state)
 	assert_int_equal(samples_taken(&exact, 1000, 0.5), 5);
 }
 
-static void sums_rooflines_of_operations(void **state)
+TEST(sums_rooflines_of_operations)
 {
 	const struct ceilings ceilings = {
 	        .copy_gb_per_s = 10, .read_gb_per_s = 20, .gemm_tflops = 0.5};
 	struct kernel_plan plan = {.n_operations = 3};
 
-	(void)state;
 	/* 4 ms of FLOPs; 2 ms of reading, writes being under a tenth; 3 times 1 ms of copying. */
 	plan.operations[0].cost = (struct cost){2e9, 1e6, 1e6};
 	plan.operations[0].count = 1;
@@ -82,7 +72,7 @@ static void sums_rooflines_of_operations(void **state)
 	assert_true(fabs(ceilings_roofline_ms(&ceilings, &plan) - 9) < 1e-12);
 }
 
-static void names_folders_after_devices(void **state)
+TEST(names_folders_after_devices)
 {
 	static const char *const names[][3] = {
 	        {"cuda", "NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"},
@@ -92,23 +82,10 @@ static void names_folders_after_devices(void **state)
 	};
 	char folder[64], small[8];
 
-	(void)state;
-	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+	for (size_t i = 0; i < COUNT_OF(names); i++) {
 		device_folder_name(folder, sizeof folder, names[i][0], names[i][1]);
 		assert_string_equal(folder, names[i][2]);
 	}
 	device_folder_name(small, sizeof small, "cpu", "AMD EPYC");
 	assert_string_equal(small, "cpu-amd");
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(summarizes_samples),
-	        cmocka_unit_test(stops_when_the_noise_has_settled),
-	        cmocka_unit_test(sums_rooflines_of_operations),
-	        cmocka_unit_test(names_folders_after_devices),
-	};
-
-	return cmocka_run_group_tests_name("statistics", tests, NULL, NULL);
 }

@@ -2,25 +2,16 @@
  * Whole runs of the harness with a subject that is no layer: every outcome has
  * its row, files survive a SIGKILL, variants alternate, mistakes leave nothing behind.
  */
-#define _GNU_SOURCE
-#include <fcntl.h>
-#include <math.h>
-#include <setjmp.h>
+#include "tests/programs.h"
+
 #include <signal.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "bench/harness/bench.h"
-#include "bench/harness/csv.h"
 
 /* What a case does is in its sequence length; others are fine. */
 enum { T_UNSUPPORTED = 1002, T_TOO_LARGE, T_WRONG, T_NAN, T_DEVICE_ERROR, T_TOO_SLOW, T_MISTAKE };
@@ -43,16 +34,12 @@ static const struct driver driver = {
         .defaults = {{"pass", "prefill"}, {"chunk", "1"}},
 };
 
-static void use(void *self, const struct backend *backend)
+static void use(void *self, struct device *device)
 {
-	(void)self;
-	(void)backend;
 }
 
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
-	(void)self;
-	(void)options;
 	snprintf(c->block, sizeof c->block, "fake");
 	c->batch = c->tokens = 1;
 	c->d_model = c->n_heads = NO_VALUE;
@@ -68,9 +55,6 @@ static enum status plan(void *self, const struct context *ctx, struct bench_case
 {
 	struct cost cost = {.flops = c->seq_len == T_TOO_SLOW ? 1e18 : 1, .bytes_read = 8};
 
-	(void)self;
-	(void)ctx;
-	(void)memory_free;
 	*bytes = c->seq_len == T_TOO_LARGE ? (size_t)1 << 60 : 1;
 	work->total = cost;
 	work->n_operations = 1;
@@ -81,28 +65,17 @@ static enum status plan(void *self, const struct context *ctx, struct bench_case
 static enum status acquire(void *self, struct context *ctx, const struct bench_case *c,
                            uint64_t seed)
 {
-	(void)self;
-	(void)ctx;
-	(void)c;
-	(void)seed;
 	return STATUS_OK;
 }
 
 static enum status warm_up(void *self, struct context *ctx, const struct bench_case *c)
 {
-	(void)self;
-	(void)ctx;
-	(void)c;
 	return STATUS_OK;
 }
 
 static enum status rewind_fake(void *self, struct context *ctx, const struct bench_case *c,
                                bool to_verify, double *prefill_ms)
 {
-	(void)self;
-	(void)ctx;
-	(void)c;
-	(void)prefill_ms;
 	journal->poisoned = to_verify;
 	return STATUS_OK;
 }
@@ -111,7 +84,6 @@ static enum status launch(void *self, struct context *ctx, const struct bench_ca
 {
 	struct timespec nap = {0, 1000L * journal->nap_us};
 
-	(void)self;
 	if (journal->launches < (int)sizeof journal->order - 1)
 		journal->order[journal->launches] = (char)('0' + ctx->choice.count);
 	journal->launches++;
@@ -124,10 +96,6 @@ static enum status launch(void *self, struct context *ctx, const struct bench_ca
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
 {
-	(void)self;
-	(void)ctx;
-	(void)seed;
-	(void)rows;
 	/* The launch that is verified wrote into buffers that held nothing valid. */
 	journal->unverified_samples += !journal->poisoned;
 	journal->verified++;
@@ -137,11 +105,9 @@ static enum status verify(void *self, struct context *ctx, const struct bench_ca
 
 static void release(void *self)
 {
-	(void)self;
 }
 
-/* Starts the program in a child, its output thrown away; the arguments end with NULL. */
-static pid_t start(const char *const *arguments)
+static int fake_main(int argc, char **argv)
 {
 	static const struct subject subject = {
 	        .use = use,
@@ -154,34 +120,26 @@ static pid_t start(const char *const *arguments)
 	        .verify = verify,
 	        .release = release,
 	};
+
+	return bench_main(&driver, &subject, argc, argv);
+}
+
+/* Starts the program; the arguments end with NULL. */
+static pid_t start(const char *const *arguments)
+{
 	char *argv[24] = {(char *)"test", (char *)"--backend", (char *)"cpu", (char *)"--max-time",
 	                  (char *)"0.001"};
 	int argc = 5;
 
 	while (*arguments)
 		argv[argc++] = (char *)*arguments++;
-	pid_t child = fork();
-	if (child != 0)
-		return child;
-	int nowhere = open("/dev/null", O_WRONLY);
-	dup2(nowhere, STDOUT_FILENO);
-	dup2(nowhere, STDERR_FILENO);
-	_exit(bench_main(&driver, &subject, argc, argv));
+	return program_start(fake_main, argc, argv);
 }
 
-static int finish(pid_t child)
-{
-	int status;
-
-	assert_int_equal(waitpid(child, &status, 0), child);
-	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-#define RUN(...) finish(start((const char *const[]){__VA_ARGS__, NULL}))
+#define RUN(...) program_finish(start((const char *const[]){__VA_ARGS__, NULL}))
 
 static int new_file(void **state)
 {
-	(void)state;
 	memset(journal, 0, sizeof *journal);
 	unlink(path);
 	return 0;
@@ -212,18 +170,17 @@ static void expect_status(const struct csv *csv, int seq_len, const char *status
 	assert_int_equal(isnan(csv_number(csv, row, "latency_ms")), strcmp(status, "ok") != 0);
 }
 
-static void gives_every_outcome_its_row(void **state)
+TEST(gives_every_outcome_its_row)
 {
-	struct csv csv;
+	scoped_csv struct csv csv;
 
-	(void)state;
-	assert_int_equal(RUN("--out", path, "--seq-len", "1..2+1,1002..1007+1,3"), 1);
-	assert_int_equal(csv_read(path, &csv), STATUS_OK);
-	assert_int_equal(csv.n_rows, 9);
+	assert_int_equal(RUN("--out", path, "--seq-len", "1..2+1,1002..1008+1,3"), 1);
+	read_rows(&csv, path, 10);
 	expect_status(&csv, 1, "ok", "");
 	expect_status(&csv, 2, "ok", "");
 	expect_status(&csv, 3, "ok", "");
 	expect_status(&csv, T_UNSUPPORTED, "unsupported", "makes no sense");
+	expect_status(&csv, T_MISTAKE, "unsupported", "--seq-len: not");
 	expect_status(&csv, T_TOO_LARGE, "oom", "bytes");
 	expect_status(&csv, T_WRONG, "mismatch", "0.5");
 	expect_status(&csv, T_NAN, "mismatch", "nan");
@@ -239,42 +196,35 @@ static void gives_every_outcome_its_row(void **state)
 	assert_true(csv_number(&csv, row_of(&csv, T_TOO_LARGE), "memory_bytes") > 1e6);
 	assert_true(strlen(csv_text(&csv, row, "git_sha")) > 0);
 	assert_int_equal(journal->unverified_samples, 0);
-	csv_release(&csv);
 }
 
-static void alternates_samples_of_variants(void **state)
+TEST(alternates_samples_of_variants)
 {
-	struct csv csv;
+	scoped_csv struct csv csv;
 
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1", "--samples", "3", "--provider", "cpu",
 	                     "--provider", "gelu=cpu,cpu"),
 	                 0);
 	/* The first sample of each is verified; from then on they take turns. */
 	assert_string_equal(journal->order, "121212");
 	assert_int_equal(journal->verified, 2);
-	assert_int_equal(csv_read(path, &csv), STATUS_OK);
-	assert_int_equal(csv.n_rows, 2);
+	read_rows(&csv, path, 2);
 	assert_string_equal(csv_text(&csv, 0, "requested"), "cpu");
 	assert_string_equal(csv_text(&csv, 1, "requested"), "gelu=cpu,cpu");
-	csv_release(&csv);
 }
 
-static void adds_unless_told_to_truncate(void **state)
+TEST(adds_unless_told_to_truncate)
 {
 	struct csv csv;
 
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1", "--run-id", "first"), 0);
 	assert_int_equal(RUN("--out", path, "--seq-len", "2"), 0);
-	assert_int_equal(csv_read(path, &csv), STATUS_OK);
-	assert_int_equal(csv.n_rows, 2);
+	read_rows(&csv, path, 2);
 	assert_string_equal(csv_text(&csv, 0, "run_id"), "first");
 	assert_string_not_equal(csv_text(&csv, 1, "run_id"), "first");
 	csv_release(&csv);
 	assert_int_equal(RUN("--out", path, "--seq-len", "3", "--truncate"), 0);
-	assert_int_equal(csv_read(path, &csv), STATUS_OK);
-	assert_int_equal(csv.n_rows, 1);
+	read_rows(&csv, path, 1);
 	csv_release(&csv);
 }
 
@@ -305,18 +255,18 @@ static int kill_in_the_middle(void)
 	while (whole_rows() < 7 && waitpid(child, NULL, WNOHANG) == 0)
 		nanosleep(&(struct timespec){0, 1000000}, NULL);
 	kill(child, SIGKILL);
-	assert_int_equal(finish(child), 128 + SIGKILL);
+	assert_int_equal(program_finish(child), 128 + SIGKILL);
 	journal->nap_us = 0;
 	return whole_rows();
 }
 
-static void resumes_after_sigkill(void **state)
+TEST(resumes_after_sigkill)
 {
 	/* As the kill left the file; the last line cut; and cut down to a quote's inside. */
 	static const off_t cuts[] = {0, 1, 40};
 	struct csv csv;
 
-	for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
+	for (size_t i = 0; i < COUNT_OF(cuts); i++) {
 		new_file(state);
 		int rows = kill_in_the_middle();
 
@@ -326,9 +276,8 @@ static void resumes_after_sigkill(void **state)
 		assert_int_equal(RUN("--out", path, "--seq-len", "1..40+1", "--resume"), 0);
 		/* Finished cases are not run again. */
 		assert_int_equal(journal->verified, 40 - rows + (cuts[i] > 0));
-		assert_int_equal(csv_read(path, &csv), STATUS_OK);
+		read_rows(&csv, path, 40);
 		assert_false(csv.cut);
-		assert_int_equal(csv.n_rows, 40);
 		for (int t = 1; t <= 40; t++)
 			assert_string_equal(csv_text(&csv, row_of(&csv, t), "run_id"),
 			                    csv_text(&csv, 0, "run_id"));
@@ -336,18 +285,16 @@ static void resumes_after_sigkill(void **state)
 	}
 }
 
-static void repairs_a_cut_header(void **state)
+TEST(repairs_a_cut_header)
 {
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1"), 0);
 	assert_int_equal(truncate(path, 20), 0);
 	assert_int_equal(RUN("--out", path, "--seq-len", "1,2", "--resume"), 0);
 	assert_int_equal(whole_rows(), 2);
 }
 
-static void tries_failed_cases_again(void **state)
+TEST(tries_failed_cases_again)
 {
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1002..1007+1"), 1);
 	journal->verified = 0;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1002..1007+1", "--resume"), 1);
@@ -356,12 +303,12 @@ static void tries_failed_cases_again(void **state)
 	assert_int_equal(whole_rows(), 9);
 }
 
-static void writes_nothing_after_a_mistake(void **state)
+TEST(writes_nothing_after_a_mistake)
 {
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "0"), 2);
-	assert_int_equal(RUN("--out", path, "--seq-len", "1,1008"), 2);
+	assert_int_equal(RUN("--out", path, "--seq-len", "1008"), 2);
 	assert_int_equal(RUN("--out", path, "--backend", "tpu"), 2);
+	assert_int_equal(RUN("--out", path, "--device", "1"), 2);
 	assert_int_equal(RUN("--out", path, "--provider", "nobody"), 2);
 	assert_int_equal(RUN("--out", path, "--resume", "--truncate"), 2);
 	assert_int_equal(RUN("--out", path, "--seq-len", "1", "--dry-run"), 0);
@@ -370,9 +317,8 @@ static void writes_nothing_after_a_mistake(void **state)
 	assert_int_equal(journal->launches, 0);
 }
 
-static void breaks_down_without_rows(void **state)
+TEST(breaks_down_without_rows)
 {
-	(void)state;
 	assert_int_equal(RUN("--out", path, "--seq-len", "1,2", "--breakdown"), 0);
 	assert_int_equal(access(path, F_OK), -1);
 	assert_int_equal(journal->verified, 2);
@@ -381,11 +327,10 @@ static void breaks_down_without_rows(void **state)
 	assert_int_equal(journal->verified, 3);
 }
 
-static void says_first_that_it_cannot_write(void **state)
+TEST(says_first_that_it_cannot_write)
 {
 	FILE *file = fopen(path, "w");
 
-	(void)state;
 	/* Somebody's table with other columns is not touched. */
 	fputs("year,rain\n2025,\"1,5\"\n", file);
 	fclose(file);
@@ -398,7 +343,6 @@ static void says_first_that_it_cannot_write(void **state)
 
 static int set_up(void **state)
 {
-	(void)state;
 	journal = mmap(NULL, sizeof *journal, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
 	               -1, 0);
 	if (journal == MAP_FAILED || !mkdtemp(folder))
@@ -413,19 +357,4 @@ static int tear_down(void **state)
 	return rmdir(folder);
 }
 
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test_setup(gives_every_outcome_its_row, new_file),
-	        cmocka_unit_test_setup(alternates_samples_of_variants, new_file),
-	        cmocka_unit_test_setup(adds_unless_told_to_truncate, new_file),
-	        cmocka_unit_test_setup(resumes_after_sigkill, new_file),
-	        cmocka_unit_test_setup(repairs_a_cut_header, new_file),
-	        cmocka_unit_test_setup(tries_failed_cases_again, new_file),
-	        cmocka_unit_test_setup(writes_nothing_after_a_mistake, new_file),
-	        cmocka_unit_test_setup(breaks_down_without_rows, new_file),
-	        cmocka_unit_test_setup(says_first_that_it_cannot_write, new_file),
-	};
-
-	return cmocka_run_group_tests_name("sweep", tests, set_up, tear_down);
-}
+FIXTURE(set_up, tear_down, new_file)

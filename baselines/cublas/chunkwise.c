@@ -14,9 +14,9 @@
 #define _GNU_SOURCE
 #include "baselines/cublas/chunkwise.h"
 
-#include "baselines/cublas/cublas.h"
-#include "kernels/cuda/gemm.h"
-#include "kernels/kernels.h"
+#include "baselines/cublas/kernels.h"
+#include "baselines/cublas/product.h"
+#include "kernels/hopper/tensor_map.h"
 
 enum { DEFAULT_CHUNK = 128, LARGEST_CHUNK = 256, ALIGNMENT = 256 };
 
@@ -27,23 +27,19 @@ static int64_t chunk_of(const struct matrix_recurrence_args *a)
 	return chunk < a->seq_len ? chunk : a->seq_len;
 }
 
-static bool aligned(const struct view *view)
-{
-	return (uintptr_t)view->data % 16 == 0 && view->batch % 8 == 0 && view->token % 8 == 0 &&
-	       view->head % 8 == 0;
-}
-
-const char *cublas_matrix_recurrence_unsupported(const void *args)
+const char *cublas_matrix_recurrence_unsupported(const struct device *device, const void *args)
 {
 	const struct matrix_recurrence_args *a = args;
 
+	(void)device;
 	if (a->rule != RULE_PLAIN || a->decay == DECAY_DIAGONAL)
 		return "only the plain rule, and no decay of its own for each channel";
 	if (chunk_of(a) > LARGEST_CHUNK)
 		return "chunk must be at most 256";
 	if (a->d_k % 8 || a->d_v % 8)
 		return "head widths must be multiples of 8";
-	if (!aligned(&a->q) || !aligned(&a->k) || !aligned(&a->v) || !aligned(&a->out))
+	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
+	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out))
 		return "views must be 16-byte aligned";
 	return NULL;
 }
@@ -89,8 +85,9 @@ static struct space lay_out(const struct matrix_recurrence_args *a, char *base)
 	return s;
 }
 
-size_t cublas_matrix_recurrence_workspace(const void *args)
+size_t cublas_matrix_recurrence_workspace(const struct device *device, const void *args)
 {
+	(void)device;
 	return lay_out(args, NULL).bytes;
 }
 
@@ -101,15 +98,13 @@ struct part {
 	bool across;
 };
 
-/* Element strides between the chunks of a part. */
-static int64_t part_stride(const struct part *part, const struct view *view)
+/* The chunks of a part, of a view's rows. */
+static struct matrices chunks_of(const struct part *part, const struct view *view)
 {
-	return part->across ? view->batch : part->rows * view->token;
-}
+	char *first = (char *)view->data + (part->b * view->batch + part->first * view->token) * 2;
 
-static char *part_begin(const struct part *part, const struct view *view)
-{
-	return (char *)view->data + (part->b * view->batch + part->first * view->token) * 2;
+	return (struct matrices){first, view->token,
+	                         part->across ? view->batch : part->rows * view->token, false};
 }
 
 /* The states [B, C, d_k, d_v] of a head as a view of chunks: token c/chunk of a sequence. */
@@ -123,16 +118,22 @@ static struct view states_of(const struct matrix_recurrence_args *a, const struc
 	                     0};
 }
 
-static char *state_begin(const struct matrix_recurrence_args *a, const struct part *part,
-                         const struct view *states)
+/* The states before the chunks of a part. */
+static struct matrices before(const struct matrix_recurrence_args *a, const struct part *part,
+                              const struct view *states)
 {
-	return (char *)states->data +
-	       (part->b * states->batch + part->first / chunk_of(a) * states->token) * 2;
+	const int64_t chunk = part->first / chunk_of(a);
+	char *first = (char *)states->data + (part->b * states->batch + chunk * states->token) * 2;
+
+	return (struct matrices){first, a->d_v, part->across ? states->batch : states->token,
+	                         false};
 }
 
-static int64_t state_stride(const struct part *part, const struct view *states)
+static struct matrices scores_of(const struct part *part, void *scores)
 {
-	return part->across ? states->batch : states->token;
+	const int64_t stride = score_stride(part->rows);
+
+	return (struct matrices){scores, stride, part->rows * stride, false};
 }
 
 static struct view head_of(const struct view *view, int64_t head)
@@ -147,102 +148,51 @@ static struct view dense(void *data, int64_t seq_len, int64_t width)
 }
 
 /* Product 1. */
-static enum status add_up(const struct matrix_recurrence_args *a, const struct part *part,
-                          const struct view *k, const struct view *v, const struct view *states,
-                          void *workspace)
+static enum status add_up(struct device *device, const struct matrix_recurrence_args *a,
+                          const struct part *part, const struct view *k, const struct view *v,
+                          const struct view *states, void *workspace)
 {
-	const struct gemm g = {.rows = a->d_k,
-	                       .columns = a->d_v,
-	                       .inner = part->rows,
-	                       .a = part_begin(part, k),
-	                       .b = part_begin(part, v),
-	                       .a_transposed = true,
-	                       .a_leading = k->token,
-	                       .b_leading = v->token,
-	                       .out_leading = a->d_v,
-	                       .out = state_begin(a, part, states),
-	                       .out_type = DTYPE_BF16,
-	                       .scale = 1.0f,
-	                       .batch = part->count,
-	                       .a_stride = part_stride(part, k),
-	                       .b_stride = part_stride(part, v),
-	                       .out_stride = state_stride(part, states)};
+	const struct gemm g =
+	        product(part->count, a->d_k, part->rows, a->d_v, 1, transpose(chunks_of(part, k)),
+	                chunks_of(part, v), before(a, part, states));
 
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
 /* Product 2. */
-static enum status read_states(const struct matrix_recurrence_args *a, const struct part *part,
-                               const struct view *q, const struct view *states,
-                               const struct view *out, void *workspace)
+static enum status read_states(struct device *device, const struct matrix_recurrence_args *a,
+                               const struct part *part, const struct view *q,
+                               const struct view *states, const struct view *out, void *workspace)
 {
-	const struct gemm g = {.rows = part->rows,
-	                       .columns = a->d_v,
-	                       .inner = a->d_k,
-	                       .a = part_begin(part, q),
-	                       .b = state_begin(a, part, states),
-	                       .a_leading = q->token,
-	                       .b_leading = a->d_v,
-	                       .out_leading = out->token,
-	                       .out = part_begin(part, out),
-	                       .out_type = DTYPE_BF16,
-	                       .scale = a->scale,
-	                       .batch = part->count,
-	                       .a_stride = part_stride(part, q),
-	                       .b_stride = state_stride(part, states),
-	                       .out_stride = part_stride(part, out)};
+	const struct gemm g =
+	        product(part->count, part->rows, a->d_k, a->d_v, a->scale, chunks_of(part, q),
+	                before(a, part, states), chunks_of(part, out));
 
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
 /* Product 3. */
-static enum status score(const struct matrix_recurrence_args *a, const struct part *part,
-                         const struct view *q, const struct view *k, void *scores, void *workspace)
+static enum status score(struct device *device, const struct matrix_recurrence_args *a,
+                         const struct part *part, const struct view *q, const struct view *k,
+                         void *scores, void *workspace)
 {
-	const int64_t stride = score_stride(part->rows);
-	const struct gemm g = {.rows = part->rows,
-	                       .columns = part->rows,
-	                       .inner = a->d_k,
-	                       .a = part_begin(part, q),
-	                       .b = part_begin(part, k),
-	                       .b_transposed = true,
-	                       .a_leading = q->token,
-	                       .b_leading = k->token,
-	                       .out_leading = stride,
-	                       .out = scores,
-	                       .out_type = DTYPE_BF16,
-	                       .scale = a->scale,
-	                       .batch = part->count,
-	                       .a_stride = part_stride(part, q),
-	                       .b_stride = part_stride(part, k),
-	                       .out_stride = part->rows * stride};
+	const struct gemm g =
+	        product(part->count, part->rows, a->d_k, part->rows, a->scale, chunks_of(part, q),
+	                transpose(chunks_of(part, k)), scores_of(part, scores));
 
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
 /* Product 4, added to what product 2 has written. */
-static enum status add_values(const struct part *part, int64_t d_v, const void *scores,
-                              const struct view *v, const struct view *out, void *workspace)
+static enum status add_values(struct device *device, const struct part *part, int64_t d_v,
+                              void *scores, const struct view *v, const struct view *out,
+                              void *workspace)
 {
-	const int64_t stride = score_stride(part->rows);
-	const struct gemm g = {.rows = part->rows,
-	                       .columns = d_v,
-	                       .inner = part->rows,
-	                       .a = scores,
-	                       .b = part_begin(part, v),
-	                       .a_leading = stride,
-	                       .b_leading = v->token,
-	                       .out_leading = out->token,
-	                       .addend = part_begin(part, out),
-	                       .out = part_begin(part, out),
-	                       .out_type = DTYPE_BF16,
-	                       .scale = 1.0f,
-	                       .batch = part->count,
-	                       .a_stride = part->rows * stride,
-	                       .b_stride = part_stride(part, v),
-	                       .out_stride = part_stride(part, out)};
+	struct gemm g = product(part->count, part->rows, part->rows, d_v, 1,
+	                        scores_of(part, scores), chunks_of(part, v), chunks_of(part, out));
 
-	return gemm_run(&g, workspace);
+	g.addend = g.out;
+	return gemm_run(device, &g, workspace);
 }
 
 /* Whether the sequences of a view lie one behind the other. */
@@ -251,13 +201,13 @@ static bool contiguous(const struct matrix_recurrence_args *a, const struct view
 	return a->batch == 1 || view->batch == a->seq_len * view->token;
 }
 
-typedef enum status part_function(const struct matrix_recurrence_args *a, const struct space *s,
-                                  int64_t head, const struct part *part);
+typedef enum status part_function(struct device *device, const struct matrix_recurrence_args *a,
+                                  const struct space *s, int64_t head, const struct part *part);
 
 /* All whole chunks at once if they lie evenly, else sequence by sequence; then what is left of
  * every sequence. */
-static enum status each_part(const struct matrix_recurrence_args *a, const struct space *s,
-                             int64_t head, part_function *run)
+static enum status each_part(struct device *device, const struct matrix_recurrence_args *a,
+                             const struct space *s, int64_t head, part_function *run)
 {
 	const int64_t chunk = chunk_of(a), whole = a->seq_len / chunk, rest = a->seq_len % chunk;
 	const bool even = rest == 0 && contiguous(a, &a->q) && contiguous(a, &a->k) &&
@@ -268,12 +218,12 @@ static enum status each_part(const struct matrix_recurrence_args *a, const struc
 	for (int64_t b = 0; b < calls && status == STATUS_OK; b++) {
 		const struct part part = {b, 0, chunk, even ? a->batch * whole : whole, false};
 
-		status = run(a, s, head, &part);
+		status = run(device, a, s, head, &part);
 	}
 	if (rest > 0 && status == STATUS_OK) {
 		const struct part part = {0, whole * chunk, rest, a->batch, true};
 
-		status = run(a, s, head, &part);
+		status = run(device, a, s, head, &part);
 	}
 	return status;
 }
@@ -285,38 +235,38 @@ static const float *decay_of(const struct matrix_recurrence_args *a, const struc
 }
 
 /* What the chunks of a part add to the state. */
-static enum status add_up_part(const struct matrix_recurrence_args *a, const struct space *s,
-                               int64_t head, const struct part *part)
+static enum status add_up_part(struct device *device, const struct matrix_recurrence_args *a,
+                               const struct space *s, int64_t head, const struct part *part)
 {
 	const struct view k = s->decay ? dense(s->k, a->seq_len, a->d_k) : head_of(&a->k, head),
 	                  v = head_of(&a->v, head), states = states_of(a, s, head);
 
-	return add_up(a, part, &k, &v, &states, s->gemm);
+	return add_up(device, a, part, &k, &v, &states, s->gemm);
 }
 
 /* The outputs of a part, from the states before its chunks. */
-static enum status attend_part(const struct matrix_recurrence_args *a, const struct space *s,
-                               int64_t head, const struct part *part)
+static enum status attend_part(struct device *device, const struct matrix_recurrence_args *a,
+                               const struct space *s, int64_t head, const struct part *part)
 {
 	const struct view q = head_of(&a->q, head), k = head_of(&a->k, head),
 	                  v = head_of(&a->v, head), out = head_of(&a->out, head),
 	                  states = states_of(a, s, head);
 	const struct view scaled = s->decay ? dense(s->q, a->seq_len, a->d_k) : q;
 	const float *decay = decay_of(a, s, head);
-	enum status status = read_states(a, part, &scaled, &states, &out, s->gemm);
+	enum status status = read_states(device, a, part, &scaled, &states, &out, s->gemm);
 
 	if (status == STATUS_OK)
-		status = score(a, part, &q, &k, s->scores, s->gemm);
+		status = score(device, a, part, &q, &k, s->scores, s->gemm);
 	if (status == STATUS_OK)
-		status = chunkwise_mask(part->count, part->rows, score_stride(part->rows),
+		status = chunkwise_mask(device, part->count, part->rows, score_stride(part->rows),
 		                        decay ? decay + part->b * a->seq_len + part->first : NULL,
 		                        part->across ? a->seq_len : part->rows, s->scores);
 	if (status == STATUS_OK)
-		status = add_values(part, a->d_v, s->scores, &v, &out, s->gemm);
+		status = add_values(device, part, a->d_v, s->scores, &v, &out, s->gemm);
 	return status;
 }
 
-enum status cublas_matrix_recurrence(const void *args, void *workspace)
+enum status cublas_matrix_recurrence(struct device *device, const void *args, void *workspace)
 {
 	const struct matrix_recurrence_args *a = args;
 	const struct space s = lay_out(a, workspace);
@@ -324,22 +274,22 @@ enum status cublas_matrix_recurrence(const void *args, void *workspace)
 	enum status status = STATUS_OK;
 
 	if (s.decay)
-		status = chunkwise_sum_decays(a, chunk, s.decay);
+		status = chunkwise_sum_decays(device, a, chunk, s.decay);
 	for (int64_t h = 0; h < a->n_heads && status == STATUS_OK; h++) {
 		if (s.decay)
-			status = chunkwise_scale(a, &a->k, h, a->d_k, chunk, true,
+			status = chunkwise_scale(device, a, &a->k, h, a->d_k, chunk, true,
 			                         decay_of(a, &s, h), s.k);
 		if (status == STATUS_OK)
-			status = each_part(a, &s, h, add_up_part);
+			status = each_part(device, a, &s, h, add_up_part);
 	}
 	if (status == STATUS_OK)
-		status = chunkwise_scan(a, chunk, s.decay, s.states);
+		status = chunkwise_scan(device, a, chunk, s.decay, s.states);
 	for (int64_t h = 0; h < a->n_heads && status == STATUS_OK; h++) {
 		if (s.decay)
-			status = chunkwise_scale(a, &a->q, h, a->d_k, chunk, false,
+			status = chunkwise_scale(device, a, &a->q, h, a->d_k, chunk, false,
 			                         decay_of(a, &s, h), s.q);
 		if (status == STATUS_OK)
-			status = each_part(a, &s, h, attend_part);
+			status = each_part(device, a, &s, h, attend_part);
 	}
 	return status;
 }

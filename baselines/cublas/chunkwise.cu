@@ -119,40 +119,38 @@ static __global__ void __launch_bounds__(THREADS)
 		a.final_state[whole + j] = state[j];
 }
 
-static dim3 blocks_for(int64_t items)
-{
-	return dim3((unsigned)divide_up(items, THREADS));
-}
-
-extern "C" enum status chunkwise_sum_decays(const struct matrix_recurrence_args *a, int64_t chunk,
+extern "C" enum status chunkwise_sum_decays(struct device *device,
+                                            const struct matrix_recurrence_args *a, int64_t chunk,
                                             float *decay)
 {
-	return launch("matrix_recurrence", sum_decays_kernel,
-	              blocks_for(a->batch * a->n_heads * divide_up(a->seq_len, chunk)), THREADS, 0,
-	              *a, chunk, decay);
+	return launch_each(device, "matrix_recurrence", sum_decays_kernel,
+	                   a->batch * a->n_heads * divide_up(a->seq_len, chunk), THREADS, *a, chunk,
+	                   decay);
 }
 
-extern "C" enum status chunkwise_scale(const struct matrix_recurrence_args *a, const struct view *x,
+extern "C" enum status chunkwise_scale(struct device *device,
+                                       const struct matrix_recurrence_args *a, const struct view *x,
                                        int64_t head, int64_t width, int64_t chunk, bool to_end,
                                        const float *decay, void *to)
 {
-	return launch("matrix_recurrence", scale_kernel,
-	              blocks_for(a->batch * a->seq_len * width / 8), THREADS, 0, *x, a->batch,
-	              a->seq_len, head, width, chunk, to_end, decay, static_cast<bf16 *>(to));
+	return launch_each(device, "matrix_recurrence", scale_kernel,
+	                   a->batch * a->seq_len * width / 8, THREADS, *x, a->batch, a->seq_len,
+	                   head, width, chunk, to_end, decay, static_cast<bf16 *>(to));
 }
 
-extern "C" enum status chunkwise_mask(int64_t count, int64_t rows, int64_t stride,
-                                      const float *decay, int64_t decay_stride, void *scores)
+extern "C" enum status chunkwise_mask(struct device *device, int64_t count, int64_t rows,
+                                      int64_t stride, const float *decay, int64_t decay_stride,
+                                      void *scores)
 {
-	return launch("matrix_recurrence", mask_kernel, blocks_for(count * rows * stride / 8),
-	              THREADS, 0, count, rows, stride, decay, decay_stride,
-	              static_cast<bf16 *>(scores));
+	return launch_each(device, "matrix_recurrence", mask_kernel, count * rows * stride / 8,
+	                   THREADS, count, rows, stride, decay, decay_stride,
+	                   static_cast<bf16 *>(scores));
 }
 
-extern "C" enum status chunkwise_scan(const struct matrix_recurrence_args *a, int64_t chunk,
-                                      const float *decay, void *states)
+extern "C" enum status chunkwise_scan(struct device *device, const struct matrix_recurrence_args *a,
+                                      int64_t chunk, const float *decay, void *states)
 {
-	return launch("matrix_recurrence", scan_kernel,
-	              blocks_for(a->batch * a->n_heads * a->d_k * a->d_v / STATES), THREADS, 0, *a,
-	              chunk, decay, static_cast<bf16 *>(states));
+	return launch_each(device, "matrix_recurrence", scan_kernel,
+	                   a->batch * a->n_heads * a->d_k * a->d_v / STATES, THREADS, *a, chunk,
+	                   decay, static_cast<bf16 *>(states));
 }

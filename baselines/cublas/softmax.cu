@@ -52,9 +52,10 @@ static __global__ void __launch_bounds__(THREADS)
 		a.lse[row] = base + logf(sum);
 }
 
-extern "C" enum status cublas_softmax(const struct attention_args *a, void *scores, int64_t stride)
+extern "C" enum status cublas_softmax(struct device *device, const struct attention_args *a,
+                                      void *scores, int64_t stride)
 {
-	return launch("attention", softmax_kernel,
+	return launch(device, "attention", softmax_kernel,
 	              dim3((unsigned)(a->batch * a->n_heads * a->seq_len)), THREADS,
 	              WARPS * sizeof(float), *a, static_cast<bf16 *>(scores), stride);
 }

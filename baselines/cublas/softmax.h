@@ -10,7 +10,8 @@ extern "C" {
 
 /* Rows of scores [B, H, T, stride] (bf16) become probabilities, zero where masked; lse as in args.
  */
-enum status cublas_softmax(const struct attention_args *args, void *scores, int64_t stride);
+enum status cublas_softmax(struct device *device, const struct attention_args *args, void *scores,
+                           int64_t stride);
 
 #ifdef __cplusplus
 }

@@ -1,11 +1,11 @@
 /* Attention by cuDNN. */
 #define _GNU_SOURCE
-#include "baselines/cudnn/cudnn.h"
+#include "baselines/cudnn/kernels.h"
 
 #include <string.h>
 
 #include "baselines/cudnn/sdpa.h"
-#include "kernels/kernels.h"
+#include "baselines/plain_attention.h"
 
 static struct sdpa_shape shape_of(const struct attention_args *a)
 {
@@ -27,44 +27,41 @@ static struct sdpa_shape shape_of(const struct attention_args *a)
 	return s;
 }
 
-static const char *check(const struct attention_args *a)
+static struct sdpa_tensors tensors_of(const struct attention_args *a)
 {
-	if (a->mask == MASK_CHUNK || a->own_score || a->gate.data || a->out_ungated.data)
-		return "no chunk mask, own token or gate";
-	return a->q_heads != a->n_heads ? "no shared queries" : NULL;
+	return (struct sdpa_tensors){.q = a->q.data,
+	                             .k = a->k.data,
+	                             .v = a->v.data,
+	                             .out = a->out.data,
+	                             .lse = a->lse,
+	                             .scale = a->scale};
 }
 
-const char *cudnn_attention_unsupported(const void *args)
+const char *cudnn_attention_unsupported(const struct device *device, const void *args)
 {
-	const char *why = check(args);
+	const char *why = check_plain_attention(args);
 
 	if (why)
 		return why;
 	const struct sdpa_shape shape = shape_of(args);
-	return sdpa_plan(&shape, &why) ? NULL : why;
+	return sdpa_plan(device, &shape, &why) ? NULL : why;
 }
 
-size_t cudnn_attention_workspace(const void *args)
+size_t cudnn_attention_workspace(const struct device *device, const void *args)
 {
 	const struct sdpa_shape shape = shape_of(args);
 	const char *why;
-	const struct graph_plan *plan = sdpa_plan(&shape, &why);
+	const struct graph_plan *plan = sdpa_plan(device, &shape, &why);
 
 	return plan ? plan->workspace : 0;
 }
 
-enum status cudnn_attention(const void *args, void *workspace)
+enum status cudnn_attention(struct device *device, const void *args, void *workspace)
 {
-	const struct attention_args *a = args;
-	const struct sdpa_shape shape = shape_of(a);
-	const struct sdpa_tensors tensors = {.q = a->q.data,
-	                                     .k = a->k.data,
-	                                     .v = a->v.data,
-	                                     .out = a->out.data,
-	                                     .lse = a->lse,
-	                                     .scale = a->scale};
+	const struct sdpa_shape shape = shape_of(args);
+	const struct sdpa_tensors tensors = tensors_of(args);
 
-	return sdpa_run(&shape, &tensors, workspace);
+	return sdpa_run(device, &shape, &tensors, workspace);
 }
 
 /* From this version on cuDNN sets the sums of dq to zero itself. */
@@ -96,47 +93,42 @@ static size_t delta_bytes(const struct attention_args *a)
 	return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-const char *cudnn_attention_backward_unsupported(const void *args)
+const char *cudnn_attention_backward_unsupported(const struct device *device, const void *args)
 {
 	const struct attention_backward_args *a = args;
-	const char *why = check(&a->forward);
+	const char *why = check_plain_attention(&a->forward);
 
 	if (why)
 		return why;
 	const struct sdpa_shape shape = backward_shape_of(a);
-	if (!sdpa_plan(&shape, &why))
+	if (!sdpa_plan(device, &shape, &why))
 		return why;
-	return cudnn_library_version() < CLEARS_SUMS_SINCE ? "cuDNN is older than 9.6" : NULL;
+	return cudnn_library_version(device) < CLEARS_SUMS_SINCE ? "cuDNN is older than 9.6" : NULL;
 }
 
-size_t cudnn_attention_backward_workspace(const void *args)
+size_t cudnn_attention_backward_workspace(const struct device *device, const void *args)
 {
 	const struct attention_backward_args *a = args;
 	const struct sdpa_shape shape = backward_shape_of(a);
 	const char *why;
-	const struct graph_plan *plan = sdpa_plan(&shape, &why);
+	const struct graph_plan *plan = sdpa_plan(device, &shape, &why);
 
 	return plan ? sums_bytes(&a->forward) + delta_bytes(&a->forward) + plan->workspace : 0;
 }
 
-enum status cudnn_attention_backward(const void *args, void *workspace)
+enum status cudnn_attention_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct attention_backward_args *a = args;
 	const struct attention_args *f = &a->forward;
 	const struct sdpa_shape shape = backward_shape_of(a);
 	char *delta = (char *)workspace + sums_bytes(f), *rest = delta + delta_bytes(f);
-	const struct sdpa_tensors tensors = {.q = f->q.data,
-	                                     .k = f->k.data,
-	                                     .v = f->v.data,
-	                                     .out = f->out.data,
-	                                     .lse = f->lse,
-	                                     .scale = f->scale,
-	                                     .dout = a->dout.data,
-	                                     .dq = a->dq.data,
-	                                     .dk = a->dk.data,
-	                                     .dv = a->dv.data,
-	                                     .dq_sum = workspace,
-	                                     .delta = (float *)delta};
+	struct sdpa_tensors tensors = tensors_of(f);
 
-	return sdpa_run(&shape, &tensors, rest);
+	tensors.dout = a->dout.data;
+	tensors.dq = a->dq.data;
+	tensors.dk = a->dk.data;
+	tensors.dv = a->dv.data;
+	tensors.dq_sum = workspace;
+	tensors.delta = (float *)delta;
+	return sdpa_run(device, &shape, &tensors, rest);
 }

@@ -3,7 +3,7 @@
  * as the position is; only a cache that the host knows to be full needs none.
  */
 #define _GNU_SOURCE
-#include "baselines/cudnn/cudnn.h"
+#include "baselines/cudnn/kernels.h"
 
 #include <string.h>
 
@@ -49,7 +49,7 @@ static struct sdpa_shape shape_of(const struct attention_step_args *a)
 	return s;
 }
 
-const char *cudnn_attention_step_unsupported(const void *args)
+const char *cudnn_attention_step_unsupported(const struct device *device, const void *args)
 {
 	const struct attention_step_args *a = args;
 	const char *why;
@@ -59,11 +59,11 @@ const char *cudnn_attention_step_unsupported(const void *args)
 	if (a->window >= 0 && a->window != a->kv_slots - 1)
 		return "the window must fill the cache";
 	const struct sdpa_shape shape = shape_of(a);
-	return sdpa_plan(&shape, &why) ? NULL : why;
+	return sdpa_plan(device, &shape, &why) ? NULL : why;
 }
 
 /* The larger of what the plans with and without lengths want: a cache fills while it is used. */
-size_t cudnn_attention_step_workspace(const void *args)
+size_t cudnn_attention_step_workspace(const struct device *device, const void *args)
 {
 	const struct attention_step_args *a = args;
 	struct sdpa_shape shape = shape_of(a);
@@ -71,7 +71,7 @@ size_t cudnn_attention_step_workspace(const void *args)
 	const char *why;
 
 	for (shape.padded = 0; shape.padded < 2; shape.padded++) {
-		const struct graph_plan *plan = sdpa_plan(&shape, &why);
+		const struct graph_plan *plan = sdpa_plan(device, &shape, &why);
 
 		if (plan && plan->workspace > most)
 			most = plan->workspace;
@@ -79,7 +79,7 @@ size_t cudnn_attention_step_workspace(const void *args)
 	return parts_of(a).plan + most;
 }
 
-enum status cudnn_attention_step(const void *args, void *workspace)
+enum status cudnn_attention_step(struct device *device, const void *args, void *workspace)
 {
 	const struct attention_step_args *a = args;
 	const struct parts parts = parts_of(a);
@@ -94,7 +94,8 @@ enum status cudnn_attention_step(const void *args, void *workspace)
 	                                     .query_lengths = query_lengths,
 	                                     .key_lengths = key_lengths,
 	                                     .scale = a->scale};
-	enum status status = cudnn_step_prepare(a, memory, query_lengths, key_lengths);
+	enum status status = cudnn_step_prepare(device, a, memory, query_lengths, key_lengths);
 
-	return status == STATUS_OK ? sdpa_run(&shape, &tensors, memory + parts.plan) : status;
+	return status == STATUS_OK ? sdpa_run(device, &shape, &tensors, memory + parts.plan)
+	                           : status;
 }

@@ -14,12 +14,13 @@
 
 enum { MAX_PATH = 1024, OLDEST = 90000 };
 
-static struct {
+/* What a device keeps. */
+struct kept {
 	bool tried;
 	const char *why;
-	void *object;
+	char name[64];
 	struct cudnn_library library;
-} cudnn;
+};
 
 /* Function pointers come from dlsym() as object pointers; POSIX lets them be copied as bytes. */
 static bool find(void *object, void *function, const char *name)
@@ -132,7 +133,7 @@ static bool find_functions(void *object, struct cudnn_library *l)
 }
 
 /* Why cuDNN cannot be had, or NULL once it is open. */
-static const char *open_library(void)
+static const char *open_library(struct cudnn_library *library)
 {
 	char path[MAX_PATH];
 	size_t (*version)(void);
@@ -140,48 +141,67 @@ static const char *open_library(void)
 	choose(path);
 	if (path[0] == '\0')
 		return "no cuDNN 9 on this machine";
-	cudnn.object = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
-	if (!cudnn.object)
+	void *object = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
+	if (!object)
 		return "the file in CUDNN_LIBRARY cannot be opened";
-	if (!find(cudnn.object, &version, "cudnnGetVersion") ||
-	    !find_functions(cudnn.object, &cudnn.library))
+	if (!find(object, &version, "cudnnGetVersion") || !find_functions(object, library))
 		return "this cuDNN has no graph interface";
-	cudnn.library.version = version();
-	return cudnn.library.version < OLDEST ? "cuDNN is older than 9.0" : NULL;
+	library->version = version();
+	return library->version < OLDEST ? "cuDNN is older than 9.0" : NULL;
 }
 
-static void open_once(void)
+/* Closes the handle; the library stays in memory. */
+static void release(void *memory)
 {
-	if (!cudnn.tried)
-		cudnn.why = open_library();
-	cudnn.tried = true;
+	struct kept *kept = memory;
+
+	if (kept->library.handle)
+		kept->library.destroy(kept->library.handle);
 }
 
-const struct cudnn_library *cudnn_library_get(const char **why)
+/* What the device keeps, after the library has been looked for; NULL: no memory. */
+static struct kept *kept_by(const struct device *device)
 {
-	struct cudnn_library *l = &cudnn.library;
+	struct kept *kept = cuda_slot(device, sizeof *kept, release);
 
-	open_once();
-	*why = cudnn.why;
-	if (cudnn.why)
+	if (!kept || kept->tried)
+		return kept;
+	kept->tried = true;
+	kept->why = open_library(&kept->library);
+	const size_t version = kept->library.version;
+	snprintf(kept->name, sizeof kept->name, "cuDNN %zu.%zu.%zu", version / 10000,
+	         version / 100 % 100, version % 100);
+	return kept;
+}
+
+const struct cudnn_library *cudnn_library_get(const struct device *device, const char **why)
+{
+	struct kept *kept = kept_by(device);
+
+	*why = kept ? kept->why : "no memory for cuDNN";
+	if (*why)
 		return NULL;
-	if (!l->handle &&
-	    (l->create(&l->handle) != 0 || l->set_stream(l->handle, cuda_stream()) != 0)) {
+	struct cudnn_library *l = &kept->library;
+	if (cuda_activate(device) != STATUS_OK ||
+	    (!l->handle &&
+	     (l->create(&l->handle) != 0 || l->set_stream(l->handle, cuda_stream(device)) != 0))) {
 		*why = "cuDNN does not accept this GPU";
 		l->handle = NULL;
 	}
 	return l->handle ? l : NULL;
 }
 
-size_t cudnn_library_version(void)
+size_t cudnn_library_version(const struct device *device)
 {
-	open_once();
-	return cudnn.why ? 0 : cudnn.library.version;
+	const struct kept *kept = kept_by(device);
+
+	return !kept || kept->why ? 0 : kept->library.version;
 }
 
-void cudnn_library_close(void)
+const char *cudnn_library_name(const struct device *device, const void *args)
 {
-	if (cudnn.library.handle)
-		cudnn.library.destroy(cudnn.library.handle);
-	cudnn.library.handle = NULL;
+	const struct kept *kept = kept_by(device);
+
+	(void)args;
+	return !kept || kept->why ? NULL : kept->name;
 }

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/device.h"
+
 enum cudnn_type {
 	CUDNN_TYPE_HANDLE = 0,
 	CUDNN_TYPE_DATA_TYPE = 1,
@@ -112,7 +114,7 @@ enum cudnn_attribute {
 /* The functions used of it; each returns 0 for success unless it returns something else. */
 struct cudnn_library {
 	size_t version; /* 91900 is 9.19.0 */
-	void *handle;   /* of the open device, on the backend's stream */
+	void *handle;   /* of a device, on its stream */
 	int (*create)(void **handle);
 	int (*destroy)(void *handle);
 	int (*set_stream)(void *handle, cudaStream_t stream);
@@ -129,17 +131,17 @@ struct cudnn_library {
 };
 
 /*
- * The newest cuDNN 9 of this machine, opened at the first call: of the
+ * The newest cuDNN 9 of this machine, opened at a device's first call: of the
  * system's, and of the packages of every python3 in PATH; or the file that the
  * environment variable CUDNN_LIBRARY names. NULL if there is none, and *why
  * says so in a few words (static memory).
  */
-const struct cudnn_library *cudnn_library_get(const char **why);
+const struct cudnn_library *cudnn_library_get(const struct device *device, const char **why);
 
-/* Its version, 0 if there is none. Opens the library, but no device. */
-size_t cudnn_library_version(void);
+/* Its version, 0 if there is none. Opens the library, but makes no handle. */
+size_t cudnn_library_version(const struct device *device);
 
-/* Closes the handle; the library stays in memory. */
-void cudnn_library_close(void);
+/* "cuDNN 9.19.0", or NULL if there is none; `args` is not read. */
+const char *cudnn_library_name(const struct device *device, const void *args);
 
 #endif

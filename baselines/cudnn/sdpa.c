@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/cuda_backend.h"
+
 enum id {
 	ID_Q = 1,
 	ID_K,
@@ -39,7 +41,10 @@ struct cached {
 	struct cached *next;
 };
 
-static struct cached *plans;
+/* What a device keeps. */
+struct plans {
+	struct cached *first;
+};
 
 void sdpa_strides(int64_t strides[3], const struct view *view)
 {
@@ -272,7 +277,8 @@ static void build_backward(struct graph *g, const struct sdpa_shape *s)
 }
 
 /* A new entry, with a plan or the reason why there is none. */
-static struct cached *make(const struct sdpa_shape *shape, const struct cudnn_library *cudnn)
+static struct cached *make(struct plans *plans, const struct sdpa_shape *shape,
+                           const struct cudnn_library *cudnn)
 {
 	struct cached *entry = calloc(1, sizeof *entry);
 	struct graph graph;
@@ -285,22 +291,38 @@ static struct cached *make(const struct sdpa_shape *shape, const struct cudnn_li
 	if (graph_plan(&graph, &entry->plan) != STATUS_OK)
 		snprintf(entry->why, sizeof entry->why, "%s", status_message());
 	graph_end(&graph);
-	entry->next = plans;
-	plans = entry;
+	entry->next = plans->first;
+	plans->first = entry;
 	return entry;
 }
 
-const struct graph_plan *sdpa_plan(const struct sdpa_shape *shape, const char **why)
+static void release(void *memory)
 {
-	const struct cudnn_library *cudnn = cudnn_library_get(why);
-	struct cached *entry = plans;
+	struct plans *plans = memory;
+
+	while (plans->first) {
+		struct cached *entry = plans->first;
+
+		plans->first = entry->next;
+		graph_plan_destroy(&entry->plan);
+		free(entry);
+	}
+}
+
+const struct graph_plan *sdpa_plan(const struct device *device, const struct sdpa_shape *shape,
+                                   const char **why)
+{
+	/* Before the plans, so that it is closed after them. */
+	const struct cudnn_library *cudnn = cudnn_library_get(device, why);
 
 	if (!cudnn)
 		return NULL;
+	struct plans *plans = cuda_slot(device, sizeof *plans, release);
+	struct cached *entry = plans ? plans->first : NULL;
 	while (entry && memcmp(&entry->shape, shape, sizeof *shape) != 0)
 		entry = entry->next;
-	if (!entry)
-		entry = make(shape, cudnn);
+	if (!entry && plans)
+		entry = make(plans, shape, cudnn);
 	*why = entry ? entry->why : "no memory for a cuDNN plan";
 	return entry && entry->plan.plan ? &entry->plan : NULL;
 }
@@ -318,11 +340,12 @@ static void add(struct pack *pack, int64_t id, const void *pointer)
 	memcpy(&pack->pointers[pack->count++], &pointer, sizeof pointer);
 }
 
-enum status sdpa_run(const struct sdpa_shape *shape, const struct sdpa_tensors *t, void *workspace)
+enum status sdpa_run(struct device *device, const struct sdpa_shape *shape,
+                     const struct sdpa_tensors *t, void *workspace)
 {
 	const char *why;
-	const struct graph_plan *plan = sdpa_plan(shape, &why);
-	const bool infinite = cudnn_library_version() >= MINUS_INFINITY_SINCE;
+	const struct graph_plan *plan = sdpa_plan(device, shape, &why);
+	const bool infinite = cudnn_library_version(device) >= MINUS_INFINITY_SINCE;
 	const float masked = infinite ? -INFINITY : -FLT_MAX;
 	const float bound = (float)(shape->window + 1), one = 1.0f;
 	struct pack pack = {0};
@@ -357,16 +380,4 @@ enum status sdpa_run(const struct sdpa_shape *shape, const struct sdpa_tensors *
 		add(&pack, ID_BOUND, &bound);
 	}
 	return graph_run(plan, pack.count, pack.ids, pack.pointers, workspace);
-}
-
-void sdpa_close(void)
-{
-	while (plans) {
-		struct cached *next = plans->next;
-
-		graph_plan_destroy(&plans->plan);
-		free(plans);
-		plans = next;
-	}
-	cudnn_library_close();
 }

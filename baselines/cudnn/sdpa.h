@@ -1,4 +1,4 @@
-/* Attention as a cuDNN graph, and the plans made of it so far. */
+/* Attention as a cuDNN graph, and the plans that a device has made of it so far. */
 #ifndef BASELINES_CUDNN_SDPA_H
 #define BASELINES_CUDNN_SDPA_H
 
@@ -32,16 +32,14 @@ struct sdpa_tensors {
 };
 
 /* The plan of a shape, made at its first use; NULL with the reason in *why if there is none. */
-const struct graph_plan *sdpa_plan(const struct sdpa_shape *shape, const char **why);
+const struct graph_plan *sdpa_plan(const struct device *device, const struct sdpa_shape *shape,
+                                   const char **why);
 
 /* Submits the attention. */
-enum status sdpa_run(const struct sdpa_shape *shape, const struct sdpa_tensors *tensors,
-                     void *workspace);
+enum status sdpa_run(struct device *device, const struct sdpa_shape *shape,
+                     const struct sdpa_tensors *tensors, void *workspace);
 
 /* Copies a view's strides. */
 void sdpa_strides(int64_t strides[3], const struct view *view);
-
-/* Forgets all plans and closes the library's handle. */
-void sdpa_close(void);
 
 #endif

@@ -36,13 +36,15 @@ static __global__ void __launch_bounds__(THREADS)
 	}
 }
 
-extern "C" enum status cudnn_step_prepare(const struct attention_step_args *a, void *q_out,
+extern "C" enum status cudnn_step_prepare(struct device *device,
+                                          const struct attention_step_args *a, void *q_out,
                                           int32_t *query_lengths, int32_t *key_lengths)
 {
 	const int64_t threads = a->batch * a->n_heads * (a->d_head / 8);
 
-	return launch(
-	        "attention_step", a->d_head == 64 ? cudnn_step_kernel<64> : cudnn_step_kernel<128>,
-	        dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a,
-	        rope_table_of(a->d_head), static_cast<bf16 *>(q_out), query_lengths, key_lengths);
+	return launch(device, "attention_step",
+	              a->d_head == 64 ? cudnn_step_kernel<64> : cudnn_step_kernel<128>,
+	              dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a,
+	              rope_table_of(a->d_head), static_cast<bf16 *>(q_out), query_lengths,
+	              key_lengths);
 }

@@ -13,8 +13,8 @@ extern "C" {
  * to query_lengths and key_lengths [batch] how many queries (1) and cached keys there are, unless
  * both are NULL.
  */
-enum status cudnn_step_prepare(const struct attention_step_args *args, void *q_out,
-                               int32_t *query_lengths, int32_t *key_lengths);
+enum status cudnn_step_prepare(struct device *device, const struct attention_step_args *args,
+                               void *q_out, int32_t *query_lengths, int32_t *key_lengths);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,9 @@
 /* Attention by FlashAttention-3. */
 #define _GNU_SOURCE
-#include "baselines/flash3/flash3.h"
+#include "baselines/flash3/kernels.h"
 
 #include "baselines/flash3/library.h"
+#include "baselines/plain_attention.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/tensor_map.h"
 
@@ -11,7 +12,7 @@ static struct flash3_tensor tensor_of(const struct view *view)
 	return (struct flash3_tensor){view->data, view->batch, view->token, view->head};
 }
 
-static struct flash3_problem problem_of(const struct attention_args *a)
+static struct flash3_problem problem_of(const struct device *device, const struct attention_args *a)
 {
 	return (struct flash3_problem){.batch = (int)a->batch,
 	                               .n_heads = (int)a->n_heads,
@@ -20,7 +21,7 @@ static struct flash3_problem problem_of(const struct attention_args *a)
 	                               .kv_len = (int)a->kv_len,
 	                               .causal = a->mask != MASK_FULL,
 	                               .window = a->mask == MASK_WINDOW ? (int)a->window : -1,
-	                               .n_sm = cuda_sm_count(),
+	                               .n_sm = cuda_sm_count(device),
 	                               .scale = a->scale,
 	                               .q = tensor_of(&a->q),
 	                               .k = tensor_of(&a->k),
@@ -28,19 +29,18 @@ static struct flash3_problem problem_of(const struct attention_args *a)
 	                               .out = tensor_of(&a->out)};
 }
 
-const char *flash3_attention_unsupported(const void *args)
+const char *flash3_attention_unsupported(const struct device *device, const void *args)
 {
 	const struct attention_args *a = args;
 	const char *why;
 
-	if (!flash3_library_get(&why))
+	if (!flash3_library_get(device, &why))
 		return why;
-	if (!cuda_is_hopper())
+	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
-	if (a->mask == MASK_CHUNK || a->own_score || a->gate.data || a->out_ungated.data)
-		return "no chunk mask, own token or gate";
-	if (a->q_heads != a->n_heads)
-		return "no shared queries";
+	why = check_plain_attention(a);
+	if (why)
+		return why;
 	if (a->lse)
 		return "only its forward is built, which leaves training out";
 	if (a->d_head != 64 && a->d_head != 128)
@@ -54,23 +54,23 @@ const char *flash3_attention_unsupported(const void *args)
 	return NULL;
 }
 
-size_t flash3_attention_workspace(const void *args)
+size_t flash3_attention_workspace(const struct device *device, const void *args)
 {
-	const struct flash3_problem problem = problem_of(args);
+	const struct flash3_problem problem = problem_of(device, args);
 	const char *why;
-	const struct flash3_library *flash3 = flash3_library_get(&why);
+	const struct flash3_library *flash3 = flash3_library_get(device, &why);
 
 	return flash3 ? flash3->workspace(&problem) : 0;
 }
 
-enum status flash3_attention(const void *args, void *workspace)
+enum status flash3_attention(struct device *device, const void *args, void *workspace)
 {
-	const struct flash3_problem problem = problem_of(args);
+	const struct flash3_problem problem = problem_of(device, args);
 	const char *why;
-	const struct flash3_library *flash3 = flash3_library_get(&why);
+	const struct flash3_library *flash3 = flash3_library_get(device, &why);
 
 	if (!flash3)
 		return status_set(STATUS_UNSUPPORTED, "%s", why);
-	CUDA_TRY(flash3->forward(&problem, workspace, cuda_stream()));
+	CUDA_TRY(flash3->forward(&problem, workspace, cuda_stream(device)));
 	return STATUS_OK;
 }

@@ -4,7 +4,7 @@
  * of its ways where all sequences are equally long.
  */
 #define _GNU_SOURCE
-#include "baselines/flash3/flash3.h"
+#include "baselines/flash3/kernels.h"
 
 #include "baselines/cudnn/step.h"
 #include "baselines/flash3/library.h"
@@ -38,7 +38,8 @@ static struct flash3_tensor cache_of(const struct view *view, int64_t first)
 	                              view->token, view->head};
 }
 
-static struct flash3_problem problem_of(const struct attention_step_args *a, void *q)
+static struct flash3_problem problem_of(const struct device *device,
+                                        const struct attention_step_args *a, void *q)
 {
 	const struct slots slots = visible(a);
 	const int64_t width = a->n_heads * a->d_head;
@@ -51,7 +52,7 @@ static struct flash3_problem problem_of(const struct attention_step_args *a, voi
 	        .kv_len = (int)slots.count,
 	        .window = -1,
 	        .may_split = true,
-	        .n_sm = cuda_sm_count(),
+	        .n_sm = cuda_sm_count(device),
 	        .scale = a->scale,
 	        .q = {q, width, width, a->d_head},
 	        .k = cache_of(&a->k_cache, slots.first),
@@ -59,14 +60,14 @@ static struct flash3_problem problem_of(const struct attention_step_args *a, voi
 	        .out = {a->out.data, a->out.batch, a->out.token, a->out.head}};
 }
 
-const char *flash3_attention_step_unsupported(const void *args)
+const char *flash3_attention_step_unsupported(const struct device *device, const void *args)
 {
 	const struct attention_step_args *a = args;
 	const char *why;
 
-	if (!flash3_library_get(&why))
+	if (!flash3_library_get(device, &why))
 		return why;
-	if (!cuda_is_hopper())
+	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
@@ -80,27 +81,28 @@ const char *flash3_attention_step_unsupported(const void *args)
 	return NULL;
 }
 
-size_t flash3_attention_step_workspace(const void *args)
+size_t flash3_attention_step_workspace(const struct device *device, const void *args)
 {
 	const struct attention_step_args *a = args;
-	const struct flash3_problem problem = problem_of(a, NULL);
+	const struct flash3_problem problem = problem_of(device, a, NULL);
 	const char *why;
-	const struct flash3_library *flash3 = flash3_library_get(&why);
+	const struct flash3_library *flash3 = flash3_library_get(device, &why);
 
 	return query_bytes(a) + (flash3 ? flash3->workspace(&problem) : 0);
 }
 
-enum status flash3_attention_step(const void *args, void *workspace)
+enum status flash3_attention_step(struct device *device, const void *args, void *workspace)
 {
 	const struct attention_step_args *a = args;
-	const struct flash3_problem problem = problem_of(a, workspace);
+	const struct flash3_problem problem = problem_of(device, a, workspace);
 	const char *why;
-	const struct flash3_library *flash3 = flash3_library_get(&why);
-	enum status status = flash3 ? cudnn_step_prepare(a, workspace, NULL, NULL)
+	const struct flash3_library *flash3 = flash3_library_get(device, &why);
+	enum status status = flash3 ? cudnn_step_prepare(device, a, workspace, NULL, NULL)
 	                            : status_set(STATUS_UNSUPPORTED, "%s", why);
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(flash3->forward(&problem, (char *)workspace + query_bytes(a), cuda_stream()));
+	CUDA_TRY(
+	        flash3->forward(&problem, (char *)workspace + query_bytes(a), cuda_stream(device)));
 	return STATUS_OK;
 }

@@ -7,13 +7,17 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/cuda/cuda_backend.h"
+
 enum { MAX_PATH = 1024 };
 
-static struct {
+/* What a device keeps. */
+struct kept {
 	bool tried;
 	const char *why;
+	char name[64];
 	struct flash3_library library;
-} flash3;
+};
 
 /* Function pointers come from dlsym() as object pointers; POSIX lets them be copied as bytes. */
 static bool find(void *object, void *function, const char *name)
@@ -38,10 +42,9 @@ static void *open_beside(const char *folder)
 }
 
 /* Why it cannot be had, or NULL once it is open. */
-static const char *open_library(void)
+static const char *open_library(struct flash3_library *l)
 {
 	const char *wanted = getenv("FLASH3_LIBRARY");
-	struct flash3_library *l = &flash3.library;
 	void *object = wanted ? dlopen(wanted, RTLD_LAZY | RTLD_LOCAL) : open_beside("");
 
 	/* A test lies one folder deeper. */
@@ -59,11 +62,39 @@ static const char *open_library(void)
 	return NULL;
 }
 
-const struct flash3_library *flash3_library_get(const char **why)
+/* The library stays in memory. */
+static void release(void *memory)
 {
-	if (!flash3.tried)
-		flash3.why = open_library();
-	flash3.tried = true;
-	*why = flash3.why;
-	return flash3.why ? NULL : &flash3.library;
+	(void)memory;
+}
+
+/* What the device keeps, after the library has been looked for; NULL: no memory. */
+static const struct kept *kept_by(const struct device *device)
+{
+	struct kept *kept = cuda_slot(device, sizeof *kept, release);
+
+	if (!kept || kept->tried)
+		return kept;
+	kept->tried = true;
+	kept->why = open_library(&kept->library);
+	if (!kept->why)
+		snprintf(kept->name, sizeof kept->name, "FlashAttention-3 %s",
+		         kept->library.version());
+	return kept;
+}
+
+const struct flash3_library *flash3_library_get(const struct device *device, const char **why)
+{
+	const struct kept *kept = kept_by(device);
+
+	*why = kept ? kept->why : "no memory for FlashAttention-3";
+	return *why ? NULL : &kept->library;
+}
+
+const char *flash3_library_name(const struct device *device, const void *args)
+{
+	const struct kept *kept = kept_by(device);
+
+	(void)args;
+	return !kept || kept->why ? NULL : kept->name;
 }

@@ -3,6 +3,7 @@
 #define BASELINES_FLASH3_LIBRARY_H
 
 #include "baselines/flash3/shim/shim.h"
+#include "kernels/device.h"
 
 struct flash3_library {
 	size_t (*workspace)(const struct flash3_problem *problem);
@@ -13,10 +14,13 @@ struct flash3_library {
 };
 
 /*
- * libflash3.so, opened at the first call: the file that the environment variable FLASH3_LIBRARY
- * names, or the one in the program's folder or above it. NULL if there is none, and *why says
- * so in a few words (static memory).
+ * libflash3.so, opened at a device's first call: the file that the environment variable
+ * FLASH3_LIBRARY names, or the one in the program's folder or above it. NULL if there is none, and
+ * *why says so in a few words (static memory).
  */
-const struct flash3_library *flash3_library_get(const char **why);
+const struct flash3_library *flash3_library_get(const struct device *device, const char **why);
+
+/* "FlashAttention-3" and its version, or NULL if there is none; `args` is not read. */
+const char *flash3_library_name(const struct device *device, const void *args);
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "baselines/baselines.h"
 #include "bench/harness/breakdown.h"
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
@@ -14,6 +15,7 @@
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
 #include "bench/harness/print.h"
+#include "layers/try.h"
 
 /* Exit codes. */
 enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };
@@ -23,9 +25,8 @@ struct run {
 	const struct driver *driver;
 	const struct subject *subject;
 	struct options options;
-	const struct backend *backend;
+	struct device *device;
 	struct environment environment;
-	struct ceilings ceilings;
 	struct sweep sweep;
 	struct planned (*plans)[MAX_VARIANTS]; /* [sweep.count] */
 	struct variant variants[MAX_VARIANTS]; /* of the case under way */
@@ -35,31 +36,34 @@ struct run {
 	int rows_by_status[STATUS_COUNT];
 };
 
-static enum status open_named_backend(struct run *run)
+/* Baselines are other people's kernels for GPUs. */
+static enum status open_device(struct run *run, const struct backend *backend)
 {
-	run->backend = backend_find(run->options.backend);
-	if (!run->backend)
-		return status_set(STATUS_INVALID, "--backend: this build has no '%s'; --list shows",
-		                  run->options.backend);
-	return run->backend->open(0);
+	const struct kernel *const *more = backend == &cpu_backend ? NULL : baseline_kernels;
+
+	return backend->open(run->options.device, more, &run->device);
 }
 
-/* The first backend that works: a machine without a usable GPU still has its CPU. */
+/* On the backend that the user names, or the first that works: a machine without a usable GPU
+ * still has its CPU. */
 static enum status open_backend(struct run *run)
 {
+	struct options *o = &run->options;
+	const struct backend *named = backend_find(o->backend);
 	enum status status = STATUS_INVALID;
 
-	if (run->options.backend[0])
-		return open_named_backend(run);
-	for (int i = 0; backends[i]; i++) {
-		run->backend = backends[i];
-		status = run->backend->open(0);
-		if (status == STATUS_OK) {
-			snprintf(run->options.backend, sizeof run->options.backend, "%s",
-			         run->backend->name);
-			return status;
-		}
-		if (backends[i + 1])
+	if (o->backend[0])
+		return named ? open_device(run, named)
+		             : status_set(STATUS_INVALID,
+		                          "--backend: this build has no '%s'; --list shows",
+		                          o->backend);
+	for (int i = 0; backends[i] && status != STATUS_OK; i++) {
+		status = open_device(run, backends[i]);
+		if (status == STATUS_OK)
+			snprintf(o->backend, sizeof o->backend, "%s", backends[i]->name);
+		else if (o->device[0])
+			break; /* a certain device is not any other */
+		else if (backends[i + 1])
 			fprintf(stderr, "%s: %s not used: %s\n", run->driver->program,
 			        backends[i]->name, status_message());
 	}
@@ -70,8 +74,8 @@ static enum status open_backend(struct run *run)
 static void list_providers(struct run *run, enum operation operation)
 {
 	run->n_variants = 0;
-	for (const struct kernel *k = run->backend->kernels; k->run; k++)
-		if (k->operation == operation && kernel_is_first(run->backend->kernels, k) &&
+	for (const struct kernel *k = run->device->kernels; k->run; k++)
+		if (k->operation == operation && kernel_is_first(run->device->kernels, k) &&
 		    run->n_variants < MAX_VARIANTS)
 			snprintf(run->variants[run->n_variants++].requested, MAX_WORD, "%s",
 			         k->provider);
@@ -95,10 +99,8 @@ static enum status make_variants(struct run *run, const struct bench_case *c)
 		list_providers(run, (enum operation)operation);
 	for (int i = 0; i < run->n_variants; i++) {
 		struct variant *v = &run->variants[i];
-		enum status status = provider_choice_parse(&v->choice, run->backend, v->requested);
 
-		if (status != STATUS_OK)
-			return status;
+		TRY(provider_choice_parse(&v->choice, run->device, v->requested));
 		/* A single operation never falls back on another provider. */
 		for (int j = 0; single && j < v->choice.count; j++)
 			if (v->choice.choice[j].operation < 0)
@@ -125,7 +127,7 @@ static enum status check_options(const struct options *options)
 static enum status plan_case(struct run *run, struct bench_case *c, struct planned *planned,
                              const struct provider_choice *choice)
 {
-	struct context ctx = {.backend = run->backend, .choice = *choice};
+	struct context ctx = {.device = run->device, .choice = *choice};
 	struct kernel_plan *work = calloc(1, sizeof *work);
 	enum status status = STATUS_OOM;
 
@@ -143,7 +145,7 @@ static enum status plan_case(struct run *run, struct bench_case *c, struct plann
 		planned->flops = work->total.flops;
 		planned->bytes_read = work->total.bytes_read;
 		planned->bytes_written = work->total.bytes_written;
-		planned->roofline_ms = ceilings_roofline_ms(&run->ceilings, work);
+		planned->roofline_ms = ceilings_roofline_ms(&run->device->ceilings, work);
 	}
 	free(work);
 	return status;
@@ -151,24 +153,22 @@ static enum status plan_case(struct run *run, struct bench_case *c, struct plann
 
 static enum status plan_all(struct run *run)
 {
-	enum status status = STATUS_OK;
-
 	run->plans = calloc((size_t)run->sweep.count, sizeof *run->plans);
 	if (!run->plans)
 		return status_set(STATUS_OOM, "no memory for %d plans", run->sweep.count);
-	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
-		status = make_variants(run, &run->sweep.cases[i]);
-		for (int v = 0; status == STATUS_OK && v < run->n_variants; v++)
+	for (int i = 0; i < run->sweep.count; i++) {
+		TRY(make_variants(run, &run->sweep.cases[i]));
+		for (int v = 0; v < run->n_variants; v++)
 			plan_case(run, &run->sweep.cases[i], &run->plans[i][v],
 			          &run->variants[v].choice);
 	}
-	return status;
+	return STATUS_OK;
 }
 
 static void record_environment(const struct run *run, struct record *r)
 {
 	const struct environment *e = &run->environment;
-	bool on_cpu = strcmp(run->backend->name, "cpu") == 0;
+	bool on_cpu = strcmp(run->device->backend->name, "cpu") == 0;
 
 	r->run_id = e->run_id;
 	r->git_sha = e->git_sha;
@@ -178,40 +178,29 @@ static void record_environment(const struct run *run, struct record *r)
 	r->driver = e->device.driver;
 	r->cuda = on_cpu ? "" : e->device.runtime;
 	r->runtime = e->device.runtime;
-	r->backend = run->backend->name;
-	r->dtype = dtype_name(run->backend->activation);
+	r->backend = run->device->backend->name;
+	r->dtype = dtype_name(run->device->activation);
 	r->threads = omp_get_max_threads();
 	r->memory_total_mib = (double)e->device.memory_total / (1 << 20);
 	r->compiler = e->compiler;
 	r->program = run->driver->program;
 	r->warm = run->options.warm;
-	r->copy_gb_per_s = run->ceilings.copy_gb_per_s;
-	r->read_gb_per_s = run->ceilings.read_gb_per_s;
-	r->gemm_tflops = run->ceilings.gemm_tflops;
+	r->copy_gb_per_s = run->device->ceilings.copy_gb_per_s;
+	r->read_gb_per_s = run->device->ceilings.read_gb_per_s;
+	r->gemm_tflops = run->device->ceilings.gemm_tflops;
 }
 
 static void record_case(const struct bench_case *c, struct record *r)
 {
-	/* Of a single block the name says everything. */
+	/* Of a single operation the name says everything. */
 	r->pattern = strcmp(c->pattern, c->block) == 0 ? "" : c->pattern;
 	r->block = c->block;
-	r->pass = c->pass;
+	r->pass = pass_name(c->pass);
 	r->position = c->position;
 	r->model = c->model;
-	r->batch = c->batch;
-	r->seq_len = c->seq_len;
-	r->chunk = c->chunk;
-	r->window = c->window;
-	r->groups = c->groups;
-	r->d_model = c->d_model;
-	r->n_heads = c->n_heads;
-	r->d_head = c->d_head;
-	r->d_k = c->d_k;
-	r->d_v = c->d_v;
-	r->n_layers = c->n_layers;
-	r->prompt = c->prompt;
-	r->generate = c->generate;
-	r->micro_batch = c->micro_batch;
+	r->state_bytes_per_token = c->state_bytes_per_token;
+#define COPY(name) r->name = c->name;
+	CASE_SIZES(COPY)
 }
 
 static void record_plan(const struct planned *plan, struct record *r)
@@ -258,7 +247,7 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	record_case(c, &r);
 	record_plan(&v->plan, &r);
 	record_measurement(v, c, &r);
-	run->backend->info(&after);
+	device_info(run->device, &after);
 	time_utc(now);
 	r.time_utc = now;
 	r.requested = v->requested;
@@ -284,11 +273,11 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
  * through more roundings. In fp32 the gradient of a gate's bias sums over all tokens what
  * nearly cancels: 7e-5 at T = 8192.
  */
-static double tolerance(const struct backend *backend, const char *pass)
+static double tolerance(enum dtype activation, enum pass pass)
 {
-	bool deep = strcmp(pass, "train") == 0 || strcmp(pass, "throughput") == 0;
+	bool deep = passes[pass].deep;
 
-	if (backend->activation == DTYPE_F32)
+	if (activation == DTYPE_F32)
 		return deep ? 5e-4 : 1e-4;
 	return deep ? 3e-2 : 1.5e-2;
 }
@@ -318,10 +307,10 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 		record_environment(run, &r);
 		record_case(c, &r);
 		r.requested = v->requested;
-		finished[i] = record_done(&run->file, &r, run->driver->finds_batch) ||
+		finished[i] = record_done(&run->file, &r) ||
 		              (!asked && run->plans[index][i].status == STATUS_UNSUPPORTED);
 		v->ctx = (struct context){
-		        .backend = run->backend, .choice = v->choice, .ranges = run->options.nvtx};
+		        .device = run->device, .choice = v->choice, .ranges = run->options.nvtx};
 		v->plan = run->plans[index][i];
 		v->predicted_ms = 0;
 		v->n_samples = 0;
@@ -343,7 +332,7 @@ static enum status run_case(struct run *run, int index, struct experience *exper
 	struct measurement_rule rule = {
 	        .stop = {(int)o->samples, o->min_time, o->max_time, o->noise},
 	        .case_seconds = o->case_seconds,
-	        .tolerance = tolerance(run->backend, c->pass),
+	        .tolerance = tolerance(run->device->activation, c->pass),
 	        .rows = o->rows,
 	        .seed = (uint64_t)o->seed,
 	        .warm = o->warm,
@@ -351,18 +340,18 @@ static enum status run_case(struct run *run, int index, struct experience *exper
 	struct device_info before = run->environment.device;
 	bool finished[MAX_VARIANTS];
 	char label[160];
-	enum status status = make_variants(run, c);
 
-	if (status != STATUS_OK || !reset_variants(run, index, finished))
-		return status;
+	TRY(make_variants(run, c));
+	if (!reset_variants(run, index, finished))
+		return STATUS_OK;
 	describe_case(c, label, sizeof label);
 	progress_show(&run->progress, label);
-	run->backend->info(&before);
+	device_info(run->device, &before);
 	measure_case(run->subject, c, run->variants, run->n_variants, &rule, experience);
-	for (int i = 0; status == STATUS_OK && i < run->n_variants; i++)
+	for (int i = 0; i < run->n_variants; i++)
 		if (!finished[i])
-			status = write_row(run, c, &run->variants[i], &before);
-	return status;
+			TRY(write_row(run, c, &run->variants[i], &before));
+	return STATUS_OK;
 }
 
 /* What a case weighs in the progress line: a constant, and the launches. */
@@ -418,19 +407,6 @@ static bool any_failed(const struct run *run)
 	return false;
 }
 
-/* Options that need no backend; *done: there is nothing more to do. */
-static enum status read_options(struct run *run, int argc, char **argv, bool *done)
-{
-	enum status status = options_parse(&run->options, run->driver, argc, argv);
-
-	*done = false;
-	if (status == STATUS_OK && run->options.help) {
-		options_print_help(stdout, run->driver);
-		*done = true;
-	}
-	return status;
-}
-
 /* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
  * which then gets nothing else. */
 static void name_output(struct run *run)
@@ -449,26 +425,25 @@ static void name_output(struct run *run)
 /* Options that need to know where the run takes place, and the sweep they make. */
 static enum status make_sweep(struct run *run)
 {
-	const char *preset = strcmp(run->backend->name, "cpu") == 0 ? "small" : "paper";
-	enum status status = options_complete(&run->options, run->driver, preset);
+	const char *preset = strcmp(run->device->backend->name, "cpu") == 0 ? "small" : "paper";
+	const struct subject *subject = run->subject;
 
-	if (status == STATUS_OK)
-		status = check_options(&run->options);
-	if (status == STATUS_OK && run->options.threads > 0)
+	TRY(options_complete(&run->options, run->driver, preset));
+	TRY(check_options(&run->options));
+	if (run->options.threads > 0)
 		omp_set_num_threads((int)run->options.threads);
-	if (status == STATUS_OK)
-		status = environment_read(&run->environment, run->backend, run->options.run_id);
-	run->subject->use(run->subject->self, run->backend);
-	if (status == STATUS_OK && run->subject->sweep)
-		status = run->subject->sweep(run->subject->self, &run->options, &run->sweep);
-	else if (status == STATUS_OK)
-		status = sweep_create(&run->sweep, &run->options, run->subject->configure,
-		                      run->subject->self);
-	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++)
-		status = make_variants(run, &run->sweep.cases[i]); /* complains early */
-	if (status == STATUS_OK)
-		name_output(run);
-	return status;
+	TRY(environment_read(&run->environment, run->device, run->options.run_id));
+	subject->use(subject->self, run->device);
+	if (subject->check)
+		TRY(subject->check(subject->self, &run->options));
+	if (subject->sweep)
+		TRY(subject->sweep(subject->self, &run->options, &run->sweep));
+	else
+		TRY(sweep_create(&run->sweep, &run->options, subject->configure, subject->self));
+	for (int i = 0; i < run->sweep.count; i++)
+		TRY(make_variants(run, &run->sweep.cases[i])); /* complains early */
+	name_output(run);
+	return STATUS_OK;
 }
 
 static enum status open_file(struct run *run)
@@ -476,14 +451,14 @@ static enum status open_file(struct run *run)
 	enum record_mode mode = run->options.resume     ? RECORD_RESUME
 	                        : run->options.truncate ? RECORD_TRUNCATE
 	                                                : RECORD_APPEND;
-	enum status status =
-	        record_open(&run->file, run->options.out, mode, run->environment.git_sha);
 
+	TRY(record_open(&run->file, run->options.out, mode, run->environment.git_sha,
+	                run->driver->finds_batch));
 	/* A resumed run is one run. */
-	if (status == STATUS_OK && run->file.run_id[0])
+	if (run->file.run_id[0])
 		snprintf(run->environment.run_id, sizeof run->environment.run_id, "%s",
 		         run->file.run_id);
-	return status;
+	return STATUS_OK;
 }
 
 static int complain(const struct run *run, enum status status)
@@ -497,7 +472,7 @@ static enum status measure_sweep(struct run *run)
 	enum status status = open_file(run);
 
 	if (status == STATUS_OK)
-		status = ceilings_measure(&run->ceilings, run->backend);
+		status = ceilings_measure(run->device);
 	if (status == STATUS_OK)
 		status = plan_all(run);
 	print_header(stdout, run->options.format.word[0]);
@@ -514,18 +489,17 @@ static enum status measure_sweep(struct run *run)
 /* The plan of every case, without running any. */
 static enum status print_plans(struct run *run)
 {
-	enum status status = plan_all(run);
-
-	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
+	TRY(plan_all(run));
+	for (int i = 0; i < run->sweep.count; i++) {
 		char label[160];
 
 		describe_case(&run->sweep.cases[i], label, sizeof label);
-		status = make_variants(run, &run->sweep.cases[i]);
-		for (int v = 0; status == STATUS_OK && v < run->n_variants; v++)
+		TRY(make_variants(run, &run->sweep.cases[i]));
+		for (int v = 0; v < run->n_variants; v++)
 			print_plan(stdout, label, &run->plans[i][v],
 			           run->environment.device.memory_free);
 	}
-	return status;
+	return STATUS_OK;
 }
 
 /* Whether the error of a case is one of its own, and the others can still be tried. */
@@ -538,14 +512,14 @@ static bool concerns_case(enum status status)
 static enum status print_breakdown(struct run *run, int index)
 {
 	const struct bench_case *c = &run->sweep.cases[index];
-	const struct breakdown_rule rule = {&run->ceilings, run->environment.device.memory_free,
-	                                    run->options.rows, (uint64_t)run->options.seed};
+	const struct breakdown_rule rule = {run->environment.device.memory_free, run->options.rows,
+	                                    (uint64_t)run->options.seed};
 	enum status status = make_variants(run, c);
 
 	for (int i = 0; status == STATUS_OK && i < run->n_variants; i++) {
 		const struct variant *v = &run->variants[i];
 		const struct planned *plan = &run->plans[index][i];
-		const struct context ctx = {.backend = run->backend, .choice = v->choice};
+		const struct context ctx = {.device = run->device, .choice = v->choice};
 		char label[160];
 
 		describe_case(c, label, sizeof label);
@@ -564,13 +538,11 @@ static enum status print_breakdown(struct run *run, int index)
 
 static enum status print_breakdowns(struct run *run)
 {
-	enum status status = ceilings_measure(&run->ceilings, run->backend);
-
-	if (status == STATUS_OK)
-		status = plan_all(run);
-	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++)
-		status = print_breakdown(run, i);
-	return status;
+	TRY(ceilings_measure(run->device));
+	TRY(plan_all(run));
+	for (int i = 0; i < run->sweep.count; i++)
+		TRY(print_breakdown(run, i));
+	return STATUS_OK;
 }
 
 static void release(struct run *run)
@@ -585,19 +557,19 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 	static struct run run; /* with room for all samples of a case */
 
 	run = (struct run){.driver = driver, .subject = subject, .file = {.descriptor = -1}};
-	bool done;
-	enum status status = read_options(&run, argc, argv, &done);
+	enum status status = options_parse(&run.options, driver, argc, argv);
 
-	if (status != STATUS_OK)
-		return complain(&run, status);
-	if (done)
+	if (status == STATUS_OK && run.options.help) {
+		options_print_help(stdout, driver);
 		return EXIT_OK;
-	status = open_backend(&run);
+	}
+	if (status == STATUS_OK)
+		status = open_backend(&run);
 	if (status != STATUS_OK)
 		return complain(&run, status);
 	status = make_sweep(&run);
 	if (status == STATUS_OK && run.options.list)
-		print_list(stdout, driver, &run.options, &run.environment);
+		print_list(stdout, driver, &run.options, &run.environment, run.device);
 	else if (status == STATUS_OK && run.options.dry_run)
 		status = print_plans(&run);
 	else if (status == STATUS_OK && run.options.breakdown)
@@ -609,6 +581,6 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 	                               : EXIT_OK;
 
 	release(&run);
-	run.backend->close();
+	device_close(run.device);
 	return code;
 }

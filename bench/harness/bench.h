@@ -22,6 +22,8 @@
  */
 struct subject {
 	void *self;
+	/* Whether the options make sense together, before any case is made of them; or NULL. */
+	enum status (*check)(void *self, const struct options *options);
 	/* Makes the sweep where it is not the product of the options' lists; or NULL. */
 	enum status (*sweep)(void *self, const struct options *options, struct sweep *sweep);
 	/* The one operation of a case: without --provider each of its providers is measured that
@@ -30,8 +32,8 @@ struct subject {
 	/* Told of every row, and of their end; or NULL. */
 	void (*note)(void *self, const struct bench_case *c, const struct record *record);
 	void (*finish)(void *self, FILE *file);
-	/* Handed the backend before anything else. */
-	void (*use)(void *self, const struct backend *backend);
+	/* Handed the device before anything else. */
+	void (*use)(void *self, struct device *device);
 	/* As in case.h. */
 	configure_case configure;
 	/* Bytes of device memory that the case wants, and the work of one launch; takes nothing.
@@ -49,7 +51,8 @@ struct subject {
 	enum status (*rewind)(void *self, struct context *ctx, const struct bench_case *c,
 	                      bool to_verify, double *prefill_ms);
 	enum status (*launch)(void *self, struct context *ctx, const struct bench_case *c);
-	/* The worst row's error in the buffers of the last launch; README, "What rel_err means". */
+	/* The worst row's error in the buffers of the last launch (README, "What rel_err means");
+	 * the message may say of which output. */
 	enum status (*verify)(void *self, struct context *ctx, const struct bench_case *c,
 	                      int64_t rows, uint64_t seed, double *rel_err);
 	void (*release)(void *self);

@@ -5,10 +5,8 @@
 #include <stdio.h>
 
 #include "bench/harness/bench.h"
-#include "bench/harness/ceilings.h"
 
 struct breakdown_rule {
-	const struct ceilings *ceilings;
 	size_t memory_free;
 	int64_t rows; /* to verify */
 	uint64_t seed;

@@ -1,84 +1,93 @@
 #include "bench/harness/case.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_CASES = 10000 };
 
-/* The lists of the product, outermost first. A list without values stands for one NO_VALUE or "",
- * so that every case has exactly one value from each. */
-enum axis {
-	AXIS_MODEL,
-	AXIS_PATTERN,
-	AXIS_PASS,
-	AXIS_D_MODEL,
-	AXIS_HEADS,
-	AXIS_GROUPS,
-	AXIS_POSITION,
-	AXIS_WINDOW,
-	AXIS_CHUNK,
-	AXIS_SEQ_LEN,
-	N_AXES
-};
-
-static int at_least_one(int count)
+struct bench_case case_empty(void)
 {
-	return count ? count : 1;
+#define NONE(name) .name = NO_VALUE,
+	return (struct bench_case){
+	        CASE_SIZES(NONE).pass = PASS_COUNT, .position = "",     .model = "",
+	        .state_bytes_per_token = NAN,       .tokens = NO_VALUE,
+	};
 }
 
-static void axis_counts(const struct options *o, int counts[N_AXES])
+/* Takes an index into a list off *n. A list without values stands for one NO_VALUE or "", so that
+ * every case has exactly one value from each. */
+static int64_t next_index(int count, int64_t *n)
 {
-	counts[AXIS_MODEL] = at_least_one(o->model.count);
-	counts[AXIS_PATTERN] = at_least_one(o->pattern.count);
-	counts[AXIS_PASS] = at_least_one(o->pass.count);
-	counts[AXIS_D_MODEL] = at_least_one(o->d_model.count);
-	counts[AXIS_HEADS] = at_least_one(o->heads.count);
-	counts[AXIS_GROUPS] = at_least_one(o->groups.count);
-	counts[AXIS_POSITION] = at_least_one(o->position.count);
-	counts[AXIS_WINDOW] = at_least_one(o->window.count);
-	counts[AXIS_CHUNK] = at_least_one(o->chunk.count);
-	counts[AXIS_SEQ_LEN] = at_least_one(o->seq_len.count);
+	int64_t i = *n % (count ? count : 1);
+
+	*n /= count ? count : 1;
+	return i;
 }
 
-static const char *word_at(const struct words *words, int i)
+static const char *next_word(const struct words *words, int64_t *n)
 {
+	int64_t i = next_index(words->count, n);
+
 	return words->count ? words->word[i] : "";
 }
 
-static int64_t value_at(const struct values *values, int i)
+static int64_t next_value(const struct values *values, int64_t *n)
 {
+	int64_t i = next_index(values->count, n);
+
 	return values->count ? values->value[i] : NO_VALUE;
 }
 
-static struct bench_case case_at(const struct options *o, const int i[N_AXES])
+/* Number n of the product, whose innermost list comes first here. */
+static struct bench_case case_at(const struct options *o, int64_t n)
 {
-	return (struct bench_case){
-	        .pass = word_at(&o->pass, i[AXIS_PASS]),
-	        .pattern = word_at(&o->pattern, i[AXIS_PATTERN]),
-	        .position = word_at(&o->position, i[AXIS_POSITION]),
-	        .model = word_at(&o->model, i[AXIS_MODEL]),
-	        .seq_len = value_at(&o->seq_len, i[AXIS_SEQ_LEN]),
-	        .chunk = value_at(&o->chunk, i[AXIS_CHUNK]),
-	        .window = value_at(&o->window, i[AXIS_WINDOW]),
-	        .groups = value_at(&o->groups, i[AXIS_GROUPS]),
-	        .d_model = value_at(&o->d_model, i[AXIS_D_MODEL]),
-	        .n_heads = value_at(&o->heads, i[AXIS_HEADS]),
-	        .batch = NO_VALUE,
-	        .prompt = NO_VALUE,
-	        .generate = NO_VALUE,
-	        .d_head = NO_VALUE,
-	        .n_layers = NO_VALUE,
-	        .d_k = NO_VALUE,
-	        .d_v = NO_VALUE,
-	        .tokens = NO_VALUE,
-	        .micro_batch = NO_VALUE,
-	};
+	struct bench_case c = case_empty();
+
+	c.seq_len = next_value(&o->seq_len, &n);
+	c.chunk = next_value(&o->chunk, &n);
+	c.window = next_value(&o->window, &n);
+	c.position = next_word(&o->position, &n);
+	c.groups = next_value(&o->groups, &n);
+	c.n_heads = next_value(&o->heads, &n);
+	c.d_model = next_value(&o->d_model, &n);
+	c.pass = pass_find(next_word(&o->pass, &n));
+	snprintf(c.pattern, sizeof c.pattern, "%s", next_word(&o->pattern, &n));
+	c.model = next_word(&o->model, &n);
+	return c;
+}
+
+/* How many cases there are; more than MAX_CASES: too many. */
+static int64_t count_cases(const struct options *o)
+{
+	const int counts[] = {o->seq_len.count, o->chunk.count, o->window.count,  o->position.count,
+	                      o->groups.count,  o->heads.count, o->d_model.count, o->pass.count,
+	                      o->pattern.count, o->model.count};
+	int64_t product = 1;
+
+	for (size_t i = 0; i < sizeof counts / sizeof *counts && product <= MAX_CASES; i++)
+		product *= counts[i] ? counts[i] : 1;
+	return product;
+}
+
+void pattern_names(const char *pattern, char separator, char *text, size_t size)
+{
+	size_t length = 0;
+	int depth = 0;
+
+	for (; *pattern && length + 1 < size; pattern++) {
+		depth += *pattern == '(';
+		if (depth == 0)
+			text[length++] = *pattern == ',' ? separator : *pattern;
+		depth -= *pattern == ')';
+	}
+	text[length] = '\0';
 }
 
 bool case_same_series(const struct bench_case *a, const struct bench_case *b)
 {
-	return strcmp(a->pass, b->pass) == 0 && strcmp(a->pattern, b->pattern) == 0 &&
+	return a->pass == b->pass && strcmp(a->pattern, b->pattern) == 0 &&
 	       strcmp(a->position, b->position) == 0 && strcmp(a->model, b->model) == 0 &&
 	       strcmp(a->block, b->block) == 0 && a->chunk == b->chunk && a->window == b->window &&
 	       a->groups == b->groups && a->d_model == b->d_model && a->n_heads == b->n_heads &&
@@ -94,50 +103,49 @@ static bool sweep_has(const struct sweep *sweep, const struct bench_case *c)
 	return false;
 }
 
-static enum status sweep_append(struct sweep *sweep, const struct options *options,
-                                const int index[N_AXES], configure_case configure, void *self)
+static enum status sweep_append(struct sweep *sweep, const struct options *options, int64_t n,
+                                configure_case configure, void *self)
 {
-	struct bench_case c = case_at(options, index);
+	struct bench_case c = case_at(options, n);
 	enum status status = configure(self, options, &c);
 
-	if (status != STATUS_OK && status != STATUS_UNSUPPORTED)
+	if (status != STATUS_OK && status != STATUS_INVALID && status != STATUS_UNSUPPORTED)
 		return status;
-	c.status = status;
-	if (status != STATUS_OK)
+	if (status != STATUS_OK) {
+		c.status = STATUS_UNSUPPORTED;
 		snprintf(c.message, sizeof c.message, "%s", status_message());
+	}
 	if (!sweep_has(sweep, &c))
 		sweep->cases[sweep->count++] = c;
 	return STATUS_OK;
 }
 
+/* STATUS_INVALID if no case is possible, for the reason of the first. */
+static enum status expect_possible(const struct sweep *sweep)
+{
+	for (int i = 0; i < sweep->count; i++)
+		if (sweep->cases[i].status == STATUS_OK)
+			return STATUS_OK;
+	return status_set(STATUS_INVALID, "%s", sweep->cases[0].message);
+}
+
 enum status sweep_create(struct sweep *sweep, const struct options *options,
                          configure_case configure, void *self)
 {
-	int counts[N_AXES], index[N_AXES] = {0};
-	int64_t product = 1;
+	const int64_t count = count_cases(options);
 	enum status status = STATUS_OK;
 
 	*sweep = (struct sweep){0};
-	axis_counts(options, counts);
-	for (int a = 0; a < N_AXES; a++) {
-		product *= counts[a];
-		if (product > MAX_CASES)
-			return status_set(STATUS_INVALID,
-			                  "the lists make a sweep of more than %d cases",
-			                  MAX_CASES);
-	}
-	sweep->cases = calloc((size_t)product, sizeof *sweep->cases);
+	if (count > MAX_CASES)
+		return status_set(STATUS_INVALID, "the lists make a sweep of more than %d cases",
+		                  MAX_CASES);
+	sweep->cases = calloc((size_t)count, sizeof *sweep->cases);
 	if (!sweep->cases)
 		return status_set(STATUS_OOM, "no memory for a sweep");
-	for (int64_t n = 0; status == STATUS_OK && n < product; n++) {
-		int64_t rest = n;
-
-		for (int a = N_AXES - 1; a >= 0; a--) {
-			index[a] = (int)(rest % counts[a]);
-			rest /= counts[a];
-		}
-		status = sweep_append(sweep, options, index, configure, self);
-	}
+	for (int64_t n = 0; status == STATUS_OK && n < count; n++)
+		status = sweep_append(sweep, options, n, configure, self);
+	if (status == STATUS_OK)
+		status = expect_possible(sweep);
 	if (status != STATUS_OK)
 		sweep_release(sweep);
 	return status;

@@ -3,33 +3,47 @@
 #define BENCH_HARNESS_CASE_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "bench/harness/options.h"
 #include "kernels/status.h"
+#include "layers/pass.h"
 
 /* A size that a block does not have; an empty field in the CSV. */
 enum { NO_VALUE = -1 };
 
-enum { MAX_MESSAGE = 512 };
+/* A pattern of as many layers as there may be, each with all its arguments. */
+enum { MAX_MESSAGE = 512, MAX_PATTERN_TEXT = 2560 };
+
+/* Sizes that a case and its row have. The first line is what a program is asked for, the rest what
+ * configure makes of that; micro_batch: sequences of a model that are prefilled at a time. */
+/* clang-format off */
+#define CASE_SIZES(X) \
+	X(batch) X(seq_len) X(chunk) X(window) X(groups) X(d_model) X(n_heads) X(prompt) X(generate) \
+	X(d_head) X(n_layers) X(kv_heads) X(d_k) X(d_v) X(parameters) X(state_bytes_per_sequence) \
+	X(micro_batch)
+/* clang-format on */
 
 struct bench_case {
-	const char *pass;     /* one of the driver's passes */
-	const char *pattern;  /* as --pattern has it */
+	enum pass pass;
+	/* As --pattern has it; after configure with all arguments that are not automatic. */
+	char pattern[MAX_PATTERN_TEXT];
 	const char *position; /* "rope", "none"; "" where a block has no positions */
 	const char *model;    /* "1.3B", or "" */
-	int64_t batch, seq_len, chunk, window, groups, d_model, n_heads;
-	int64_t prompt, generate; /* NO_VALUE but for models */
+#define CASE_SIZE(name) int64_t name;
+	CASE_SIZES(CASE_SIZE)
 	/* For the row alone; set by configure. */
 	char block[MAX_WORD]; /* "rat", "hybrid", ... */
-	int64_t d_head, n_layers;
-	int64_t d_k, d_v;    /* of single operations */
-	int64_t tokens;      /* that one launch processes */
-	int64_t micro_batch; /* sequences of a model that are prefilled at a time */
-	/* STATUS_UNSUPPORTED, with the reason, if the combination makes no sense. */
+	double state_bytes_per_token;
+	int64_t tokens; /* that one launch processes */
+	/* STATUS_UNSUPPORTED, with the reason, if the combination is impossible. */
 	enum status status;
 	char message[MAX_MESSAGE];
 };
+
+/* A case that says nothing yet. */
+struct bench_case case_empty(void);
 
 struct sweep {
 	int count;
@@ -37,9 +51,9 @@ struct sweep {
 };
 
 /*
- * Completes a case: sets to NO_VALUE (or "") what does not matter to its block, and fills in
- * block, batch, tokens, d_head, n_layers. STATUS_UNSUPPORTED: the combination makes no sense;
- * STATUS_INVALID: the options are wrong, with one line naming the option.
+ * Completes a case: sets to NO_VALUE (or "") what does not matter to its block, and fills in the
+ * rest. STATUS_INVALID, STATUS_UNSUPPORTED: the combination is impossible, with one line that says
+ * why.
  */
 typedef enum status (*configure_case)(void *self, const struct options *options,
                                       struct bench_case *c);
@@ -47,11 +61,16 @@ typedef enum status (*configure_case)(void *self, const struct options *options,
 /*
  * The cartesian product of the options' lists, sequence length innermost;
  * cases that configure makes equal appear once. Strings point into *options.
- * STATUS_INVALID as from configure, or if there are too many cases.
+ * Impossible cases remain, with their status; if there are only such, or too
+ * many cases, STATUS_INVALID.
  */
 enum status sweep_create(struct sweep *sweep, const struct options *options,
                          configure_case configure, void *self);
 void sweep_release(struct sweep *sweep);
+
+/* A pattern without arguments in parentheses: "rat(chunk=16),swa" is "rat,swa"; `separator`
+ * instead of the commas. */
+void pattern_names(const char *pattern, char separator, char *text, size_t size);
 
 /* Whether two cases differ in nothing but sequence length and batch. */
 bool case_same_series(const struct bench_case *a, const struct bench_case *b);

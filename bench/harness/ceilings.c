@@ -4,83 +4,98 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "layers/try.h"
 
-enum { REPEATS = 3, BLOCK_BYTES = 1 << 16, SMALLEST_GEMM = 1024, LARGEST_GEMM = 8192 };
+enum {
+	REPEATS = 3,
+	BLOCK_BYTES = 1 << 16,
+	RANDOM_BLOCK = 1 << 16,
+	SMALLEST_GEMM = 1024,
+	LARGEST_GEMM = 8192
+};
 
 /* A product that takes this long is large enough to show the device's rate. */
 static const double LONG_ENOUGH_MS = 15;
 
-/* Device memory with random floats in it, so that no unit saves power on zeros. */
-static enum status take_random(const struct backend *backend, enum dtype dtype, size_t count,
-                               void **memory)
+/* Device memory with random floats in it, the same over and over, so that no unit saves power on
+ * zeros. */
+static enum status take_random(struct device *device, int64_t count, void **memory)
 {
-	float *host = malloc(count * sizeof *host);
+	static float block[RANDOM_BLOCK];
+	const enum dtype dtype = device->activation;
 	uint32_t state = 1;
 
-	*memory = NULL;
-	if (!host)
-		return status_set(STATUS_OOM, "no memory to measure the ceilings with");
-	for (size_t i = 0; i < count; i++) {
+	for (int i = 0; i < RANDOM_BLOCK; i++) {
 		state = state * 1664525u + 1013904223u;
-		host[i] = (float)(state >> 8) * 0x1p-24f - 0.5f;
+		block[i] = (float)(state >> 8) * 0x1p-24f - 0.5f;
 	}
-	enum status status = backend->allocate(count * dtype_size(dtype), memory);
+	TRY(device_allocate(device, (size_t)count * dtype_size(dtype), memory));
+	for (int64_t i = 0; i < count; i += RANDOM_BLOCK)
+		TRY(device_upload_floats(
+		        device, dtype, (char *)*memory + (size_t)i * dtype_size(dtype), block,
+		        (size_t)(count - i < RANDOM_BLOCK ? count - i : RANDOM_BLOCK)));
+	return STATUS_OK;
+}
 
-	if (status == STATUS_OK)
-		status = backend_upload_floats(backend, dtype, *memory, host, count);
-	free(host);
+enum status product_take(struct product *p, struct device *device, int64_t n_tokens, int64_t d_in,
+                         int64_t d_out)
+{
+	struct kernel_plan plan = {0};
+
+	*p = (struct product){
+	        .ctx = {.device = device, .plan = &plan},
+	        .args = {.n_tokens = n_tokens, .d_in = d_in, .d_out = d_out},
+	};
+	TRY(take_random(device, n_tokens * d_in, &p->x));
+	TRY(take_random(device, d_out * d_in, &p->weight));
+	TRY(device_allocate(device, (size_t)(n_tokens * d_out) * dtype_size(device->activation),
+	                    &p->args.y));
+	p->args.x = p->x;
+	p->args.weight = p->weight;
+	enum status status = run_linear_residual(&p->ctx, &p->args);
+	p->ctx.plan = NULL;
+	p->ctx.workspace_bytes = plan.workspace_bytes;
+	if (status == STATUS_OK && plan.workspace_bytes)
+		status = device_allocate(device, plan.workspace_bytes, &p->ctx.workspace);
 	return status;
 }
 
-/* Shortest of several runs of one operation. */
-static enum status time_operation(struct context *ctx, enum operation operation, const void *args,
-                                  double *best_ms)
+void product_release(struct product *p)
 {
-	*best_ms = INFINITY;
-	for (int i = 0; i <= REPEATS; i++) {
-		double ms;
-		enum status status = ctx->backend->stopwatch_start();
+	device_release(p->ctx.device, p->ctx.workspace);
+	device_release(p->ctx.device, p->args.y);
+	device_release(p->ctx.device, p->weight);
+	device_release(p->ctx.device, p->x);
+}
 
-		if (status == STATUS_OK)
-			status = kernel_run(ctx, operation, args);
-		if (status == STATUS_OK)
-			status = ctx->backend->stopwatch_stop(&ms);
-		if (status != STATUS_OK)
-			return status;
+enum status product_time(struct product *p, int repeats, bool cold, double *best_ms)
+{
+	struct device *device = p->ctx.device;
+
+	*best_ms = INFINITY;
+	for (int i = 0; i <= repeats; i++) {
+		double ms;
+
+		if (cold)
+			TRY(device_flush_cache(device));
+		TRY(device_stopwatch_start(device));
+		TRY(run_linear_residual(&p->ctx, &p->args));
+		TRY(device_stopwatch_stop(device, &ms));
 		if (i > 0) /* the first warms up */
 			*best_ms = fmin(*best_ms, ms);
 	}
 	return STATUS_OK;
 }
 
-/* Rate of the square product of `size`. */
-static enum status measure_gemm(const struct backend *backend, int64_t size, double *ms)
+/* Time of the square product of `size`. */
+static enum status measure_gemm(struct device *device, int64_t size, double *ms)
 {
-	struct context ctx = {.backend = backend};
-	struct kernel_plan plan = {0};
-	size_t count = (size_t)(size * size);
-	void *x, *weight = NULL, *y = NULL;
-	enum status status = take_random(backend, backend->activation, count, &x);
+	struct product product;
+	enum status status = product_take(&product, device, size, size, size);
 
 	if (status == STATUS_OK)
-		status = take_random(backend, backend->activation, count, &weight);
-	if (status == STATUS_OK)
-		status = backend->allocate(count * dtype_size(backend->activation), &y);
-	struct linear_residual_args args = {
-	        .n_tokens = size, .d_in = size, .d_out = size, .x = x, .weight = weight, .y = y};
-	ctx.plan = &plan;
-	if (status == STATUS_OK)
-		status = kernel_run(&ctx, OP_LINEAR_RESIDUAL, &args);
-	ctx.plan = NULL;
-	ctx.workspace_bytes = plan.workspace_bytes;
-	if (status == STATUS_OK && plan.workspace_bytes)
-		status = backend->allocate(plan.workspace_bytes, &ctx.workspace);
-	if (status == STATUS_OK)
-		status = time_operation(&ctx, OP_LINEAR_RESIDUAL, &args, ms);
-	backend->release(ctx.workspace);
-	backend->release(y);
-	backend->release(weight);
-	backend->release(x);
+		status = product_time(&product, REPEATS, false, ms);
+	product_release(&product);
 	return status;
 }
 
@@ -102,7 +117,7 @@ static uint64_t sum_words(const uint64_t *words, size_t count)
 }
 
 /* Bandwidth of the host's memory with two buffers of `bytes`, in place of a backend's own. */
-static enum status time_host(const struct backend *backend, char *a, char *b, size_t bytes,
+static enum status time_host(struct device *device, char *a, char *b, size_t bytes,
                              struct ceilings *ceilings)
 {
 	/* The sum must be used, or the reading is optimized away. */
@@ -111,12 +126,12 @@ static enum status time_host(const struct backend *backend, char *a, char *b, si
 	for (int i = 0; i <= REPEATS; i++) {
 		double copy_ms, read_ms;
 
-		backend->stopwatch_start();
+		device_stopwatch_start(device);
 		copy_blocks(a, b, bytes);
-		backend->stopwatch_stop(&copy_ms);
-		backend->stopwatch_start();
+		device_stopwatch_stop(device, &copy_ms);
+		device_stopwatch_start(device);
 		sink += sum_words((const uint64_t *)(void *)b, bytes / sizeof(uint64_t));
-		backend->stopwatch_stop(&read_ms);
+		device_stopwatch_stop(device, &read_ms);
 		ceilings->copy_gb_per_s =
 		        fmax(ceilings->copy_gb_per_s, 2e-6 * (double)bytes / copy_ms);
 		ceilings->read_gb_per_s =
@@ -125,40 +140,43 @@ static enum status time_host(const struct backend *backend, char *a, char *b, si
 	return STATUS_OK;
 }
 
-static enum status measure_host_bandwidth(const struct backend *backend, struct ceilings *ceilings)
+static enum status measure_host_bandwidth(struct device *device, struct ceilings *ceilings)
 {
 	struct device_info info;
 	void *a = NULL, *b = NULL;
-	enum status status = backend->info(&info);
+	enum status status = device_info(device, &info);
 	/* Several times any cache, but never a large part of a small machine. */
 	size_t bytes = (size_t)128 << 20;
 
 	while (status == STATUS_OK && bytes > info.memory_free / 8 && bytes > BLOCK_BYTES)
 		bytes /= 2;
 	if (status == STATUS_OK)
-		status = backend->allocate(bytes, &a);
+		status = device_allocate(device, bytes, &a);
 	if (status == STATUS_OK)
-		status = backend->allocate(bytes, &b);
+		status = device_allocate(device, bytes, &b);
 	if (status == STATUS_OK)
-		status = time_host(backend, a, b, bytes, ceilings);
-	backend->release(a);
-	backend->release(b);
+		status = time_host(device, a, b, bytes, ceilings);
+	device_release(device, a);
+	device_release(device, b);
 	return status;
 }
 
-enum status ceilings_measure(struct ceilings *ceilings, const struct backend *backend)
+enum status ceilings_measure(struct device *device)
 {
+	struct ceilings *ceilings = &device->ceilings;
 	enum status status;
 
-	*ceilings = (struct ceilings){0};
-	if (backend->bandwidth)
-		status = backend->bandwidth(&ceilings->copy_gb_per_s, &ceilings->read_gb_per_s);
+	if (ceilings->gemm_tflops > 0)
+		return STATUS_OK;
+	if (device->backend->bandwidth)
+		status = device->backend->bandwidth(device, &ceilings->copy_gb_per_s,
+		                                    &ceilings->read_gb_per_s);
 	else
-		status = measure_host_bandwidth(backend, ceilings);
+		status = measure_host_bandwidth(device, ceilings);
 	for (int64_t size = SMALLEST_GEMM; status == STATUS_OK && size <= LARGEST_GEMM; size *= 2) {
 		double ms;
 
-		status = measure_gemm(backend, size, &ms);
+		status = measure_gemm(device, size, &ms);
 		if (status != STATUS_OK)
 			break;
 		ceilings->gemm_tflops =

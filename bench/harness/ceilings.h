@@ -4,14 +4,22 @@
 
 #include "kernels/kernels.h"
 
-struct ceilings {
-	double copy_gb_per_s; /* bytes read and written */
-	double read_gb_per_s; /* bytes only read */
-	double gemm_tflops;   /* of the backend's own matrix products */
+/* A product with tensors of its own. */
+struct product {
+	struct context ctx;
+	struct linear_residual_args args; /* of fewer tokens, if the caller likes */
+	void *x, *weight;
 };
 
-/* Measures for less than a second. Takes and returns device memory. */
-enum status ceilings_measure(struct ceilings *ceilings, const struct backend *backend);
+/* Takes its memory; whatever the outcome, product_release() gives it back. */
+enum status product_take(struct product *p, struct device *device, int64_t n_tokens, int64_t d_in,
+                         int64_t d_out);
+void product_release(struct product *p);
+/* The shortest time of several runs; cold: none finds its tensors in a cache. */
+enum status product_time(struct product *p, int repeats, bool cold, double *best_ms);
+
+/* Measures device->ceilings for less than a second, once. Takes and returns device memory. */
+enum status ceilings_measure(struct device *device);
 
 /*
  * The least time of a plan in milliseconds: the sum over its operations of the larger of FLOPs /

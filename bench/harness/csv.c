@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "layers/try.h"
 
 /* Where the parser stands. It unquotes in place: `write` never overtakes `read`. */
 struct parser {
@@ -77,16 +78,13 @@ static enum status parse_line(struct parser *p, bool *whole)
 	while (true) {
 		char *field = p->write;
 		bool closed = true;
-		enum status status;
 
 		if (p->read < p->end && *p->read == '"') {
 			p->read++;
-			status = parse_quoted(p, &closed);
+			TRY(parse_quoted(p, &closed));
 		} else {
-			status = parse_plain(p);
+			TRY(parse_plain(p));
 		}
-		if (status != STATUS_OK)
-			return status;
 		if (closed && p->end - p->read >= 2 && p->read[0] == '\r' && p->read[1] == '\n')
 			p->read++;
 		/* A carriage return may be the last byte of a file that was cut. */
@@ -95,9 +93,7 @@ static enum status parse_line(struct parser *p, bool *whole)
 		char separator = *p->read++;
 
 		*p->write++ = '\0';
-		status = append_field(p, field);
-		if (status != STATUS_OK)
-			return status;
+		TRY(append_field(p, field));
 		if (separator == '\n') {
 			p->line++;
 			*whole = true;
@@ -117,10 +113,8 @@ static enum status parse_all(struct parser *p, struct csv *csv)
 		size_t before = p->n_fields;
 		int line = p->line;
 		bool whole;
-		enum status status = parse_line(p, &whole);
 
-		if (status != STATUS_OK)
-			return status;
+		TRY(parse_line(p, &whole));
 		if (!whole) {
 			csv->cut = true;
 			p->n_fields = before;

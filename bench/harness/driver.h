@@ -3,6 +3,7 @@
 #define BENCH_HARNESS_DRIVER_H
 
 #include <stdbool.h>
+#include <stdio.h>
 
 enum { MAX_DEFAULTS = 12 };
 
@@ -18,6 +19,11 @@ struct driver {
 	const char *passes;  /* "prefill,train,generation": those it can do */
 	/* Patterns that --pattern may name, separated by slashes; NULL: any. */
 	const char *patterns;
+	/* Of programs that measure layers: the layer that patterns consist of, one alone, or those,
+	 * separated by commas; NULL: stacks of any. */
+	const char *layers;
+	/* Adds to --help and --list; or NULL. */
+	void (*print_help)(FILE *file);
 	/* Optional options that matter here: of "pattern,seq-len,tokens,chunk,window,groups,heads,
 	 * d-model,position,model,prompt,generate". */
 	const char *axes;

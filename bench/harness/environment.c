@@ -67,16 +67,16 @@ void device_folder_name(char *folder, size_t size, const char *backend, const ch
 	folder[length] = '\0';
 }
 
-enum status environment_read(struct environment *environment, const struct backend *backend,
+enum status environment_read(struct environment *environment, struct device *device,
                              const char *run_id)
 {
 	*environment = (struct environment){
 	        .git_sha = GIT_SHA, .git_dirty = GIT_DIRTY, .compiler = compiler_version};
 	gethostname(environment->host, sizeof environment->host - 1);
 	name_run(environment->run_id, sizeof environment->run_id, run_id);
-	enum status status = backend->info(&environment->device);
+	enum status status = device_info(device, &environment->device);
 
 	device_folder_name(environment->device_folder, sizeof environment->device_folder,
-	                   backend->name, environment->device.name);
+	                   device->backend->name, environment->device.name);
 	return status;
 }

@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-#include "kernels/backend.h"
+#include "kernels/device.h"
 
 struct environment {
 	char host[64];
@@ -16,7 +16,7 @@ struct environment {
 };
 
 /* Describes the machine and an open backend. run_id "": $RUN_ID, or a new one. */
-enum status environment_read(struct environment *environment, const struct backend *backend,
+enum status environment_read(struct environment *environment, struct device *device,
                              const char *run_id);
 
 /* The device's name in lower case without "NVIDIA ", everything but letters, digits and dots as

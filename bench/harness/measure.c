@@ -18,7 +18,8 @@ static void check_memory(struct variant *v)
 {
 	struct device_info info;
 
-	if (v->ctx.backend->info(&info) != STATUS_OK || v->plan.memory_bytes <= info.memory_free)
+	if (device_info(v->ctx.device, &info) != STATUS_OK ||
+	    v->plan.memory_bytes <= info.memory_free)
 		return;
 	fail(v, status_set(STATUS_OOM, "needs %zu bytes (%.1f GiB), %.1f GiB are free",
 	                   v->plan.memory_bytes, (double)v->plan.memory_bytes / (1 << 30),
@@ -48,20 +49,20 @@ static void check_time(struct variant *v, int index, const struct measurement_ru
 static enum status take_sample(const struct subject *subject, const struct bench_case *c,
                                struct variant *v, bool warm, bool to_verify)
 {
-	const struct backend *backend = v->ctx.backend;
+	struct device *device = v->ctx.device;
 	double ms, before = seconds_now();
 	enum status status = subject->rewind(subject->self, &v->ctx, c, to_verify, &v->prefill_ms);
 
 	if (status == STATUS_OK && !warm)
-		status = backend->flush_cache();
+		status = device_flush_cache(device);
 	if (status == STATUS_OK)
-		status = backend->stopwatch_start();
+		status = device_stopwatch_start(device);
 	context_range_push(&v->ctx, "sample");
 	if (status == STATUS_OK)
 		status = subject->launch(subject->self, &v->ctx, c);
 	context_range_pop(&v->ctx);
 	if (status == STATUS_OK)
-		status = backend->stopwatch_stop(&ms);
+		status = device_stopwatch_stop(device, &ms);
 	if (status == STATUS_OK)
 		v->samples[v->n_samples++] = ms;
 	v->sampling_seconds += seconds_now() - before;
@@ -80,7 +81,7 @@ static enum status begin_variant(const struct subject *subject, const struct ben
 	enum status status = subject->warm_up(subject->self, &v->ctx, c);
 
 	if (status == STATUS_OK)
-		status = v->ctx.backend->synchronize();
+		status = device_synchronize(v->ctx.device);
 	context_range_pop(&v->ctx);
 	if (status == STATUS_OK)
 		status = take_sample(subject, c, v, rule->warm, true);
@@ -89,15 +90,21 @@ static enum status begin_variant(const struct subject *subject, const struct ben
 	double before = seconds_now();
 
 	context_range_push(&v->ctx, "verify");
+	status_set(STATUS_OK, "%s", "");
 	status = subject->verify(subject->self, &v->ctx, c, rule->rows, rule->seed, &v->rel_err);
 	context_range_pop(&v->ctx);
 	experience->verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
 	if (status == STATUS_OK && !(v->rel_err <= rule->tolerance)) {
+		char where[MAX_MESSAGE];
+
+		snprintf(where, sizeof where, "%s", status_message());
 		v->n_samples = 0;
-		return status_set(STATUS_MISMATCH, "rel_err %.3g, allowed %.3g", v->rel_err,
-		                  rule->tolerance);
+		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, allowed %.3g", v->rel_err,
+		                  where[0] ? " in " : "", where, rule->tolerance);
 	}
+	if (status == STATUS_OK && status_message()[0])
+		snprintf(v->message, sizeof v->message, "worst: %s", status_message());
 	return status;
 }
 

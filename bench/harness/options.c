@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include "layers/try.h"
 
 #define LARGEST ((int64_t)1 << 40)
 
@@ -30,11 +31,15 @@ struct option_spec {
 static const struct option_spec specs[] = {
         {"backend", KIND_TEXT, AT(backend), MAX_WORD, false, "NAME", NULL,
          "where to run: cpu, cuda (default: a GPU if there is one)"},
+        {"device", KIND_TEXT, AT(device), MAX_WORD, false, "INDEX|UUID|PCI-ID", NULL,
+         "which device of the backend (default: its first)"},
         {"preset", KIND_TEXT, AT(preset), MAX_WORD, false, "NAME", NULL,
          "sizes to start from (default: paper on a GPU, small on a CPU)"},
         {"pass", KIND_WORDS, AT(pass), 0, false, "LIST", NULL, "what to measure: "},
         {"pattern", KIND_WORDS, AT(pattern), 0, true, "P/P...", NULL,
-         "blocks or stacks of blocks, such as rat,swa/attention,swa or rat:16,swa:256"},
+         "layers or stacks of layers, such as rat,swa/attention,swa; with arguments:\n"
+         "rat(chunk=16,groups=2),swa(window=256), the first alone: rat:16,swa:256; lists\n"
+         "of values: rat(chunk=16|64)"},
         {"model", KIND_WORDS, AT(model), 0, true, "1.3B,7B,13B,tiny", NULL,
          "models: 24, 32, 40 and 4 layers of D = 2048, 4096, 5120 and 256"},
         {"seq-len", KIND_INTEGERS, AT(seq_len), 1, true, "LIST", NULL, "sequence lengths T"},
@@ -47,16 +52,16 @@ static const struct option_spec specs[] = {
          "memory that the batch may fill (0: all that is free)"},
         {"batch", KIND_INTEGER, AT(batch), 0, false, "N", NULL,
          "sequences that generate at once (throughput: 0, the most that fit)"},
-        {"chunk", KIND_INTEGERS, AT(chunk), 1, true, "LIST", "16",
-         "chunk lengths L of RAT, or of GLA's chunkwise form"},
+        {"chunk", KIND_INTEGERS, AT(chunk), 1, true, "LIST", NULL,
+         "the argument chunk of layers that have one and do not say it"},
         {"window", KIND_INTEGERS, AT(window), 0, true, "LIST", NULL,
-         "windows W of swa, which sees W + 1 keys"},
-        {"groups", KIND_INTEGERS, AT(groups), 1, true, "LIST", "2",
-         "groups G of heads of RAT that share q and k"},
-        {"heads", KIND_INTEGERS, AT(heads), 0, true, "LIST", NULL,
-         "heads H; 0: as many as the block has by itself"},
+         "the argument window, likewise"},
+        {"groups", KIND_INTEGERS, AT(groups), 1, true, "LIST", NULL,
+         "the argument groups, likewise"},
+        {"heads", KIND_INTEGERS, AT(heads), 0, true, "LIST", NULL, "the argument heads, likewise"},
         {"d-model", KIND_INTEGERS, AT(d_model), 1, true, "LIST", NULL, "model width D"},
-        {"position", KIND_WORDS, AT(position), 0, true, "rope,none", "rope", "position encodings"},
+        {"position", KIND_WORDS, AT(position), 0, true, "rope,none", NULL,
+         "the argument position, likewise"},
         {"provider", KIND_WORDS, AT(provider), 0, false, "LIST", "",
          "implementations, such as portable or attention=cudnn; given several times, each\n"
          "is measured, their samples alternating"},
@@ -99,56 +104,34 @@ static const struct option_spec specs[] = {
 
 enum { N_SPECS = sizeof specs / sizeof specs[0] };
 
-static const struct preset {
+enum { N_PRESETS = 3 };
+
+static const struct {
 	const char *name, *summary;
-	struct option_default values[16];
-} presets[] = {
-        {"paper",
-         "the published experiment: D = 2048, 16 heads, 262144 tokens; for a GPU",
-         {{"d-model", "2048"},
-          {"heads", "16"},
-          {"tokens", "262144"},
-          {"seq-len", "4096..262144*2"},
-          {"batch", "512"},
-          {"window", "1024"},
-          {"min-time", "0.05"},
-          {"max-time", "0.5"},
-          {"model", "1.3B"},
-          {"prompt", "3072"},
-          {"memory", "0"},
-          {"generate", "1024"}}},
-        {"small",
-         "the same at a size for a CPU: D = 128, 2 heads, 8192 tokens; minutes",
-         {{"d-model", "128"},
-          {"heads", "2"},
-          {"tokens", "8192"},
-          {"seq-len", "512..8192*2"},
-          {"batch", "8"},
-          {"window", "128"},
-          {"min-time", "0.05"},
-          {"max-time", "0.3"},
-          {"case-seconds", "60"},
-          {"model", "tiny"},
-          {"prompt", "384"},
-          {"generate", "128"},
-          {"memory", "128"}}},
-        {"tiny",
-         "everything once, for tests of the programs themselves; seconds",
-         {{"d-model", "64"},
-          {"heads", "2"},
-          {"tokens", "512"},
-          {"seq-len", "64..256*2"},
-          {"batch", "2"},
-          {"window", "16"},
-          {"min-time", "0"},
-          {"max-time", "0.02"},
-          {"model", "tiny"},
-          {"prompt", "12"},
-          {"generate", "4"},
-          {"memory", "32"}}},
+} presets[N_PRESETS] = {
+        {"paper", "the published experiment: D = 2048, 16 heads, 262144 tokens; for a GPU"},
+        {"small", "the same at a size for a CPU: D = 128, 2 heads, 8192 tokens; minutes"},
+        {"tiny", "everything once, for tests of the programs themselves; seconds"},
 };
 
-enum { N_PRESETS = sizeof presets / sizeof presets[0] };
+/* What each of them sets. Heads are those of single operations: layers have their own. */
+static const struct {
+	const char *option, *value[N_PRESETS];
+} preset_values[] = {
+        {"d-model", {"2048", "128", "64"}},
+        {"heads", {"16", "2", "2"}},
+        {"tokens", {"262144", "8192", "512"}},
+        {"seq-len", {"4096..262144*2", "512..8192*2", "64..256*2"}},
+        {"batch", {"512", "8", "2"}},
+        {"window", {"1024", "128", "16"}},
+        {"min-time", {"0.05", "0.05", "0"}},
+        {"max-time", {"0.5", "0.3", "0.02"}},
+        {"case-seconds", {NULL, "60", NULL}},
+        {"model", {"1.3B", "tiny", "tiny"}},
+        {"prompt", {"3072", "384", "20"}},
+        {"generate", {"1024", "128", "4"}},
+        {"memory", {"0", "128", "32"}},
+};
 
 /* Whether `word` of `length` is one of the words of `list`, which `separator` separates. */
 static bool list_has(const char *list, char separator, const char *word, size_t length)
@@ -199,28 +182,25 @@ static enum status parse_range(struct values *values, const char *name, const ch
                                int64_t first, int64_t maximum)
 {
 	int64_t last, step;
-	enum status status;
 
 	*text += 2;
-	status = parse_integer(name, text, first, maximum, &last);
-	if (status != STATUS_OK)
-		return status;
+	TRY(parse_integer(name, text, first, maximum, &last));
 	char how = **text;
 	if (how != '*' && how != '+')
 		return status_set(
 		        STATUS_INVALID,
 		        "--%s: a range needs its step, as in 512..8192*2 or 512..2048+512", name);
 	++*text;
-	status = parse_integer(name, text, how == '*' ? 2 : 1, maximum, &step);
-	if (status == STATUS_OK && how == '*' && first == 0)
+	TRY(parse_integer(name, text, how == '*' ? 2 : 1, maximum, &step));
+	if (how == '*' && first == 0)
 		return status_set(STATUS_INVALID, "--%s: 0 times anything stays 0", name);
-	for (int64_t value = first; status == STATUS_OK && value <= last;) {
-		status = append_value(values, name, value);
+	for (int64_t value = first; value <= last;) {
+		TRY(append_value(values, name, value));
 		if (how == '*' ? value > maximum / step : value > maximum - step)
 			break;
 		value = how == '*' ? value * step : value + step;
 	}
-	return status;
+	return STATUS_OK;
 }
 
 enum status values_parse(struct values *values, const char *name, const char *text, int64_t minimum,
@@ -229,16 +209,12 @@ enum status values_parse(struct values *values, const char *name, const char *te
 	values->count = 0;
 	while (true) {
 		int64_t value;
-		enum status status = parse_integer(name, &text, minimum, maximum, &value);
 
-		if (status != STATUS_OK)
-			return status;
+		TRY(parse_integer(name, &text, minimum, maximum, &value));
 		if (strncmp(text, "..", 2) == 0)
-			status = parse_range(values, name, &text, value, maximum);
+			TRY(parse_range(values, name, &text, value, maximum));
 		else
-			status = append_value(values, name, value);
-		if (status != STATUS_OK)
-			return status;
+			TRY(append_value(values, name, value));
 		if (!*text)
 			return STATUS_OK;
 		if (*text++ != ',')
@@ -268,13 +244,60 @@ static enum status parse_words(struct words *words, const char *name, const char
 	while (true) {
 		const char *end = strchrnul(text, separator);
 		size_t length = (size_t)(end - text);
-		enum status status = append_word(words, name, text, length);
 
-		if (status != STATUS_OK)
-			return status;
+		TRY(append_word(words, name, text, length));
 		if (length == 0 || (allowed && !list_has(allowed, separator, text, length)))
 			return status_set(STATUS_INVALID, "--%s: '%.*s' is not one of %s", name,
 			                  (int)length, text, allowed ? allowed : "the patterns");
+		if (!*end)
+			return STATUS_OK;
+		text = end + 1;
+	}
+}
+
+/*
+ * Appends a pattern, once for each value of a list in it: "rat(chunk=16|64)" is two patterns. The
+ * values of the last list vary fastest.
+ */
+static enum status append_patterns(struct words *words, const char *name, const char *pattern,
+                                   size_t length)
+{
+	const char *bar = memchr(pattern, '|', length), *end = pattern + length, *first = bar;
+
+	if (!bar)
+		return append_word(words, name, pattern, length);
+	while (first > pattern && !strchr("=:(,", first[-1]))
+		first--;
+	const char *rest = bar;
+	while (rest < end && !strchr("),", *rest))
+		rest++;
+	for (const char *value = first; value <= rest;) {
+		char one[MAX_WORD];
+		size_t size = strcspn(value, "|),");
+
+		size = size < (size_t)(rest - value) ? size : (size_t)(rest - value);
+		int written = snprintf(one, sizeof one, "%.*s%.*s%.*s", (int)(first - pattern),
+		                       pattern, (int)size, value, (int)(end - rest), rest);
+
+		if (written >= (int)sizeof one)
+			return status_set(STATUS_INVALID, "--%s: a value longer than %d characters",
+			                  name, MAX_WORD - 1);
+		TRY(append_patterns(words, name, one, (size_t)written));
+		value += size + 1;
+	}
+	return STATUS_OK;
+}
+
+static enum status parse_patterns(struct words *words, const struct driver *driver,
+                                  const char *name, const char *text)
+{
+	if (driver->patterns)
+		return parse_words(words, name, text, '/', driver->patterns);
+	words->count = 0;
+	while (true) {
+		const char *end = strchrnul(text, '/');
+
+		TRY(append_patterns(words, name, text, (size_t)(end - text)));
 		if (!*end)
 			return STATUS_OK;
 		text = end + 1;
@@ -289,7 +312,7 @@ static enum status parse_word_option(struct options *options, const struct drive
 	if (words == &options->pass)
 		return parse_words(words, spec->name, text, ',', driver->passes);
 	if (words == &options->pattern)
-		return parse_words(words, spec->name, text, '/', driver->patterns);
+		return parse_patterns(words, driver, spec->name, text);
 	if (words != &options->provider)
 		return parse_words(words, spec->name, text, ',', spec->argument);
 	return append_word(words, spec->name, text, strlen(text));
@@ -322,7 +345,6 @@ static enum status set_option(struct options *options, const struct driver *driv
 {
 	const struct option_spec *spec = &specs[index];
 	void *field = (char *)options + spec->offset;
-	enum status status = STATUS_OK;
 	const char *rest = text;
 
 	options->set |= UINT64_C(1) << index;
@@ -339,12 +361,12 @@ static enum status set_option(struct options *options, const struct driver *driv
 	case KIND_REAL:
 		return parse_real(spec->name, text, field);
 	case KIND_INTEGER:
-		status = parse_integer(spec->name, &rest, spec->limit, LARGEST, field);
-		if (status == STATUS_OK && *rest)
+		TRY(parse_integer(spec->name, &rest, spec->limit, LARGEST, field));
+		if (*rest)
 			return status_set(STATUS_INVALID, "--%s: '%s' is not a whole number",
 			                  spec->name, text);
 	}
-	return status;
+	return STATUS_OK;
 }
 
 enum status options_parse(struct options *options, const struct driver *driver, int argc,
@@ -368,10 +390,7 @@ enum status options_parse(struct options *options, const struct driver *driver, 
 			        STATUS_INVALID,
 			        "%.100s: no such option, or not like this; --help lists them",
 			        argv[optind - 1]);
-		enum status status = set_option(options, driver, c - 1, optarg);
-
-		if (status != STATUS_OK)
-			return status;
+		TRY(set_option(options, driver, c - 1, optarg));
 		if (!driver_has(driver, &specs[c - 1]))
 			fprintf(stderr, "%s: --%s means nothing here\n", driver->program,
 			        specs[c - 1].name);
@@ -397,52 +416,38 @@ bool options_given(const struct options *options, const char *name)
 	return index >= 0 && (options->given >> index & 1);
 }
 
-/* Applies a list of defaults to the options that have no value. */
-static enum status apply_defaults(struct options *options, const struct driver *driver,
-                                  const struct option_default *defaults, int count)
+/* Gives option number `index` a value unless it has one. */
+static enum status set_default(struct options *options, const struct driver *driver, int index,
+                               const char *value)
 {
-	for (int i = 0; i < count && defaults[i].name; i++) {
-		int index = spec_find(defaults[i].name);
-
-		if (options->set >> index & 1)
-			continue;
-		enum status status = set_option(options, driver, index, defaults[i].value);
-
-		if (status != STATUS_OK)
-			return status;
-	}
-	return STATUS_OK;
-}
-
-static const struct preset *preset_find(const char *name)
-{
-	for (int i = 0; i < N_PRESETS; i++)
-		if (strcmp(presets[i].name, name) == 0)
-			return &presets[i];
-	return NULL;
+	return options->set >> index & 1 ? STATUS_OK : set_option(options, driver, index, value);
 }
 
 enum status options_complete(struct options *options, const struct driver *driver,
                              const char *preset_name)
 {
+	const struct option_default *own = driver->defaults;
+	int preset = 0;
+
 	if (!options->preset[0])
 		snprintf(options->preset, sizeof options->preset, "%s", preset_name);
-	const struct preset *preset = preset_find(options->preset);
-
-	if (!preset)
+	while (preset < N_PRESETS && strcmp(presets[preset].name, options->preset) != 0)
+		preset++;
+	if (preset == N_PRESETS)
 		return status_set(STATUS_INVALID, "--preset: '%s' is not one of paper,small,tiny",
 		                  options->preset);
-	enum status status = apply_defaults(options, driver, driver->defaults, MAX_DEFAULTS);
-
-	if (status == STATUS_OK)
-		status = apply_defaults(options, driver, preset->values,
-		                        sizeof preset->values / sizeof preset->values[0]);
-	if (status == STATUS_OK && options->pass.count == 0)
-		status = set_option(options, driver, spec_find("pass"), driver->passes);
-	for (int i = 0; status == STATUS_OK && i < N_SPECS; i++)
-		if (specs[i].fallback && !(options->set >> i & 1))
-			status = set_option(options, driver, i, specs[i].fallback);
-	return status;
+	for (int i = 0; i < MAX_DEFAULTS && own[i].name; i++)
+		TRY(set_default(options, driver, spec_find(own[i].name), own[i].value));
+	for (size_t i = 0; i < sizeof preset_values / sizeof preset_values[0]; i++)
+		if (preset_values[i].value[preset])
+			TRY(set_default(options, driver, spec_find(preset_values[i].option),
+			                preset_values[i].value[preset]));
+	if (options->pass.count == 0)
+		TRY(set_option(options, driver, spec_find("pass"), driver->passes));
+	for (int i = 0; i < N_SPECS; i++)
+		if (specs[i].fallback)
+			TRY(set_default(options, driver, i, specs[i].fallback));
+	return STATUS_OK;
 }
 
 void options_print_presets(FILE *file)
@@ -477,4 +482,6 @@ void options_print_help(FILE *file, const struct driver *driver)
 	fputs("\nLISTs are comma separated; numbers may be ranges: 512..8192*2, 512..2048+512.\n\n",
 	      file);
 	options_print_presets(file);
+	if (driver->print_help)
+		driver->print_help(file);
 }

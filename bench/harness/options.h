@@ -9,7 +9,7 @@
 #include "bench/harness/driver.h"
 #include "kernels/status.h"
 
-enum { MAX_VALUES = 64, MAX_WORDS = 16, MAX_WORD = 128, MAX_PATH = 512 };
+enum { MAX_VALUES = 64, MAX_WORDS = 64, MAX_WORD = 256, MAX_PATH = 512 };
 
 struct values {
 	int count;
@@ -24,8 +24,11 @@ struct words {
 /* All options, whichever program uses them. Sizes as in the README: T, D, H, L, W, G. */
 struct options {
 	char backend[MAX_WORD]; /* "": the first that works */
+	char device[MAX_WORD];  /* "": the backend's first */
 	char preset[MAX_WORD];
-	struct words pass, pattern, position, provider, model, format;
+	struct words pass;    /* layers/pass.h */
+	struct words pattern; /* lists of arguments, a(b=1|2), written out */
+	struct words position, provider, model, format;
 	struct values seq_len, chunk, window, groups, heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;

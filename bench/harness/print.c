@@ -14,11 +14,14 @@ static size_t append(char *text, size_t size, size_t length, const char *label, 
 
 void describe_case(const struct bench_case *c, char *text, size_t size)
 {
+	char names[96];
+
+	pattern_names(c->pattern, ',', names, sizeof names);
 	/* The name of a block, and of a model's, says what its layers are. */
-	bool single = c->model[0] || strcmp(c->pattern, c->block) == 0;
+	bool single = c->model[0] || strcmp(names, c->block) == 0;
 	size_t length = (size_t)snprintf(text, size, "%s%s%s%s%s %s", c->block, single ? "" : " ",
-	                                 single ? "" : c->pattern, c->model[0] ? " " : "", c->model,
-	                                 c->pass);
+	                                 single ? "" : names, c->model[0] ? " " : "", c->model,
+	                                 pass_name(c->pass));
 
 	length = append(text, size, length, "T", c->seq_len);
 	length = append(text, size, length, "B", c->batch);
@@ -98,9 +101,10 @@ static void print_size(FILE *file, int width, int64_t value)
 
 static void print_table_row(FILE *file, const struct record *r)
 {
-	const char *more = r->model[0] ? r->model : r->pattern;
-	char name[64];
+	char name[160], names[96];
 
+	pattern_names(r->pattern, ',', names, sizeof names);
+	const char *more = r->model[0] ? r->model : strcmp(names, r->block) ? names : "";
 	snprintf(name, sizeof name, "%s%s%s", r->block, more[0] ? " " : "", more);
 	fprintf(file, "%-22s %-10s", name, r->pass);
 	print_size(file, 7, r->seq_len);
@@ -116,8 +120,10 @@ static void print_table_row(FILE *file, const struct record *r)
 		fprintf(file, " %9s", "");
 	else
 		fprintf(file, " %9.1e", r->rel_err);
+	const bool ok = strcmp(r->status, status_name(STATUS_OK)) == 0;
+
 	fprintf(file, "  %s%s%s%s%s\n", r->status, r->requested[0] ? " " : "", r->requested,
-	        r->message[0] ? ": " : "", r->message);
+	        ok || !r->message[0] ? "" : ": ", ok ? "" : r->message);
 }
 
 void print_row(FILE *file, const struct record *record, const char *format)
@@ -142,7 +148,7 @@ void print_plan(FILE *file, const char *label, const struct planned *plan, size_
 }
 
 void print_list(FILE *file, const struct driver *driver, const struct options *options,
-                const struct environment *environment)
+                const struct environment *environment, const struct device *device)
 {
 	fprintf(file, "program: %s: %s\n", driver->program, driver->summary);
 	fprintf(file, "output: %s\n", options->out);
@@ -153,12 +159,13 @@ void print_list(FILE *file, const struct driver *driver, const struct options *o
 		fprintf(file, "patterns: %s\n", driver->patterns);
 	options_print_presets(file);
 	fprintf(file, "preset now: %s\nbackend now: %s\n", options->preset, options->backend);
-	for (int i = 0; backends[i]; i++) {
-		fprintf(file, "backend %s (%s):\n", backends[i]->name,
+	for (int i = 0; backends[i]; i++)
+		fprintf(file, "backend %s (%s)\n", backends[i]->name,
 		        dtype_name(backends[i]->activation));
-		for (const struct kernel *k = backends[i]->kernels; k->run; k++)
-			if (kernel_is_first(backends[i]->kernels, k))
-				fprintf(file, "  %s=%s\n", operation_name(k->operation),
-				        k->provider);
-	}
+	fprintf(file, "kernels of %s:\n", device->backend->name);
+	for (const struct kernel *k = device->kernels; k->run; k++)
+		if (kernel_is_first(device->kernels, k))
+			fprintf(file, "  %s=%s\n", operation_name(k->operation), k->provider);
+	if (driver->print_help)
+		driver->print_help(file);
 }

@@ -25,8 +25,9 @@ void print_row(FILE *file, const struct record *record, const char *format);
 /* One line of --dry-run; memory_free is what the device has, in bytes. */
 void print_plan(FILE *file, const char *label, const struct planned *plan, size_t memory_free);
 
-/* --list: backends, presets, passes, providers of each operation, and where rows go. */
+/* --list: backends, presets, passes, the device's providers of each operation, and where rows go.
+ */
 void print_list(FILE *file, const struct driver *driver, const struct options *options,
-                const struct environment *environment);
+                const struct environment *environment, const struct device *device);
 
 #endif

@@ -13,13 +13,12 @@
 #include <unistd.h>
 
 #include "bench/harness/case.h"
-#include "bench/harness/csv.h"
+#include "layers/try.h"
 
-static const char schema[] = "1";
+static const char schema[] = "2";
 
 enum kind { KIND_TEXT, KIND_INTEGER, KIND_REAL };
 
-/* A column; key: rows with the same keys are measurements of the same case. */
 struct column {
 	const char *name;
 	size_t offset;
@@ -27,91 +26,40 @@ struct column {
 	bool key;
 };
 
-/* The name and the place of a field. */
-#define FIELD(field) #field, offsetof(struct record, field)
+enum { VALUE, KEY };
+#define TEXT(name, key)    {#name, offsetof(struct record, name), KIND_TEXT, key},
+#define INTEGER(name, key) {#name, offsetof(struct record, name), KIND_INTEGER, key},
+#define REAL(name, key)    {#name, offsetof(struct record, name), KIND_REAL, key},
 
-static const struct column columns[] = {
-        {FIELD(run_id), KIND_TEXT, false},
-        {FIELD(time_utc), KIND_TEXT, false},
-        {FIELD(git_sha), KIND_TEXT, false},
-        {FIELD(git_dirty), KIND_INTEGER, false},
-        {FIELD(host), KIND_TEXT, false},
-        {FIELD(device), KIND_TEXT, true},
-        {FIELD(driver), KIND_TEXT, false},
-        {FIELD(cuda), KIND_TEXT, false},
-        {FIELD(backend), KIND_TEXT, true},
-        {FIELD(program), KIND_TEXT, true},
-        {FIELD(block), KIND_TEXT, true},
-        {FIELD(pattern), KIND_TEXT, true},
-        {FIELD(provider), KIND_TEXT, false},
-        {FIELD(pass), KIND_TEXT, true},
-        {FIELD(dtype), KIND_TEXT, true},
-        {FIELD(batch), KIND_INTEGER, true},
-        {FIELD(seq_len), KIND_INTEGER, true},
-        {FIELD(chunk), KIND_INTEGER, true},
-        {FIELD(window), KIND_INTEGER, true},
-        {FIELD(groups), KIND_INTEGER, true},
-        {FIELD(position), KIND_TEXT, true},
-        {FIELD(d_model), KIND_INTEGER, true},
-        {FIELD(n_heads), KIND_INTEGER, true},
-        {FIELD(d_head), KIND_INTEGER, false},
-        {FIELD(d_k), KIND_INTEGER, true},
-        {FIELD(d_v), KIND_INTEGER, true},
-        {FIELD(n_layers), KIND_INTEGER, false},
-        {FIELD(model), KIND_TEXT, true},
-        {FIELD(prompt), KIND_INTEGER, true},
-        {FIELD(generate), KIND_INTEGER, true},
-        {FIELD(micro_batch), KIND_INTEGER, false},
-        {FIELD(latency_ms), KIND_REAL, false},
-        {FIELD(latency_p20_ms), KIND_REAL, false},
-        {FIELD(latency_p80_ms), KIND_REAL, false},
-        {FIELD(latency_min_ms), KIND_REAL, false},
-        {FIELD(samples), KIND_INTEGER, false},
-        {FIELD(prefill_ms), KIND_REAL, false},
-        {FIELD(tokens_per_s), KIND_REAL, false},
-        {FIELD(flops), KIND_REAL, false},
-        {FIELD(tflops), KIND_REAL, false},
-        {FIELD(bytes), KIND_REAL, false},
-        {FIELD(gb_per_s), KIND_REAL, false},
-        {FIELD(roofline_ms), KIND_REAL, false},
-        {FIELD(roofline_pct), KIND_REAL, false},
-        {FIELD(predicted_ms), KIND_REAL, false},
-        {FIELD(peak_mem_mib), KIND_REAL, false},
-        {FIELD(memory_bytes), KIND_INTEGER, false},
-        {FIELD(rel_err), KIND_REAL, false},
-        {FIELD(sm_clock_mhz), KIND_REAL, false},
-        {FIELD(throttled), KIND_INTEGER, false},
-        {FIELD(status), KIND_TEXT, false},
-        {FIELD(message), KIND_TEXT, false},
-        {FIELD(requested), KIND_TEXT, true},
-        {FIELD(providers), KIND_TEXT, false},
-        {FIELD(warm), KIND_INTEGER, true},
-        {FIELD(threads), KIND_INTEGER, true},
-        {FIELD(memory_total_mib), KIND_REAL, false},
-        {FIELD(copy_gb_per_s), KIND_REAL, false},
-        {FIELD(read_gb_per_s), KIND_REAL, false},
-        {FIELD(gemm_tflops), KIND_REAL, false},
-        {FIELD(compiler), KIND_TEXT, false},
-        {FIELD(runtime), KIND_TEXT, false},
-};
+static const struct column columns[] = {RECORD_COLUMNS(TEXT, INTEGER, REAL)};
 
 enum { N_COLUMNS = sizeof columns / sizeof columns[0] };
 
-struct record record_empty(void)
+struct record record_read(const struct csv *csv, int row)
 {
 	struct record record = {0};
 
 	for (int i = 0; i < N_COLUMNS; i++) {
+		const char *name = columns[i].name;
 		void *field = (char *)&record + columns[i].offset;
+		double number = columns[i].kind == KIND_TEXT ? 0 : csv_number(csv, row, name);
 
 		if (columns[i].kind == KIND_TEXT)
-			*(const char **)field = "";
+			*(const char **)field = csv_text(csv, row, name);
 		else if (columns[i].kind == KIND_INTEGER)
-			*(int64_t *)field = NO_VALUE;
+			*(int64_t *)field =
+			        number >= 0 && number < 9e15 ? (int64_t)number : NO_VALUE;
 		else
-			*(double *)field = NAN;
+			*(double *)field = number;
 	}
 	return record;
+}
+
+struct record record_empty(void)
+{
+	const struct csv nothing = {0};
+
+	return record_read(&nothing, 0);
 }
 
 /* A field as the CSV has it, before quoting; number[] is room for it. */
@@ -131,7 +79,7 @@ static const char *field_text(const struct record *record, const struct column *
 }
 
 /* The text that two rows of the same case have in common; to be freed. */
-static char *key_of_record(const struct record *record)
+static char *key_of_record(const struct record_file *file, const struct record *record)
 {
 	char *key = NULL, number[32];
 	size_t length;
@@ -140,24 +88,9 @@ static char *key_of_record(const struct record *record)
 	if (!text)
 		return NULL;
 	for (int i = 0; i < N_COLUMNS; i++)
-		if (columns[i].key)
+		if (columns[i].key && !(file->any_batch && strcmp(columns[i].name, "batch") == 0))
 			fprintf(text, "%s=%s\n", columns[i].name,
 			        field_text(record, &columns[i], number));
-	return fclose(text) == 0 ? key : NULL;
-}
-
-static char *key_of_row(const struct csv *csv, int row)
-{
-	char *key = NULL;
-	size_t length;
-	FILE *text = open_memstream(&key, &length);
-
-	if (!text)
-		return NULL;
-	for (int i = 0; i < N_COLUMNS; i++)
-		if (columns[i].key)
-			fprintf(text, "%s=%s\n", columns[i].name,
-			        csv_text(csv, row, columns[i].name));
 	return fclose(text) == 0 ? key : NULL;
 }
 
@@ -183,7 +116,8 @@ static enum status read_done(struct record_file *file, const struct csv *csv, co
 	for (int row = 0; row < csv->n_rows; row++) {
 		if (!row_finished(csv, row, git_sha))
 			continue;
-		char *key = key_of_row(csv, row);
+		const struct record record = record_read(csv, row);
+		char *key = key_of_record(file, &record);
 
 		if (!key)
 			return status_set(STATUS_OOM, "%s: no memory for its keys", file->path);
@@ -287,24 +221,23 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 {
 	struct csv csv;
 	struct stat info;
-	enum status status;
+	enum status status = STATUS_OK;
 
 	if (fstat(file->descriptor, &info) != 0 || !S_ISREG(info.st_mode))
 		return append_line(file, NULL);
 	if (mode == RECORD_TRUNCATE && ftruncate(file->descriptor, 0) != 0)
 		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
-	status = csv_read(file->path, &csv);
-	if (status != STATUS_OK)
-		return status;
+	TRY(csv_read(file->path, &csv));
 	if (csv.cut && ftruncate(file->descriptor, (off_t)csv.whole_bytes) != 0)
 		status = status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
 	else if (csv.n_columns == 0)
 		status = append_line(file, NULL);
 	else if (!columns_match(&csv))
 		status = status_set(STATUS_INVALID,
-		                    "--out: %s has other columns than this program writes; "
-		                    "name another file or start anew with --truncate",
-		                    file->path);
+		                    "--out: %s has other columns than this program writes "
+		                    "(schema %s); move it away, name another file with --out, "
+		                    "or replace it with --truncate",
+		                    file->path, schema);
 	else if (mode == RECORD_RESUME)
 		status = read_done(file, &csv, git_sha);
 	csv_release(&csv);
@@ -312,21 +245,18 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 }
 
 enum status record_open(struct record_file *file, const char *path, enum record_mode mode,
-                        const char *git_sha)
+                        const char *git_sha, bool any_batch)
 {
-	*file = (struct record_file){.descriptor = -1};
+	*file = (struct record_file){.descriptor = -1, .any_batch = any_batch};
 	snprintf(file->path, sizeof file->path, "%s", path);
-	enum status status = make_folders(path);
-
-	if (status != STATUS_OK)
-		return status;
+	TRY(make_folders(path));
 	file->descriptor = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
 	if (file->descriptor < 0) /* perhaps a pipe, which cannot be read */
 		file->descriptor = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
 	if (file->descriptor < 0)
 		return status_set(STATUS_IO, "--out: %s cannot be written: %s", path,
 		                  strerror(errno));
-	status = adopt_content(file, mode, git_sha);
+	enum status status = adopt_content(file, mode, git_sha);
 	if (status != STATUS_OK)
 		record_close(file);
 	return status;
@@ -342,29 +272,13 @@ void record_close(struct record_file *file)
 	*file = (struct record_file){.descriptor = -1};
 }
 
-/* Compares two keys line by line, but for the line of the batch if it does not matter. */
-static bool keys_equal(const char *a, const char *b, bool without_batch)
+bool record_done(const struct record_file *file, const struct record *record)
 {
-	while (*a && *b) {
-		size_t a_length = strcspn(a, "\n"), b_length = strcspn(b, "\n");
-		bool batch = strncmp(a, "batch=", 6) == 0;
-
-		if (!(batch && without_batch) &&
-		    (a_length != b_length || memcmp(a, b, a_length) != 0))
-			return false;
-		a += a_length + 1;
-		b += b_length + 1;
-	}
-	return *a == *b;
-}
-
-bool record_done(const struct record_file *file, const struct record *record, bool without_batch)
-{
-	char *key = key_of_record(record);
+	char *key = key_of_record(file, record);
 	bool found = false;
 
 	for (int i = 0; key && !found && i < file->n_done; i++)
-		found = keys_equal(file->done[i], key, without_batch);
+		found = strcmp(file->done[i], key) == 0;
 	free(key);
 	return found;
 }

@@ -9,42 +9,61 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "bench/harness/csv.h"
 #include "kernels/status.h"
 
 /*
- * One row, field by field as in the CSV, in its order. Strings are borrowed. Not a number, a
- * negative integer and an empty string are empty fields. Times in milliseconds.
+ * The columns of the CSV, in its order. Rows with the same keys are measurements of the same case.
+ * Times in milliseconds; compiler and runtime are versions.
  */
+/* clang-format off */
+#define RECORD_COLUMNS(TEXT, INTEGER, REAL) \
+	TEXT(run_id, VALUE) TEXT(time_utc, VALUE) TEXT(git_sha, VALUE) \
+	INTEGER(git_dirty, VALUE) TEXT(host, VALUE) TEXT(device, KEY) TEXT(driver, VALUE) \
+	TEXT(cuda, VALUE) TEXT(backend, KEY) TEXT(program, VALUE) TEXT(block, KEY) \
+	TEXT(pattern, KEY) \
+	TEXT(provider, VALUE) /* of the operations that mix tokens, as they ran */ \
+	TEXT(pass, KEY) TEXT(dtype, KEY) INTEGER(batch, KEY) INTEGER(seq_len, KEY) \
+	INTEGER(chunk, KEY) INTEGER(window, KEY) INTEGER(groups, KEY) TEXT(position, KEY) \
+	INTEGER(d_model, KEY) INTEGER(n_heads, KEY) INTEGER(kv_heads, VALUE) \
+	INTEGER(d_head, VALUE) INTEGER(d_k, KEY) INTEGER(d_v, KEY) \
+	INTEGER(n_layers, VALUE) INTEGER(parameters, VALUE) \
+	INTEGER(state_bytes_per_sequence, VALUE) REAL(state_bytes_per_token, VALUE) \
+	TEXT(model, KEY) INTEGER(prompt, KEY) INTEGER(generate, KEY) \
+	INTEGER(micro_batch, VALUE) REAL(latency_ms, VALUE) REAL(latency_p20_ms, VALUE) \
+	REAL(latency_p80_ms, VALUE) REAL(latency_min_ms, VALUE) INTEGER(samples, VALUE) \
+	REAL(prefill_ms, VALUE) /* throughput: of the prompt, which tokens_per_s leaves out */ \
+	REAL(tokens_per_s, VALUE) REAL(flops, VALUE) REAL(tflops, VALUE) \
+	REAL(bytes, VALUE) REAL(gb_per_s, VALUE) REAL(roofline_ms, VALUE) \
+	REAL(roofline_pct, VALUE) \
+	REAL(predicted_ms, VALUE) /* of a launch, before it was measured */ \
+	REAL(peak_mem_mib, VALUE) /* planned and taken */ \
+	INTEGER(memory_bytes, VALUE) /* wanted, taken or not */ \
+	REAL(rel_err, VALUE) REAL(sm_clock_mhz, VALUE) INTEGER(throttled, VALUE) \
+	TEXT(status, VALUE) TEXT(message, VALUE) \
+	TEXT(requested, KEY) /* --provider; empty: the fastest */ \
+	TEXT(providers, VALUE) /* every operation's, as it ran: "attention=cudnn ..." */ \
+	INTEGER(warm, KEY) INTEGER(threads, KEY) REAL(memory_total_mib, VALUE) \
+	REAL(copy_gb_per_s, VALUE) REAL(read_gb_per_s, VALUE) REAL(gemm_tflops, VALUE) \
+	TEXT(compiler, VALUE) TEXT(runtime, VALUE)
+/* clang-format on */
+
+#define RECORD_TEXT(name, key)    const char *name;
+#define RECORD_INTEGER(name, key) int64_t name;
+#define RECORD_REAL(name, key)    double name;
+#define RECORD_FIELDS             RECORD_COLUMNS(RECORD_TEXT, RECORD_INTEGER, RECORD_REAL)
+
+/* One row. Strings are borrowed. Not a number, a negative integer and an empty string are empty
+ * fields. */
 struct record {
-	const char *run_id, *time_utc, *git_sha;
-	int64_t git_dirty;
-	const char *host, *device, *driver, *cuda, *backend, *program, *block, *pattern;
-	const char *provider; /* of the operations that mix tokens, as they ran */
-	const char *pass, *dtype;
-	int64_t batch, seq_len, chunk, window, groups;
-	const char *position;
-	int64_t d_model, n_heads, d_head, d_k, d_v, n_layers;
-	const char *model;
-	int64_t prompt, generate, micro_batch;
-	double latency_ms, latency_p20_ms, latency_p80_ms, latency_min_ms;
-	int64_t samples;
-	double prefill_ms; /* throughput: of the prompt, which tokens_per_s leaves out */
-	double tokens_per_s, flops, tflops, bytes, gb_per_s, roofline_ms, roofline_pct;
-	double predicted_ms;  /* of a launch, before it was measured */
-	double peak_mem_mib;  /* planned and taken */
-	int64_t memory_bytes; /* wanted, taken or not */
-	double rel_err, sm_clock_mhz;
-	int64_t throttled;
-	const char *status, *message;
-	const char *requested; /* --provider; empty: the fastest */
-	const char *providers; /* every operation's, as it ran: "attention=cudnn ..." */
-	int64_t warm, threads;
-	double memory_total_mib, copy_gb_per_s, read_gb_per_s, gemm_tflops;
-	const char *compiler, *runtime; /* library versions */
+	RECORD_FIELDS
 };
 
 /* A record with every field empty. */
 struct record record_empty(void);
+
+/* A row of a file: columns that it does not have are empty, as are numbers that are none. */
+struct record record_read(const struct csv *csv, int row);
 
 /* The header, and a row, as lines of CSV. */
 void record_print_header(FILE *file);
@@ -57,6 +76,7 @@ struct record_file {
 	/* Resuming: the keys of finished rows, and the run they belong to. */
 	int n_done;
 	char **done;
+	bool any_batch; /* a row is the same case whatever its batch */
 	char run_id[128];
 };
 
@@ -70,11 +90,11 @@ enum record_mode { RECORD_APPEND, RECORD_TRUNCATE, RECORD_RESUME };
  * STATUS_INVALID with the file's name.
  */
 enum status record_open(struct record_file *file, const char *path, enum record_mode mode,
-                        const char *git_sha);
+                        const char *git_sha, bool any_batch);
 void record_close(struct record_file *file);
 
-/* Whether a row with the key of `record` is finished. without_batch: whatever its batch. */
-bool record_done(const struct record_file *file, const struct record *record, bool without_batch);
+/* Whether a row with the key of `record` is finished. */
+bool record_done(const struct record_file *file, const struct record *record);
 
 /* Appends a row and forces it to the disk. */
 enum status record_append(struct record_file *file, const struct record *record);

@@ -1,90 +1,78 @@
 #include "bench/harness/results.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Groups of q and k that a RAT has unless its series says otherwise. */
-enum { USUAL_GROUPS = 2 };
+#include "bench/harness/case.h"
+#include "layers/try.h"
 
-static int64_t csv_integer(const struct csv *csv, int row, const char *name)
+enum { LAST_SCHEMA = 2 };
+
+/*
+ * What the layers of a row have for an argument: "16", or "16|64" where they differ; "" if none
+ * has it. The pattern says, or in old files the column of the argument.
+ */
+static void argument_values(const struct csv *csv, int row, const char *name, char *text,
+                            size_t size)
 {
-	double value = csv_number(csv, row, name);
+	const char *at = csv_text(csv, row, "pattern");
+	const size_t name_length = strlen(name);
+	size_t length = 0, first = 0;
+	bool differ = false;
 
-	return value >= 0 && value < 9e15 ? (int64_t)value : -1;
-}
+	snprintf(text, size, "%s", strchr(at, '(') ? "" : csv_text(csv, row, name));
+	for (at = strpbrk(at, "(,"); at; at = strpbrk(at + 1, "(,")) {
+		if (strncmp(at + 1, name, name_length) != 0 || at[1 + name_length] != '=')
+			continue;
+		const char *value = at + 1 + name_length + 1;
+		size_t value_length = strcspn(value, ",)");
 
-static void append_option(char *series, size_t size, const char *name, int64_t value)
-{
-	size_t length = strlen(series);
-
-	if (value >= 0)
-		snprintf(series + length, size - length, " %s=%lld", name, (long long)value);
+		first = first ? first : value_length;
+		differ = differ ||
+		         (length > 0 && (first != value_length || memcmp(text, value, first) != 0));
+		if (length + value_length + 2 > size)
+			break;
+		length += (size_t)snprintf(text + length, size - length, "%s%.*s",
+		                           length ? "|" : "", (int)value_length, value);
+	}
+	if (length > 0 && !differ)
+		text[first] = '\0';
 }
 
 static void name_series(const struct csv *csv, int row, struct result *result)
 {
-	char *series = result->series;
+	static const struct {
+		const char *argument, *label, *usual; /* usual: a value that goes without saying */
+	} told[] = {{"chunk", "L=", ""},
+	            {"window", "W=", ""},
+	            {"groups", "G=", "2"}, /* of q and k of a RAT */
+	            {"position", "", "rope"}};
 	const char *pattern = csv_text(csv, row, "pattern");
-	int64_t groups = csv_integer(csv, row, "groups");
+	char *series = result->series, value[64];
+	const size_t size = sizeof result->series;
 
-	snprintf(series, sizeof result->series - 1, "%s", *pattern ? pattern : result->block);
-	for (char *c = series; *c; c++)
-		if (*c == ',')
-			*c = '-';
-	append_option(series, sizeof result->series, "L", result->chunk);
-	append_option(series, sizeof result->series, "W", csv_integer(csv, row, "window"));
-	append_option(series, sizeof result->series, "G", groups == USUAL_GROUPS ? -1 : groups);
-	if (strcmp(csv_text(csv, row, "position"), "none") == 0) {
+	pattern_names(*pattern ? pattern : result->block, '-', series, size);
+	for (size_t i = 0; i < sizeof told / sizeof *told; i++) {
+		argument_values(csv, row, told[i].argument, value, sizeof value);
+		if (strcmp(value, told[i].usual) == 0 || !value[0])
+			continue;
 		size_t length = strlen(series);
-
-		snprintf(series + length, sizeof result->series - length, " NoPE");
+		snprintf(series + length, size - length, " %s%s", told[i].label,
+		         strcmp(value, "none") == 0 ? "NoPE" : value);
 	}
-}
-
-static bool whole_model(const struct result *r)
-{
-	return strcmp(r->pass, "throughput") == 0;
 }
 
 static struct result read_row(const struct csv *csv, int row)
 {
-	struct result result = {
-	        .program = csv_text(csv, row, "program"),
-	        .block = csv_text(csv, row, "block"),
-	        .pass = csv_text(csv, row, "pass"),
-	        .dtype = csv_text(csv, row, "dtype"),
-	        .model = csv_text(csv, row, "model"),
-	        .provider = csv_text(csv, row, "provider"),
-	        .requested = csv_text(csv, row, "requested"),
-	        .device = csv_text(csv, row, "device"),
-	        .driver = csv_text(csv, row, "driver"),
-	        .time_utc = csv_text(csv, row, "time_utc"),
-	        .git_sha = csv_text(csv, row, "git_sha"),
-	        .status = csv_text(csv, row, "status"),
-	        .message = csv_text(csv, row, "message"),
-	        .batch = csv_integer(csv, row, "batch"),
-	        .seq_len = csv_integer(csv, row, "seq_len"),
-	        .chunk = csv_integer(csv, row, "chunk"),
-	        .d_model = csv_integer(csv, row, "d_model"),
-	        .n_heads = csv_integer(csv, row, "n_heads"),
-	        .prompt = csv_integer(csv, row, "prompt"),
-	        .generate = csv_integer(csv, row, "generate"),
-	        .warm = csv_integer(csv, row, "warm"),
-	        .threads = csv_integer(csv, row, "threads"),
-	        .git_dirty = csv_integer(csv, row, "git_dirty"),
-	        .throttled = csv_integer(csv, row, "throttled"),
-	        .samples = csv_integer(csv, row, "samples"),
-	        .latency_ms = csv_number(csv, row, "latency_ms"),
-	        .latency_p20_ms = csv_number(csv, row, "latency_p20_ms"),
-	        .latency_p80_ms = csv_number(csv, row, "latency_p80_ms"),
-	        .tokens_per_s = csv_number(csv, row, "tokens_per_s"),
-	        .flops = csv_number(csv, row, "flops"),
-	        .bytes = csv_number(csv, row, "bytes"),
-	};
+	struct result result = {.record = record_read(csv, row)};
 
+	result.kind = pass_find(result.pass);
+	if (!(csv_number(csv, row, "schema") > 1))
+		result.pattern = "";
 	/* A block is no part of a model, whatever its preset is for. */
-	if (!whole_model(&result))
+	if (!passes[result.kind].models)
 		result.model = "";
 	name_series(csv, row, &result);
 	return result;
@@ -105,19 +93,37 @@ static void add_row(struct results *results, int first, const struct result *res
 	results->row[results->count++] = *result;
 }
 
-enum status results_add(struct results *results, const char *path)
+/* Whether it is a results file that we understand. */
+static enum status check_file(const char *path, const struct csv *csv)
 {
 	static const char *const needed[] = {"block", "pass", "seq_len", "status"};
-	struct csv csv;
-	enum status status = csv_read(path, &csv);
 
-	if (status != STATUS_OK)
-		return status;
 	for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
-		if (csv_column(&csv, needed[i]) < 0) {
-			csv_release(&csv);
+		if (csv_column(csv, needed[i]) < 0)
 			return status_set(STATUS_INVALID, "%s: no column '%s'", path, needed[i]);
-		}
+	for (int row = 0; row < csv->n_rows; row++) {
+		if (csv_number(csv, row, "schema") > LAST_SCHEMA)
+			return status_set(STATUS_INVALID,
+			                  "%s: schema %.32s is of a later program; schema %d is "
+			                  "the last that this one knows",
+			                  path, csv_text(csv, row, "schema"), LAST_SCHEMA);
+		if (pass_find(csv_text(csv, row, "pass")) == PASS_COUNT)
+			return status_set(STATUS_INVALID, "%s: row %d: no pass is called '%.32s'",
+			                  path, row + 1, csv_text(csv, row, "pass"));
+	}
+	return STATUS_OK;
+}
+
+enum status results_add(struct results *results, const char *path)
+{
+	struct csv csv;
+
+	TRY(csv_read(path, &csv));
+	enum status status = check_file(path, &csv);
+	if (status != STATUS_OK) {
+		csv_release(&csv);
+		return status;
+	}
 	size_t n_rows = (size_t)results->count + (size_t)csv.n_rows + 1;
 	struct result *row = realloc(results->row, n_rows * sizeof *row);
 	if (row)
@@ -153,25 +159,37 @@ bool result_ok(const struct result *result)
 	return strcmp(result->status, status_name(STATUS_OK)) == 0;
 }
 
+/* Sizes that old files have of layers without such a one, and new ones have not. */
+static bool same_if_known(int64_t a, int64_t b)
+{
+	return a == b || a < 0 || b < 0;
+}
+
+static bool same_pattern(const struct result *a, const struct result *b)
+{
+	return !a->pattern[0] || !b->pattern[0] || strcmp(a->pattern, b->pattern) == 0;
+}
+
 bool result_same_case(const struct result *a, const struct result *b)
 {
-	return strcmp(a->series, b->series) == 0 && strcmp(a->program, b->program) == 0 &&
-	       strcmp(a->pass, b->pass) == 0 && strcmp(a->dtype, b->dtype) == 0 &&
-	       strcmp(a->model, b->model) == 0 && strcmp(a->requested, b->requested) == 0 &&
-	       (whole_model(a) || a->batch == b->batch) && a->seq_len == b->seq_len &&
-	       a->d_model == b->d_model && a->n_heads == b->n_heads && a->prompt == b->prompt &&
-	       a->generate == b->generate && a->warm == b->warm && a->threads == b->threads;
+	return strcmp(a->series, b->series) == 0 && same_pattern(a, b) && a->kind == b->kind &&
+	       strcmp(a->dtype, b->dtype) == 0 && strcmp(a->model, b->model) == 0 &&
+	       strcmp(a->requested, b->requested) == 0 &&
+	       (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
+	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
+	       a->prompt == b->prompt && a->generate == b->generate && a->warm == b->warm &&
+	       a->threads == b->threads;
 }
 
 bool result_same_table(const struct result *a, const struct result *b)
 {
-	bool generation = strcmp(a->pass, "generation") == 0;
+	const struct pass_info *pass = &passes[a->kind];
 	bool sized =
-	        whole_model(a) || (a->d_model == b->d_model &&
-	                           (generation ? a->batch == b->batch
-	                                       : a->batch * a->seq_len == b->batch * b->seq_len));
+	        pass->models || (a->d_model == b->d_model &&
+	                         (pass->step ? a->batch == b->batch
+	                                     : a->batch * a->seq_len == b->batch * b->seq_len));
 
-	return sized && strcmp(a->device, b->device) == 0 && strcmp(a->pass, b->pass) == 0 &&
+	return sized && a->kind == b->kind && strcmp(a->device, b->device) == 0 &&
 	       strcmp(a->dtype, b->dtype) == 0 && a->prompt == b->prompt &&
 	       a->generate == b->generate && a->warm == b->warm && a->threads == b->threads;
 }

@@ -5,19 +5,24 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "bench/harness/csv.h"
+#include "bench/harness/record.h"
 #include "kernels/status.h"
+#include "layers/pass.h"
 
-/* One row. Empty fields: "", -1, NAN. Strings belong to the results. */
+/* One row. Strings belong to the results. */
 struct result {
 	/* What varies with the block and its own options: "attention", "rat L=16",
 	 * "rat-swa L=16 W=1024", "attention NoPE". */
 	char series[96];
-	const char *program, *block, *pass, *dtype, *model, *provider, *requested;
-	const char *device, *driver, *time_utc, *git_sha, *status, *message;
-	int64_t batch, seq_len, chunk, d_model, n_heads, prompt, generate;
-	int64_t warm, threads, git_dirty, throttled, samples;
-	double latency_ms, latency_p20_ms, latency_p80_ms, tokens_per_s, flops, bytes;
+	enum pass kind;
+	/* `pattern` is empty of a file that tells less than the columns of the case, `model` of
+	 * what is no whole model. */
+	union {
+		struct record record;
+		struct {
+			RECORD_FIELDS
+		};
+	};
 };
 
 struct results {
@@ -29,7 +34,8 @@ struct results {
 
 /*
  * Adds the rows of a CSV file. A case that the file has several times counts
- * once, as it was last. STATUS_IO, STATUS_INVALID (no results file), STATUS_OOM.
+ * once, as it was last. STATUS_IO, STATUS_INVALID (no results file, or of a later
+ * program), STATUS_OOM.
  */
 enum status results_add(struct results *results, const char *path);
 void results_release(struct results *results);

@@ -20,12 +20,11 @@ static int32_t row_argmax(const float *x, int64_t count)
 	return (int32_t)i;
 }
 
-enum status cpu_argmax(const void *args, void *workspace)
+enum status cpu_argmax(struct device *device, const void *args, void *workspace)
 {
 	const struct argmax_args *a = args;
 	const float *logits = a->logits;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static) if (a->n_tokens > 1)
 	for (int64_t n = 0; n < a->n_tokens; n++)
 		a->tokens[n] = row_argmax(logits + n * a->vocab, a->vocab);

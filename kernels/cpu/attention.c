@@ -51,7 +51,7 @@ struct tile {
 	int64_t b, h, first, n;
 };
 
-size_t cpu_attention_workspace(const void *args)
+size_t cpu_attention_workspace(const struct device *device, const void *args)
 {
 	const struct attention_args *a = args;
 	struct scratch unused;
@@ -277,7 +277,7 @@ static void attend_tile(const struct attention_args *a, const struct tile *tile,
 	store_queries(a, tile, s);
 }
 
-enum status cpu_attention(const void *args, void *workspace)
+enum status cpu_attention(struct device *device, const void *args, void *workspace)
 {
 	const struct attention_args *a = args;
 	int64_t heads = a->batch * a->n_heads;

@@ -92,7 +92,7 @@ static struct plan make_plan(const struct attention_backward_args *args, float *
 	return p;
 }
 
-size_t cpu_attention_backward_workspace(const void *args)
+size_t cpu_attention_backward_workspace(const struct device *device, const void *args)
 {
 	return make_plan(args, NULL).size * sizeof(float);
 }
@@ -364,7 +364,7 @@ static void sum_dq(const struct plan *p, int64_t b, int64_t t)
 	}
 }
 
-enum status cpu_attention_backward(const void *args, void *workspace)
+enum status cpu_attention_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct plan p = make_plan(args, workspace);
 	const struct attention_args *a = &p.args->forward;

@@ -1,7 +1,7 @@
 /* The CPU backend: the process's own memory, the monotonic clock, and the kernels of this folder.
  */
 #define _GNU_SOURCE
-#include "kernels/backend.h"
+#include "kernels/device.h"
 
 #include <cblas.h>
 #include <inttypes.h>
@@ -14,29 +14,67 @@
 #include <time.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/reference/reference.h"
 
 enum { PAGE_BYTES = 4096, HUGE_PAGE_BYTES = 2 << 20, LINE_BYTES = 64 };
 
-static double stopwatch_started;
-static char *flush_buffer;
-static size_t flush_bytes;
+/* A handle: the device, and its other face, the reference's. */
+struct cpu_device {
+	struct device base, reference;
+	double stopwatch_started;
+	char *flush_buffer;
+	size_t flush_bytes;
+	struct kernel *kernels; /* those of this folder, then the ones that open() was given */
+};
+
+static struct cpu_device *cpu_device_of(const struct device *device)
+{
+	return device->state;
+}
 
 /*
  * The kernels call BLAS from inside OpenMP regions, each thread on its own block: BLAS's own
  * threads would spin against OpenMP's on the same cores.
  */
-static enum status cpu_open(int index)
+static enum status cpu_open(const char *which, const struct kernel *const *more,
+                            struct device **device)
 {
-	if (index != 0)
-		return status_set(STATUS_INVALID, "backend cpu has one device, 0, not %d", index);
+	struct cpu_device *cpu = calloc(1, sizeof *cpu);
+
+	if (which && *which && strcmp(which, "0") != 0) {
+		free(cpu);
+		return status_set(STATUS_INVALID,
+		                  "--device: backend cpu has one device, 0, not '%.64s'", which);
+	}
+	if (cpu)
+		cpu->kernels = kernels_joined(cpu_kernels, more);
+	if (!cpu || !cpu->kernels) {
+		free(cpu);
+		return status_set(STATUS_OOM, "no memory for a device");
+	}
 	openblas_set_num_threads(1);
+	cpu->reference = (struct device){.backend = &cpu_backend,
+	                                 .activation = DTYPE_F64,
+	                                 .wide = DTYPE_F64,
+	                                 .kernels = reference_kernels,
+	                                 .state = cpu};
+	cpu->base = (struct device){.backend = &cpu_backend,
+	                            .activation = DTYPE_F32,
+	                            .wide = DTYPE_F32,
+	                            .kernels = cpu->kernels,
+	                            .state = cpu,
+	                            .reference = &cpu->reference};
+	*device = &cpu->base;
 	return STATUS_OK;
 }
 
-static void cpu_close(void)
+static void cpu_close(struct device *device)
 {
-	free(flush_buffer);
-	flush_buffer = NULL;
+	struct cpu_device *cpu = cpu_device_of(device);
+
+	free(cpu->flush_buffer);
+	free(cpu->kernels);
+	free(cpu);
 }
 
 /* The first unsigned number after `key` in a file of lines; false if there is none. */
@@ -145,7 +183,7 @@ static void cpu_model(char *name, size_t size)
 		fclose(file);
 }
 
-static enum status cpu_info(struct device_info *info)
+static enum status cpu_info(struct device *device, struct device_info *info)
 {
 	struct utsname system;
 
@@ -169,7 +207,7 @@ static void touch_pages(char *memory, size_t bytes)
 		memory[i] = 0;
 }
 
-static enum status cpu_allocate(size_t bytes, void **memory)
+static enum status cpu_allocate(struct device *device, size_t bytes, void **memory)
 {
 	size_t total, available;
 	size_t alignment = bytes >= 2 * HUGE_PAGE_BYTES ? HUGE_PAGE_BYTES : PAGE_BYTES;
@@ -190,26 +228,26 @@ static enum status cpu_allocate(size_t bytes, void **memory)
 	return STATUS_OK;
 }
 
-static void cpu_release(void *memory)
+static void cpu_release(struct device *device, void *memory)
 {
 	free(memory);
 }
 
-static enum status cpu_copy(void *to, const void *from, size_t bytes)
+static enum status cpu_copy(struct device *device, void *to, const void *from, size_t bytes)
 {
 	if (bytes > 0)
 		memmove(to, from, bytes);
 	return STATUS_OK;
 }
 
-static enum status cpu_fill(void *device, int byte, size_t bytes)
+static enum status cpu_fill(struct device *device, void *memory, int byte, size_t bytes)
 {
 	if (bytes > 0)
-		memset(device, byte, bytes);
+		memset(memory, byte, bytes);
 	return STATUS_OK;
 }
 
-static enum status cpu_synchronize(void)
+static enum status cpu_synchronize(struct device *device)
 {
 	return STATUS_OK;
 }
@@ -222,15 +260,15 @@ static double seconds_now(void)
 	return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static enum status cpu_stopwatch_start(void)
+static enum status cpu_stopwatch_start(struct device *device)
 {
-	stopwatch_started = seconds_now();
+	cpu_device_of(device)->stopwatch_started = seconds_now();
 	return STATUS_OK;
 }
 
-static enum status cpu_stopwatch_stop(double *milliseconds)
+static enum status cpu_stopwatch_stop(struct device *device, double *milliseconds)
 {
-	*milliseconds = 1e3 * (seconds_now() - stopwatch_started);
+	*milliseconds = 1e3 * (seconds_now() - cpu_device_of(device)->stopwatch_started);
 	return STATUS_OK;
 }
 
@@ -251,29 +289,55 @@ static size_t last_level_cache_bytes(void)
 }
 
 /* Streams over twice the last-level cache; every thread a part, to clear its private caches too. */
-static enum status cpu_flush_cache(void)
+static enum status cpu_flush_cache(struct device *device)
 {
-	if (!flush_buffer) {
+	struct cpu_device *cpu = cpu_device_of(device);
+
+	if (!cpu->flush_buffer) {
 		void *memory;
-		flush_bytes = 2 * last_level_cache_bytes();
-		enum status status = cpu_allocate(flush_bytes, &memory);
+		cpu->flush_bytes = 2 * last_level_cache_bytes();
+		enum status status = cpu_allocate(device, cpu->flush_bytes, &memory);
 
 		if (status != STATUS_OK)
 			return status;
-		flush_buffer = memory;
+		cpu->flush_buffer = memory;
 	}
+	char *buffer = cpu->flush_buffer;
 #pragma omp parallel for schedule(static)
-	for (size_t i = 0; i < flush_bytes; i += LINE_BYTES)
-		flush_buffer[i]++;
+	for (size_t i = 0; i < cpu->flush_bytes; i += LINE_BYTES)
+		buffer[i]++;
 	return STATUS_OK;
 }
 
-static void cpu_range_push(const char *name)
+static enum status cpu_gather(struct device *device, const struct gather *gather, void *to)
 {
-	(void)name;
+	gather_on_host(gather, to);
+	return STATUS_OK;
 }
 
-static void cpu_range_pop(void)
+static enum status cpu_count_nonfinite(struct device *device, const struct gather *region,
+                                       int64_t *n)
+{
+	*n = nonfinite_on_host(region);
+	return STATUS_OK;
+}
+
+static enum status cpu_add(struct device *device, int64_t count, const void *from, void *to)
+{
+	const float *addend = from;
+	float *sum = to;
+
+#pragma omp parallel for simd schedule(static)
+	for (int64_t i = 0; i < count; i++)
+		sum[i] += addend[i];
+	return STATUS_OK;
+}
+
+static void cpu_range_push(struct device *device, const char *name)
+{
+}
+
+static void cpu_range_pop(struct device *device)
 {
 }
 
@@ -292,7 +356,9 @@ const struct backend cpu_backend = {
         .stopwatch_start = cpu_stopwatch_start,
         .stopwatch_stop = cpu_stopwatch_stop,
         .flush_cache = cpu_flush_cache,
+        .count_nonfinite = cpu_count_nonfinite,
+        .gather = cpu_gather,
+        .add = cpu_add,
         .range_push = cpu_range_push,
         .range_pop = cpu_range_pop,
-        .kernels = cpu_kernels,
 };

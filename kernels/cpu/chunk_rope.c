@@ -34,7 +34,7 @@ void chunk_rope_table(int64_t d, int64_t first, int64_t count, float *table)
 	}
 }
 
-void chunk_rope_rotate(int64_t d, const float *row, const float *from, float *to)
+static void rotate(int64_t d, const float *row, const float *from, float *to, float sign)
 {
 	int64_t half = d / 2;
 
@@ -45,27 +45,19 @@ void chunk_rope_rotate(int64_t d, const float *row, const float *from, float *to
 	}
 #pragma omp simd
 	for (int64_t i = 0; i < half; i++) {
-		float x1 = from[i], x2 = from[half + i], c = row[i], s = row[half + i];
+		float x1 = from[i], x2 = from[half + i], c = row[i], s = sign * row[half + i];
 
 		to[i] = x1 * c - x2 * s;
 		to[half + i] = x2 * c + x1 * s;
 	}
 }
 
+void chunk_rope_rotate(int64_t d, const float *row, const float *from, float *to)
+{
+	rotate(d, row, from, to, 1);
+}
+
 void chunk_rope_unrotate(int64_t d, const float *row, const float *from, float *to)
 {
-	int64_t half = d / 2;
-
-	if (!row) {
-		if (to != from)
-			memcpy(to, from, sizeof *to * (size_t)d);
-		return;
-	}
-#pragma omp simd
-	for (int64_t i = 0; i < half; i++) {
-		float x1 = from[i], x2 = from[half + i], c = row[i], s = row[half + i];
-
-		to[i] = x1 * c + x2 * s;
-		to[half + i] = x2 * c - x1 * s;
-	}
+	rotate(d, row, from, to, -1);
 }

@@ -65,13 +65,12 @@ static void clear_row(const struct cross_entropy_args *a, int64_t n)
 }
 
 /* Where no target is valid the mean is 0/0, NaN, and the gradient zero. */
-enum status cpu_cross_entropy(const void *args, void *workspace)
+enum status cpu_cross_entropy(struct device *device, const void *args, void *workspace)
 {
 	const struct cross_entropy_args *a = args;
 	int64_t n_valid = 0;
 	double sum = 0;
 
-	(void)workspace;
 	for (int64_t n = 0; n < a->n_tokens; n++)
 		n_valid += a->targets[n] >= 0;
 #pragma omp parallel for schedule(static)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
 
 /* Tokens are taken in blocks whose logits stay in cache between the product and the gate. */
@@ -27,12 +28,11 @@ static void project(const struct decay_gate_args *a, int64_t first, int64_t n, f
 	            (int)a->rank, 0, to, (int)a->d_out);
 }
 
-enum status cpu_decay_gate(const void *args, void *workspace)
+enum status cpu_decay_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_args *a = args;
 	float inverse = 1.0f / a->normalizer;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t block = 0; block < count_blocks(a); block++) {
 		int64_t first = block * BLOCK_TOKENS, n = block_size(a, first);
@@ -67,7 +67,7 @@ static struct partial partial_of(const struct decay_gate_args *f, void *workspac
 	return (struct partial){dbias, (float *)(dbias + f->d_out)};
 }
 
-size_t cpu_decay_gate_backward_workspace(const void *args)
+size_t cpu_decay_gate_backward_workspace(const struct device *device, const void *args)
 {
 	const struct decay_gate_backward_args *a = args;
 
@@ -115,18 +115,17 @@ static void add_partials(const struct decay_gate_backward_args *a, void *workspa
 	const struct decay_gate_args *f = &a->forward;
 
 	memset(a->dweight, 0, sizeof *a->dweight * (size_t)(f->d_out * f->rank));
-	memset(a->dbias, 0, sizeof *a->dbias * (size_t)f->d_out);
+	add_shares(workspace, n_threads, (int64_t)(partial_bytes(f) / sizeof(double)), f->d_out,
+	           a->dbias);
 	for (int thread = 0; thread < n_threads; thread++) {
 		struct partial sum = partial_of(f, workspace, thread);
 
-		for (int64_t i = 0; i < f->d_out; i++)
-			a->dbias[i] += (float)sum.dbias[i];
 		for (int64_t i = 0; i < f->d_out * f->rank; i++)
 			a->dweight[i] += sum.dweight[i];
 	}
 }
 
-enum status cpu_decay_gate_backward(const void *args, void *workspace)
+enum status cpu_decay_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_backward_args *a = args;
 	int n_threads = omp_get_max_threads();

@@ -6,13 +6,12 @@
 
 enum { COLUMN_BLOCK = 32 };
 
-enum status cpu_embedding(const void *args, void *workspace)
+enum status cpu_embedding(struct device *device, const void *args, void *workspace)
 {
 	const struct embedding_args *a = args;
 	const float *table = a->table;
 	float *y = a->y;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t n = 0; n < a->n_tokens; n++)
 		memcpy(y + n * a->d_model, table + a->tokens[n] * a->d_model,
@@ -38,12 +37,11 @@ static void sum_columns(const struct embedding_backward_args *a, int64_t first, 
 }
 
 /* Each thread owns columns, so that tokens that repeat neither race nor change the result. */
-enum status cpu_embedding_backward(const void *args, void *workspace)
+enum status cpu_embedding_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct embedding_backward_args *a = args;
 	int64_t n_blocks = (a->d_model + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 
-	(void)workspace;
 #pragma omp parallel
 	{
 		int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
 
 /* b and 1-b, [width] each, computed once. */
@@ -30,7 +31,7 @@ static size_t bounds_bytes(const struct forget_gate_args *a)
 	return 2 * sizeof(float) * (size_t)a->width;
 }
 
-size_t cpu_forget_gate_workspace(const void *args)
+size_t cpu_forget_gate_workspace(const struct device *device, const void *args)
 {
 	return bounds_bytes(args);
 }
@@ -57,7 +58,7 @@ static void token_forward(const struct forget_gate_args *a, const struct bounds 
 			key[i] = b->rest[i] * sigmoid_f32(-logit[i]);
 }
 
-enum status cpu_forget_gate(const void *args, void *workspace)
+enum status cpu_forget_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct forget_gate_args *a = args;
 	const struct bounds b = fill_bounds(a, workspace);
@@ -69,7 +70,7 @@ enum status cpu_forget_gate(const void *args, void *workspace)
 }
 
 /* The bounds, then each thread's share of dbound. */
-size_t cpu_forget_gate_backward_workspace(const void *args)
+size_t cpu_forget_gate_backward_workspace(const struct device *device, const void *args)
 {
 	const struct forget_gate_backward_args *a = args;
 
@@ -106,7 +107,7 @@ static void token_backward(const struct forget_gate_backward_args *a, const stru
 	}
 }
 
-enum status cpu_forget_gate_backward(const void *args, void *workspace)
+enum status cpu_forget_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct forget_gate_backward_args *a = args;
 	const struct forget_gate_args *f = &a->forward;
@@ -118,12 +119,6 @@ enum status cpu_forget_gate_backward(const void *args, void *workspace)
 #pragma omp parallel for schedule(static) num_threads(n_threads)
 	for (int64_t n = 0; n < f->n_tokens; n++)
 		token_backward(a, &b, n, partial + f->width * omp_get_thread_num());
-	for (int64_t i = 0; i < f->width; i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += partial[f->width * thread + i];
-		a->dbound[i] = (float)sum;
-	}
+	add_shares(partial, n_threads, f->width, f->width, a->dbound);
 	return STATUS_OK;
 }

@@ -3,12 +3,8 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
-
-static inline float silu_f32(float x)
-{
-	return x * sigmoid_f32(x);
-}
 
 /* u [H*d] of token n, before the norm: the skip connection, then the gate. */
 static void gated(const struct gate_norm_args *a, int64_t n, float *u)
@@ -30,24 +26,19 @@ static void gated(const struct gate_norm_args *a, int64_t n, float *u)
 			u[i] *= silu_f32(gate[n * a->gate_stride + i]);
 }
 
-enum status cpu_gate_norm(const void *args, void *workspace)
+enum status cpu_gate_norm(struct device *device, const void *args, void *workspace)
 {
 	const struct gate_norm_args *a = args;
 	int64_t width = a->n_heads * a->d_head, group = width / a->groups;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t n = 0; n < a->n_tokens; n++) {
 		float *out = (float *)a->out + n * width;
 
 		gated(a, n, out);
 		for (int64_t g = 0; g < a->groups; g++) {
-			float *u = out + g * group, sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-			for (int64_t i = 0; i < group; i++)
-				sum += u[i] * u[i];
-			float rstd = 1.0f / sqrtf(sum / (float)group + a->eps);
+			float *u = out + g * group;
+			float rstd = 1.0f / sqrtf(dot_f32(group, u, u) / (float)group + a->eps);
 
 			if (a->rstd)
 				a->rstd[n * a->groups + g] = rstd;
@@ -81,7 +72,7 @@ static struct scratch scratch_of(const struct gate_norm_args *f, void *workspace
 	return (struct scratch){memory, memory + group, rows, rows + width};
 }
 
-size_t cpu_gate_norm_backward_workspace(const void *args)
+size_t cpu_gate_norm_backward_workspace(const struct device *device, const void *args)
 {
 	const struct gate_norm_backward_args *a = args;
 
@@ -157,31 +148,15 @@ static void skip_backward(const struct gate_norm_backward_args *a, int64_t n,
 	}
 }
 
-static void add_shares(const struct gate_norm_backward_args *a, void *workspace, int n_threads)
-{
-	const struct gate_norm_args *f = &a->forward;
-	int64_t group = f->n_heads * f->d_head / f->groups;
-
-	for (int64_t i = 0; i < group + (f->skip ? f->n_heads : 0); i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += scratch_of(f, workspace, thread).dweight[i];
-		if (i < group)
-			a->dweight[i] = (float)sum;
-		else
-			a->dskip_weight[i - group] = (float)sum;
-	}
-}
-
-enum status cpu_gate_norm_backward(const void *args, void *workspace)
+enum status cpu_gate_norm_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct gate_norm_backward_args *a = args;
 	const struct gate_norm_args *f = &a->forward;
-	int64_t width = f->n_heads * f->d_head;
+	int64_t width = f->n_heads * f->d_head, group = width / f->groups;
+	int64_t share = (int64_t)scratch_doubles(f);
 	int n_threads = omp_get_max_threads();
 
-	memset(workspace, 0, scratch_doubles(f) * sizeof(double) * (size_t)n_threads);
+	memset(workspace, 0, cpu_gate_norm_backward_workspace(device, args));
 #pragma omp parallel for schedule(static) num_threads(n_threads)
 	for (int64_t n = 0; n < f->n_tokens; n++) {
 		struct scratch s = scratch_of(f, workspace, omp_get_thread_num());
@@ -192,6 +167,9 @@ enum status cpu_gate_norm_backward(const void *args, void *workspace)
 		skip_backward(a, n, &s);
 		memcpy((float *)a->dx + n * width, s.du, sizeof *s.du * (size_t)width);
 	}
-	add_shares(a, workspace, n_threads);
+	add_shares(workspace, n_threads, share, group, a->dweight);
+	if (f->skip)
+		add_shares((double *)workspace + group, n_threads, share, f->n_heads,
+		           a->dskip_weight);
 	return STATUS_OK;
 }

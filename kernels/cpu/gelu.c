@@ -40,13 +40,12 @@ static inline float normal_cdf(float x, float e)
 	return magnitude < 1.2f ? center : tail;
 }
 
-enum status cpu_gelu(const void *args, void *workspace)
+enum status cpu_gelu(struct device *device, const void *args, void *workspace)
 {
 	const struct gelu_args *a = args;
 	const float *x = a->x;
 	float *y = a->y;
 
-	(void)workspace;
 #pragma omp parallel for simd schedule(static)
 	for (int64_t i = 0; i < a->count; i++)
 		y[i] = x[i] * normal_cdf(x[i], gaussian(x[i]));
@@ -54,13 +53,12 @@ enum status cpu_gelu(const void *args, void *workspace)
 }
 
 /* gelu'(x) = Phi(x) + x phi(x), phi(x) = e^(-x^2/2) / sqrt(2 pi). */
-enum status cpu_gelu_backward(const void *args, void *workspace)
+enum status cpu_gelu_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct gelu_backward_args *a = args;
 	const float *x = a->x, *dy = a->dy;
 	float *dx = a->dx;
 
-	(void)workspace;
 #pragma omp parallel for simd schedule(static)
 	for (int64_t i = 0; i < a->count; i++) {
 		float e = gaussian(x[i]);

@@ -1,85 +1,56 @@
 /*
  * Every kernel of the CPU provider: fp32 tensors, OpenMP threads. `args` is the argument struct of
  * the operation (kernels/kernels.h) that the function is named after; `workspace` has at least the
- * bytes that cpu_X_workspace() asks for, planned for omp_get_max_threads() threads, and
- * is 64-byte aligned. All return STATUS_OK; arguments are trusted.
+ * bytes that the kernel asks for, planned for omp_get_max_threads() threads, and is 64-byte
+ * aligned. All return STATUS_OK; arguments are trusted.
  */
 #ifndef KERNELS_CPU_KERNELS_CPU_H
 #define KERNELS_CPU_KERNELS_CPU_H
 
-#include <stddef.h>
+#include "kernels/kernel_list.h"
 
-#include "kernels/kernels.h"
+/* clang-format off */
+#define CPU_KERNELS(X)                                                                             \
+	X(NORM_LINEAR, "cpu", cpu_norm_linear, any, none)                                          \
+	X(NORM_LINEAR_BACKWARD, "cpu", cpu_norm_linear_backward, any, workspace)                   \
+	X(LINEAR_RESIDUAL, "cpu", cpu_linear_residual, any, none)                                  \
+	X(LINEAR_RESIDUAL_BACKWARD, "cpu", cpu_linear_residual_backward, any, none)                \
+	X(ROTATE, "cpu", cpu_rotate, checked, workspace)                                           \
+	X(ROTATE_BACKWARD, "cpu", cpu_rotate_backward, checked, workspace)                         \
+	X(ATTENTION, "cpu", cpu_attention, any, workspace)                                         \
+	X(ATTENTION_BACKWARD, "cpu", cpu_attention_backward, any, workspace)                       \
+	X(ATTENTION_STEP, "cpu", cpu_attention_step, any, workspace)                               \
+	X(RAT_SCAN, "cpu", cpu_rat_scan, any, workspace)                                           \
+	X(RAT_SCAN_BACKWARD, "cpu", cpu_rat_scan_backward, any, workspace)                         \
+	X(RAT_STEP, "cpu", cpu_rat_step, any, workspace)                                           \
+	X(RECURRENCE, "cpu", cpu_recurrence, any, workspace)                                       \
+	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, any, workspace)                     \
+	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, any, none)                                  \
+	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, any, workspace)                         \
+	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, any, workspace)       \
+	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, any, workspace)               \
+	X(DECAY_GATE, "cpu", cpu_decay_gate, any, none)                                            \
+	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, any, workspace)                     \
+	X(NORM_GATE, "cpu", cpu_norm_gate, any, none)                                              \
+	X(NORM_GATE_BACKWARD, "cpu", cpu_norm_gate_backward, any, workspace)                       \
+	X(ROTATE_STEP, "cpu", cpu_rotate_step, checked, workspace)                                 \
+	X(SHORT_CONV, "cpu", cpu_short_conv, any, none)                                            \
+	X(SHORT_CONV_BACKWARD, "cpu", cpu_short_conv_backward, any, workspace)                     \
+	X(SHORT_CONV_STEP, "cpu", cpu_short_conv_step, any, none)                                  \
+	X(TIME_STEP, "cpu", cpu_time_step, any, none)                                              \
+	X(TIME_STEP_BACKWARD, "cpu", cpu_time_step_backward, any, workspace)                       \
+	X(FORGET_GATE, "cpu", cpu_forget_gate, any, workspace)                                     \
+	X(FORGET_GATE_BACKWARD, "cpu", cpu_forget_gate_backward, any, workspace)                   \
+	X(GATE_NORM, "cpu", cpu_gate_norm, any, none)                                              \
+	X(GATE_NORM_BACKWARD, "cpu", cpu_gate_norm_backward, any, workspace)                       \
+	X(GELU, "cpu", cpu_gelu, any, none)                                                        \
+	X(GELU_BACKWARD, "cpu", cpu_gelu_backward, any, none)                                      \
+	X(EMBEDDING, "cpu", cpu_embedding, any, none)                                              \
+	X(EMBEDDING_BACKWARD, "cpu", cpu_embedding_backward, any, none)                            \
+	X(CROSS_ENTROPY, "cpu", cpu_cross_entropy, any, none)                                      \
+	X(ARGMAX, "cpu", cpu_argmax, any, none)
+/* clang-format on */
 
-/* The list; ends with an entry whose run is NULL. */
-extern const struct kernel cpu_kernels[];
-
-enum status cpu_norm_linear(const void *args, void *workspace);
-enum status cpu_norm_linear_backward(const void *args, void *workspace);
-enum status cpu_linear_residual(const void *args, void *workspace);
-enum status cpu_linear_residual_backward(const void *args, void *workspace);
-enum status cpu_rotate(const void *args, void *workspace);
-enum status cpu_rotate_backward(const void *args, void *workspace);
-enum status cpu_attention(const void *args, void *workspace);
-enum status cpu_attention_backward(const void *args, void *workspace);
-enum status cpu_attention_step(const void *args, void *workspace);
-enum status cpu_rat_scan(const void *args, void *workspace);
-enum status cpu_rat_scan_backward(const void *args, void *workspace);
-enum status cpu_rat_step(const void *args, void *workspace);
-enum status cpu_recurrence(const void *args, void *workspace);
-enum status cpu_recurrence_backward(const void *args, void *workspace);
-enum status cpu_recurrence_step(const void *args, void *workspace);
-enum status cpu_matrix_recurrence(const void *args, void *workspace);
-enum status cpu_matrix_recurrence_backward(const void *args, void *workspace);
-enum status cpu_matrix_recurrence_step(const void *args, void *workspace);
-enum status cpu_decay_gate(const void *args, void *workspace);
-enum status cpu_decay_gate_backward(const void *args, void *workspace);
-enum status cpu_norm_gate(const void *args, void *workspace);
-enum status cpu_norm_gate_backward(const void *args, void *workspace);
-enum status cpu_rotate_step(const void *args, void *workspace);
-enum status cpu_short_conv(const void *args, void *workspace);
-enum status cpu_short_conv_backward(const void *args, void *workspace);
-enum status cpu_short_conv_step(const void *args, void *workspace);
-enum status cpu_time_step(const void *args, void *workspace);
-enum status cpu_time_step_backward(const void *args, void *workspace);
-enum status cpu_forget_gate(const void *args, void *workspace);
-enum status cpu_forget_gate_backward(const void *args, void *workspace);
-enum status cpu_gate_norm(const void *args, void *workspace);
-enum status cpu_gate_norm_backward(const void *args, void *workspace);
-enum status cpu_gelu(const void *args, void *workspace);
-enum status cpu_gelu_backward(const void *args, void *workspace);
-enum status cpu_embedding(const void *args, void *workspace);
-enum status cpu_embedding_backward(const void *args, void *workspace);
-enum status cpu_cross_entropy(const void *args, void *workspace);
-enum status cpu_argmax(const void *args, void *workspace);
-
-/* Bytes of workspace wanted for these arguments. */
-size_t cpu_norm_linear_backward_workspace(const void *args);
-size_t cpu_rotate_workspace(const void *args);
-size_t cpu_rotate_backward_workspace(const void *args);
-size_t cpu_attention_workspace(const void *args);
-size_t cpu_attention_backward_workspace(const void *args);
-size_t cpu_attention_step_workspace(const void *args);
-size_t cpu_rat_scan_workspace(const void *args);
-size_t cpu_rat_scan_backward_workspace(const void *args);
-size_t cpu_rat_step_workspace(const void *args);
-size_t cpu_recurrence_workspace(const void *args);
-size_t cpu_recurrence_backward_workspace(const void *args);
-size_t cpu_matrix_recurrence_workspace(const void *args);
-size_t cpu_matrix_recurrence_backward_workspace(const void *args);
-size_t cpu_matrix_recurrence_step_workspace(const void *args);
-size_t cpu_decay_gate_backward_workspace(const void *args);
-size_t cpu_norm_gate_backward_workspace(const void *args);
-size_t cpu_rotate_step_workspace(const void *args);
-size_t cpu_short_conv_backward_workspace(const void *args);
-size_t cpu_time_step_backward_workspace(const void *args);
-size_t cpu_forget_gate_workspace(const void *args);
-size_t cpu_forget_gate_backward_workspace(const void *args);
-size_t cpu_gate_norm_backward_workspace(const void *args);
-
-/* NULL, or why the kernel cannot take these arguments. */
-const char *cpu_rotate_unsupported(const void *args);
-const char *cpu_rotate_backward_unsupported(const void *args);
-const char *cpu_rotate_step_unsupported(const void *args);
+KERNEL_LIST_DECLARATION(cpu_kernels, CPU_KERNELS);
 
 #endif

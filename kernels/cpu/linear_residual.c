@@ -12,11 +12,10 @@ static void copy_rows(float *to, const float *from, int64_t rows, int64_t width)
 		memcpy(to + n * width, from + n * width, (size_t)width * sizeof *to);
 }
 
-enum status cpu_linear_residual(const void *args, void *workspace)
+enum status cpu_linear_residual(struct device *device, const void *args, void *workspace)
 {
 	const struct linear_residual_args *a = args;
 
-	(void)workspace;
 	if (a->residual && a->residual != a->y)
 		copy_rows(a->y, a->residual, a->n_tokens, a->d_out);
 	cpu_matmul(false, true, a->n_tokens, a->d_out, a->d_in, a->x, a->weight,
@@ -24,11 +23,10 @@ enum status cpu_linear_residual(const void *args, void *workspace)
 	return STATUS_OK;
 }
 
-enum status cpu_linear_residual_backward(const void *args, void *workspace)
+enum status cpu_linear_residual_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct linear_residual_backward_args *a = args;
 
-	(void)workspace;
 	cpu_matmul(true, false, a->d_out, a->d_in, a->n_tokens, a->dy, a->x, 0, a->dweight);
 	cpu_matmul(false, false, a->n_tokens, a->d_in, a->d_out, a->dy, a->weight, 0, a->dx);
 	return STATUS_OK;

@@ -371,7 +371,6 @@ static void block_backward(const struct matrix_recurrence_backward_args *a,
 	const struct matrix_recurrence_args *f = &a->forward;
 	struct scratch s = lay_out(f, &(struct scratch_arena){.memory = memory});
 
-	(void)after;
 	load_decays(f, span, &s);
 	load_values(a, span, &s);
 	keys_through_states(f, span, before, dstate, &s);

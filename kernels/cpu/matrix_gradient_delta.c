@@ -139,7 +139,6 @@ static void delta_backward(const struct matrix_recurrence_backward_args *a,
 	const float *k = view_at(&f->k, b, t, h), *dout = view_at(&a->dout, b, t, h);
 	float *dv = view_at(&a->dv, b, t, h), beta = *view_at(&f->beta, b, t, h), dbeta = 0;
 
-	(void)dbonus;
 	for (int64_t j = 0; j < f->d_v; j++)
 		s.dout[j] = f->scale * dout[j];
 	matrix_state_decay(f->decay, &f->log_decay, b, t, h, f->d_k, s.decay, NULL);

@@ -87,7 +87,7 @@ static struct scratch lay_out(const struct matrix_recurrence_args *a, struct scr
 	};
 }
 
-size_t cpu_matrix_recurrence_workspace(const void *args)
+size_t cpu_matrix_recurrence_workspace(const struct device *device, const void *args)
 {
 	struct scratch_arena arena = {0};
 
@@ -122,16 +122,6 @@ static void multiply(int64_t n, const float *x, const float *y, float *to)
 #pragma omp simd
 	for (int64_t i = 0; i < n; i++)
 		to[i] = x[i] * y[i];
-}
-
-static float dot(int64_t d, const float *x, const float *y)
-{
-	float sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-	for (int64_t i = 0; i < d; i++)
-		sum += x[i] * y[i];
-	return sum;
 }
 
 static float weighted_dot(int64_t d, const float *x, const float *y, const float *weight)
@@ -185,12 +175,12 @@ static void score_within(const struct matrix_recurrence_args *a, const struct ta
 
 		memcpy(k, view_at(&a->k, task->b, t + j, task->h), sizeof *k * (size_t)d);
 		to[j] = a->scale *
-		        (lag ? weighted_dot(d, q, k, a->bonus + task->h * d) : dot(d, q, k));
+		        (lag ? weighted_dot(d, q, k, a->bonus + task->h * d) : dot_f32(d, q, k));
 		for (int64_t i = j + 1; i < n; i++) {
 			q = view_at(&a->q, task->b, t + i, task->h);
 			to[i] = a->scale *
 			        (i - lag > j ? decay_then_dot(d, q, k, s->decay + (i - lag) * d)
-			                     : dot(d, q, k));
+			                     : dot_f32(d, q, k));
 		}
 	}
 }
@@ -312,7 +302,7 @@ static void run_task(const struct matrix_recurrence_args *a, const struct task *
 		       sizeof *to * (size_t)task->n);
 }
 
-enum status cpu_matrix_recurrence(const void *args, void *workspace)
+enum status cpu_matrix_recurrence(struct device *device, const void *args, void *workspace)
 {
 	const struct matrix_recurrence_args *a = args;
 	int64_t n_blocks = count_blocks(a);

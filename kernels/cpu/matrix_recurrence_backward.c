@@ -10,6 +10,7 @@
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/matrix_gradient.h"
 #include "kernels/cpu/matrix_state.h"
+#include "kernels/cpu/shares.h"
 
 enum { INTERVAL = 64 }; /* a whole number of spans of either length */
 
@@ -50,7 +51,7 @@ static struct scratch lay_out(const struct matrix_recurrence_args *f, struct scr
 }
 
 /* The threads' scratch, then dbonus of every sequence in double, [B, H, d_k]. */
-size_t cpu_matrix_recurrence_backward_workspace(const void *args)
+size_t cpu_matrix_recurrence_backward_workspace(const struct device *device, const void *args)
 {
 	const struct matrix_recurrence_args *f =
 	        &((const struct matrix_recurrence_backward_args *)args)->forward;
@@ -131,21 +132,7 @@ static void head_backward(const struct matrix_recurrence_backward_args *a, int64
 		memcpy(a->dh0 + (b * f->n_heads + h) * size, s->dstate, bytes);
 }
 
-/* dbonus [H, d_k] = the sum of the sequences' shares. */
-static void add_bonus_shares(const struct matrix_recurrence_backward_args *a, const double *share)
-{
-	int64_t n = a->forward.n_heads * a->forward.d_k;
-
-	for (int64_t i = 0; i < n; i++) {
-		double sum = 0;
-
-		for (int64_t b = 0; b < a->forward.batch; b++)
-			sum += share[b * n + i];
-		a->dbonus[i] = (float)sum;
-	}
-}
-
-enum status cpu_matrix_recurrence_backward(const void *args, void *workspace)
+enum status cpu_matrix_recurrence_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct matrix_recurrence_backward_args *a = args;
 	const struct matrix_recurrence_args *f = &a->forward;
@@ -166,6 +153,6 @@ enum status cpu_matrix_recurrence_backward(const void *args, void *workspace)
 		              dbonus + (f->rule == RULE_BONUS ? head * f->d_k : 0));
 	}
 	if (f->rule == RULE_BONUS)
-		add_bonus_shares(a, dbonus);
+		add_shares(dbonus, f->batch, f->n_heads * f->d_k, f->n_heads * f->d_k, a->dbonus);
 	return STATUS_OK;
 }

@@ -4,7 +4,7 @@
 #include "kernels/cpu/recurrence.h"
 
 /* The decay of every head, [B, H, d_k]. */
-size_t cpu_matrix_recurrence_step_workspace(const void *args)
+size_t cpu_matrix_recurrence_step_workspace(const struct device *device, const void *args)
 {
 	const struct matrix_recurrence_step_args *a = args;
 
@@ -28,7 +28,7 @@ static void step_columns(const struct matrix_recurrence_step_args *a, int64_t b,
 	                     view_at(&a->out, b, 0, h) + first);
 }
 
-enum status cpu_matrix_recurrence_step(const void *args, void *workspace)
+enum status cpu_matrix_recurrence_step(struct device *device, const void *args, void *workspace)
 {
 	const struct matrix_recurrence_step_args *a = args;
 	int64_t n_heads = a->batch * a->n_heads, n_blocks = channel_blocks(n_heads, a->d_v);

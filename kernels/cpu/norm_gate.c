@@ -3,24 +3,19 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
 
 static float head_rstd(int64_t d, float eps, const float *x)
 {
-	float sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-	for (int64_t i = 0; i < d; i++)
-		sum += x[i] * x[i];
-	return 1.0f / sqrtf(sum / (float)d + eps);
+	return 1.0f / sqrtf(dot_f32(d, x, x) / (float)d + eps);
 }
 
-enum status cpu_norm_gate(const void *args, void *workspace)
+enum status cpu_norm_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_args *a = args;
 	int64_t d = a->d_head;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t n = 0; n < a->n_tokens; n++) {
 		for (int64_t h = 0; h < a->n_heads; h++) {
@@ -41,7 +36,7 @@ enum status cpu_norm_gate(const void *args, void *workspace)
 }
 
 /* One double [d] of dweight per thread. */
-size_t cpu_norm_gate_backward_workspace(const void *args)
+size_t cpu_norm_gate_backward_workspace(const struct device *device, const void *args)
 {
 	const struct norm_gate_backward_args *a = args;
 
@@ -79,7 +74,7 @@ static void head_backward(const struct norm_gate_backward_args *a, int64_t n, in
 		dx[i] = rstd * (dx[i] - x[i] * rstd * projection);
 }
 
-enum status cpu_norm_gate_backward(const void *args, void *workspace)
+enum status cpu_norm_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_backward_args *a = args;
 	const struct norm_gate_args *f = &a->forward;
@@ -92,12 +87,6 @@ enum status cpu_norm_gate_backward(const void *args, void *workspace)
 	for (int64_t n = 0; n < f->n_tokens; n++)
 		for (int64_t h = 0; h < f->n_heads; h++)
 			head_backward(a, n, h, partial + omp_get_thread_num() * d);
-	for (int64_t i = 0; i < d; i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += partial[thread * d + i];
-		a->dweight[i] = (float)sum;
-	}
+	add_shares(partial, n_threads, d, d, a->dweight);
 	return STATUS_OK;
 }

@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/matmul.h"
+#include "kernels/cpu/shares.h"
 
 /* 1 / sqrt(mean(x^2) + eps). */
 static float row_rstd(const float *x, int64_t d, float eps)
@@ -39,11 +40,10 @@ static void normalize(const struct norm_linear_args *a)
 	}
 }
 
-enum status cpu_norm_linear(const void *args, void *workspace)
+enum status cpu_norm_linear(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_linear_args *a = args;
 
-	(void)workspace;
 	if (a->norm_weight)
 		normalize(a);
 	cpu_matmul(false, true, a->n_tokens, a->d_out, a->d_in, a->x_norm, a->weight, 0, a->y);
@@ -55,7 +55,7 @@ static void add_residual(const struct norm_linear_backward_args *a)
 {
 	const float *dx_norm = a->dx_norm, *dresidual = a->dresidual;
 	float *dx = a->dx;
-	int64_t count = a->n_tokens * a->d_in;
+	int64_t count = a->forward.n_tokens * a->forward.d_in;
 
 #pragma omp parallel for simd schedule(static)
 	for (int64_t i = 0; i < count; i++)
@@ -68,26 +68,26 @@ static void add_residual(const struct norm_linear_backward_args *a)
  */
 static void norm_row_backward(const struct norm_linear_backward_args *a, int64_t n, double *sums)
 {
-	const float *x = (const float *)a->x + n * a->d_in;
-	const float *dx_norm = (const float *)a->dx_norm + n * a->d_in;
+	const float *x = (const float *)a->forward.x + n * a->forward.d_in;
+	const float *dx_norm = (const float *)a->dx_norm + n * a->forward.d_in;
 	const float *dresidual = a->dresidual;
-	float *dx = (float *)a->dx + n * a->d_in;
-	float rstd = a->rstd[n];
+	float *dx = (float *)a->dx + n * a->forward.d_in;
+	float rstd = a->forward.rstd[n];
 	double dot = 0;
 
 #pragma omp simd reduction(+ : dot)
-	for (int64_t i = 0; i < a->d_in; i++) {
+	for (int64_t i = 0; i < a->forward.d_in; i++) {
 		float dw = dx_norm[i] * x[i] * rstd;
 
-		dot += (double)dw * (double)a->norm_weight[i];
+		dot += (double)dw * (double)a->forward.norm_weight[i];
 		sums[i] += (double)dw;
 	}
-	float mean = (float)(dot / (double)a->d_in);
+	float mean = (float)(dot / (double)a->forward.d_in);
 	if (dresidual)
-		dresidual += n * a->d_in;
+		dresidual += n * a->forward.d_in;
 #pragma omp simd
-	for (int64_t i = 0; i < a->d_in; i++) {
-		float g = dx_norm[i] * a->norm_weight[i];
+	for (int64_t i = 0; i < a->forward.d_in; i++) {
+		float g = dx_norm[i] * a->forward.norm_weight[i];
 		float through_norm = rstd * (g - x[i] * rstd * mean);
 
 		dx[i] = dresidual ? through_norm + dresidual[i] : through_norm;
@@ -100,39 +100,36 @@ static void norm_backward(const struct norm_linear_backward_args *a, double *par
 
 #pragma omp parallel
 	{
-		double *sums = partial + omp_get_thread_num() * a->d_in;
+		double *sums = partial + omp_get_thread_num() * a->forward.d_in;
 
 #pragma omp single
 		n_parts = omp_get_num_threads();
-		memset(sums, 0, (size_t)a->d_in * sizeof *sums);
+		memset(sums, 0, (size_t)a->forward.d_in * sizeof *sums);
 #pragma omp for schedule(static)
-		for (int64_t n = 0; n < a->n_tokens; n++)
+		for (int64_t n = 0; n < a->forward.n_tokens; n++)
 			norm_row_backward(a, n, sums);
 	}
-	for (int64_t i = 0; i < a->d_in; i++) {
-		double sum = 0;
-
-		for (int part = 0; part < n_parts; part++)
-			sum += partial[part * a->d_in + i];
-		a->dnorm_weight[i] = (float)sum;
-	}
+	add_shares(partial, n_parts, a->forward.d_in, a->forward.d_in, a->dnorm_weight);
 }
 
-size_t cpu_norm_linear_backward_workspace(const void *args)
+size_t cpu_norm_linear_backward_workspace(const struct device *device, const void *args)
 {
 	const struct norm_linear_backward_args *a = args;
 
-	return a->norm_weight ? (size_t)omp_get_max_threads() * (size_t)a->d_in * sizeof(double)
-	                      : 0;
+	return a->forward.norm_weight
+	               ? (size_t)omp_get_max_threads() * (size_t)a->forward.d_in * sizeof(double)
+	               : 0;
 }
 
-enum status cpu_norm_linear_backward(const void *args, void *workspace)
+enum status cpu_norm_linear_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_linear_backward_args *a = args;
 
-	cpu_matmul(true, false, a->d_out, a->d_in, a->n_tokens, a->dy, a->x_norm, 0, a->dweight);
-	cpu_matmul(false, false, a->n_tokens, a->d_in, a->d_out, a->dy, a->weight, 0, a->dx_norm);
-	if (a->norm_weight)
+	cpu_matmul(true, false, a->forward.d_out, a->forward.d_in, a->forward.n_tokens, a->dy,
+	           a->forward.x_norm, 0, a->dweight);
+	cpu_matmul(false, false, a->forward.n_tokens, a->forward.d_in, a->forward.d_out, a->dy,
+	           a->forward.weight, 0, a->dx_norm);
+	if (a->forward.norm_weight)
 		norm_backward(a, workspace);
 	else
 		add_residual(a);

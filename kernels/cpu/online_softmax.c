@@ -26,15 +26,8 @@ static void dot_products(int64_t d, const float *q, const float *keys, int64_t s
 		p[s + 2] = scale * sum2;
 		p[s + 3] = scale * sum3;
 	}
-	for (; s < n; s++) {
-		const float *k = keys + s * stride;
-		float sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-		for (int64_t i = 0; i < d; i++)
-			sum += q[i] * k[i];
-		p[s] = scale * sum;
-	}
+	for (; s < n; s++)
+		p[s] = scale * dot_f32(d, q, keys + s * stride);
 }
 
 /* out += the sum of p_s value_s, four slots at a time: out is loaded and stored once for the four.

@@ -91,14 +91,14 @@ static void rotate_queries(const struct rat_scan_args *a, const float *table)
 }
 
 /* The rotation of every chunk, [C, d]. */
-size_t cpu_rat_scan_workspace(const void *args)
+size_t cpu_rat_scan_workspace(const struct device *device, const void *args)
 {
 	const struct rat_scan_args *a = args;
 
 	return a->rope ? sizeof(float) * (size_t)(count_chunks(a) * a->d_head) : 0;
 }
 
-enum status cpu_rat_scan(const void *args, void *workspace)
+enum status cpu_rat_scan(struct device *device, const void *args, void *workspace)
 {
 	const struct rat_scan_args *a = args;
 	int64_t n_chunks = count_chunks(a);

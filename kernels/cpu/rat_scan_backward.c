@@ -15,6 +15,7 @@
 #include "kernels/cpu/chunk_rope.h"
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/recurrence.h"
+#include "kernels/cpu/shares.h"
 
 enum { SEGMENT = 64 };
 
@@ -58,7 +59,7 @@ static struct scratch scratch_of(const struct rat_scan_args *f, char *memory)
 }
 
 /* Scratch of every thread, then the rotation of every chunk, [C, d]. */
-size_t cpu_rat_scan_backward_workspace(const void *args)
+size_t cpu_rat_scan_backward_workspace(const struct device *device, const void *args)
 {
 	const struct rat_scan_args *f = &((const struct rat_scan_backward_args *)args)->forward;
 
@@ -175,22 +176,7 @@ static void group_backward(const struct rat_scan_backward_args *a, int64_t b, in
 	}
 }
 
-/* dgate_bias = the sum of the threads' shares. */
-static void add_bias_shares(const struct rat_scan_backward_args *a, char *memory, int n_threads)
-{
-	const struct rat_scan_args *f = &a->forward;
-
-	for (int64_t i = 0; i < f->n_heads * f->d_head; i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += scratch_of(f, memory + scratch_bytes(f) * (size_t)thread)
-			               .dgate_bias[i];
-		a->dgate_bias[i] = (float)sum;
-	}
-}
-
-enum status cpu_rat_scan_backward(const void *args, void *workspace)
+enum status cpu_rat_scan_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct rat_scan_backward_args *a = args;
 	const struct rat_scan_args *f = &a->forward;
@@ -212,6 +198,7 @@ enum status cpu_rat_scan_backward(const void *args, void *workspace)
 				group_backward(a, b, c, group, table ? table + c * f->d_head : NULL,
 				               &s);
 			}
-	add_bias_shares(a, workspace, n_threads);
+	add_shares(workspace, n_threads, (int64_t)(bytes / sizeof(double)), f->n_heads * f->d_head,
+	           a->dgate_bias);
 	return STATUS_OK;
 }

@@ -10,16 +10,6 @@
 #include "kernels/cpu/online_softmax.h"
 #include "kernels/cpu/recurrence.h"
 
-static float dot(int64_t d, const float *x, const float *y)
-{
-	float sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-	for (int64_t i = 0; i < d; i++)
-		sum += x[i] * y[i];
-	return sum;
-}
-
 /* The running pair after this token; zero before the first token of a chunk. */
 static void advance(const struct rat_step_args *a, int64_t b, int64_t h, bool reset, float *kt,
                     float *vt)
@@ -52,7 +42,7 @@ static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, int64
 	const float *z = view_at(&a->z, b, 0, h), *q_raw = view_at(&a->q, b, 0, h % a->groups);
 
 	advance(a, b, h, position % a->chunk == 0, kt, vt);
-	float own = a->scale * dot(d, q_raw, kt);
+	float own = a->scale * dot_f32(d, q_raw, kt);
 	/* own - own: 0, or NaN, which must not be lost where there is no other score. */
 	struct online_softmax softmax = {.max = own, .total = exp_f32(own - own), .out = out};
 	struct cached_head cache = {b, h, d, &a->k_chunk, &a->v_chunk};
@@ -70,14 +60,14 @@ static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, int64
 }
 
 /* The rotation, [d], and a rotated query for every head of every sequence. */
-size_t cpu_rat_step_workspace(const void *args)
+size_t cpu_rat_step_workspace(const struct device *device, const void *args)
 {
 	const struct rat_step_args *a = args;
 
 	return sizeof(float) * (size_t)((1 + a->batch * a->n_heads) * a->d_head);
 }
 
-enum status cpu_rat_step(const void *args, void *workspace)
+enum status cpu_rat_step(struct device *device, const void *args, void *workspace)
 {
 	const struct rat_step_args *a = args;
 	int64_t position = *a->position;

@@ -98,14 +98,14 @@ static void run_channels(const struct recurrence_args *a, int64_t b, int64_t fir
 }
 
 /* The running states, [B, D]. */
-size_t cpu_recurrence_workspace(const void *args)
+size_t cpu_recurrence_workspace(const struct device *device, const void *args)
 {
 	const struct recurrence_args *a = args;
 
 	return sizeof(float) * (size_t)(a->batch * a->d_model);
 }
 
-enum status cpu_recurrence(const void *args, void *workspace)
+enum status cpu_recurrence(struct device *device, const void *args, void *workspace)
 {
 	const struct recurrence_args *a = args;
 	int64_t n_blocks = channel_blocks(a->batch, a->d_model);
@@ -121,7 +121,7 @@ enum status cpu_recurrence(const void *args, void *workspace)
 	return STATUS_OK;
 }
 
-enum status cpu_recurrence_step(const void *args, void *workspace)
+enum status cpu_recurrence_step(struct device *device, const void *args, void *workspace)
 {
 	const struct recurrence_step_args *a = args;
 	struct recurrence_args one = {.batch = a->batch,
@@ -133,7 +133,6 @@ enum status cpu_recurrence_step(const void *args, void *workspace)
 	                              .z = a->z,
 	                              .gate_bias = a->gate_bias,
 	                              .out = a->out};
-	(void)workspace;
 	int64_t n_blocks = channel_blocks(a->batch, a->d_model);
 
 #pragma omp parallel for schedule(static)

@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/cpu/recurrence.h"
+#include "kernels/cpu/shares.h"
 
 /* dh = dout sigmoid(z), dz. */
 static void output_gate_backward(int64_t n, const float *dout, const float *z, const float *h,
@@ -72,7 +73,7 @@ static struct scratch scratch_of(const struct recurrence_args *f, void *workspac
 	        .carry = (float *)(dbias + n), .dh = (float *)(dbias + n) + n, .dbias = dbias};
 }
 
-size_t cpu_recurrence_backward_workspace(const void *args)
+size_t cpu_recurrence_backward_workspace(const struct device *device, const void *args)
 {
 	const struct recurrence_args *f = &((const struct recurrence_backward_args *)args)->forward;
 
@@ -129,7 +130,7 @@ static void run_channels(const struct recurrence_backward_args *a, int64_t b, in
 		memcpy(a->dh0 + row, s->carry + row, sizeof *s->carry * (size_t)n);
 }
 
-enum status cpu_recurrence_backward(const void *args, void *workspace)
+enum status cpu_recurrence_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct recurrence_backward_args *a = args;
 	const struct recurrence_args *f = &a->forward;
@@ -143,14 +144,7 @@ enum status cpu_recurrence_backward(const void *args, void *workspace)
 
 		run_channels(a, task / n_blocks, first, end - first, &s);
 	}
-	if (!f->gate_bias)
-		return STATUS_OK;
-	for (int64_t i = 0; i < f->d_model; i++) {
-		double sum = 0;
-
-		for (int64_t b = 0; b < f->batch; b++)
-			sum += s.dbias[b * f->d_model + i];
-		a->dgate_bias[i] = (float)sum;
-	}
+	if (f->gate_bias)
+		add_shares(s.dbias, f->batch, f->d_model, f->d_model, a->dgate_bias);
 	return STATUS_OK;
 }

@@ -188,21 +188,21 @@ static const char *rotation_unsupported(bool rope, int64_t d_head)
 	return rope && d_head % 2 != 0 ? "rotary positions need an even head width" : NULL;
 }
 
-const char *cpu_rotate_unsupported(const void *args)
+const char *cpu_rotate_unsupported(const struct device *device, const void *args)
 {
 	const struct rotate_args *a = args;
 
 	return rotation_unsupported(a->rope, a->d_head);
 }
 
-size_t cpu_rotate_workspace(const void *args)
+size_t cpu_rotate_workspace(const struct device *device, const void *args)
 {
 	const struct rotate_args *a = args;
 
 	return rotation_workspace(a->rope, a->d_head);
 }
 
-enum status cpu_rotate(const void *args, void *workspace)
+enum status cpu_rotate(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_args *a = args;
 
@@ -216,21 +216,21 @@ enum status cpu_rotate(const void *args, void *workspace)
 	return STATUS_OK;
 }
 
-const char *cpu_rotate_backward_unsupported(const void *args)
+const char *cpu_rotate_backward_unsupported(const struct device *device, const void *args)
 {
 	const struct rotate_backward_args *a = args;
 
 	return rotation_unsupported(a->rope, a->d_head);
 }
 
-size_t cpu_rotate_backward_workspace(const void *args)
+size_t cpu_rotate_backward_workspace(const struct device *device, const void *args)
 {
 	const struct rotate_backward_args *a = args;
 
 	return rotation_workspace(a->rope, a->d_head);
 }
 
-enum status cpu_rotate_backward(const void *args, void *workspace)
+enum status cpu_rotate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_backward_args *a = args;
 	struct rotate_args back = {
@@ -239,18 +239,22 @@ enum status cpu_rotate_backward(const void *args, void *workspace)
 	        .n_heads = a->n_heads,
 	        .d_head = a->d_head,
 	        .kv_slots = a->seq_len,
-	        .q = a->dq,
-	        .k = a->dk,
+	        .q = a->dq_out,
+	        .k = a->dk_out,
 	        .q_out = a->dq,
 	        .k_out = a->dk,
 	};
 
-	if (a->rope)
+	if (a->rope) {
 		rotate_q_and_k(&back, -1, workspace);
+	} else {
+		copy_tokens(&back, &a->dq, &a->dq_out, 0, a->seq_len);
+		copy_tokens(&back, &a->dk, &a->dk_out, 0, a->seq_len);
+	}
 	return STATUS_OK;
 }
 
-const char *cpu_rotate_step_unsupported(const void *args)
+const char *cpu_rotate_step_unsupported(const struct device *device, const void *args)
 {
 	const struct rotate_step_args *a = args;
 
@@ -258,14 +262,14 @@ const char *cpu_rotate_step_unsupported(const void *args)
 }
 
 /* Cosines and sines of one position, for all sequences. */
-size_t cpu_rotate_step_workspace(const void *args)
+size_t cpu_rotate_step_workspace(const struct device *device, const void *args)
 {
 	const struct rotate_step_args *a = args;
 
 	return (size_t)a->d_head * sizeof(float);
 }
 
-enum status cpu_rotate_step(const void *args, void *workspace)
+enum status cpu_rotate_step(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_step_args *a = args;
 	int64_t half = a->d_head / 2;
@@ -280,8 +284,8 @@ enum status cpu_rotate_step(const void *args, void *workspace)
 	}
 #pragma omp parallel for schedule(static)
 	for (int64_t b = 0; b < a->batch; b++) {
-		rotate_token(&a->q, 0, &a->q, b, 0, a->n_heads, half, &angles, 1);
-		rotate_token(&a->k, 0, &a->k, b, 0, a->n_heads, half, &angles, 1);
+		rotate_token(&a->q_out, 0, &a->q, b, 0, a->n_heads, half, &angles, 1);
+		rotate_token(&a->k_out, 0, &a->k, b, 0, a->n_heads, half, &angles, 1);
 	}
 	return STATUS_OK;
 }

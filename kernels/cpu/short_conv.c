@@ -3,15 +3,11 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
 
 /* Channels that a task of the backward pass takes, and tokens that one of the forward does. */
 enum { BLOCK_CHANNELS = 64, BLOCK_TOKENS = 64 };
-
-static inline float silu_f32(float x)
-{
-	return x * sigmoid_f32(x);
-}
 
 /* to[i] = bias + the taps of token t, before the activation; row t of x is x + t * stride, and rows
  * before the sequence are zero. */
@@ -45,12 +41,11 @@ static void store_history(const struct short_conv_args *a, int64_t b)
 	}
 }
 
-enum status cpu_short_conv(const void *args, void *workspace)
+enum status cpu_short_conv(struct device *device, const void *args, void *workspace)
 {
 	const struct short_conv_args *a = args;
 	int64_t blocks = (a->seq_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t task = 0; task < a->batch * blocks; task++) {
 		int64_t b = task / blocks, first = task % blocks * BLOCK_TOKENS;
@@ -73,16 +68,12 @@ enum status cpu_short_conv(const void *args, void *workspace)
 }
 
 /* Each thread's share of dweight and dbias: CONV_WIDTH + 1 doubles per channel. */
-static size_t partial_doubles(const struct short_conv_args *f)
-{
-	return (CONV_WIDTH + 1) * (size_t)f->channels;
-}
-
-size_t cpu_short_conv_backward_workspace(const void *args)
+size_t cpu_short_conv_backward_workspace(const struct device *device, const void *args)
 {
 	const struct short_conv_backward_args *a = args;
 
-	return partial_doubles(&a->forward) * sizeof(double) * (size_t)omp_get_max_threads();
+	return sizeof(double) * (CONV_WIDTH + 1) *
+	       (size_t)(a->forward.channels * omp_get_max_threads());
 }
 
 /* dpre [channels]: the gradient before the activation of token t, channels from `first` on. */
@@ -138,44 +129,35 @@ static void block_backward(const struct short_conv_backward_args *a, int64_t b, 
 	}
 }
 
-enum status cpu_short_conv_backward(const void *args, void *workspace)
+enum status cpu_short_conv_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct short_conv_backward_args *a = args;
 	const struct short_conv_args *f = &a->forward;
 	int64_t blocks = (f->channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
 	int n_threads = omp_get_max_threads();
-	size_t share = partial_doubles(f);
+	int64_t taps = f->channels * CONV_WIDTH, share = taps + f->channels;
 	double *partial = workspace;
 
-	memset(partial, 0, share * sizeof *partial * (size_t)n_threads);
+	memset(partial, 0, cpu_short_conv_backward_workspace(device, args));
 #pragma omp parallel for schedule(static) num_threads(n_threads)
 	for (int64_t task = 0; task < f->batch * blocks; task++) {
 		int64_t first = task % blocks * BLOCK_CHANNELS, left = f->channels - first;
-		double *mine = partial + share * (size_t)omp_get_thread_num();
+		double *mine = partial + share * omp_get_thread_num();
 
 		block_backward(a, task / blocks, first,
 		               left < BLOCK_CHANNELS ? left : BLOCK_CHANNELS,
-		               mine + first * CONV_WIDTH, mine + f->channels * CONV_WIDTH + first);
+		               mine + first * CONV_WIDTH, mine + taps + first);
 	}
-	for (int64_t i = 0; i < (int64_t)share; i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += partial[share * (size_t)thread + (size_t)i];
-		if (i < f->channels * CONV_WIDTH)
-			a->dweight[i] = (float)sum;
-		else
-			a->dbias[i - f->channels * CONV_WIDTH] = (float)sum;
-	}
+	add_shares(partial, n_threads, share, taps, a->dweight);
+	add_shares(partial + taps, n_threads, share, f->channels, a->dbias);
 	return STATUS_OK;
 }
 
-enum status cpu_short_conv_step(const void *args, void *workspace)
+enum status cpu_short_conv_step(struct device *device, const void *args, void *workspace)
 {
 	const struct short_conv_step_args *a = args;
 	int64_t c = a->channels;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t b = 0; b < a->batch; b++) {
 		const float *x = (const float *)a->x + b * a->x_stride;

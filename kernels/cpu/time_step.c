@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/cpu/kernels_cpu.h"
+#include "kernels/cpu/shares.h"
 #include "kernels/cpu/vector_math.h"
 
 /* log(1 + e^x). */
@@ -11,12 +12,11 @@ static float softplus_f32(float x)
 	return -log_sigmoid_f32(-x);
 }
 
-enum status cpu_time_step(const void *args, void *workspace)
+enum status cpu_time_step(struct device *device, const void *args, void *workspace)
 {
 	const struct time_step_args *a = args;
 	int64_t d = a->d_head;
 
-	(void)workspace;
 #pragma omp parallel for schedule(static)
 	for (int64_t n = 0; n < a->n_tokens; n++)
 		for (int64_t h = 0; h < a->n_heads; h++) {
@@ -35,7 +35,7 @@ enum status cpu_time_step(const void *args, void *workspace)
 }
 
 /* Each thread's share of dbias and dlog_rate. */
-size_t cpu_time_step_backward_workspace(const void *args)
+size_t cpu_time_step_backward_workspace(const struct device *device, const void *args)
 {
 	const struct time_step_backward_args *a = args;
 
@@ -69,7 +69,7 @@ static void head_backward(const struct time_step_backward_args *a, int64_t n, in
 	dlog_rate[h] -= dlog_decay * rate * dt;
 }
 
-enum status cpu_time_step_backward(const void *args, void *workspace)
+enum status cpu_time_step_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct time_step_backward_args *a = args;
 	int64_t heads = a->forward.n_heads;
@@ -84,15 +84,7 @@ enum status cpu_time_step_backward(const void *args, void *workspace)
 		for (int64_t h = 0; h < heads; h++)
 			head_backward(a, n, h, mine, mine + heads);
 	}
-	for (int64_t i = 0; i < 2 * heads; i++) {
-		double sum = 0;
-
-		for (int thread = 0; thread < n_threads; thread++)
-			sum += partial[2 * heads * thread + i];
-		if (i < heads)
-			a->dbias[i] = (float)sum;
-		else
-			a->dlog_rate[i - heads] = (float)sum;
-	}
+	add_shares(partial, n_threads, 2 * heads, heads, a->dbias);
+	add_shares(partial + heads, n_threads, 2 * heads, heads, a->dlog_rate);
 	return STATUS_OK;
 }

@@ -37,6 +37,21 @@ static inline float sigmoid_f32(float x)
 	return 1.0f / (1.0f + exp_f32(-x));
 }
 
+static inline float silu_f32(float x)
+{
+	return x * sigmoid_f32(x);
+}
+
+static inline float dot_f32(int64_t n, const float *x, const float *y)
+{
+	float sum = 0;
+
+#pragma omp simd reduction(+ : sum)
+	for (int64_t i = 0; i < n; i++)
+		sum += x[i] * y[i];
+	return sum;
+}
+
 /* log(1 + e) for -1/2 <= e <= 1 as 2 atanh(e / (2 + e)): relatively accurate however small e is. */
 static inline float log1p_f32(float e)
 {

@@ -112,7 +112,7 @@ static __global__ void random_kernel(__nv_bfloat16 *memory, size_t count, uint32
 	}
 }
 
-/* layers/noise.c, in the device's arithmetic. */
+/* kernels/noise.c, in the device's arithmetic. */
 template <typename T>
 static __global__ void normal_kernel(T *memory, int64_t count, float scale, uint64_t seed,
                                      uint64_t noise_stream)
@@ -127,89 +127,168 @@ static __global__ void normal_kernel(T *memory, int64_t count, float scale, uint
 	}
 }
 
+/* Element `index` of the dense tensor is at the sum of its coordinates times their strides. */
+static __device__ int64_t gathered_place(const struct gather &g, const int64_t *list, int64_t index)
+{
+	int64_t place = 0;
+
+	for (int d = GATHER_DIMS - 1; d >= 0; d--) {
+		const int64_t i = index % g.size[d];
+
+		place += (list && d == g.listed ? list[i] : i) * g.stride[d];
+		index /= g.size[d];
+	}
+	return place;
+}
+
 template <typename T>
-static __global__ void count_nonfinite_kernel(const T *memory, int64_t count,
-                                              unsigned long long *found)
+static __global__ void count_nonfinite_kernel(const __grid_constant__ struct gather g,
+                                              int64_t count, unsigned long long *found)
 {
 	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
 	unsigned long long mine = 0;
 
 	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride)
-		mine += !isfinite((float)memory[i]);
+		mine += !isfinite(
+		        (float)static_cast<const T *>(g.from)[gathered_place(g, NULL, i)]);
 	if (mine > 0)
 		atomicAdd(found, mine);
 }
 
-cudaError_t device_code_present()
+template <typename From, typename To>
+static __global__ void gather_kernel(const __grid_constant__ struct gather g, const int64_t *list,
+                                     int64_t count, To *to)
+{
+	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+
+	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride)
+		to[i] = (To) static_cast<const From *>(g.from)[gathered_place(g, list, i)];
+}
+
+template <typename T> static __global__ void add_kernel(int64_t count, const T *from, T *to)
+{
+	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+
+	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride)
+		to[i] += from[i];
+}
+
+/* Calls launch(element) with an element of the type, which must be a floating-point one. */
+template <typename Launch> static cudaError_t for_type(enum dtype dtype, Launch launch)
+{
+	switch (dtype) {
+	case DTYPE_BF16:
+		launch(__nv_bfloat16());
+		break;
+	case DTYPE_F32:
+		launch(float());
+		break;
+	case DTYPE_F64:
+		launch(double());
+		break;
+	default:
+		return cudaErrorInvalidValue;
+	}
+	return cudaGetLastError();
+}
+
+static unsigned grid_of(const struct device *device)
+{
+	return (unsigned)(cuda_sm_count(device) * BLOCKS_PER_SM);
+}
+
+cudaError_t code_is_present()
 {
 	cudaFuncAttributes attributes;
 
 	return cudaFuncGetAttributes(&attributes, spin_kernel);
 }
 
-cudaError_t device_hold(cudaStream_t stream, const int *gate, int ticket, uint64_t limit_ns)
+cudaError_t submit_hold(struct device *device, const int *gate, int ticket, uint64_t limit_ns)
 {
-	hold_kernel<<<1, 1, 0, stream>>>(gate, ticket, limit_ns);
+	hold_kernel<<<1, 1, 0, cuda_stream(device)>>>(gate, ticket, limit_ns);
 	return cudaGetLastError();
 }
 
-cudaError_t device_spin(cudaStream_t stream, uint64_t ns)
+cudaError_t submit_spin(struct device *device, uint64_t ns)
 {
-	spin_kernel<<<1, 1, 0, stream>>>(ns);
+	spin_kernel<<<1, 1, 0, cuda_stream(device)>>>(ns);
 	return cudaGetLastError();
 }
 
-cudaError_t device_clock(cudaStream_t stream, uint64_t ns, struct clock_sample *sample)
+cudaError_t submit_clock(struct device *device, uint64_t ns, struct clock_sample *sample)
 {
-	clock_kernel<<<1, 1, 0, stream>>>(ns, sample);
+	clock_kernel<<<1, 1, 0, cuda_stream(device)>>>(ns, sample);
 	return cudaGetLastError();
 }
 
-cudaError_t device_read(cudaStream_t stream, const void *buffer, size_t bytes)
+cudaError_t submit_read(struct device *device, const void *buffer, size_t bytes)
 {
-	read_kernel<<<(unsigned)(cuda_sm_count() * BLOCKS_PER_SM), THREADS, 0, stream>>>(
+	read_kernel<<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
 	        static_cast<const uint4 *>(buffer), bytes / sizeof(uint4));
 	return cudaGetLastError();
 }
 
-cudaError_t device_copy(cudaStream_t stream, void *to, const void *from, size_t bytes)
+cudaError_t submit_copy(struct device *device, void *to, const void *from, size_t bytes)
 {
-	copy_kernel<<<(unsigned)(cuda_sm_count() * BLOCKS_PER_SM), THREADS, 0, stream>>>(
+	copy_kernel<<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
 	        static_cast<uint4 *>(to), static_cast<const uint4 *>(from), bytes / sizeof(uint4));
 	return cudaGetLastError();
 }
 
-cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint32_t seed)
+cudaError_t submit_random(struct device *device, void *memory, size_t count, uint32_t seed)
 {
-	random_kernel<<<1024, THREADS, 0, stream>>>(static_cast<__nv_bfloat16 *>(memory), count,
-	                                            seed);
+	random_kernel<<<1024, THREADS, 0, cuda_stream(device)>>>(
+	        static_cast<__nv_bfloat16 *>(memory), count, seed);
 	return cudaGetLastError();
 }
 
-cudaError_t device_normal(cudaStream_t stream, void *memory, bool bf16, int64_t count, float scale,
-                          uint64_t seed, uint64_t noise_stream)
+cudaError_t submit_normal(struct device *device, void *memory, enum dtype dtype, int64_t count,
+                          float scale, uint64_t seed, uint64_t noise_stream)
 {
-	const unsigned blocks = (unsigned)(cuda_sm_count() * BLOCKS_PER_SM);
-
-	if (bf16)
-		normal_kernel<<<blocks, THREADS, 0, stream>>>(static_cast<__nv_bfloat16 *>(memory),
-		                                              count, scale, seed, noise_stream);
-	else
-		normal_kernel<<<blocks, THREADS, 0, stream>>>(static_cast<float *>(memory), count,
-		                                              scale, seed, noise_stream);
-	return cudaGetLastError();
+	return for_type(dtype, [&](auto element) {
+		normal_kernel<<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		        static_cast<decltype(element) *>(memory), count, scale, seed, noise_stream);
+	});
 }
 
-cudaError_t device_count_nonfinite(cudaStream_t stream, const void *memory, bool bf16,
-                                   int64_t count, unsigned long long *found)
+static int64_t count_of(const struct gather *gather)
 {
-	const unsigned blocks = (unsigned)(cuda_sm_count() * BLOCKS_PER_SM);
+	return gather->size[0] * gather->size[1] * gather->size[2] * gather->size[3];
+}
 
-	if (bf16)
-		count_nonfinite_kernel<<<blocks, THREADS, 0, stream>>>(
-		        static_cast<const __nv_bfloat16 *>(memory), count, found);
-	else
-		count_nonfinite_kernel<<<blocks, THREADS, 0, stream>>>(
-		        static_cast<const float *>(memory), count, found);
-	return cudaGetLastError();
+cudaError_t submit_count_nonfinite(struct device *device, const struct gather *region,
+                                   unsigned long long *found)
+{
+	return for_type(region->dtype, [&](auto element) {
+		count_nonfinite_kernel<decltype(element)>
+		        <<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		                *region, count_of(region), found);
+	});
+}
+
+cudaError_t submit_gather(struct device *device, const struct gather *gather, const int64_t *list,
+                          void *to)
+{
+	const int64_t count = count_of(gather);
+
+	if (gather->dtype == DTYPE_I32) {
+		gather_kernel<int32_t><<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		        *gather, list, count, static_cast<int32_t *>(to));
+		return cudaGetLastError();
+	}
+	return for_type(gather->dtype, [&](auto element) {
+		gather_kernel<decltype(element)>
+		        <<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		                *gather, list, count, static_cast<double *>(to));
+	});
+}
+
+cudaError_t submit_add(struct device *device, int64_t count, const void *from, void *to)
+{
+	return for_type(device->wide, [&](auto element) {
+		add_kernel<<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		        count, static_cast<const decltype(element) *>(from),
+		        static_cast<decltype(element) *>(to));
+	});
 }

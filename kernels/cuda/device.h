@@ -1,11 +1,13 @@
-/* The backend's own kernels: they keep time and evict the cache. All are submitted to `stream`. */
+/* The backend's own kernels: they keep time, evict the cache, fill and look at memory. All are
+ * submitted to the stream of a device that is active. */
 #ifndef KERNELS_CUDA_DEVICE_H
 #define KERNELS_CUDA_DEVICE_H
 
 #include <cuda_runtime_api.h>
-#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "kernels/device.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,38 +19,45 @@ struct clock_sample {
 };
 
 /* Succeeds iff this build has code for the current device. */
-cudaError_t device_code_present(void);
+cudaError_t code_is_present(void);
 
 /*
  * Holds the stream until *gate reaches `ticket`, so that a host which submits
  * work more slowly than the device runs it leaves no gaps in what is timed.
  * Gives up after `limit_ns`: whatever waits for the device meanwhile cannot deadlock.
  */
-cudaError_t device_hold(cudaStream_t stream, const int *gate, int ticket, uint64_t limit_ns);
+cudaError_t submit_hold(struct device *device, const int *gate, int ticket, uint64_t limit_ns);
 
 /* Keeps one thread busy for `ns` nanoseconds. */
-cudaError_t device_spin(cudaStream_t stream, uint64_t ns);
+cudaError_t submit_spin(struct device *device, uint64_t ns);
 
 /* Counts SM cycles for `ns` nanoseconds into *sample (pinned host memory). */
-cudaError_t device_clock(cudaStream_t stream, uint64_t ns, struct clock_sample *sample);
+cudaError_t submit_clock(struct device *device, uint64_t ns, struct clock_sample *sample);
 
 /* Reads `bytes` at `buffer`; whatever else the L2 cache held is evicted, and nothing in it is
  * dirty. */
-cudaError_t device_read(cudaStream_t stream, const void *buffer, size_t bytes);
+cudaError_t submit_read(struct device *device, const void *buffer, size_t bytes);
 
 /* Copies `bytes`, a multiple of 16; the buffers must not overlap. */
-cudaError_t device_copy(cudaStream_t stream, void *to, const void *from, size_t bytes);
+cudaError_t submit_copy(struct device *device, void *to, const void *from, size_t bytes);
 
 /* `count` random bf16 values, uniform in -1 .. 1, reproducible from `seed`. */
-cudaError_t device_random(cudaStream_t stream, void *memory, size_t count, uint32_t seed);
+cudaError_t submit_random(struct device *device, void *memory, size_t count, uint32_t seed);
 
-/* Elements 0 .. count-1 of a stream of normal(0, scale), as bf16 or as fp32. */
-cudaError_t device_normal(cudaStream_t stream, void *memory, bool bf16, int64_t count, float scale,
-                          uint64_t seed, uint64_t noise_stream);
+/* Elements 0 .. count-1 of a stream of normal(0, scale), of any floating-point type. */
+cudaError_t submit_normal(struct device *device, void *memory, enum dtype dtype, int64_t count,
+                          float scale, uint64_t seed, uint64_t noise_stream);
 
-/* Adds to *found (device memory) how many elements of bf16 or fp32 are NaN or Inf. */
-cudaError_t device_count_nonfinite(cudaStream_t stream, const void *memory, bool bf16,
-                                   int64_t count, unsigned long long *found);
+/* Adds to *found (device memory) how many elements of any floating-point type are NaN or Inf. */
+cudaError_t submit_count_nonfinite(struct device *device, const struct gather *region,
+                                   unsigned long long *found);
+
+/* backend.gather, with the list in the device's memory. */
+cudaError_t submit_gather(struct device *device, const struct gather *gather, const int64_t *list,
+                          void *to);
+
+/* to += from, of device->wide. */
+cudaError_t submit_add(struct device *device, int64_t count, const void *from, void *to);
 
 #ifdef __cplusplus
 }

@@ -31,13 +31,15 @@ struct tuned {
 	cublasLtMatmulAlgo_t algorithm;
 };
 
-static struct {
+/* What a device keeps. */
+struct blas {
+	struct device *device;
 	cublasLtHandle_t handle;
 	bool missing; /* it does not start on this device */
 	cudaEvent_t start, stop;
 	struct tuned *tuned;
 	int n_tuned;
-} blas;
+};
 
 /* cuBLASLt's description of a product; column-major, so a and b change places. */
 struct description {
@@ -146,14 +148,16 @@ static void description_destroy(struct description *d)
 		cublasLtMatrixLayoutDestroy(d->out);
 }
 
-static enum status multiply(const struct gemm *g, const struct description *d,
-                            const cublasLtMatmulAlgo_t *algorithm, void *workspace)
+static enum status multiply(const struct blas *blas, const struct gemm *g,
+                            const struct description *d, const cublasLtMatmulAlgo_t *algorithm,
+                            void *workspace)
 {
 	const float beta = g->addend ? 1.0f : 0.0f;
 
-	BLAS_TRY(cublasLtMatmul(blas.handle, d->operation, &g->scale, g->b, d->left, g->a, d->right,
-	                        &beta, g->addend ? g->addend : g->out, d->out, g->out, d->out,
-	                        algorithm, workspace, GEMM_WORKSPACE, cuda_stream()));
+	BLAS_TRY(cublasLtMatmul(blas->handle, d->operation, &g->scale, g->b, d->left, g->a,
+	                        d->right, &beta, g->addend ? g->addend : g->out, d->out, g->out,
+	                        d->out, algorithm, workspace, GEMM_WORKSPACE,
+	                        cuda_stream(blas->device)));
 	return STATUS_OK;
 }
 
@@ -180,8 +184,9 @@ static enum status prefer(cublasLtMatmulPreference_t preference, const struct sh
 	return STATUS_OK;
 }
 
-static enum status suggest(const struct shape *shape, const struct description *d,
-                           cublasLtMatmulHeuristicResult_t *candidates, int *count)
+static enum status suggest(const struct blas *blas, const struct shape *shape,
+                           const struct description *d, cublasLtMatmulHeuristicResult_t *candidates,
+                           int *count)
 {
 	cublasLtMatmulPreference_t preference;
 	cublasStatus_t error = CUBLAS_STATUS_SUCCESS;
@@ -189,9 +194,9 @@ static enum status suggest(const struct shape *shape, const struct description *
 	BLAS_TRY(cublasLtMatmulPreferenceCreate(&preference));
 	enum status status = prefer(preference, shape);
 	if (status == STATUS_OK)
-		error = cublasLtMatmulAlgoGetHeuristic(blas.handle, d->operation, d->left, d->right,
-		                                       d->out, d->out, preference, MAX_CANDIDATES,
-		                                       candidates, count);
+		error = cublasLtMatmulAlgoGetHeuristic(blas->handle, d->operation, d->left,
+		                                       d->right, d->out, d->out, preference,
+		                                       MAX_CANDIDATES, candidates, count);
 	cublasLtMatmulPreferenceDestroy(preference);
 	if (status == STATUS_OK && (error != CUBLAS_STATUS_SUCCESS || *count == 0))
 		return status_set(STATUS_UNSUPPORTED, "cuBLASLt has no algorithm: %s",
@@ -200,17 +205,17 @@ static enum status suggest(const struct shape *shape, const struct description *
 }
 
 /* Milliseconds of one cold run, or a negative number if the algorithm cannot do it. */
-static float time_once(const struct gemm *g, const struct description *d,
+static float time_once(const struct blas *blas, const struct gemm *g, const struct description *d,
                        const cublasLtMatmulAlgo_t *algorithm, void *workspace)
 {
 	float milliseconds = -1.0f;
 
-	if (cuda_backend.flush_cache() != STATUS_OK ||
-	    cudaEventRecord(blas.start, cuda_stream()) != cudaSuccess ||
-	    multiply(g, d, algorithm, workspace) != STATUS_OK ||
-	    cudaEventRecord(blas.stop, cuda_stream()) != cudaSuccess ||
-	    cudaEventSynchronize(blas.stop) != cudaSuccess ||
-	    cudaEventElapsedTime(&milliseconds, blas.start, blas.stop) != cudaSuccess) {
+	if (device_flush_cache(blas->device) != STATUS_OK ||
+	    cudaEventRecord(blas->start, cuda_stream(blas->device)) != cudaSuccess ||
+	    multiply(blas, g, d, algorithm, workspace) != STATUS_OK ||
+	    cudaEventRecord(blas->stop, cuda_stream(blas->device)) != cudaSuccess ||
+	    cudaEventSynchronize(blas->stop) != cudaSuccess ||
+	    cudaEventElapsedTime(&milliseconds, blas->start, blas->stop) != cudaSuccess) {
 		cudaGetLastError();
 		return -1.0f;
 	}
@@ -218,7 +223,7 @@ static float time_once(const struct gemm *g, const struct description *d,
 }
 
 /* The candidate with the shortest best time; the first, as suggested, if none could be timed. */
-static int fastest(const struct gemm *g, const struct description *d,
+static int fastest(const struct blas *blas, const struct gemm *g, const struct description *d,
                    const cublasLtMatmulHeuristicResult_t *candidates, int count, void *workspace)
 {
 	float best = 0.0f;
@@ -226,10 +231,10 @@ static int fastest(const struct gemm *g, const struct description *d,
 	bool found = false;
 
 	for (int i = 0; i < count; i++) {
-		float time = time_once(g, d, &candidates[i].algo, workspace);
+		float time = time_once(blas, g, d, &candidates[i].algo, workspace);
 
 		for (int sample = 0; sample < TUNING_SAMPLES && time >= 0.0f; sample++) {
-			const float again = time_once(g, d, &candidates[i].algo, workspace);
+			const float again = time_once(blas, g, d, &candidates[i].algo, workspace);
 			if (sample == 0 || again < time)
 				time = again;
 		}
@@ -268,7 +273,7 @@ static size_t extent(int64_t rows, int64_t columns, int64_t leading, int64_t bat
 }
 
 /* Gives *g random matrices of its own; *memory is to be freed. */
-static enum status substitute_random(struct gemm *g, void **memory)
+static enum status substitute_random(const struct blas *blas, struct gemm *g, void **memory)
 {
 	const size_t a =
 	        extent(g->a_transposed ? g->inner : g->rows, g->a_transposed ? g->rows : g->inner,
@@ -285,143 +290,112 @@ static enum status substitute_random(struct gemm *g, void **memory)
 	g->b = (char *)*memory + a_end;
 	g->out = (char *)*memory + b_end;
 	g->addend = g->addend ? g->out : NULL;
-	CUDA_TRY(device_random(cuda_stream(), *memory, b_end / 2, 1));
-	CUDA_TRY(cudaMemsetAsync(g->out, 0, out, cuda_stream()));
+	CUDA_TRY(submit_random(blas->device, *memory, b_end / 2, 1));
+	CUDA_TRY(cudaMemsetAsync(g->out, 0, out, cuda_stream(blas->device)));
 	return STATUS_OK;
 }
 
 /* Index of the best candidate for g; 0, cuBLASLt's own choice, if there is no memory to find out.
  */
-static int tune(const struct gemm *g, const cublasLtMatmulHeuristicResult_t *candidates, int count,
-                void *workspace)
+static int tune(const struct blas *blas, const struct gemm *g,
+                const cublasLtMatmulHeuristicResult_t *candidates, int count, void *workspace)
 {
 	struct gemm trial = tuning_sized(g);
 	struct description description = {0};
 	void *memory = NULL;
 	int choice = 0;
 
-	if (count > 1 && substitute_random(&trial, &memory) == STATUS_OK &&
+	if (count > 1 && substitute_random(blas, &trial, &memory) == STATUS_OK &&
 	    describe(&trial, &description) == STATUS_OK)
-		choice = fastest(&trial, &description, candidates, count, workspace);
+		choice = fastest(blas, &trial, &description, candidates, count, workspace);
 	description_destroy(&description);
 	cudaFree(memory);
 	return choice;
 }
 
-static enum status find_algorithm(const struct gemm *g, const struct description *d,
-                                  void *workspace, cublasLtMatmulAlgo_t *algorithm)
+static enum status find_algorithm(struct blas *blas, const struct gemm *g,
+                                  const struct description *d, void *workspace,
+                                  cublasLtMatmulAlgo_t *algorithm)
 {
 	const struct shape shape = shape_of(g);
 	cublasLtMatmulHeuristicResult_t candidates[MAX_CANDIDATES];
 	int count = 0;
 
-	for (int i = 0; i < blas.n_tuned; i++) {
-		if (memcmp(&blas.tuned[i].shape, &shape, sizeof shape) == 0) {
-			*algorithm = blas.tuned[i].algorithm;
+	for (int i = 0; i < blas->n_tuned; i++) {
+		if (memcmp(&blas->tuned[i].shape, &shape, sizeof shape) == 0) {
+			*algorithm = blas->tuned[i].algorithm;
 			return STATUS_OK;
 		}
 	}
-	enum status status = suggest(&shape, d, candidates, &count);
+	enum status status = suggest(blas, &shape, d, candidates, &count);
 	if (status != STATUS_OK)
 		return status;
-	struct tuned *grown = realloc(blas.tuned, (size_t)(blas.n_tuned + 1) * sizeof *blas.tuned);
+	struct tuned *grown =
+	        realloc(blas->tuned, (size_t)(blas->n_tuned + 1) * sizeof *blas->tuned);
 	if (!grown)
 		return status_set(STATUS_OOM, "no memory for a tuned matrix product");
-	blas.tuned = grown;
-	*algorithm = candidates[tune(g, candidates, count, workspace)].algo;
-	blas.tuned[blas.n_tuned].shape = shape;
-	blas.tuned[blas.n_tuned++].algorithm = *algorithm;
+	blas->tuned = grown;
+	*algorithm = candidates[tune(blas, g, candidates, count, workspace)].algo;
+	blas->tuned[blas->n_tuned].shape = shape;
+	blas->tuned[blas->n_tuned++].algorithm = *algorithm;
 	return STATUS_OK;
 }
 
-static enum status gemm_open(void)
+static void blas_release(void *memory)
 {
-	if (blas.handle || blas.missing)
+	struct blas *blas = memory;
+
+	if (blas->handle)
+		cublasLtDestroy(blas->handle);
+	if (blas->start)
+		cudaEventDestroy(blas->start);
+	if (blas->stop)
+		cudaEventDestroy(blas->stop);
+	free(blas->tuned);
+}
+
+/* What the device keeps, with the library started. */
+static enum status blas_of(struct device *device, struct blas **kept)
+{
+	struct blas *blas = *kept = cuda_slot(device, sizeof *blas, blas_release);
+
+	if (!blas)
+		return status_set(STATUS_OOM, "no memory for cuBLASLt");
+	/* A handle may be a copy that lives for one call. */
+	blas->device = device;
+	if (blas->handle || blas->missing)
 		return STATUS_OK;
-	CUDA_TRY(cudaEventCreate(&blas.start));
-	CUDA_TRY(cudaEventCreate(&blas.stop));
-	cublasStatus_t error = cublasLtCreate(&blas.handle);
+	CUDA_TRY(cudaEventCreate(&blas->start));
+	CUDA_TRY(cudaEventCreate(&blas->stop));
+	cublasStatus_t error = cublasLtCreate(&blas->handle);
 	if (error != CUBLAS_STATUS_SUCCESS && error != CUBLAS_STATUS_ALLOC_FAILED) {
 		fprintf(stderr,
 		        "cuda: cuBLASLt does not start (%s); matrix products will be slow\n",
 		        cublasLtGetStatusString(error));
 		cudaGetLastError();
-		blas.handle = NULL;
-		blas.missing = true;
+		blas->handle = NULL;
+		blas->missing = true;
 		return STATUS_OK;
 	}
 	BLAS_TRY(error);
 	return STATUS_OK;
 }
 
-enum status gemm_run(const struct gemm *gemm, void *workspace)
+enum status gemm_run(struct device *device, const struct gemm *gemm, void *workspace)
 {
 	struct description description = {0};
 	cublasLtMatmulAlgo_t algorithm;
+	struct blas *blas;
 
-	enum status status = gemm_open();
-	if (status == STATUS_OK && blas.missing)
-		return plain_gemm(gemm);
+	enum status status = blas_of(device, &blas);
+	if (status == STATUS_OK && blas->missing)
+		return plain_gemm(device, gemm);
 	if (status == STATUS_OK)
 		status = describe(gemm, &description);
 	if (status == STATUS_OK)
-		status = find_algorithm(gemm, &description, workspace, &algorithm);
+		status = find_algorithm(blas, gemm, &description, workspace, &algorithm);
 	if (status == STATUS_OK)
-		status = multiply(gemm, &description, &algorithm, workspace);
+		status = multiply(blas, gemm, &description, &algorithm, workspace);
 	description_destroy(&description);
 	return status;
-}
-
-static enum status describe_double(int64_t rows, int64_t columns, int64_t inner,
-                                   struct description *d)
-{
-	const cublasOperation_t transposed = CUBLAS_OP_T;
-
-	BLAS_TRY(cublasLtMatmulDescCreate(&d->operation, CUBLAS_COMPUTE_64F, CUDA_R_64F));
-	BLAS_TRY(cublasLtMatmulDescSetAttribute(d->operation, CUBLASLT_MATMUL_DESC_TRANSA,
-	                                        &transposed, sizeof transposed));
-	enum status status = layout_create(&d->left, CUDA_R_64F, inner, columns, inner, 1, 0);
-	if (status == STATUS_OK)
-		status = layout_create(&d->right, CUDA_R_64F, inner, rows, inner, 1, 0);
-	if (status == STATUS_OK)
-		status = layout_create(&d->out, CUDA_R_64F, columns, rows, columns, 1, 0);
-	return status;
-}
-
-static enum status multiply_double(const struct description *d, const double *x,
-                                   const double *weight, double *y)
-{
-	const double one = 1.0, zero = 0.0;
-
-	BLAS_TRY(cublasLtMatmul(blas.handle, d->operation, &one, weight, d->left, x, d->right,
-	                        &zero, y, d->out, y, d->out, NULL, NULL, 0, cuda_stream()));
-	return STATUS_OK;
-}
-
-enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
-                        const double *weight, double *y)
-{
-	struct description description = {0};
-
-	enum status status = gemm_open();
-	if (status == STATUS_OK && blas.missing)
-		return plain_gemm_double(rows, columns, inner, x, weight, y);
-	if (status == STATUS_OK)
-		status = describe_double(rows, columns, inner, &description);
-	if (status == STATUS_OK)
-		status = multiply_double(&description, x, weight, y);
-	description_destroy(&description);
-	return status;
-}
-
-void gemm_close(void)
-{
-	if (blas.handle)
-		cublasLtDestroy(blas.handle);
-	if (blas.start)
-		cudaEventDestroy(blas.start);
-	if (blas.stop)
-		cudaEventDestroy(blas.stop);
-	free(blas.tuned);
-	memset(&blas, 0, sizeof blas);
 }

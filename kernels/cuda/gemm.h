@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "kernels/backend.h"
+#include "kernels/device.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -40,21 +40,12 @@ struct gemm {
 	int64_t batch, a_stride, b_stride, out_stride;
 };
 
-/* Runs a product; workspace is GEMM_WORKSPACE bytes. STATUS_UNSUPPORTED if cuBLASLt has no
- * algorithm. */
-enum status gemm_run(const struct gemm *gemm, void *workspace);
+/* Runs a product on a device that is active; workspace is GEMM_WORKSPACE bytes. STATUS_UNSUPPORTED
+ * if cuBLASLt has no algorithm. */
+enum status gemm_run(struct device *device, const struct gemm *gemm, void *workspace);
 
-/* y [rows, columns] = x [rows, inner] weight^T, all fp64: for references, not for speed. */
-enum status gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
-                        const double *weight, double *y);
-
-/* The same two without cuBLASLt, which they stand in for where it does not start. */
-enum status plain_gemm(const struct gemm *gemm);
-enum status plain_gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
-                              const double *weight, double *y);
-
-/* Forgets the algorithms and the library's handle. */
-void gemm_close(void);
+/* The same without cuBLASLt, which it stands in for where that does not start. */
+enum status plain_gemm(struct device *device, const struct gemm *gemm);
 
 #ifdef __cplusplus
 }

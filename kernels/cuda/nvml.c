@@ -2,6 +2,7 @@
 #include "kernels/cuda/nvml.h"
 
 #include <dlfcn.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* From NVML's documentation: the reasons for which a clock is lower than it could be. */
@@ -15,65 +16,76 @@ enum {
 	          REASON_HARDWARE_THERMAL | REASON_POWER_BRAKE
 };
 
-static struct {
+struct nvml {
 	void *library, *device;
 	int (*shutdown)(void);
 	int (*driver_version)(char *version, unsigned length);
 	int (*throttle_reasons)(void *device, unsigned long long *reasons);
-} nvml;
+};
 
 /* Function pointers come from dlsym() as object pointers; POSIX lets them be copied as bytes. */
-static bool find(void *function, const char *name)
+static bool find(void *library, void *function, const char *name)
 {
-	void *symbol = dlsym(nvml.library, name);
+	void *symbol = dlsym(library, name);
 
 	memcpy(function, &symbol, sizeof symbol);
 	return symbol != NULL;
 }
 
-bool nvml_open(const char *pci_bus_id)
+/* False, with nothing left to close, if something is missing. */
+static bool find_gpu(struct nvml *nvml, const char *pci_bus_id)
 {
 	int (*init)(void);
 	int (*handle)(const char *pci_bus_id, void **device);
 
-	nvml_close();
-	nvml.library = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
-	if (!nvml.library)
+	nvml->library = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
+	if (!nvml->library)
 		return false;
-	if (find(&init, "nvmlInit_v2") && find(&nvml.shutdown, "nvmlShutdown") &&
-	    find(&handle, "nvmlDeviceGetHandleByPciBusId_v2") &&
-	    find(&nvml.driver_version, "nvmlSystemGetDriverVersion") &&
-	    find(&nvml.throttle_reasons, "nvmlDeviceGetCurrentClocksThrottleReasons") &&
+	if (find(nvml->library, &init, "nvmlInit_v2") &&
+	    find(nvml->library, &nvml->shutdown, "nvmlShutdown") &&
+	    find(nvml->library, &handle, "nvmlDeviceGetHandleByPciBusId_v2") &&
+	    find(nvml->library, &nvml->driver_version, "nvmlSystemGetDriverVersion") &&
+	    find(nvml->library, &nvml->throttle_reasons,
+	         "nvmlDeviceGetCurrentClocksThrottleReasons") &&
 	    init() == 0) {
-		if (handle(pci_bus_id, &nvml.device) == 0)
+		if (handle(pci_bus_id, &nvml->device) == 0)
 			return true;
-		nvml.shutdown();
+		nvml->shutdown();
 	}
-	dlclose(nvml.library);
-	memset(&nvml, 0, sizeof nvml);
+	dlclose(nvml->library);
 	return false;
 }
 
-void nvml_close(void)
+struct nvml *nvml_open(const char *pci_bus_id)
 {
-	if (!nvml.library)
-		return;
-	nvml.shutdown();
-	dlclose(nvml.library);
-	memset(&nvml, 0, sizeof nvml);
+	struct nvml *nvml = calloc(1, sizeof *nvml);
+
+	if (nvml && find_gpu(nvml, pci_bus_id))
+		return nvml;
+	free(nvml);
+	return NULL;
 }
 
-void nvml_driver_version(char *version, size_t size)
+void nvml_close(struct nvml *nvml)
+{
+	if (!nvml)
+		return;
+	nvml->shutdown();
+	dlclose(nvml->library);
+	free(nvml);
+}
+
+void nvml_driver_version(const struct nvml *nvml, char *version, size_t size)
 {
 	version[0] = '\0';
-	if (nvml.library && nvml.driver_version(version, (unsigned)size) != 0)
+	if (nvml && nvml->driver_version(version, (unsigned)size) != 0)
 		version[0] = '\0';
 }
 
-bool nvml_throttled(void)
+bool nvml_throttled(const struct nvml *nvml)
 {
 	unsigned long long reasons = 0;
 
-	return nvml.library && nvml.throttle_reasons(nvml.device, &reasons) == 0 &&
+	return nvml && nvml->throttle_reasons(nvml->device, &reasons) == 0 &&
 	       (reasons & REASONS) != 0;
 }

@@ -6,14 +6,17 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* Finds the GPU at `pci_bus_id`; false if the library or the GPU is not there. */
-bool nvml_open(const char *pci_bus_id);
-void nvml_close(void);
+/* The library and a GPU in it. Every function takes NULL for none. */
+struct nvml;
+
+/* Finds the GPU at `pci_bus_id`; NULL if the library or the GPU is not there. */
+struct nvml *nvml_open(const char *pci_bus_id);
+void nvml_close(struct nvml *nvml);
 
 /* The driver's version, e.g. "580.159.03", or "" where unknown. */
-void nvml_driver_version(char *version, size_t size);
+void nvml_driver_version(const struct nvml *nvml, char *version, size_t size);
 
 /* Whether the GPU's clock is held down now (power, heat, hardware slowdown); false if unknown. */
-bool nvml_throttled(void);
+bool nvml_throttled(const struct nvml *nvml);
 
 #endif

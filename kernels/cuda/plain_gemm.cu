@@ -86,22 +86,7 @@ static __global__ void __launch_bounds__(THREADS)
 	}
 }
 
-/* A thread per element. */
-static __global__ void plain_double_kernel(int64_t rows, int64_t columns, int64_t inner,
-                                           const double *x, const double *weight, double *y)
-{
-	const int64_t index = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-	const int64_t row = index / columns, column = index % columns;
-	double sum = 0;
-
-	if (row >= rows)
-		return;
-	for (int64_t k = 0; k < inner; k++)
-		sum += x[row * inner + k] * weight[column * inner + k];
-	y[index] = sum;
-}
-
-enum status plain_gemm(const struct gemm *g)
+enum status plain_gemm(struct device *device, const struct gemm *g)
 {
 	const struct operand a = {static_cast<const __nv_bfloat16 *>(g->a),
 	                          g->a_transposed ? 1 : g->a_leading,
@@ -118,16 +103,6 @@ enum status plain_gemm(const struct gemm *g)
 	const dim3 grid((unsigned)((g->rows + TILE - 1) / TILE),
 	                (unsigned)((g->columns + TILE - 1) / TILE), (unsigned)g->batch);
 
-	plain_gemm_kernel<<<grid, THREADS, 0, cuda_stream()>>>(a, b, *g);
+	plain_gemm_kernel<<<grid, THREADS, 0, cuda_stream(device)>>>(a, b, *g);
 	return cuda_status(cudaGetLastError(), "plain_gemm", __FILE__, __LINE__);
-}
-
-enum status plain_gemm_double(int64_t rows, int64_t columns, int64_t inner, const double *x,
-                              const double *weight, double *y)
-{
-	const int64_t blocks = (rows * columns + THREADS - 1) / THREADS;
-
-	plain_double_kernel<<<(unsigned)blocks, THREADS, 0, cuda_stream()>>>(rows, columns, inner,
-	                                                                     x, weight, y);
-	return cuda_status(cudaGetLastError(), "plain_gemm_double", __FILE__, __LINE__);
 }

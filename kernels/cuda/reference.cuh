@@ -1,23 +1,58 @@
-/* What the two halves of the device's reference share. */
+/*
+ * The fp64 reference on the device, of operations that are too much for the host's
+ * (kernels/check.h): products and what mixes many tokens. Its kernels are naive, and share nothing
+ * with the ones they judge; they are fast enough for one long sequence with few heads, or a few
+ * thousand rows.
+ */
 #ifndef KERNELS_CUDA_REFERENCE_CUH
 #define KERNELS_CUDA_REFERENCE_CUH
 
+#include <cuda_runtime.h>
+#include <math.h>
+
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/cuda/reference.h"
+#include "kernels/reference/common.h"
+
+#define REFERENCE(name)                                                                            \
+	enum status cuda_reference_##name(struct device *device, const void *args, void *workspace)
+REFERENCE(norm_linear);
+REFERENCE(norm_linear_backward);
+REFERENCE(linear_residual);
+REFERENCE(linear_residual_backward);
+REFERENCE(attention);
+REFERENCE(attention_backward);
+REFERENCE(matrix_recurrence);
+REFERENCE(matrix_recurrence_backward);
 
 namespace reference
 {
 
-constexpr int THREADS = 256, GRID = 8192, MAX_HEAD = 256;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+/* Channels of a head, and rows of a matrix state. */
+constexpr int MAX_HEAD = THREADS, MAX_STATE_ROWS = 256;
 
-/* for (i = ...) over `count` elements, by all threads of the grid. */
-#define FOR_ALL(i, count)                                                                          \
-	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count);              \
-	     i += (int64_t)gridDim.x * blockDim.x)
+/* Returns from the calling function, with its status, if a call fails. */
+#define TRY(call)                                                                                  \
+	do {                                                                                       \
+		const enum status try_ = call;                                                     \
+		if (try_ != STATUS_OK)                                                             \
+			return try_;                                                               \
+	} while (0)
 
-static __device__ __forceinline__ double sigmoid64(double x)
+/* What a pointer of an argument struct holds here. */
+static __host__ __device__ __forceinline__ const double *doubles(const void *tensor)
 {
-	return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
+	return static_cast<const double *>(tensor);
+}
+
+static __host__ __device__ __forceinline__ double *doubles(void *tensor)
+{
+	return static_cast<double *>(tensor);
+}
+
+static __host__ __device__ __forceinline__ int64_t quotient_up(int64_t a, int64_t b)
+{
+	return (a + b - 1) / b;
 }
 
 static __device__ __forceinline__ double warp_sum(double x)
@@ -27,40 +62,46 @@ static __device__ __forceinline__ double warp_sum(double x)
 	return x;
 }
 
-/* Keeps the first error of functions that return none; report() hands it out. */
-void note(enum status status);
-void note_launch(const char *function);
-enum status report();
+/* Memory for doubles (or as many int64_t) that lasts as long as the variable; releasing it waits
+ * for the kernels that use it. */
+class scratch
+{
+	struct device *device;
+	void *memory = NULL;
 
-/* Device memory for `count` doubles. */
-enum status take(int64_t count, double **memory);
-void release(double *memory);
+      public:
+	const enum status status;
 
-/* A list of rows on the device; NULL, and an error noted, if there is no memory. To be freed by
- * cudaFree(). */
-int64_t *upload_rows(int64_t n_rows, const int64_t *rows);
+	scratch(struct device *of, int64_t count)
+	    : device(of), status(device_allocate(of, (size_t)count * sizeof(double) + 1, &memory))
+	{
+	}
+	scratch(const scratch &) = delete;
+	~scratch()
+	{
+		if (status == STATUS_OK)
+			device_release(device, memory);
+	}
+	double *data() const
+	{
+		return static_cast<double *>(memory);
+	}
+};
 
-/* The backward half; see struct reference_device. */
-void linear_input_gradient(int64_t n, int64_t d_in, int64_t d_out, const double *dy,
-                           const double *weight, double *dx);
-void set_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count, const double *from,
-                 double *to);
-enum status attention_backward_rows(const struct reference_attention *a,
-                                    const struct reference_attention_left *left, const double *dout,
-                                    int64_t n_queries, const int64_t *queries, int64_t n_keys,
-                                    const int64_t *keys,
-                                    const struct reference_attention_grads *grads);
-enum status rat_scan_backward(const struct reference_rat_scan *s,
-                              const struct reference_rat_scan_grads *grads);
-enum status recurrence_backward(const struct reference_recurrence *r, const double *dout,
-                                const struct reference_recurrence_grads *grads);
-enum status weight_gradient_rows(const struct reference_gradient_of *of, int64_t n_rows,
-                                 const int64_t *rows, double *host);
-enum status norm_gradient_columns(const struct reference_gradient_of *of, double eps,
-                                  const double *weight, int64_t n_columns, const int64_t *columns,
-                                  double *host);
-enum status column_sums(enum dtype dtype, const void *tensor, int64_t n, int64_t stride,
-                        int64_t count, double *host);
+template <typename... Parameters, typename... Arguments>
+static enum status launch(struct device *device, void (*kernel)(Parameters...), int64_t blocks,
+                          size_t shared, Arguments... arguments)
+{
+	if (blocks == 0)
+		return STATUS_OK;
+	if (shared > 48 << 10)
+		CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+		                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+		                              (int)shared));
+	kernel<<<(unsigned)blocks, THREADS, shared, cuda_stream(device)>>>(
+	        static_cast<Parameters>(arguments)...);
+	return cuda_status(cudaGetLastError(), "reference", __FILE__, __LINE__);
+}
 
 } // namespace reference
 

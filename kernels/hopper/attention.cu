@@ -1,104 +1,37 @@
 /*
- * Attention forward for sm_90a: d = 64 or 128, bf16 in and out, fp32 softmax.
+ * Attention forward for sm_90a: d = 64 or 128, bf16 in and out, fp32 softmax; every mask.
  *
- * One persistent kernel for every mask. A block is a producer warpgroup and two
- * consumer warpgroups (d = 64: three) of 64 query rows each; keys and values
- * stream through rings of two stages (d = 64: four) in tiles of 128. Each mask
- * is an interval of visible keys per query, so only tiles that an end of the
- * interval cuts pay for masking, and at d = 64 a warpgroup leaves out tiles
- * that only the others see. Where the keys of chunks fit in the rings (T = 4096
- * in chunks of 16) they stay there for several query tiles, and the warpgroups
- * go their own ways.
+ * One persistent block per multiprocessor: a producer warpgroup and two consumer warpgroups
+ * (d = 64: three) of 64 query rows each.
+ *   warp 0     ticket -> unit of query tiles; TMA: K and V alternately, tiles of 128
+ *   warp 1 + w serves consumer warpgroup w: fetches queries and, for RAT, own values and gates of
+ *              its next 64 rows, sends off its outputs
+ *   consumer   S = Q K(n); O += P V(n+1) issued after it; softmax of S while the second product
+ *              runs. O begins as the own value
  *
- *   warp 0     ticket -> unit of query tiles; TMA: K and V alternately
- *   warp 1 + w serves consumer warpgroup w: fetches queries and, for RAT, own
- *              values and gates of its next 64 rows, sends off its outputs
- *   consumer   S = Q K(n); O += P V(n+1) issued behind it; softmax of S while
- *              the second product runs. O begins as the own value; the outputs
- *              take the place of the gates in shared memory
+ * Shared memory: rings of two stages (d = 64: four) of keys and of values; of each consumer
+ * queries, own values (then O before the gate) and gates (then O); units, own scores, barriers.
  *
- * The softmax keeps the maximum it has: a power that is large is as good as one
- * below 1 until it nears the end of fp32. Only where the powers of a tile sum
- * to over 2^40 are its scores formed again (by mma, which a warp can do alone)
- * and the maximum moved. So nothing waits for a maximum, and O never moves.
+ * Invariants. A mask is an interval of visible keys per query, so only tiles that an end of the
+ * interval cuts are masked. RESIDENT: keys that fit in the ring stay there for a unit. The softmax
+ * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^40
+ * are its scores formed again (by mma, which a warp can do alone) and the maximum moved: nothing
+ * waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2.
  *
- * Units are handed out longest first, heads in groups whose keys and values
- * fit in L2 and whose units keep every block busy once.
- *
- * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s at
- * T = 4096 / 16384 / 131072; cuDNN 9.19 in the same run: 535 / 586 / 565):
- *   products and softmax one after the other,
- *     two warpgroups taking turns by named barriers        540 / 587 / 594
- *   the same without turns                                 550 / 593 / 599
- *   softmax under the second product, turns                534 / 577 / 590
- *   softmax under the second product, no turns             556 / 604 / 600
- *   and O rescaled only when a maximum grows by over 8
- *     (predicted: 64 of 420 instructions saved, +5%)       571 / 625 / 635
- *   and the producer's loop kept rolled (no spills, fewer
- *     registers moved)                                     580 / 635 / 643
- *   a quarter of the exponentials as cubics on the
- *     multiply-add units (predicted +3%)                   548 / 599 / 598
- * In another run, cuDNN not beside it:
- *   the last of these again                                554 / 590 / 642
- *   rows served by warps of their own                      565 / 622 / 637
- *   the maximum taken from a constant (wrong: to see what
- *     it costs)                                            638 / 738 / 704
- *   the maximum kept until a sum is huge                   632 / 685 / 694
- * The turns cost more than they order: the hardware interleaves two
- * warpgroups well enough by itself. It was the way from S to the maximum to the
- * first power that the products waited for: the tensor pipe went from 82% to
- * 94% of its cycles (ncu, T = 131072). At d = 64 exponentials and products are
- * equally long, and a third warpgroup hides what is left.
- *
- * By these times a query tile costs 1.1 key tiles more than those it reads (its
- * first scores and exponentials, its last product, the way out); at T = 2048 the
- * tensor pipe is busy 79% of the cycles. What was tried against that, samples
- * alternating with the kernel as it was (in brackets), at T = 1024 / 4096 /
- * 16384:
- *   first scores of the next tile under the way out of
- *     one (predicted +3% at 4096)          441 / 632 / 694  (457 / 638 / 698)
- *   and queries a tile ahead, exponentials under the last
- *     product (predicted +4%; it takes 5% more cycles at
- *     T = 2048 and the same clock)         452 / 582 / 649  (475 / 616 / 673)
- *   one loop over the key tiles of all query tiles: its
- *     bookkeeping stands before each product
- *                                          428 / 562 / 626  (457 / 638 / 698)
- *   three stages of keys where there are no own values
- *                                          448 / 604 / 656  (444 / 611 / 672)
- *   warpgroups started apart               452 / 606 / 664  (448 / 604 / 656)
- *   only the seen half of the diagonal tile in the first
- *     product, its exponentials and the sum of values
- *     (predicted +3% at 1024)              415 / 587 / 654  (448 / 604 / 656)
- *   a ticket drawn ahead of the keys       463 / 617 / 674  (464 / 622 / 679)
- * The half tile does less, but then the warpgroups run different code. Inside
- * the loop a product with fewer columns is out of reach: where two ways with
- * different accumulators in flight meet ptxas serializes all of them. With
- * groups of as many heads as L2 holds, all of which are read at once at first,
- * T = 512 / 1024 ran at 356 / 454, with those of now at 381 / 464; RAT at
- * T = 16384 took 2.54 ms and takes 2.32.
- *
- * d = 64, 32 heads, T = 512 / 1024 / 4096 / 16384, window of 1024 at 16384:
- *   every warpgroup reads all tiles            207 / 275 / 447 / 538, 327
- *   those it sees something of (predicted +5% at 4096)
- *                                              240 / 317 / 475 / 543, 380
- *   and four stages                            260 / 342 / 481 / 551, 380
- *
- * RAT, L = 16, milliseconds at T = 4096 / 32768 / 131072:
- *   own values and gates through the rings                 1.78 / 5.06 / 16.0
- *   rows served by warps of their own                      1.45 / 4.37 / 14.4
- *   and keys that stay                                     1.24 / 4.33 / 14.2
- *   and the maximum kept until a sum is huge               1.20 / 4.08 / 13.3
- * On another day, T = 4096 with L = 16 / 64, and with d = 64 and L = 16:
- *   the last of these again                                1.43 / 1.23, 1.78
- *   of a first tile only the half that is seen             1.42 / 1.19, 1.70
- *   and the maximum kept with keys that stay, too          1.35 / 1.18, 1.62
+ * Limit: the tensor pipe, busy 94% of its cycles at d = 128, T = 131072 (692 TFLOP/s at 1.43 GHz);
+ * at T = 4096 (623 TFLOP/s) the start and the end of a query tile. docs/kernels/attention.md.
+ * wgmma in: attention_kernel
  */
 #include <cuda_runtime.h>
 #include <math.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
+#include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
+#include "kernels/hopper/schedule.cuh"
 #include "kernels/kernels.h"
 #include "kernels/hopper/tensor_map.h"
 
@@ -110,7 +43,7 @@ namespace
 /* A sum of powers over this and the maximum is moved; far from where fp32 ends. */
 constexpr float HUGE_SUM = 1099511627776.0f; /* 2^40 */
 
-constexpr int TILE_N = 128, MAX_STAGES = 4, SCHEDULE_SLOTS = 4;
+constexpr int TILE_N = 128, MAX_STAGES = 4;
 
 /* Of a head width: how many consumer warpgroups, key tiles in a ring, and the registers of a thread
  * of either kind. */
@@ -177,24 +110,30 @@ template <int D> struct shared_layout {
 	        SCORES + shape<D>::TILE_M * 4 + 1024; /* 1024: to align the base */
 };
 
-/* Turns of a ring of n (a power of two) slots; a full trip flips the parity. */
-template <int n> struct ring {
-	uint32_t turn = 0;
-
-	__device__ uint32_t slot(uint32_t back = 0) const
-	{
-		return (turn - back) % n;
-	}
-
-	__device__ uint32_t parity(uint32_t back = 0) const
-	{
-		return (turn - back) / n % 2;
-	}
-};
-
 /* What one ticket stands for: `count` query tiles of a sequence and head, from tile m down. */
 struct unit {
+	static constexpr int BYTES = 16; /* in shared memory */
+
 	int m, count, pair;
+
+	__device__ void store(uint32_t shared) const
+	{
+		shared_store(shared, m);
+		shared_store(shared + 4, count);
+		shared_store(shared + 8, pair);
+	}
+
+	__device__ void load(uint32_t shared)
+	{
+		m = shared_load(shared);
+		count = shared_load(shared + 4);
+		pair = shared_load(shared + 8);
+	}
+
+	__device__ bool is_work() const
+	{
+		return count > 0;
+	}
 };
 
 /* Key tiles that a query tile sees, visited from the first down to the last; none if first < last.
@@ -258,9 +197,7 @@ __device__ __forceinline__ void load_tile(uint32_t stage, uint32_t full, const C
                                           int token, int head, int batch)
 {
 	barrier_arrive_expect(full, rows * D * 2);
-#pragma unroll
-	for (int panel = 0; panel < D / 64; panel++)
-		tensor_load(stage + panel * rows * 128, map, full, panel * 64, token, head, batch);
+	load_panels<D, rows>(stage, full, map, token, head, batch);
 }
 
 template <int D>
@@ -272,48 +209,14 @@ __device__ __forceinline__ void store_rows(const CUtensorMap *map, uint32_t rows
 		tensor_store(map, rows + panel * 64 * 128, panel * 64, token, head, batch);
 }
 
-/* The units of this block, as the producer hands them to the others. */
-template <int D> struct schedule {
-	uint32_t shared;
-	ring<SCHEDULE_SLOTS> at;
-
-	__device__ uint32_t barrier(int which) const
-	{
-		return shared + shared_layout<D>::BARRIERS + (which + at.slot()) * 8;
-	}
-
-	__device__ uint32_t slot() const
-	{
-		return shared + shared_layout<D>::UNITS + at.slot() * 16;
-	}
-
-	__device__ void put(const unit &u)
-	{
-		barrier_wait(barrier(BAR_UNIT_EMPTY), at.parity() ^ 1);
-		shared_store(slot(), u.m);
-		shared_store(slot() + 4, u.count);
-		shared_store(slot() + 8, u.pair);
-		barrier_arrive(barrier(BAR_UNIT_FULL));
-		at.turn++;
-	}
-
-	/* By whole warps; false behind the last one. */
-	__device__ bool get(unit &u)
-	{
-		barrier_wait(barrier(BAR_UNIT_FULL), at.parity());
-		u.m = shared_load(slot());
-		u.count = shared_load(slot() + 4);
-		u.pair = shared_load(slot() + 8);
-		__syncwarp();
-		if (threadIdx.x % 32 == 0)
-			barrier_arrive(barrier(BAR_UNIT_EMPTY));
-		at.turn++;
-		return u.count > 0;
-	}
-};
+template <int D>
+using schedule =
+        unit_queue<unit, turn_ring<SCHEDULE_SLOTS>, shared_layout<D>::BARRIERS + BAR_UNIT_FULL * 8,
+                   shared_layout<D>::UNITS>;
 
 /* The producer's side of one ring: its stages and barriers are at fixed places. */
-template <int D, int STAGES_AT, int FULL, int EMPTY> struct load_ring : ring<shape<D>::STAGES> {
+template <int D, int STAGES_AT, int FULL, int EMPTY>
+struct load_ring : turn_ring<shape<D>::STAGES> {
 	__device__ uint32_t next_free(uint32_t shared) const
 	{
 		const uint32_t barrier = shared + shared_layout<D>::BARRIERS + this->slot() * 8;
@@ -429,7 +332,7 @@ template <int D> __device__ void server<D>::fetch_queries(const place &at, const
 
 #pragma unroll
 		for (int r = 0; r < 2; r++)
-			score[r] = 1.44269504f *
+			score[r] = LOG2E *
 			           from[min(at.token + lane + 32 * r, p.seq_len - 1) * p.n_heads];
 	}
 	barrier_wait(barrier(ROWS_Q_EMPTY), parity);
@@ -647,18 +550,6 @@ __device__ __forceinline__ uint32_t block_address(uint32_t tile, int j)
 	return tile + (j / 4) * 64 * 128 + swizzle_128(row * 128 + piece * 16);
 }
 
-__device__ __forceinline__ void store_block(uint32_t address, const float *o)
-{
-	store_matrix_x4(address, pack_bf16(o[0], o[1]), pack_bf16(o[2], o[3]),
-	                pack_bf16(o[4], o[5]), pack_bf16(o[6], o[7]));
-}
-
-/* Of the consumer warpgroups; the shuffle tells the compiler that it is uniform. */
-__device__ __forceinline__ int warpgroup_index()
-{
-	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
-}
-
 /* The first 64 columns of S. */
 __device__ __forceinline__ float (&low_half(float (&s)[64]))[32]
 {
@@ -709,7 +600,7 @@ template <int D, bool RESIDENT> struct consumer {
 	uint32_t shared, rows; /* rows: this warpgroup's barriers */
 	uint32_t own, out;     /* and tiles */
 	/* Key tile being read; RESIDENT: tile n is in slot n, for a unit. */
-	ring<shape<D>::STAGES> keys;
+	turn_ring<shape<D>::STAGES> keys;
 	uint32_t parity; /* of this warpgroup's barriers */
 
 	/* One arrival per warp: each warp vouches for its own reads. */
@@ -887,7 +778,7 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 	pin(s);
 
 	/*
-	 * The wait for the last product stands at the head of the loop, behind
+	 * The wait for the last product stands at the head of the loop, after
 	 * the back edge: anywhere in the block of the exponentials ptxas moves it
 	 * in front of them, and the product then runs with nothing beside it.
 	 */
@@ -992,8 +883,7 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::finish(const unit &u, flo
 			const float row_sum = sum[(i >> 1) & 1];
 
 			/* sigmoid(x) / sum = 1 / (sum + sum e^-x) */
-			o[i] *= reciprocal_approx(
-			        fmaf(row_sum, exp2_approx(x * -1.44269504f), row_sum));
+			o[i] *= reciprocal_approx(fmaf(row_sum, exp2_approx(x * -LOG2E), row_sum));
 		}
 #pragma unroll
 		for (int j = 0; j < D / 16; j++)
@@ -1063,7 +953,7 @@ __global__ void __launch_bounds__(shape<D>::THREADS, 1)
         attention_kernel(const __grid_constant__ parameters p)
 {
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 	const uint32_t barriers = shared + shared_layout<D>::BARRIERS;
 	const int warp = threadIdx.x / 32;
 
@@ -1131,15 +1021,15 @@ void set_chunk(parameters &p, int64_t chunk)
 }
 
 /* Query tiles of a ticket: as many as leave every block a dozen tickets. */
-int tiles_per_unit(int64_t m_tiles, int64_t pairs)
+int tiles_per_unit(const struct device *device, int64_t m_tiles, int64_t pairs)
 {
-	const int64_t share = m_tiles * pairs / (12 * cuda_sm_count());
+	const int64_t share = m_tiles * pairs / (12 * cuda_sm_count(device));
 
 	return static_cast<int>(share < 1 ? 1 : share < m_tiles ? share : m_tiles);
 }
 
-enum status fill_parameters(parameters &p, const struct attention_args *a, int tile_m,
-                            bool resident, int *ticket)
+enum status fill_parameters(const struct device *device, parameters &p,
+                            const struct attention_args *a, int tile_m, bool resident, int *ticket)
 {
 	enum status status = STATUS_OK;
 	const auto encode = [&](CUtensorMap *map, const struct view *view, int64_t tokens,
@@ -1173,74 +1063,64 @@ enum status fill_parameters(parameters &p, const struct attention_args *a, int t
 	p.has_ungated = a->out_ungated.data != NULL;
 	p.lse = a->lse;
 	p.m_tiles = static_cast<int>((a->seq_len + tile_m - 1) / tile_m);
-	const int most = resident ? tiles_per_unit(p.m_tiles, p.pairs) : 1;
+	const int most = resident ? tiles_per_unit(device, p.m_tiles, p.pairs) : 1;
 	p.units_per_pair = (p.m_tiles + most - 1) / most;
 	p.tiles_per_unit = (p.m_tiles + p.units_per_pair - 1) / p.units_per_pair;
 	p.units_per_pair = (p.m_tiles + p.tiles_per_unit - 1) / p.tiles_per_unit;
 	const int64_t pair_bytes = a->kv_len * a->d_head * 4;
 	const int64_t fit = pair_bytes ? L2_BUDGET / pair_bytes : p.pairs;
-	const int64_t wave = (cuda_sm_count() + p.units_per_pair - 1) / p.units_per_pair;
+	const int64_t wave = (cuda_sm_count(device) + p.units_per_pair - 1) / p.units_per_pair;
 	const int64_t group = !resident && wave < fit ? wave : fit;
 	p.heads_per_group = static_cast<int>(group < 1 ? 1 : group < p.pairs ? group : p.pairs);
 	p.ticket = ticket;
 	return status;
 }
 
-template <int D, bool RESIDENT> enum status launch(const struct attention_args *a, int *ticket)
+template <int D, bool RESIDENT>
+enum status launch(struct device *device, const struct attention_args *a, int *ticket)
 {
-	const int bytes = shared_layout<D>::BYTES;
 	parameters p;
-	enum status status = fill_parameters(p, a, shape<D>::TILE_M, RESIDENT, ticket);
+	enum status status = fill_parameters(device, p, a, shape<D>::TILE_M, RESIDENT, ticket);
 	const int64_t units = static_cast<int64_t>(p.units_per_pair) * p.pairs;
-	const int blocks = static_cast<int>(units < cuda_sm_count() ? units : cuda_sm_count());
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(cudaFuncSetAttribute(attention_kernel<D, RESIDENT>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	CUDA_TRY(cudaMemsetAsync(ticket, 0, sizeof *ticket, cuda_stream()));
-	attention_kernel<D, RESIDENT><<<blocks, shape<D>::THREADS, bytes, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	CUDA_TRY(cudaMemsetAsync(ticket, 0, sizeof *ticket, cuda_stream(device)));
+	return submit(device, attention_kernel<D, RESIDENT>, turns(device, units),
+	              shape<D>::THREADS, shared_layout<D>::BYTES, p);
 }
 
 /* Keys stay where query after query sees few of them, as with one key a chunk. */
-template <int D> enum status launch(const struct attention_args *a, int *ticket)
+template <int D>
+enum status launch(struct device *device, const struct attention_args *a, int *ticket)
 {
 	const bool resident = a->own_score && a->kv_len <= shape<D>::STAGES * TILE_N;
 
-	return resident ? launch<D, true>(a, ticket) : launch<D, false>(a, ticket);
+	return resident ? launch<D, true>(device, a, ticket) : launch<D, false>(device, a, ticket);
 }
 
 } // namespace
 
-extern "C" const char *hopper_attention_unsupported(const void *args)
+extern "C" const char *hopper_attention_unsupported(const struct device *device, const void *args)
 {
-	const struct attention_args *a = static_cast<const struct attention_args *>(args);
+	const auto *a = static_cast<const struct attention_args *>(args);
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
-	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
-	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out) ||
-	    (a->own_score && !tensor_map_supports(&a->own_value)) ||
-	    (a->gate.data && !tensor_map_supports(&a->gate)) ||
-	    (a->out_ungated.data && !tensor_map_supports(&a->out_ungated)))
-		return "views must be 16-byte aligned";
-	return NULL;
+	return check_views(device, &a->q, &a->k, &a->v, &a->out, &a->own_value, &a->gate,
+	                   &a->out_ungated);
 }
 
-extern "C" size_t hopper_attention_workspace(const void *args)
+extern "C" size_t hopper_attention_workspace(const struct device *, const void *args)
 {
 	(void)args;
 	return 256; /* the ticket counter */
 }
 
-extern "C" enum status hopper_attention(const void *args, void *workspace)
+extern "C" enum status hopper_attention(struct device *device, const void *args, void *workspace)
 {
-	const struct attention_args *a = static_cast<const struct attention_args *>(args);
+	const auto *a = static_cast<const struct attention_args *>(args);
 	int *ticket = static_cast<int *>(workspace);
 
-	return a->d_head == 64 ? launch<64>(a, ticket) : launch<128>(a, ticket);
+	return a->d_head == 64 ? launch<64>(device, a, ticket) : launch<128>(device, a, ticket);
 }

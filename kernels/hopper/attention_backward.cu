@@ -1,55 +1,24 @@
 /*
- * Gradients of attention for sm_90a: d = 64 or 128, bf16 in and out, fp32 sums.
- *
- * Three kernels. The first takes the gate from the gradient of the output,
- * forms delta and all gradients that need one query alone, and pads the
- * statistics of the queries to whole tiles. The second, persistent, takes 128
- * keys of one head at a time and walks over the queries that see them, in
- * tiles of 64 (d = 64: 128); it holds dK and dV. The third turns the sums of dQ
- * into bf16. dQ is summed in memory, tile by tile, in the order in which
- * blocks come by: its last bits differ from run to run.
- *
- *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, and a ring of
- *               queries and gradients of outputs with their statistics
- *   warp 1 + w  sends what consumer warpgroup w leaves: its half of a tile of
- *               dQ, to be added; at the end dK and dV
- *   consumer    64 keys, scores transposed (a row is a key): P and dS are the
- *               register operands of dV += P^T dO, dK += dS^T Q. Both
- *               warpgroups' dS meet in shared memory for dQ = dS K, of which
- *               each forms one 64 x 64 block.
- *
- * Order of products in a step, each beside what needs no tensor cores:
- *   dP = V dO^T             powers of the scores, which the step before issued
- *   dV                      dS
- *   dK, dQ of the tile before, S of the next    that dQ leaves
- *
- * What was tried (one H200, 16 heads x 128, 262144 tokens, causal; TFLOP/s of
- * all three kernels at T = 4096 / 32768; from run to run, the device being hot
- * or not, they differ by up to 7%).  cuDNN 9.19 in the same run: 456 / 513
- *   dQ of the same tile, a named barrier after dS           467 / 514
- *   dQ before dK                                            478 / 535
- *   no barrier (wrong: to see what it costs)                535 / 595
- *   nothing added to dQ (wrong, too; with the barrier)      472 / 553
- * In another run, cuDNN 478 / 520:
- *   dQ of the tile before, no barrier; three places for
- *     queries and dS                                        539 / 563
- *   and dQ added from registers (red.v4: predicted a sixth
- *     less traffic of shared memory)                        487 / 554
- *   and dQ summed in a few places that stay in L2, which a
- *     spare warp empties (predicted +7%: no memset, no
- *     third kernel; but one warp is too slow)               382 / 562
- * In a third, cuDNN 437 / 531:
- *   as the first of these                                   507 / 581
- *   two places in every ring, also for keys                 505 / 580
- *   and dS stored behind the issue of dK                    488 / 563
- *   and behind that of dQ, too                              498 / 555
- * On a cool device the three kernels take 0.62, 17.4 (633 TFLOP/s) and 0.74 ms
- * of T = 4096; with three places the tensor cores were busy for 65% of the
- * cycles, shared memory for 79% (ncu).
- *
- * All kernels, milliseconds: d = 64, T = 4096, 32 heads 23.5 (468 TFLOP/s; cuDNN
- * 30.0); window 1024, T = 16384 12.1; RAT, L = 16, T = 4096 / 32768 4.19 / 13.6.
- *
+ * Gradients of attention for sm_90a: d = 64 or 128, bf16 in and out, fp32 sums. Three kernels:
+ *   prepare    takes the gate from the gradient of the output, forms delta and all gradients that
+ *              need one query alone, pads the queries' statistics to whole tiles
+ *   backward   persistent: 128 keys of one head at a time, whose dK and dV it holds, and the
+ *              queries that see them in tiles of 64 (d = 64: 128)
+ *   finish     turns the sums of dQ into bf16
+ * Roles in the second:
+ *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, queries, gradients of outputs
+ *   warp 1 + w  sends what consumer warpgroup w leaves: its half of a tile of dQ, to be added in
+ *               memory; at the end dK and dV
+ *   consumer    64 keys, scores transposed (a row is a key): P and dS are the register operands of
+ *               dV += P^T dO, dK += dS^T Q. Both warpgroups' dS meet in shared memory for
+ *               dQ = dS K, of which each forms a 64 x 64 block, a tile late, so that none waits
+ * Shared memory: two places of keys, one of values, two of queries, gradients of outputs, dS (at
+ * the end dK) and statistics; of each warpgroup dQ (at the end dV).
+ * Products of a step, each beside what needs no tensor cores: dP = V dO^T beside the powers of the
+ * scores; dV beside dS; dK, dQ of the tile before and S of the next while that dQ leaves.
+ * dQ is summed in the order in which blocks come by: its last bits differ from run to run.
+ * Limit: shared memory, busy 79% of the cycles, the tensor cores 65% (with three places);
+ * 633 TFLOP/s at T = 4096 on a cool device. docs/kernels/attention_backward.md.
  * wgmma in: attention_backward_kernel
  */
 #include <cuda_runtime.h>
@@ -57,9 +26,12 @@
 #include <math.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
+#include "kernels/hopper/schedule.cuh"
 #include "kernels/hopper/tensor_map.h"
 #include "kernels/kernels.h"
 
@@ -68,7 +40,7 @@ using namespace hopper;
 namespace
 {
 
-constexpr int KEYS = 128, STAGES = 2, SCHEDULE_SLOTS = 4, WARPGROUPS = 2;
+constexpr int KEYS = 128, STAGES = 2, WARPGROUPS = 2;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int BOTH_BARRIER = 1;    /* named: the two consumer warpgroups */
@@ -82,7 +54,7 @@ template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
 	int seq_len, n_heads, q_heads, pairs; /* pairs: batch * n_heads */
-	int seen_keys;                        /* no query sees the keys behind these */
+	int seen_keys;                        /* no query sees the keys after these */
 	int window, chunk;
 	enum mask mask;
 	float scale, scale_log2;  /* scale * log2(e) */
@@ -137,7 +109,26 @@ static_assert(shared_layout<64>::BYTES <= 227 * 1024 && shared_layout<128>::BYTE
 
 /* What one ticket stands for: tile n of the keys of a sequence and head; n < 0: no more. */
 struct unit {
+	static constexpr int BYTES = 8; /* in shared memory */
+
 	int n, pair;
+
+	__device__ void store(uint32_t shared) const
+	{
+		shared_store(shared, n);
+		shared_store(shared + 4, pair);
+	}
+
+	__device__ void load(uint32_t shared)
+	{
+		n = shared_load(shared);
+		pair = shared_load(shared + 4);
+	}
+
+	__device__ bool is_work() const
+	{
+		return n >= 0;
+	}
 };
 
 /* Tiles of queries, from first to end - 1. */
@@ -182,54 +173,10 @@ __device__ __forceinline__ unit locate(const parameters &p, int number)
 	return {within / in_group, first_pair + within % in_group};
 }
 
-/* The units of this block, as the producer hands them to the others. */
-template <int D> struct schedule {
-	uint32_t shared;
-	slot_ring<SCHEDULE_SLOTS> at;
-
-	__device__ uint32_t barrier(int which) const
-	{
-		return shared + shared_layout<D>::BARRIERS + (which + at.slot) * 8;
-	}
-
-	__device__ uint32_t slot() const
-	{
-		return shared + shared_layout<D>::UNITS + at.slot * 8;
-	}
-
-	__device__ void put(const unit &u)
-	{
-		barrier_wait(barrier(BAR_UNIT_EMPTY), at.parity ^ 1);
-		shared_store(slot(), u.n);
-		shared_store(slot() + 4, u.pair);
-		barrier_arrive(barrier(BAR_UNIT_FULL));
-		at.advance();
-	}
-
-	/* By whole warps; false behind the last one. */
-	__device__ bool get(unit &u)
-	{
-		barrier_wait(barrier(BAR_UNIT_FULL), at.parity);
-		u.n = shared_load(slot());
-		u.pair = shared_load(slot() + 4);
-		__syncwarp();
-		if (threadIdx.x % 32 == 0)
-			barrier_arrive(barrier(BAR_UNIT_EMPTY));
-		at.advance();
-		return u.n >= 0;
-	}
-};
-
-/* A tile of `rows` x D, as D/64 swizzled panels. */
-template <int D, int rows>
-__device__ __forceinline__ void load_panels(uint32_t tile, uint32_t full, const CUtensorMap *map,
-                                            int token, int head, int batch)
-{
-#pragma unroll
-	for (int panel = 0; panel < D / 64; panel++)
-		tensor_load(tile + panel * rows * ROW_BYTES, map, full, panel * 64, token, head,
-		            batch);
-}
+template <int D>
+using schedule =
+        unit_queue<unit, slot_ring<SCHEDULE_SLOTS>, shared_layout<D>::BARRIERS + BAR_UNIT_FULL * 8,
+                   shared_layout<D>::UNITS>;
 
 /* Thread 0: tickets and everything that is loaded. */
 template <int D> struct producer {
@@ -312,16 +259,6 @@ template <int D> struct producer {
 	}
 };
 
-/* Adds `bytes` (a multiple of 16) of fp32 in shared memory to contiguous memory. */
-__device__ __forceinline__ void bulk_add(float *global, uint32_t shared, uint32_t bytes)
-{
-	asm volatile(
-	        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-	                global),
-	        "r"(shared), "r"(bytes)
-	        : "memory");
-}
-
 /* Warp 1 + w: sends off what consumer warpgroup w leaves. */
 template <int D> __device__ __forceinline__ void send(const parameters &p, uint32_t shared, int w)
 {
@@ -401,12 +338,6 @@ __device__ __forceinline__ void issue_gradient(float (&acc)[n], const uint32_t (
 	wgmma_commit();
 }
 
-/* Of the consumer warpgroups; the shuffle tells the compiler that it is uniform. */
-__device__ __forceinline__ int warpgroup_index()
-{
-	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
-}
-
 /* Address in a warpgroup's 64 swizzled rows of this warp's 16 x 16 block from column 16j (below 64)
  * on, as stmatrix (x4) wants it from each lane. */
 __device__ __forceinline__ uint32_t block_address(uint32_t rows, int j)
@@ -461,9 +392,7 @@ template <int D> struct consumer {
 	/* One arrival per warp: each warp vouches for its own accesses. */
 	__device__ void release(int which) const
 	{
-		__syncwarp();
-		if (threadIdx.x % 32 == 0)
-			barrier_arrive(barrier(which));
+		warp_arrive(barrier(which));
 	}
 
 	__device__ uint32_t keys() const
@@ -596,10 +525,8 @@ template <int D> __device__ __forceinline__ void consumer<D>::store_dq(const flo
 	await_out_place();
 #pragma unroll
 	for (int j = 0; j < 8; j++)
-		asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place + j * 128 * 16),
-		             "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]),
-		             "f"(dq[4 * j + 3])
-		             : "memory");
+		shared_store4(place + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2],
+		              dq[4 * j + 3]);
 	hand_over();
 }
 
@@ -622,7 +549,7 @@ __device__ __forceinline__ void consumer<D>::store_keys(uint32_t place, const fl
 
 /*
  * Tile m of the queries; its scores have been issued, and those of the next
- * tile are, but behind the last. dQ is that of the tile before, so that neither
+ * tile are, except after the last. dQ is that of the tile before, so that neither
  * warpgroup waits for the other's dS.
  */
 template <int D>
@@ -744,7 +671,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         attention_backward_kernel(const __grid_constant__ parameters p)
 {
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 	const uint32_t barriers = shared + shared_layout<D>::BARRIERS;
 	const int warp = threadIdx.x / 32;
 
@@ -808,23 +735,6 @@ struct query_parameters {
 	const float *dq_sums;
 };
 
-__device__ __forceinline__ void unpack(const uint4 &from, float (&to)[8])
-{
-	const uint32_t pairs[4] = {from.x, from.y, from.z, from.w};
-
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		to[2 * i] = low_bf16(pairs[i]);
-		to[2 * i + 1] = high_bf16(pairs[i]);
-	}
-}
-
-__device__ __forceinline__ uint4 pack(const float (&from)[8])
-{
-	return {pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
-	        pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7])};
-}
-
 /* Sum over the D/8 lanes that share a row. */
 template <int D> __device__ __forceinline__ float row_sum(float x)
 {
@@ -836,7 +746,7 @@ template <int D> __device__ __forceinline__ float row_sum(float x)
 
 /*
  * What needs one query alone: PREPARED_ROWS queries of a head, D/8 lanes to a
- * row. Queries behind the last have an lse of infinity, so that all their
+ * row. Queries after the last have an lse of infinity, so that all their
  * probabilities are 0. `extras`: gate or own values.
  */
 template <int D, bool extras>
@@ -873,24 +783,25 @@ __global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
 		const int64_t row = static_cast<int64_t>(pair) * p.seq_len + t;
 		float x[8], y[8], products = 0;
 
-		unpack(dout[i], x);
-		unpack(o[i], y);
+		unpack_bf16(x, dout[i]);
+		unpack_bf16(y, o[i]);
 		if (extras && p.gate.data) {
 			float g[8], dg[8];
 
-			unpack(gate[i], g);
+			unpack_bf16(g, gate[i]);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
 				const float sigmoid =
-				        reciprocal_approx(1 + exp2_approx(g[j] * -1.44269504f));
+				        reciprocal_approx(1 + exp2_approx(g[j] * -LOG2E));
 
 				x[j] *= sigmoid;
 				dg[j] = x[j] * y[j] * (1 - sigmoid);
 			}
-			dout[i] = pack(x);
-			unpack(dout[i], x);
+			dout[i] = pack_bf16(x);
+			unpack_bf16(x, dout[i]);
 			if (t < p.seq_len) {
-				reinterpret_cast<uint4 *>(p.dgate.at(b, t, h))[lane] = pack(dg);
+				reinterpret_cast<uint4 *>(p.dgate.at(b, t, h))[lane] =
+				        pack_bf16(dg);
 				p.gated[row * LANES + lane] = dout[i];
 			}
 		}
@@ -902,17 +813,16 @@ __global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
 
 		if (lane == 0) {
 			p.delta[padded] = delta;
-			p.lse[padded] = lse == -INFINITY ? INFINITY : lse * 1.44269504f;
+			p.lse[padded] = lse == -INFINITY ? INFINITY : lse * LOG2E;
 		}
 		if (extras && p.own_score) {
 			const int64_t own =
 			        (static_cast<int64_t>(b) * p.seq_len + t) * p.n_heads + h;
 			const float weight =
-			        t < p.seq_len ? exp2_approx((p.own_score[own] - lse) * 1.44269504f)
-			                      : 0;
+			        t < p.seq_len ? exp2_approx((p.own_score[own] - lse) * LOG2E) : 0;
 			float dweight = 0;
 
-			unpack(value[i], y);
+			unpack_bf16(y, value[i]);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
 				dweight = fmaf(x[j], y[j], dweight);
@@ -920,7 +830,8 @@ __global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
 			}
 			dweight = row_sum<D>(dweight);
 			if (t < p.seq_len) {
-				reinterpret_cast<uint4 *>(p.down_value.at(b, t, h))[lane] = pack(x);
+				reinterpret_cast<uint4 *>(p.down_value.at(b, t, h))[lane] =
+				        pack_bf16(x);
 				if (lane == 0)
 					p.down_score[own] = weight * (dweight - delta);
 			}
@@ -1078,68 +989,59 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	return status;
 }
 
-template <int D> enum status launch(const struct attention_backward_args *args, void *workspace)
+template <int D>
+enum status launch(struct device *device, const struct attention_backward_args *args,
+                   void *workspace)
 {
 	const struct attention_args *a = &args->forward;
 	const struct plan plan = make_plan(a);
 	char *base = static_cast<char *>(workspace);
-	const int bytes = shared_layout<D>::BYTES;
 	const query_parameters queries = fill_query_parameters(args, plan, base);
 	parameters p;
 	enum status status = fill_parameters<D>(p, args, plan, base);
 	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
-	const int blocks = static_cast<int>(units < cuda_sm_count() ? units : cuda_sm_count());
 	const int64_t prepare = p.pairs * (plan.padded_len / PREPARED_ROWS);
 	const int64_t finish = a->batch * a->q_heads * (plan.padded_len / QUERIES<D>);
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(cudaFuncSetAttribute(attention_backward_kernel<D>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 	CUDA_TRY(cudaMemsetAsync(base + plan.ticket, 0, plan.dq + plan.dq_bytes - plan.ticket,
-	                         cuda_stream()));
-	if (a->gate.data || a->own_score)
-		prepare_kernel<D, true>
-		        <<<static_cast<unsigned>(prepare), 256, 0, cuda_stream()>>>(queries);
-	else
-		prepare_kernel<D, false>
-		        <<<static_cast<unsigned>(prepare), 256, 0, cuda_stream()>>>(queries);
-	attention_backward_kernel<D><<<blocks, THREADS, bytes, cuda_stream()>>>(p);
-	finish_kernel<D><<<static_cast<unsigned>(finish), 256, 0, cuda_stream()>>>(queries);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	                         cuda_stream(device)));
+	status = submit(device,
+	                a->gate.data || a->own_score ? prepare_kernel<D, true>
+	                                             : prepare_kernel<D, false>,
+	                prepare, 256, 0, queries);
+	if (status == STATUS_OK)
+		status = submit(device, attention_backward_kernel<D>, turns(device, units), THREADS,
+		                shared_layout<D>::BYTES, p);
+	return status == STATUS_OK ? submit(device, finish_kernel<D>, finish, 256, 0, queries)
+	                           : status;
 }
 
 } // namespace
 
-extern "C" const char *hopper_attention_backward_unsupported(const void *args)
+extern "C" const char *hopper_attention_backward_unsupported(const struct device *device,
+                                                             const void *args)
 {
-	const struct attention_backward_args *x =
-	        static_cast<const struct attention_backward_args *>(args);
+	const auto *x = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *a = &x->forward;
-	const struct view *views[] = {
-	        &a->q,  &a->k,    &a->v,           &a->out,   &x->dout,      &x->dq,        &x->dk,
-	        &x->dv, &a->gate, &a->out_ungated, &x->dgate, &a->own_value, &x->down_value};
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
-	for (const struct view *view : views)
-		if (view->data && !tensor_map_supports(view))
-			return "views must be 16-byte aligned";
-	return NULL;
+	return check_views(device, &a->q, &a->k, &a->v, &a->out, &x->dout, &x->dq, &x->dk, &x->dv,
+	                   &a->gate, &a->out_ungated, &x->dgate, &a->own_value, &x->down_value);
 }
 
-extern "C" size_t hopper_attention_backward_workspace(const void *args)
+extern "C" size_t hopper_attention_backward_workspace(const struct device *, const void *args)
 {
 	return make_plan(&static_cast<const struct attention_backward_args *>(args)->forward).size;
 }
 
-extern "C" enum status hopper_attention_backward(const void *args, void *workspace)
+extern "C" enum status hopper_attention_backward(struct device *device, const void *args,
+                                                 void *workspace)
 {
-	const struct attention_backward_args *x =
-	        static_cast<const struct attention_backward_args *>(args);
+	const auto *x = static_cast<const struct attention_backward_args *>(args);
 
-	return x->forward.d_head == 64 ? launch<64>(x, workspace) : launch<128>(x, workspace);
+	return x->forward.d_head == 64 ? launch<64>(device, x, workspace)
+	                               : launch<128>(device, x, workspace);
 }

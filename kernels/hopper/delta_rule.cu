@@ -17,17 +17,31 @@
  * lane; then, D the diagonal blocks' inverses, block column j of the inverse is T_jj = D_j,
  * T_ij = sum_{j<=m<i} (-D_i A_im) T_mj: a warp a column, TF32.
  *
- * One H200, 16 heads x 128, 262144 tokens: 2.47 ms at T = 4096, whose bytes take 1.03; what limits
- * it is the inverse, 64 x 64 takes 2.07.
+ * Roles and shared memory are the walk's (walk.cuh); the inverse and the scores have a ring each.
+ * Limit: the inverse. 2.55 ms at 16 heads x 128, T = 4096 (1.98 GHz), whose bytes take 1.03.
+ * docs/kernels/delta_rule.md.
  * wgmma in: delta_kernel
  */
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/walk.cuh"
 
 using namespace hopper;
 
-namespace hopper
+namespace
 {
+
+struct delta_rule {
+	static constexpr bool SOLVES = true;
+
+	template <int DK, int SLICES>
+	static __device__ void score(const parameters &p, uint32_t shared);
+	template <int DK, int SLICES, bool OUTPUTS>
+	static __device__ float walk(state_walk<DK, SLICES, OUTPUTS, delta_rule> &w, const piece &x,
+	                             int chunk);
+};
+
+template <int DK, int SLICES> using shape = walk_shape<DK, SLICES, delta_rule>;
 
 /* The numbers of a thread of a chunk's tokens: those of its columns of a 64 x 64 accumulator,
  * 16 j + 8 half + {0, 1}. */
@@ -36,31 +50,34 @@ __device__ __forceinline__ float2 token_pair(uint32_t array, int j, int half, in
 	return shared_float2(array + (16 * j + 8 * half + 2 * (lane % 4)) * 4);
 }
 
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
-__device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(const piece &x,
-                                                                              int chunk)
+template <int DK, int SLICES, bool OUTPUTS>
+__device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS, delta_rule> &w,
+                                                  const piece &x, int chunk)
 {
-	const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
-	const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
-	const uint32_t values = at + S::V + warpgroup * PANEL_BYTES;
+	using S = typename state_walk<DK, SLICES, OUTPUTS, delta_rule>::S;
+	const uint32_t at = w.shared + w.stage.slot * S::STAGE_BYTES;
+	const uint32_t powers = w.shared + S::POWERS + w.stage.slot * S::POWERS_BYTES;
+	const uint32_t values = at + S::V + w.warpgroup * PANEL_BYTES;
 	const uint64_t q = matrix_descriptor(at + S::Q, 16),
 	               keys = matrix_descriptor(at + S::K, 16);
 	const uint64_t k = matrix_descriptor(at + S::K, PANEL_BYTES);
-	const uint64_t scores = matrix_descriptor(shared + S::SCORES + slot.slot * PANEL_BYTES, 16);
-	const uint64_t solved = matrix_descriptor(shared + S::SOLVED + slot.slot * PANEL_BYTES, 16);
+	const uint64_t scores =
+	        matrix_descriptor(w.shared + S::SCORES + w.slot.slot * PANEL_BYTES, 16);
+	const uint64_t solved =
+	        matrix_descriptor(w.shared + S::SOLVED + w.slot.slot * PANEL_BYTES, 16);
 	uint32_t packed[DK / 4], moved[16], decayed[16];
 	float y[32], o[32];
 
-	barrier_wait(shared + S::FULL + stage.slot * 8, stage.parity);
+	barrier_wait(w.shared + S::FULL + w.stage.slot * 8, w.stage.parity);
 	const float whole = shared_float(powers + WHOLE);
 #pragma unroll
 	for (int i = 0; i < DK / 4; i++) {
-		packed[i] = pack_bf16(s[0][2 * i], s[0][2 * i + 1]);
-		s[0][2 * i] *= whole;
-		s[0][2 * i + 1] *= whole;
+		packed[i] = pack_bf16(w.s[0][2 * i], w.s[0][2 * i + 1]);
+		w.s[0][2 * i] *= whole;
+		w.s[0][2 * i + 1] *= whole;
 	}
 	pin(packed);
-	pin(s[0]);
+	pin(w.s[0]);
 	pin(y);
 	pin(o);
 	wgmma_fence();
@@ -73,17 +90,17 @@ __device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(co
 		wgmma_rs_k_major(o, &packed[4 * step],
 		                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
 	wgmma_commit();
-	wgmma_wait<0>(); /* both: the packed state's registers are needed */
+	wgmma_wait<0>(); /* both: the packed state'w.s registers are needed */
 	pin(y);
 	pin(o);
 	pin(packed);
 #pragma unroll
 	for (int j = 0; j < 4; j++) {
-		load_transposed_x4(transposed_block(values, 16 * j, 16 * warp, lane),
+		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
 		                   &moved[4 * j]);
 #pragma unroll
 		for (int half = 0; half < 2; half++) {
-			const float2 power = token_pair(powers + FROM_START, j, half, lane);
+			const float2 power = token_pair(powers + FROM_START, j, half, w.lane);
 #pragma unroll
 			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
 				moved[i] = pack_bf16(
@@ -91,7 +108,7 @@ __device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(co
 				        fmaf(-power.y, y[2 * i + 1], high_bf16(moved[i])));
 		}
 	}
-	barrier_wait(shared + S::SOLVED_FULL + slot.slot * 8, slot.parity);
+	barrier_wait(w.shared + S::SOLVED_FULL + w.slot.slot * 8, w.slot.parity);
 	pin(moved);
 	pin(y);
 	wgmma_fence();
@@ -101,8 +118,8 @@ __device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(co
 	wgmma_commit();
 #pragma unroll
 	for (int i = 0; i < 32; i += 4) {
-		const float2 power = token_pair(powers + FROM_START, i / 8, i / 4 % 2, lane);
-		const float x0 = p.scale * power.x, x1 = p.scale * power.y;
+		const float2 power = token_pair(powers + FROM_START, i / 8, i / 4 % 2, w.lane);
+		const float x0 = w.p.scale * power.x, x1 = w.p.scale * power.y;
 
 		o[i] *= x0;
 		o[i + 1] *= x1;
@@ -114,42 +131,37 @@ __device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(co
 	pin(moved);
 #pragma unroll
 	for (int i = 0; i < 16; i++) {
-		const float2 power = token_pair(powers + TO_END, i / 4, i / 2 % 2, lane);
+		const float2 power = token_pair(powers + TO_END, i / 4, i / 2 % 2, w.lane);
 
 		moved[i] = pack_bf16(y[2 * i], y[2 * i + 1]);
 		decayed[i] = pack_bf16(y[2 * i] * power.x, y[2 * i + 1] * power.y);
 	}
-	barrier_wait(shared + S::SCORES_FULL + slot.slot * 8, slot.parity);
+	barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
 	pin(moved);
 	pin(decayed);
 	pin(o);
-	pin(s[0]);
+	pin(w.s[0]);
 	wgmma_fence();
 #pragma unroll
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs_k_major(o, &moved[4 * j], scores + j * 32 / 16, true);
 #pragma unroll
 	for (int j = 0; j < CHUNK / 16; j++)
-		wgmma_rs(s[0], &decayed[4 * j], k + j * 2048 / 16, true);
+		wgmma_rs(w.s[0], &decayed[4 * j], k + j * 2048 / 16, true);
 	wgmma_commit();
 	wgmma_wait<0>();
 	pin(o);
-	pin(s[0]);
+	pin(w.s[0]);
 	pin(moved);
 	pin(decayed);
 	__syncwarp();
-	release(S::SCORES_EMPTY + slot.slot * 8);
-	slot.advance();
-	release(S::EMPTY + stage.slot * 8);
-	stage.advance();
-	store(x, chunk, o);
+	w.release(S::SCORES_EMPTY + w.slot.slot * 8);
+	w.slot.advance();
+	w.release(S::EMPTY + w.stage.slot * 8);
+	w.stage.advance();
+	w.store(x, chunk, o);
 	return whole;
 }
-
-} // namespace hopper
-
-namespace
-{
 
 /* ---- the triangular inverse. Blocks are 16 x 16, of fp32 rounded to TF32. */
 
@@ -345,20 +357,14 @@ __device__ __forceinline__ void solve(uint32_t blocks, uint32_t panel, uint32_t 
 
 /* Of chunk after chunk: first the inverse, for which the state waits first, then the scores. */
 template <int DK, int SLICES>
-__device__ __forceinline__ void solve_and_score(const parameters &p, uint32_t shared)
+__device__ __forceinline__ void delta_rule::score(const parameters &p, uint32_t shared)
 {
-	using S = shape<DK, SLICES, true>;
+	using S = shape<DK, SLICES>;
 	const int count = piece_count<true>(p), lane = threadIdx.x % 32;
 	const int warp = threadIdx.x / 32 % 4;
 	const uint32_t blocks = shared + S::BLOCKS_16;
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
-	const auto publish = [&](int barrier) {
-		fence_async_proxy();
-		__syncwarp();
-		if (lane == 0)
-			barrier_arrive(shared + barrier);
-	};
 
 #pragma unroll 1
 	for (int number = blockIdx.x; number < count; number += gridDim.x) {
@@ -381,16 +387,14 @@ __device__ __forceinline__ void solve_and_score(const parameters &p, uint32_t sh
 			store_system(blocks, s, powers, warp, lane);
 			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
 			solve(blocks, solved, powers + BETA, warp, lane);
-			publish(S::SOLVED_FULL + slot.slot * 8);
+			warp_publish(shared + S::SOLVED_FULL + slot.slot * 8);
 			issue_scores<DK>(s, at + S::Q, at + S::K);
 			wgmma_wait<0>();
 			pin(s);
 			decay_scores(s, powers, p.scale, warp, lane);
-			__syncwarp();
-			if (lane == 0)
-				barrier_arrive(shared + S::EMPTY + stage.slot * 8);
+			warp_arrive(shared + S::EMPTY + stage.slot * 8);
 			store_scores(scores, s, warp, lane);
-			publish(S::SCORES_FULL + slot.slot * 8);
+			warp_publish(shared + S::SCORES_FULL + slot.slot * 8);
 			stage.advance();
 			slot.advance();
 		}
@@ -398,100 +402,56 @@ __device__ __forceinline__ void solve_and_score(const parameters &p, uint32_t sh
 }
 
 template <int DK, int SLICES>
-__global__ void __launch_bounds__(shape<DK, SLICES, true>::THREADS, 1)
+__global__ void __launch_bounds__(shape<DK, SLICES>::THREADS, 1)
         delta_kernel(const __grid_constant__ parameters p)
 {
-	using S = shape<DK, SLICES, true>;
+	using S = shape<DK, SLICES>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 
 	if (threadIdx.x == 0)
-		initialise_barriers<DK, SLICES, true, true>(shared);
+		initialise_barriers<DK, SLICES, true, delta_rule>(shared);
 	/* The inverse's upper blocks are zero, and stay so. */
 	for (int i = threadIdx.x; i < SCORE_SLOTS * PANEL_BYTES / 8; i += S::THREADS)
 		shared_store2(shared + S::SOLVED + 8 * i, 0.0f, 0.0f);
 	fence_async_proxy();
 	__syncthreads();
-	if (threadIdx.x < 128) {
-		registers_decrease<S::PRODUCER_REGISTERS>();
-		if (threadIdx.x == 0)
-			produce<DK, SLICES, true, true>(p, shared);
-		else if (threadIdx.x / 32 == 1)
-			prepare_decays<DK, SLICES, true, true>(p, shared);
-	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
-		registers_decrease<S::SCORE_REGISTERS>();
-		solve_and_score<DK, SLICES>(p, shared);
-	} else {
-		registers_increase<S::STATE_REGISTERS>();
-		state_walk<DK, SLICES, true, true> walk = {
-		        p, shared, static_cast<int>(threadIdx.x / 128) - 1,
-		        static_cast<int>(threadIdx.x / 32 % 4), static_cast<int>(threadIdx.x % 32)};
-		const int count = piece_count<true>(p);
-
-#pragma unroll 1
-		for (int number = blockIdx.x; number < count; number += gridDim.x) {
-			const piece x = locate(p, number);
-
-			walk.begin(x);
-#pragma unroll 1
-			for (int chunk = x.first; chunk < x.last; chunk++)
-				walk.walk(x, chunk);
-			walk.end(x, 1.0f);
-		}
-		if (threadIdx.x % 128 == 0)
-			store_wait_read();
-	}
+	walk_block<DK, SLICES, true, delta_rule>(p, shared);
 }
 
-template <int DK, int SLICES> enum status run_delta(const struct matrix_recurrence_args *a)
+template <int DK, int SLICES>
+enum status run_delta(struct device *device, const struct matrix_recurrence_args *a)
 {
-	const int bytes = shape<DK, SLICES, true>::BYTES;
 	const plan x = make_plan(a, 0);
-	const int blocks = x.walks < cuda_sm_count() ? x.walks : cuda_sm_count();
 	parameters p;
 	enum status status = fill_parameters(p, a, x, NULL);
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(cudaFuncSetAttribute(delta_kernel<DK, SLICES>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	delta_kernel<DK, SLICES>
-	        <<<blocks, shape<DK, SLICES, true>::THREADS, bytes, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return submit(device, delta_kernel<DK, SLICES>, turns(device, x.walks),
+	              shape<DK, SLICES>::THREADS, shape<DK, SLICES>::BYTES, p);
 }
 
 } // namespace
 
-extern "C" const char *hopper_delta_rule_unsupported(const void *args)
+extern "C" const char *hopper_delta_rule_unsupported(const struct device *device, const void *args)
 {
-	const struct matrix_recurrence_args *a =
-	        static_cast<const struct matrix_recurrence_args *>(args);
+	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->rule != RULE_DELTA)
 		return "only the delta rule";
-	if (a->decay == DECAY_DIAGONAL)
-		return "only decays that are the same for all channels";
 	if (a->chunk && a->chunk != CHUNK)
 		return "chunk must be 64, or 0";
 	if (a->d_k > 128)
 		return "d_k must be at most 128";
-	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
-		return "heads must not share v";
-	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
-	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out))
-		return "views must be 16-byte aligned";
-	return NULL;
+	return walk_unsupported(device, a);
 }
 
-extern "C" enum status hopper_delta_rule(const void *args, void *)
+extern "C" enum status hopper_delta_rule(struct device *device, const void *args, void *)
 {
-	const struct matrix_recurrence_args *a =
-	        static_cast<const struct matrix_recurrence_args *>(args);
+	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
 	if (a->d_k <= 64)
-		return a->d_v <= 64 ? run_delta<64, 1>(a) : run_delta<64, 2>(a);
-	return a->d_v <= 64 ? run_delta<128, 1>(a) : run_delta<128, 2>(a);
+		return a->d_v <= 64 ? run_delta<64, 1>(device, a) : run_delta<64, 2>(device, a);
+	return a->d_v <= 64 ? run_delta<128, 1>(device, a) : run_delta<128, 2>(device, a);
 }

@@ -1,42 +1,24 @@
 /*
  * Gated linear attention, forward, for sm_90a: S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t,
- * o_t = scale q_t S_t, bf16 in and out, states in fp32. Chunks of 64, 32 or 16 tokens; two
- * kernels:
+ * o_t = scale q_t S_t, bf16 in and out, states in fp32. Chunks of 64, 32 or 16 tokens; two kernels:
+ *   prepare  (gla_prepare.cu) every 64 tokens become a record (gla.cuh): q decayed from the chunk's
+ *            start, k decayed to its end, scores inside it, its whole decay (how: gla_chunk.cuh)
+ *   recur    a block takes 128 (64) columns of v of one sequence and head through all its chunks.
+ *            A producer thread loads records, a cluster of blocks each record once; a consumer
+ *            warpgroup per 64 columns keeps the state transposed, as fp32 accumulators [64 columns
+ *            of v, d_k]: rounded to bf16 it is the left operand of o^T = S^T q^T, and no copy of it
+ *            goes through shared memory. Then o^T += v^T scores^T, S^T = S^T Diag(decay) + v^T k.
+ * Widths up to 128 take one kernel, `fused`, in which a warpgroup of the block prepares.
  *
- *   prepare  (gla_prepare.cu) every chunk by itself: q decayed from the chunk's start, k
- *            decayed to its end, the scores inside it and its whole decay, in the order and
- *            swizzle in which the second kernel's products read them from shared memory
- *   recur    a block takes 128 (64) columns of v of one sequence and head through all
- *            its chunks. The state stays on chip, transposed, as fp32 accumulators
- *            [64 columns of v, d_k] of each warpgroup: rounded to bf16 it is the left
- *            operand of o^T = S^T q^T, and no copy of it goes through shared memory.
- *            Then o^T += v^T scores^T, S^T = S^T Diag(decay) + v^T k.
+ * Shared memory: two or three stages of a record and its columns of v, then outputs, barriers.
  *
- * Where sequences times heads are too few to fill the device, each is cut into
- * segments: `recur` first runs without queries for what a segment adds to a state, and
- * then all segments start from the sum of those before them.
+ * Sequences times heads that are too few to fill the device are cut into segments: `recur` first
+ * runs without queries for what a segment adds to a state, then all segments start from the sum of
+ * those before them. All exponents are <= 0 except inside a sub-chunk that decays mildly.
  *
- * Decays. With G_t the sum of log2 alpha up to token t, every factor is
- * 2^(difference of G). In `prepare` a warp owns a sub-chunk of 16 tokens: q is decayed from
- * the sub-chunk's start, k to its end, and the decays of whole sub-chunks between them
- * are multiplied in one after the other, so that all exponents are <= 0 and no decay
- * is too strong. Inside the sub-chunk one of two factors exceeds 1; if the
- * sub-chunk's decay is too strong for that, it is halved again and again, at exponents <= 0.
- *
- * What was tried (one H200; 4 heads x 256/512, 262144 tokens, T = 4096 / 131072; the portable
- * kernels take 9.5 / 10.8 ms, the bytes 0.9):
- *   two kernels as above, one block at a time, scores by one product   2.37 / 2.81 ms
- *   the scores of a chunk's first tokens nearly in fp32, because the
- *     norm behind it magnifies what cancels there; clusters of two     2.20 / 2.70 ms
- *   clusters of four (predicted: half the reads from L2)               2.14 / 3.66 ms
- *   prepare takes two panels of channels at once (predicted: more
- *     bytes under way)                                                 2.10 / 2.68 ms
- *   the cluster's barriers without release at cluster scope, which
- *     made every warp wait for its own stores in each chunk            1.84 / 2.32 ms
- * Widths up to 128 (16 heads x 128/128): two kernels 2.83 ms, one kernel 2.21 ms.
- *
- * Shorter chunks save scores, but round the state to bf16 and wait for the tensor cores more
- * often: 64, 32, 16 tokens take 1.87, 2.01, 2.48 ms at T = 4096. Longer ones: gla_materialise.cu.
+ * Limit: the operands' way through memory between the kernels (at 128/128 one kernel takes 2.21 ms,
+ * two 2.84) and the wait for the tensor cores in each chunk: 1.87 ms at 4 heads x 256/512, T = 4096
+ * (1.97 GHz), whose bytes take 0.9. docs/kernels/gla.md.
  * wgmma in: recur_kernel, fused_kernel
  */
 #include <cuda_runtime.h>
@@ -44,7 +26,8 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/gla.cuh"
 #include "kernels/hopper/gla_chunk.cuh"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/ptx.cuh"
 #include "kernels/hopper/tensor_map.h"
@@ -281,12 +264,9 @@ __device__ __forceinline__ void store_state(const recur_parameters &p, const sta
 	begin_output(warp, lane, barrier);
 #pragma unroll
 	for (int i = 0; i < DK / 16; i++)
-		store_matrix_x4(
+		store_block(
 		        plain_block(staging + i / 4 * PANEL_BYTES, 16 * warp, 16 * (i % 4), lane),
-		        pack_bf16(s.x[8 * i], s.x[8 * i + 1]),
-		        pack_bf16(s.x[8 * i + 2], s.x[8 * i + 3]),
-		        pack_bf16(s.x[8 * i + 4], s.x[8 * i + 5]),
-		        pack_bf16(s.x[8 * i + 6], s.x[8 * i + 7]));
+		        &s.x[8 * i]);
 	fence_async_proxy();
 	named_barrier_sync(barrier, 128);
 	if (warp == 0 && lane == 0) {
@@ -435,7 +415,7 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 {
 	using layout = recur_layout<DK, WARPGROUPS, PARTS, PASS>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 
 	if (threadIdx.x == 0) {
 		for (int i = 0; i < layout::STAGES; i++) {
@@ -528,10 +508,7 @@ __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_
 		}
 		sync();
 		store_scores<BONUS>(stage + layout::SCORES, s);
-		fence_async_proxy();
-		__syncwarp();
-		if (threadIdx.x % 32 == 0)
-			barrier_arrive(full + 2 * layout::STAGES * 8);
+		warp_publish(full + 2 * layout::STAGES * 8);
 		r.advance();
 	}
 }
@@ -542,7 +519,7 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
 {
 	using layout = fused_layout<DK, WARPGROUPS, PARTS>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 
 	if (threadIdx.x == 0) {
 		for (int i = 0; i < layout::STAGES; i++) {
@@ -580,9 +557,9 @@ struct plan {
  * As many segments as make the whole soonest done: a segment takes as many steps as it has
  * records, in as many waves as the blocks need; the run without queries costs two fifths.
  */
-void choose_segments(plan &c, int64_t sequences)
+void choose_segments(const struct device *device, plan &c, int64_t sequences)
 {
-	const int64_t sms = cuda_sm_count(), blocks = sequences * c.slices;
+	const int64_t sms = cuda_sm_count(device), blocks = sequences * c.slices;
 	double best = 0;
 
 	c.segments = 1;
@@ -603,7 +580,7 @@ void choose_segments(plan &c, int64_t sequences)
 	}
 }
 
-plan make_plan(const struct matrix_recurrence_args *a)
+plan make_plan(const struct device *device, const struct matrix_recurrence_args *a)
 {
 	const int64_t sequences = a->batch * a->n_heads;
 	plan c;
@@ -611,7 +588,7 @@ plan make_plan(const struct matrix_recurrence_args *a)
 	c.parts = a->chunk && a->chunk < RECORD ? static_cast<int>(RECORD / a->chunk) : 1;
 	c.records = static_cast<int>((a->seq_len + RECORD - 1) / RECORD);
 	c.slices = a->d_v == 64 ? 1 : static_cast<int>(a->d_v / 128);
-	choose_segments(c, sequences);
+	choose_segments(device, c, sequences);
 	const size_t before = static_cast<size_t>(sequences * (c.segments - 1) * a->d_k);
 	c.states = static_cast<size_t>(sequences * c.records) *
 	           record_bytes(static_cast<int>(a->d_k), c.parts);
@@ -621,7 +598,7 @@ plan make_plan(const struct matrix_recurrence_args *a)
 }
 
 template <int DK, int WARPGROUPS, int PARTS, pass PASS>
-enum status recur(const recur_parameters &p, int64_t sequences)
+enum status recur(struct device *device, const recur_parameters &p, int64_t sequences)
 {
 	const auto kernel = recur_kernel<DK, WARPGROUPS, PARTS, PASS>;
 	const int bytes = recur_layout<DK, WARPGROUPS, PARTS, PASS>::BYTES;
@@ -636,7 +613,7 @@ enum status recur(const recur_parameters &p, int64_t sequences)
 	config.gridDim = dim3(static_cast<unsigned>(sequences * p.segments * p.slices));
 	config.blockDim = dim3(128 * (WARPGROUPS + 1));
 	config.dynamicSmemBytes = static_cast<size_t>(bytes);
-	config.stream = cuda_stream();
+	config.stream = cuda_stream(device);
 	config.attrs = &cluster;
 	config.numAttrs = 1;
 	CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
@@ -647,9 +624,6 @@ enum status recur(const recur_parameters &p, int64_t sequences)
 enum status fill_parameters(recur_parameters &p, const struct matrix_recurrence_args *a,
                             const plan &c)
 {
-	const enum status status =
-	        tensor_map_encode(&p.v, &a->v, a->batch, a->seq_len, a->n_heads, a->d_v, RECORD);
-
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.records = c.records;
 	p.slices = c.slices;
@@ -659,49 +633,51 @@ enum status fill_parameters(recur_parameters &p, const struct matrix_recurrence_
 	p.per_segment = c.per_segment;
 	p.h0 = a->h0;
 	p.final_state = a->final_state;
-	return status == STATUS_OK ? tensor_map_encode(&p.out, &a->out, a->batch, a->seq_len,
-	                                               a->n_heads, a->d_v, RECORD)
-	                           : status;
+	return gla_encode_values(&p.v, &p.out, a);
 }
 
 /* The segments first, where there is more than one. */
 template <int DK, int WARPGROUPS, int PARTS, pass PASS>
-enum status recur_twice(recur_parameters &p, const plan &c, int64_t sequences)
+enum status recur_twice(struct device *device, recur_parameters &p, const plan &c,
+                        int64_t sequences)
 {
 	enum status status = STATUS_OK;
 
 	p.segments = c.segments - 1;
 	if (p.segments > 0)
-		status = recur<DK, WARPGROUPS, PARTS, ADDED>(p, sequences);
+		status = recur<DK, WARPGROUPS, PARTS, ADDED>(device, p, sequences);
 	p.segments = c.segments;
-	return status == STATUS_OK ? recur<DK, WARPGROUPS, PARTS, PASS>(p, sequences) : status;
+	return status == STATUS_OK ? recur<DK, WARPGROUPS, PARTS, PASS>(device, p, sequences)
+	                           : status;
 }
 
 template <int DK, int WARPGROUPS>
-enum status run_staged(const struct matrix_recurrence_args *a, unsigned char *workspace)
+enum status run_staged(struct device *device, const struct matrix_recurrence_args *a,
+                       unsigned char *workspace)
 {
-	const plan c = make_plan(a);
+	const plan c = make_plan(device, a);
 	const int64_t sequences = a->batch * a->n_heads;
 	recur_parameters p = {};
 	enum status status = fill_parameters(p, a, c);
 
 	if (status == STATUS_OK)
-		status = gla_prepare(a, c.parts, workspace);
+		status = gla_prepare(device, a, c.parts, workspace);
 	if (status != STATUS_OK)
 		return status;
 	p.prepared = workspace;
 	p.states = reinterpret_cast<float *>(workspace + c.states);
 	p.decays = reinterpret_cast<float *>(workspace + c.decays);
-	return c.parts == 1   ? recur_twice<DK, WARPGROUPS, 1, OUTPUTS>(p, c, sequences)
-	       : c.parts == 2 ? recur_twice<DK, WARPGROUPS, 2, OUTPUTS>(p, c, sequences)
-	                      : recur_twice<DK, WARPGROUPS, 4, OUTPUTS>(p, c, sequences);
+	return c.parts == 1   ? recur_twice<DK, WARPGROUPS, 1, OUTPUTS>(device, p, c, sequences)
+	       : c.parts == 2 ? recur_twice<DK, WARPGROUPS, 2, OUTPUTS>(device, p, c, sequences)
+	                      : recur_twice<DK, WARPGROUPS, 4, OUTPUTS>(device, p, c, sequences);
 }
 
 template <int DK, int WARPGROUPS>
-enum status run_states(const struct matrix_recurrence_args *a, unsigned char *records,
-                       int per_chunk, unsigned char *states, unsigned char *workspace)
+enum status run_states(struct device *device, const struct matrix_recurrence_args *a,
+                       unsigned char *records, int per_chunk, unsigned char *states,
+                       unsigned char *workspace)
 {
-	const plan c = make_plan(a);
+	const plan c = make_plan(device, a);
 	recur_parameters p = {};
 	enum status status = fill_parameters(p, a, c);
 
@@ -713,26 +689,21 @@ enum status run_states(const struct matrix_recurrence_args *a, unsigned char *re
 	p.chunk_states = states;
 	p.per_chunk = per_chunk;
 	p.chunks = (c.records + per_chunk - 1) / per_chunk;
-	return recur_twice<DK, WARPGROUPS, 1, STATES>(p, c, a->batch * a->n_heads);
+	return recur_twice<DK, WARPGROUPS, 1, STATES>(device, p, c, a->batch * a->n_heads);
 }
 
 template <int DK, int WARPGROUPS, int PARTS, bool BONUS>
-enum status launch_fused(const fused_parameters &p, int64_t sequences)
+enum status launch_fused(struct device *device, const fused_parameters &p, int64_t sequences)
 {
-	const auto kernel = fused_kernel<DK, WARPGROUPS, PARTS, BONUS>;
-	const int bytes = fused_layout<DK, WARPGROUPS, PARTS>::BYTES;
-
-	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	kernel<<<static_cast<unsigned>(sequences), 128 * (WARPGROUPS + 2), bytes, cuda_stream()>>>(
-	        p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return submit(device, fused_kernel<DK, WARPGROUPS, PARTS, BONUS>, sequences,
+	              128 * (WARPGROUPS + 2), fused_layout<DK, WARPGROUPS, PARTS>::BYTES, p);
 }
 
-template <int DK, int WARPGROUPS> enum status run_fused(const struct matrix_recurrence_args *a)
+template <int DK, int WARPGROUPS>
+enum status run_fused(struct device *device, const struct matrix_recurrence_args *a)
 {
 	const int64_t sequences = a->batch * a->n_heads;
-	plan c = make_plan(a);
+	plan c = make_plan(device, a);
 	fused_parameters p = {};
 
 	c.segments = 1;
@@ -747,10 +718,10 @@ template <int DK, int WARPGROUPS> enum status run_fused(const struct matrix_recu
 	p.scale = a->scale;
 	p.bonus = a->bonus;
 	if (a->rule == RULE_BONUS)
-		return launch_fused<DK, WARPGROUPS, 1, true>(p, sequences);
-	return c.parts == 1   ? launch_fused<DK, WARPGROUPS, 1, false>(p, sequences)
-	       : c.parts == 2 ? launch_fused<DK, WARPGROUPS, 2, false>(p, sequences)
-	                      : launch_fused<DK, WARPGROUPS, 4, false>(p, sequences);
+		return launch_fused<DK, WARPGROUPS, 1, true>(device, p, sequences);
+	return c.parts == 1   ? launch_fused<DK, WARPGROUPS, 1, false>(device, p, sequences)
+	       : c.parts == 2 ? launch_fused<DK, WARPGROUPS, 2, false>(device, p, sequences)
+	                      : launch_fused<DK, WARPGROUPS, 4, false>(device, p, sequences);
 }
 
 } // namespace
@@ -758,58 +729,60 @@ template <int DK, int WARPGROUPS> enum status run_fused(const struct matrix_recu
 namespace hopper
 {
 
-size_t gla_states_workspace(const struct matrix_recurrence_args *a)
+size_t gla_states_workspace(const struct device *device, const struct matrix_recurrence_args *a)
 {
-	const plan c = make_plan(a);
+	const plan c = make_plan(device, a);
 
 	return c.bytes - c.states;
 }
 
-enum status gla_states(const struct matrix_recurrence_args *a, unsigned char *records,
-                       int per_chunk, unsigned char *states, unsigned char *workspace)
+enum status gla_states(struct device *device, const struct matrix_recurrence_args *a,
+                       unsigned char *records, int per_chunk, unsigned char *states,
+                       unsigned char *workspace)
 {
 	const auto run = a->d_v == 64    ? (a->d_k == 64 ? run_states<64, 1> : run_states<128, 1>)
 	                 : a->d_k == 64  ? run_states<64, 2>
 	                 : a->d_k == 128 ? run_states<128, 2>
 	                                 : run_states<256, 2>;
 
-	return run(a, records, per_chunk, states, workspace);
+	return run(device, a, records, per_chunk, states, workspace);
 }
 
 } // namespace hopper
 
-extern "C" const char *hopper_gla_staged_unsupported(const void *args)
+extern "C" const char *hopper_gla_staged_unsupported(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
-	const char *why = gla_unsupported(a);
+	const char *why = gla_unsupported(device, a);
 
 	if (!why && a->chunk != 0 && a->chunk != 16 && a->chunk != 32 && a->chunk != 64)
 		why = "chunk must be 16, 32 or 64";
 	return why;
 }
 
-extern "C" size_t hopper_gla_staged_workspace(const void *args)
+extern "C" size_t hopper_gla_staged_workspace(const struct device *device, const void *args)
 {
-	return make_plan(static_cast<const struct matrix_recurrence_args *>(args)).bytes;
+	return make_plan(device, static_cast<const struct matrix_recurrence_args *>(args)).bytes;
 }
 
-extern "C" enum status hopper_gla_staged(const void *args, void *workspace)
+extern "C" enum status hopper_gla_staged(struct device *device, const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 	auto *memory = static_cast<unsigned char *>(workspace);
 
 	if (a->d_v == 64)
-		return a->d_k == 64 ? run_staged<64, 1>(a, memory) : run_staged<128, 1>(a, memory);
-	return a->d_k == 64    ? run_staged<64, 2>(a, memory)
-	       : a->d_k == 128 ? run_staged<128, 2>(a, memory)
-	                       : run_staged<256, 2>(a, memory);
+		return a->d_k == 64 ? run_staged<64, 1>(device, a, memory)
+		                    : run_staged<128, 1>(device, a, memory);
+	return a->d_k == 64    ? run_staged<64, 2>(device, a, memory)
+	       : a->d_k == 128 ? run_staged<128, 2>(device, a, memory)
+	                       : run_staged<256, 2>(device, a, memory);
 }
 
-extern "C" const char *hopper_gla_fused_unsupported(const void *args)
+extern "C" const char *hopper_gla_fused_unsupported(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
-	const char *why = hopper_gla_staged_unsupported(args);
+	const char *why = hopper_gla_staged_unsupported(device, args);
 
 	if (!why && (a->d_k > 128 || a->d_v > 128))
 		why = "head widths must be at most 128";
@@ -818,39 +791,42 @@ extern "C" const char *hopper_gla_fused_unsupported(const void *args)
 	return why;
 }
 
-extern "C" enum status hopper_gla_fused(const void *args, void *)
+extern "C" enum status hopper_gla_fused(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
 	if (a->d_v == 64)
-		return a->d_k == 64 ? run_fused<64, 1>(a) : run_fused<128, 1>(a);
-	return a->d_k == 64 ? run_fused<64, 2>(a) : run_fused<128, 2>(a);
+		return a->d_k == 64 ? run_fused<64, 1>(device, a) : run_fused<128, 1>(device, a);
+	return a->d_k == 64 ? run_fused<64, 2>(device, a) : run_fused<128, 2>(device, a);
 }
 
 /* Fused where that can be, unless the sequences are too few and must be cut; materialised where
  * the chunks are longer than a record. */
-static bool fuses(const void *args)
+static bool fuses(const struct device *device, const void *args)
 {
-	return !hopper_gla_fused_unsupported(args) &&
-	       make_plan(static_cast<const struct matrix_recurrence_args *>(args)).segments == 1;
+	return !hopper_gla_fused_unsupported(device, args) &&
+	       make_plan(device, static_cast<const struct matrix_recurrence_args *>(args))
+	                       .segments == 1;
 }
 
-extern "C" const char *hopper_gla_unsupported(const void *args)
+extern "C" const char *hopper_gla_unsupported(const struct device *device, const void *args)
 {
-	return hopper_gla_staged_unsupported(args) ? hopper_gla_materialise_unsupported(args)
-	                                           : NULL;
+	return hopper_gla_staged_unsupported(device, args)
+	               ? hopper_gla_materialise_unsupported(device, args)
+	               : NULL;
 }
 
-extern "C" size_t hopper_gla_workspace(const void *args)
+extern "C" size_t hopper_gla_workspace(const struct device *device, const void *args)
 {
-	if (hopper_gla_staged_unsupported(args))
-		return hopper_gla_materialise_workspace(args);
-	return fuses(args) ? 0 : hopper_gla_staged_workspace(args);
+	if (hopper_gla_staged_unsupported(device, args))
+		return hopper_gla_materialise_workspace(device, args);
+	return fuses(device, args) ? 0 : hopper_gla_staged_workspace(device, args);
 }
 
-extern "C" enum status hopper_gla(const void *args, void *workspace)
+extern "C" enum status hopper_gla(struct device *device, const void *args, void *workspace)
 {
-	if (hopper_gla_staged_unsupported(args))
-		return hopper_gla_materialise(args, workspace);
-	return fuses(args) ? hopper_gla_fused(args, workspace) : hopper_gla_staged(args, workspace);
+	if (hopper_gla_staged_unsupported(device, args))
+		return hopper_gla_materialise(device, args, workspace);
+	return fuses(device, args) ? hopper_gla_fused(device, args, workspace)
+	                           : hopper_gla_staged(device, args, workspace);
 }

@@ -31,22 +31,27 @@ inline size_t record_bytes(int d_k, int parts)
 }
 
 /* Why no kernel here takes these arguments, whatever the chunk; or NULL. */
-const char *gla_unsupported(const struct matrix_recurrence_args *a);
+const char *gla_unsupported(const struct device *device, const struct matrix_recurrence_args *a);
 
 enum status gla_encode_inputs(CUtensorMap *q, CUtensorMap *k, CUtensorMap *log_decay,
                               const struct matrix_recurrence_args *a);
+/* Of v and of the output. */
+enum status gla_encode_values(CUtensorMap *v, CUtensorMap *out,
+                              const struct matrix_recurrence_args *a);
 
 /* All records, sequence after sequence, of chunks of 64 / parts tokens. */
-enum status gla_prepare(const struct matrix_recurrence_args *a, int parts, unsigned char *records);
+enum status gla_prepare(struct device *device, const struct matrix_recurrence_args *a, int parts,
+                        unsigned char *records);
 
 /*
  * The states before chunks of per_chunk records, transposed, bf16: [B, H, chunks, d_v / 64] tiles
  * of d_k / 64 panels [64 columns of v, 64 channels of k]; and the final state. What it needs
  * beside.
  */
-size_t gla_states_workspace(const struct matrix_recurrence_args *a);
-enum status gla_states(const struct matrix_recurrence_args *a, unsigned char *records,
-                       int per_chunk, unsigned char *states, unsigned char *workspace);
+size_t gla_states_workspace(const struct device *device, const struct matrix_recurrence_args *a);
+enum status gla_states(struct device *device, const struct matrix_recurrence_args *a,
+                       unsigned char *records, int per_chunk, unsigned char *states,
+                       unsigned char *workspace);
 
 /* ---- outputs that leave as boxes of 64 x 64, by a warpgroup */
 
@@ -65,11 +70,8 @@ __device__ __forceinline__ void stage_output(float (&o)[WIDTH], uint32_t staging
 {
 #pragma unroll
 	for (int n = 0; n < WIDTH / 4; n += 2)
-		store_transposed_x4(transposed_block(staging, token + 8 * n, 16 * warp, lane),
-		                    pack_bf16(o[4 * n], o[4 * n + 1]),
-		                    pack_bf16(o[4 * n + 2], o[4 * n + 3]),
-		                    pack_bf16(o[4 * n + 4], o[4 * n + 5]),
-		                    pack_bf16(o[4 * n + 6], o[4 * n + 7]));
+		store_transposed_block(transposed_block(staging, token + 8 * n, 16 * warp, lane),
+		                       &o[4 * n]);
 }
 
 /* From there to memory. */

@@ -32,7 +32,6 @@ constexpr int SUB = 16, SUBS = RECORD / SUB; /* tokens; sub-chunks of a record *
 constexpr int SLABS = 2;                     /* of a tile */
 constexpr int EXCHANGE_BYTES = SLABS * SUBS * 32 * 4;
 constexpr float MILD = 60; /* log2 of a decay whose inverse may be a factor */
-constexpr float LOG2E = 1.4426950408889634f;
 
 /* Tiles of one chunk and 64 channels. */
 struct panel {
@@ -51,24 +50,6 @@ struct chunk_form {
 	float scale;
 	const float *bonus; /* of the tile's channels */
 };
-
-__device__ __forceinline__ uint4 shared_load_16(uint32_t shared)
-{
-	uint4 x;
-
-	asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-	             : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-	             : "r"(shared)
-	             : "memory");
-	return x;
-}
-
-__device__ __forceinline__ void shared_store_16(uint32_t shared, uint4 x)
-{
-	asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y),
-	             "r"(x.z), "r"(x.w)
-	             : "memory");
-}
 
 /* pair[row half][group of channels]. */
 struct fragment {
@@ -427,7 +408,7 @@ __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &
                                          uint32_t shown, Keep keep)
 {
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-	const int first = warp & -SPAN, behind = first + SPAN; /* of the chunk, after the chunk */
+	const int first = warp & -SPAN, after = first + SPAN; /* of the chunk, after the chunk */
 	const uint32_t own = slab_offset(warp, number);
 
 #pragma unroll
@@ -446,7 +427,7 @@ __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &
 	for (int j = 1; j < SUBS; j++) {
 		float decay[8];
 
-		if (j <= warp || j >= behind)
+		if (j <= warp || j >= after)
 			continue;
 		load_floats(decay, shown + j * 128);
 		scale_by(x.right, decay);
@@ -458,7 +439,7 @@ __device__ __forceinline__ void end_slab(slab &x, chunk_scores &s, const panel &
 		load_floats(whole, shown + first * 128);
 #pragma unroll
 		for (int j = 1; j < SUBS; j++) {
-			if (j <= first || j >= behind)
+			if (j <= first || j >= after)
 				continue;
 			load_floats(decay, shown + j * 128);
 #pragma unroll

@@ -11,17 +11,20 @@
  *   outputs  nothing but products, of all chunks in parallel: o^T = S^T q^T + sum over the chunk's
  *            records of v^T scores^T
  *
- * The longer the chunk, the fewer states are written and read, and the more scores there are.
- * One H200, 4 heads x 256/512, 262144 tokens, T = 4096: chunks of 128, 256, 4096 take 3.28, 3.25,
- * 7.86 ms (gla.cu's of 64 on the chip 1.87); T = 131072: of 64, 256 take 4.48, 3.65.
+ * Shared memory: `between` has a record's queries, a ring of two of keys, scores; `outputs` a ring
+ * of left and right panels, filled by a producer thread for one or two warpgroups.
  *
+ * Limit: memory for short chunks (the states), scores for long ones. 3.25 ms for chunks of 256 at
+ * 4 heads x 256/512, T = 4096; gla.cu's of 64 on the chip take 1.87.
+ * docs/kernels/gla_materialise.md.
  * wgmma in: between_kernel, output_kernel
  */
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/gla.cuh"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/ptx.cuh"
 #include "kernels/hopper/tensor_map.h"
@@ -44,7 +47,7 @@ struct cut {
 	size_t bytes;
 };
 
-cut make_cut(const struct matrix_recurrence_args *a, void *workspace)
+cut make_cut(const struct device *device, const struct matrix_recurrence_args *a, void *workspace)
 {
 	const int64_t length = !a->chunk ? RECORD : a->chunk > a->seq_len ? a->seq_len : a->chunk;
 	const auto panels = [](int64_t count) { return static_cast<size_t>(count) * PANEL_BYTES; };
@@ -65,7 +68,7 @@ cut make_cut(const struct matrix_recurrence_args *a, void *workspace)
 	c.states = c.prepared + prepared;
 	c.scores = c.states + states;
 	c.rest = c.scores + scores;
-	c.bytes = prepared + states + scores + gla_states_workspace(a);
+	c.bytes = prepared + states + scores + gla_states_workspace(device, a);
 	return c;
 }
 
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(128, 2) between_kernel(const __grid_constant__
 	using layout = between_layout<DK>;
 	using R = record<DK>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 	const bool leader = threadIdx.x == 0;
 	const int64_t chunk = blockIdx.x / (c.per_chunk - 1);
@@ -190,11 +193,7 @@ __global__ void __launch_bounds__(128, 2) between_kernel(const __grid_constant__
 		__syncthreads(); /* all have read the factors, and the staging is free */
 #pragma unroll
 		for (int i = 0; i < 4; i++)
-			store_matrix_x4(plain_block(staging, 16 * warp, 16 * i, lane),
-			                pack_bf16(s[8 * i], s[8 * i + 1]),
-			                pack_bf16(s[8 * i + 2], s[8 * i + 3]),
-			                pack_bf16(s[8 * i + 4], s[8 * i + 5]),
-			                pack_bf16(s[8 * i + 6], s[8 * i + 7]));
+			store_block(plain_block(staging, 16 * warp, 16 * i, lane), &s[8 * i]);
 		for (int i = threadIdx.x; i < DK; i += 128) {
 			const float decay = shared_float(keys + R::DECAYS - R::KEYS + 4 * i);
 
@@ -451,7 +450,7 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 {
 	using layout = output_layout<WARPGROUPS, WIDTH, RECORDS>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 
 	if (threadIdx.x == 0) {
 		for (int i = 0; i < layout::STAGES; i++) {
@@ -476,45 +475,28 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 
 /* ---- host */
 
-template <int DK> enum status launch_between(const cut &c)
+template <int DK> enum status launch_between(struct device *device, const cut &c)
 {
 	const int64_t blocks = static_cast<int64_t>(c.sequences) * c.chunks * (c.per_chunk - 1);
 
-	CUDA_TRY(cudaFuncSetAttribute(between_kernel<DK>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                              between_layout<DK>::BYTES));
-	between_kernel<DK>
-	        <<<static_cast<unsigned>(blocks), 128, between_layout<DK>::BYTES, cuda_stream()>>>(
-	                c);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return submit(device, between_kernel<DK>, blocks, 128, between_layout<DK>::BYTES, c);
 }
 
 template <int WARPGROUPS, int WIDTH, int RECORDS>
-enum status launch_outputs(output_parameters &p, int64_t d_v)
+enum status launch_outputs(struct device *device, output_parameters &p, int64_t d_v)
 {
-	const auto kernel = output_kernel<WARPGROUPS, WIDTH, RECORDS>;
-	const int bytes = output_layout<WARPGROUPS, WIDTH, RECORDS>::BYTES, sms = cuda_sm_count();
-
 	p.slices = static_cast<int>(d_v / (64 * WARPGROUPS * WIDTH));
 	p.rows = (p.per_chunk + RECORDS - 1) / RECORDS;
 	p.items = p.sequences * p.chunks * p.rows * p.slices;
-	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	kernel<<<static_cast<unsigned>(p.items < sms ? p.items : sms), 128 * (WARPGROUPS + 1),
-	         bytes, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return submit(device, output_kernel<WARPGROUPS, WIDTH, RECORDS>, turns(device, p.items),
+	              128 * (WARPGROUPS + 1), output_layout<WARPGROUPS, WIDTH, RECORDS>::BYTES, p);
 }
 
-enum status outputs(const struct matrix_recurrence_args *a, const cut &c)
+enum status outputs(struct device *device, const struct matrix_recurrence_args *a, const cut &c)
 {
 	output_parameters p = {};
-	enum status status =
-	        tensor_map_encode(&p.v, &a->v, a->batch, a->seq_len, a->n_heads, a->d_v, RECORD);
+	enum status status = gla_encode_values(&p.v, &p.out, a);
 
-	if (status == STATUS_OK)
-		status = tensor_map_encode(&p.out, &a->out, a->batch, a->seq_len, a->n_heads,
-		                           a->d_v, RECORD);
 	if (status != STATUS_OK)
 		return status;
 	static_cast<cut &>(p) = c;
@@ -523,43 +505,46 @@ enum status outputs(const struct matrix_recurrence_args *a, const cut &c)
 	p.record_bytes = static_cast<int64_t>(record_bytes(static_cast<int>(a->d_k), 1));
 	p.own_scores = p.key_panels * PANEL_BYTES;
 	if (c.per_chunk == 1)
-		return a->d_v == 64    ? launch_outputs<1, 1, 1>(p, a->d_v)
-		       : a->d_v == 128 ? launch_outputs<2, 1, 1>(p, a->d_v)
-		                       : launch_outputs<2, 2, 1>(p, a->d_v);
-	return a->d_v == 64    ? launch_outputs<1, 1, 2>(p, a->d_v)
-	       : a->d_v == 128 ? launch_outputs<2, 1, 2>(p, a->d_v)
-	                       : launch_outputs<2, 2, 2>(p, a->d_v);
+		return a->d_v == 64    ? launch_outputs<1, 1, 1>(device, p, a->d_v)
+		       : a->d_v == 128 ? launch_outputs<2, 1, 1>(device, p, a->d_v)
+		                       : launch_outputs<2, 2, 1>(device, p, a->d_v);
+	return a->d_v == 64    ? launch_outputs<1, 1, 2>(device, p, a->d_v)
+	       : a->d_v == 128 ? launch_outputs<2, 1, 2>(device, p, a->d_v)
+	                       : launch_outputs<2, 2, 2>(device, p, a->d_v);
 }
 
 } // namespace
 
-extern "C" const char *hopper_gla_materialise_unsupported(const void *args)
+extern "C" const char *hopper_gla_materialise_unsupported(const struct device *device,
+                                                          const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
-	const char *why = gla_unsupported(a);
+	const char *why = gla_unsupported(device, a);
 
 	if (!why && a->chunk % RECORD && a->chunk < a->seq_len)
 		why = "chunk must be 16, 32, a multiple of 64, or T";
 	return why;
 }
 
-extern "C" size_t hopper_gla_materialise_workspace(const void *args)
+extern "C" size_t hopper_gla_materialise_workspace(const struct device *device, const void *args)
 {
-	return make_cut(static_cast<const struct matrix_recurrence_args *>(args), NULL).bytes;
+	return make_cut(device, static_cast<const struct matrix_recurrence_args *>(args), NULL)
+	        .bytes;
 }
 
-extern "C" enum status hopper_gla_materialise(const void *args, void *workspace)
+extern "C" enum status hopper_gla_materialise(struct device *device, const void *args,
+                                              void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
-	const cut c = make_cut(a, workspace);
-	enum status status = gla_prepare(a, 1, c.prepared);
+	const cut c = make_cut(device, a, workspace);
+	enum status status = gla_prepare(device, a, 1, c.prepared);
 
 	if (status == STATUS_OK && c.per_chunk > 1)
-		status = a->d_k == 64    ? launch_between<64>(c)
-		         : a->d_k == 128 ? launch_between<128>(c)
-		                         : launch_between<256>(c);
+		status = a->d_k == 64    ? launch_between<64>(device, c)
+		         : a->d_k == 128 ? launch_between<128>(device, c)
+		                         : launch_between<256>(device, c);
 	if (status == STATUS_OK && (c.chunks > 1 || a->h0 || a->final_state))
-		status = gla_states(a, c.prepared, c.per_chunk, c.states, c.rest);
-	return status == STATUS_OK ? outputs(a, c) : status;
+		status = gla_states(device, a, c.prepared, c.per_chunk, c.states, c.rest);
+	return status == STATUS_OK ? outputs(device, a, c) : status;
 }

@@ -34,8 +34,7 @@ struct prepare_layout {
 /* The tiles that a block takes: all panels of a record, then of its next. */
 template <int DK> struct cursor {
 	int number = blockIdx.x, panel = 0;
-	int stage = 0;
-	uint32_t parity = 0;
+	ring_position stage;
 
 	__device__ void advance()
 	{
@@ -43,10 +42,7 @@ template <int DK> struct cursor {
 			panel = 0;
 			number += gridDim.x;
 		}
-		if (++stage == prepare_layout::STAGES) {
-			stage = 0;
-			parity ^= 1;
-		}
+		stage.advance(prepare_layout::STAGES);
 	}
 };
 
@@ -57,8 +53,8 @@ __device__ __forceinline__ void load_panel(const prepare_parameters &p, uint32_t
 	const int sequence = at.number / p.per_sequence;
 	const int token = at.number % p.per_sequence * RECORD;
 	const int b = sequence / p.n_heads, h = sequence % p.n_heads;
-	const uint32_t full = shared + prepare_layout::BARRIERS + at.stage * 8;
-	const uint32_t stage = shared + at.stage * prepare_layout::STAGE_BYTES;
+	const uint32_t full = shared + prepare_layout::BARRIERS + at.stage.slot * 8;
+	const uint32_t stage = shared + at.stage.slot * prepare_layout::STAGE_BYTES;
 
 	if (at.number >= p.total)
 		return;
@@ -76,7 +72,7 @@ __global__ void __launch_bounds__(128, BLOCKS)
 	using layout = prepare_layout;
 	using R = record<DK, PARTS>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 	const bool leader = threadIdx.x == 0;
 	cursor<DK> now, ahead;
 	chunk_scores s = {};
@@ -96,12 +92,12 @@ __global__ void __launch_bounds__(128, BLOCKS)
 		                                     now.number / p.per_sequence % p.n_heads * DK +
 		                                     now.panel * 64
 		                           : NULL;
-		const uint32_t stage = shared + now.stage * layout::STAGE_BYTES;
+		const uint32_t stage = shared + now.stage.slot * layout::STAGE_BYTES;
 		const panel t = {stage + PANEL_BYTES, stage, stage + 2 * PANEL_BYTES};
 
-		barrier_wait(shared + layout::BARRIERS + now.stage * 8, now.parity);
+		barrier_wait(shared + layout::BARRIERS + now.stage.slot * 8, now.stage.parity);
 		prepare_panel<BONUS ? 1 : SLABS, SUBS / PARTS, BONUS>(
-		        s, t, shared + layout::EXCHANGE + now.stage * EXCHANGE_BYTES,
+		        s, t, shared + layout::EXCHANGE + now.stage.slot * EXCHANGE_BYTES,
 		        {p.scale, bonus}, now.number % p.per_sequence == 0,
 		        [&] {
 			        __syncthreads();
@@ -140,24 +136,26 @@ __global__ void __launch_bounds__(128, BLOCKS)
 		store_wait_read();
 }
 
-template <int DK, int PARTS, bool BONUS> enum status launch(const prepare_parameters &p)
+template <int DK, int PARTS, bool BONUS>
+enum status launch(struct device *device, const prepare_parameters &p)
 {
 	const auto kernel = prepare_kernel<DK, PARTS, BONUS>;
-	const int resident = BLOCKS * cuda_sm_count();
+	const int resident = BLOCKS * cuda_sm_count(device);
 
 	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
 	                              prepare_layout::BYTES));
 	kernel<<<static_cast<unsigned>(p.total < resident ? p.total : resident), 128,
-	         prepare_layout::BYTES, cuda_stream()>>>(p);
+	         prepare_layout::BYTES, cuda_stream(device)>>>(p);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
 
-template <int DK, bool BONUS> enum status launch_parts(const prepare_parameters &p, int parts)
+template <int DK, bool BONUS>
+enum status launch_parts(struct device *device, const prepare_parameters &p, int parts)
 {
-	return parts == 1   ? launch<DK, 1, BONUS>(p)
-	       : parts == 2 ? launch<DK, 2, BONUS>(p)
-	                    : launch<DK, 4, BONUS>(p);
+	return parts == 1   ? launch<DK, 1, BONUS>(device, p)
+	       : parts == 2 ? launch<DK, 2, BONUS>(device, p)
+	                    : launch<DK, 4, BONUS>(device, p);
 }
 
 } // namespace
@@ -165,10 +163,8 @@ template <int DK, bool BONUS> enum status launch_parts(const prepare_parameters 
 namespace hopper
 {
 
-const char *gla_unsupported(const struct matrix_recurrence_args *a)
+const char *gla_unsupported(const struct device *device, const struct matrix_recurrence_args *a)
 {
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->decay != DECAY_DIAGONAL || a->rule == RULE_DELTA)
 		return "only a diagonal decay, without the delta rule";
 	if (a->d_k != 64 && a->d_k != 128 && a->d_k != 256)
@@ -177,34 +173,41 @@ const char *gla_unsupported(const struct matrix_recurrence_args *a)
 		return "d_v must be 64, 128, 256 or 512";
 	if (a->d_k == 256 && a->d_v == 64)
 		return "d_v must be at least 128 where d_k is 256";
-	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
-	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out) ||
-	    !tensor_map_supports(&a->log_decay))
-		return "views must be 16-byte aligned";
 	if (reinterpret_cast<uintptr_t>(a->bonus) % 8)
 		return "the bonus must be 8-byte aligned";
 	if (a->n_heads > 1 && (!a->v.head || !a->out.head || !a->log_decay.head))
 		return "heads must not share v or their decays";
 	if (a->batch * a->n_heads * ((a->seq_len + RECORD - 1) / RECORD + 4 * 32) > 0x7fffffff)
 		return "more chunks than a grid has blocks";
-	return NULL;
+	return check_views(device, &a->q, &a->k, &a->v, &a->out, &a->log_decay);
+}
+
+static enum status encode(CUtensorMap *map, const struct view *view, int64_t d,
+                          const struct matrix_recurrence_args *a)
+{
+	return tensor_map_encode(map, view, a->batch, a->seq_len, a->n_heads, d, RECORD);
 }
 
 enum status gla_encode_inputs(CUtensorMap *q, CUtensorMap *k, CUtensorMap *log_decay,
                               const struct matrix_recurrence_args *a)
 {
-	const auto encode = [&](CUtensorMap *map, const struct view *view) {
-		return tensor_map_encode(map, view, a->batch, a->seq_len, a->n_heads, a->d_k,
-		                         RECORD);
-	};
-	enum status status = encode(q, &a->q);
+	enum status status = encode(q, &a->q, a->d_k, a);
 
 	if (status == STATUS_OK)
-		status = encode(k, &a->k);
-	return status == STATUS_OK ? encode(log_decay, &a->log_decay) : status;
+		status = encode(k, &a->k, a->d_k, a);
+	return status == STATUS_OK ? encode(log_decay, &a->log_decay, a->d_k, a) : status;
 }
 
-enum status gla_prepare(const struct matrix_recurrence_args *a, int parts, unsigned char *records)
+enum status gla_encode_values(CUtensorMap *v, CUtensorMap *out,
+                              const struct matrix_recurrence_args *a)
+{
+	const enum status status = encode(v, &a->v, a->d_v, a);
+
+	return status == STATUS_OK ? encode(out, &a->out, a->d_v, a) : status;
+}
+
+enum status gla_prepare(struct device *device, const struct matrix_recurrence_args *a, int parts,
+                        unsigned char *records)
 {
 	const int dk = static_cast<int>(a->d_k);
 	prepare_parameters p = {};
@@ -221,12 +224,12 @@ enum status gla_prepare(const struct matrix_recurrence_args *a, int parts, unsig
 	p.bonus = a->bonus;
 	p.records = records;
 	if (a->rule == RULE_BONUS)
-		return dk == 64    ? launch_parts<64, true>(p, parts)
-		       : dk == 128 ? launch_parts<128, true>(p, parts)
-		                   : launch_parts<256, true>(p, parts);
-	return dk == 64    ? launch_parts<64, false>(p, parts)
-	       : dk == 128 ? launch_parts<128, false>(p, parts)
-	                   : launch_parts<256, false>(p, parts);
+		return dk == 64    ? launch_parts<64, true>(device, p, parts)
+		       : dk == 128 ? launch_parts<128, true>(device, p, parts)
+		                   : launch_parts<256, true>(device, p, parts);
+	return dk == 64    ? launch_parts<64, false>(device, p, parts)
+	       : dk == 128 ? launch_parts<128, false>(device, p, parts)
+	                   : launch_parts<256, false>(device, p, parts);
 }
 
 } // namespace hopper

@@ -1,46 +1,33 @@
 /*
- * The projections of a few tokens for sm_90a: norm_linear and linear_residual
- * of generation with a small batch. Bound by the bytes of the weights.
+ * The projections of up to 8 tokens for sm_90a: norm_linear and linear_residual of generation with
+ * a small batch.
  *
- * One block a multiprocessor, with a run of neighboring outputs, which it takes in
- * units of eight. A producer thread streams their weights, 1024 channels a stage,
- * with a bulk copy for each row of a stage; each of eight warps has some of a
- * stage's channels. m16n8k16 on the tensor cores, tokens times weights; the
- * warps' sums meet in shared memory. A token's norm is a factor of its outputs,
- * applied there: nobody waits for it.
+ * One block a multiprocessor, with a run of neighboring outputs, which it takes in units of eight.
+ *   producer   (a thread) streams the weights, 1024 channels a stage, a bulk copy for each row
+ *   warps      eight, each with some of a stage's channels: m16n8k16 on the tensor cores, tokens
+ *              times weights; their sums meet in shared memory
+ * A token's norm is a factor of its outputs, applied there: nobody waits for it.
  *
- * A sum does not mind the order of its terms: a lane takes eight neighboring
- * channels with one load, and they serve as channels 2c, 2c + 1, 2c + 8,
- * 2c + 9 of two products. Rows have 64 bytes beyond their length, so that the
- * eight lanes of a phase hit all banks.
+ * Shared memory: a ring of three or four stages, rows 64 bytes longer than their data, so that the
+ * eight lanes of a phase hit all banks; the tokens; static: sums and barriers. A sum does not mind
+ * the order of its terms: a lane takes eight neighboring channels with one load, and they serve as
+ * channels 2c, 2c + 1, 2c + 8, 2c + 9 of two products.
  *
- * Overlap: the ring is full before the kernel ahead has ended, and takes a third of the
- * shared memory, so that the kernels ahead and behind have blocks on the same
- * multiprocessor. The next one may begin shortly before the last weights are asked for.
+ * Overlap: the ring is full before the kernel ahead has ended, and takes a third of the shared
+ * memory, so that the kernels ahead and after have blocks on the same multiprocessor. The next one
+ * may begin shortly before the last weights are asked for.
  *
- * What was tried (one H200, D = 2048, one token, cold; us): to 6656 outputs with the norm, to 2048
- * with the residual, and a RAT block, L = 16, T = 131072, whose bytes take 22.6:
- *   cuBLASLt and a kernel for the norm                                    18.5    8.1   50.5
- *   a ring for each warp, all of the shared memory, 512-byte copies       16.4    8.7   43.0
- *   one ring, 2 KB copies; as much code as for eight tokens at a time     12.3    7.5   38.6
- *     1 KB copies: 42.9. The next kernel did not begin before this one's end: blocks of two
- *     kernels meet only where both divide memory and cache alike (launch.cuh)
- *   so; the tokens asked for at once, by a bulk copy; one kernel for both
- *     (predicted: 1 us less in each, and 3 in the block from the overlap) 11.0    6.6   36.0
- *   the first copies ahead of the block's first barrier (predicted: -0.2): the tokens then
- *     arrive 1.6 us later, behind all of them                             12.8    7.5   37.4
- *   without that; equal runs of outputs instead of units in turn, no bounds checked in whole
- *     slabs (predicted: -1.2 in the block)                                11.3    6.7   35.7
- * Eight such blocks in one CUDA graph take 31.9 us each; an empty kernel alone takes 2.9.
- * From nine tokens on cuBLASLt is faster, by 6% to 20%.
+ * Limit: the bytes of the weights, and how kernels overlap: 11.3 us to 6656 outputs with the norm,
+ * D = 2048, one token. From nine tokens on cuBLASLt is faster. docs/kernels/linear.md.
  */
 #include <algorithm>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
 #include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
 #include "kernels/kernels.h"
 
 using namespace hopper;
@@ -133,8 +120,8 @@ struct stream {
 
 /* Where the walk over the slabs of all units is, and its place in the ring. */
 struct place {
-	int unit = 0, slab = 0, stage = 0;
-	uint32_t parity = 0;
+	int unit = 0, slab = 0;
+	ring_position stage;
 
 	__device__ void advance(const stream &s)
 	{
@@ -142,10 +129,7 @@ struct place {
 			slab = 0;
 			unit++;
 		}
-		if (++stage == s.p.stages) {
-			stage = 0;
-			parity ^= 1;
-		}
+		stage.advance(s.p.stages);
 	}
 };
 
@@ -157,8 +141,8 @@ __device__ __forceinline__ void request(const stream &s, place &at, uint64_t pol
 	                           static_cast<int64_t>(s.first + at.unit * ROWS) * s.p.d_in +
 	                           at.slab * SLAB;
 
-	const uint32_t full = s.full + at.stage * 8;
-	uint32_t to = s.rows(at.stage);
+	const uint32_t full = s.full + at.stage.slot * 8;
+	uint32_t to = s.rows(at.stage.slot);
 
 	barrier_arrive_expect(full, height * bytes);
 	if (height == ROWS) {
@@ -187,7 +171,7 @@ __device__ __forceinline__ void produce(const stream &s)
 				wait_for_previous();
 				let_next_begin();
 			}
-			barrier_wait(s.empty + at.stage * 8, at.parity ^ 1);
+			barrier_wait(s.empty + at.stage.slot * 8, at.stage.parity ^ 1);
 		}
 		request(s, at, policy);
 	}
@@ -207,41 +191,13 @@ __device__ __forceinline__ void request_tokens(const stream &s)
 		          s.p.x + static_cast<int64_t>(n) * s.p.d_in, bytes, s.taken);
 }
 
-__device__ __forceinline__ uint4 load_vector(uint32_t shared)
-{
-	uint4 v;
-
-	asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-	             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-	             : "r"(shared)
-	             : "memory");
-	return v;
-}
-
-__device__ __forceinline__ void store_vector(uint32_t shared, const uint4 &v)
-{
-	asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
-	             "r"(v.z), "r"(v.w)
-	             : "memory");
-}
-
-__device__ __forceinline__ void unpack(float (&x)[8], const uint4 &v)
-{
-	const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		x[2 * i] = low_bf16(pairs[i]);
-		x[2 * i + 1] = high_bf16(pairs[i]);
-	}
-}
-
 /* Eight channels times `scale` and their weights. */
 __device__ __forceinline__ uint4 weigh(const uint4 &packed, const float4 &low, const float4 &high,
                                        float scale)
 {
 	float v[8];
 
-	unpack(v, packed);
+	unpack_bf16(v, packed);
 	return make_uint4(pack_bf16(v[0] * (scale * low.x), v[1] * (scale * low.y)),
 	                  pack_bf16(v[2] * (scale * low.z), v[3] * (scale * low.w)),
 	                  pack_bf16(v[4] * (scale * high.x), v[5] * (scale * high.y)),
@@ -252,7 +208,7 @@ __device__ __forceinline__ float sum_of_squares(const uint4 &packed)
 {
 	float v[8], sum = 0.0f;
 
-	unpack(v, packed);
+	unpack_bf16(v, packed);
 #pragma unroll
 	for (int i = 0; i < 8; i++)
 		sum = fmaf(v[i], v[i], sum);
@@ -284,10 +240,10 @@ __device__ __forceinline__ void weigh_tokens(const stream &s, exchange &x,
 		for (int k = threadIdx.x * 8; k < s.p.d_in; k += CONSUMERS * 8) {
 			const norm_weights weights =
 			        k < CONSUMERS * 8 ? first : norm_weights_at(s.p, k);
-			const uint4 v = load_vector(token + k * 2);
+			const uint4 v = shared_load_16(token + k * 2);
 
 			squares += sum_of_squares(v);
-			store_vector(token + k * 2, weigh(v, weights.low, weights.high, 1.0f));
+			shared_store_16(token + k * 2, weigh(v, weights.low, weights.high, 1.0f));
 		}
 #pragma unroll
 		for (int offset = 16; offset > 0; offset /= 2)
@@ -335,7 +291,8 @@ __device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], ui
                                          uint32_t row, bool valid = true)
 {
 	const uint4 zero = make_uint4(0, 0, 0, 0);
-	const uint4 w = valid ? load_vector(row) : zero, x = valid ? load_vector(token) : zero;
+	const uint4 w = valid ? shared_load_16(row) : zero,
+	            x = valid ? shared_load_16(token) : zero;
 
 	mma_16816(left, x.x, 0, x.y, 0, w.x, w.y);
 	mma_16816(right, x.z, 0, x.w, 0, w.z, w.w);
@@ -373,12 +330,10 @@ __device__ __forceinline__ void multiply_unit(const stream &s, place &at, float 
 
 #pragma unroll 1
 	for (int i = 0; i < s.slabs; i++, token += SLAB * 2) {
-		barrier_wait(s.full + at.stage * 8, at.parity);
-		multiply_stage(d, token, s.rows(at.stage) + g * SLAB_BYTES + channel * 2, channel,
-		               s.width(i));
-		__syncwarp();
-		if (lane == 0)
-			barrier_arrive(s.empty + at.stage * 8);
+		barrier_wait(s.full + at.stage.slot * 8, at.stage.parity);
+		multiply_stage(d, token, s.rows(at.stage.slot) + g * SLAB_BYTES + channel * 2,
+		               channel, s.width(i));
+		warp_arrive(s.empty + at.stage.slot * 8);
 		at.advance(s);
 	}
 #pragma unroll
@@ -458,11 +413,11 @@ __global__ void __launch_bounds__(THREADS, 2) linear_kernel(const __grid_constan
 }
 
 /* Stages of the ring beside that many tokens; less than MIN_STAGES: they are too many. */
-int stages_beside(int64_t tokens, int64_t d_in)
+int stages_beside(const struct device *device, int64_t tokens, int64_t d_in)
 {
 	const int64_t other = static_cast<int64_t>(sizeof(exchange)) +
 	                      tokens * token_bytes(static_cast<int>(d_in));
-	const int64_t room = static_cast<int64_t>(cuda_shared_limit()) - other;
+	const int64_t room = static_cast<int64_t>(cuda_shared_limit(device)) - other;
 	const int64_t stages =
 	        std::min(room / STAGE_BYTES,
 	                 std::max<int64_t>((SHARED_SHARE - other) / STAGE_BYTES, MIN_STAGES));
@@ -470,20 +425,35 @@ int stages_beside(int64_t tokens, int64_t d_in)
 	return static_cast<int>(std::clamp<int64_t>(stages, 0, MAX_STAGES));
 }
 
-enum status run(parameters &p)
+/* What both operations have. */
+template <typename Args> parameters parameters_of(const Args *a)
 {
-	const int blocks = std::min(cuda_sm_count(), p.d_out / ROWS);
+	parameters p = {};
+
+	p.tokens = static_cast<int>(a->n_tokens);
+	p.d_in = static_cast<int>(a->d_in);
+	p.d_out = static_cast<int>(a->d_out);
+	p.x = static_cast<const __nv_bfloat16 *>(a->x);
+	p.weight = static_cast<const __nv_bfloat16 *>(a->weight);
+	p.y = static_cast<__nv_bfloat16 *>(a->y);
+	return p;
+}
+
+enum status run(struct device *device, parameters &p)
+{
+	const int blocks = std::min(cuda_sm_count(device), p.d_out / ROWS);
 
 	p.rows = p.d_out / blocks;
 	p.rest = p.d_out % blocks;
-	p.stages = stages_beside(p.tokens, p.d_in);
-	return launch_early(linear_kernel, blocks, THREADS,
+	p.stages = stages_beside(device, p.tokens, p.d_in);
+	return launch_early(device, linear_kernel, blocks, THREADS,
 	                    shared_bytes(p.stages, p.tokens, p.d_in), p);
 }
 
-const char *unsupported_sizes(int64_t n_tokens, int64_t d_in, int64_t d_out)
+const char *unsupported_sizes(const struct device *device, int64_t n_tokens, int64_t d_in,
+                              int64_t d_out)
 {
-	if (!cuda_is_hopper())
+	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
 	if (n_tokens > MAX_TOKENS)
 		return "more than 8 tokens";
@@ -491,57 +461,45 @@ const char *unsupported_sizes(int64_t n_tokens, int64_t d_in, int64_t d_out)
 		return "widths must be multiples of 8";
 	if (d_in > 1 << 20 || d_out > 1 << 24)
 		return "more than 2^20 inputs or 2^24 outputs";
-	return stages_beside(n_tokens, d_in) < MIN_STAGES ? "the tokens do not fit in shared memory"
-	                                                  : NULL;
+	return stages_beside(device, n_tokens, d_in) < MIN_STAGES
+	               ? "the tokens do not fit in shared memory"
+	               : NULL;
 }
 
 } // namespace
 
-extern "C" const char *hopper_norm_linear_unsupported(const void *args)
+extern "C" const char *hopper_norm_linear_unsupported(const struct device *device, const void *args)
 {
-	const struct norm_linear_args *a = static_cast<const struct norm_linear_args *>(args);
+	const auto *a = static_cast<const struct norm_linear_args *>(args);
 
-	return unsupported_sizes(a->n_tokens, a->d_in, a->d_out);
+	return unsupported_sizes(device, a->n_tokens, a->d_in, a->d_out);
 }
 
-extern "C" enum status hopper_norm_linear(const void *args, void *)
+extern "C" enum status hopper_norm_linear(struct device *device, const void *args, void *)
 {
-	const struct norm_linear_args *a = static_cast<const struct norm_linear_args *>(args);
-	parameters p = {};
+	const auto *a = static_cast<const struct norm_linear_args *>(args);
+	parameters p = parameters_of(a);
 
-	p.tokens = static_cast<int>(a->n_tokens);
-	p.d_in = static_cast<int>(a->d_in);
-	p.d_out = static_cast<int>(a->d_out);
 	p.eps = a->eps;
-	p.x = static_cast<const __nv_bfloat16 *>(a->x);
-	p.weight = static_cast<const __nv_bfloat16 *>(a->weight);
 	p.norm_weight = a->norm_weight;
 	p.x_norm = static_cast<__nv_bfloat16 *>(a->x_norm);
 	p.rstd = a->rstd;
-	p.y = static_cast<__nv_bfloat16 *>(a->y);
-	return run(p);
+	return run(device, p);
 }
 
-extern "C" const char *hopper_linear_residual_unsupported(const void *args)
+extern "C" const char *hopper_linear_residual_unsupported(const struct device *device,
+                                                          const void *args)
 {
-	const struct linear_residual_args *a =
-	        static_cast<const struct linear_residual_args *>(args);
+	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
-	return unsupported_sizes(a->n_tokens, a->d_in, a->d_out);
+	return unsupported_sizes(device, a->n_tokens, a->d_in, a->d_out);
 }
 
-extern "C" enum status hopper_linear_residual(const void *args, void *)
+extern "C" enum status hopper_linear_residual(struct device *device, const void *args, void *)
 {
-	const struct linear_residual_args *a =
-	        static_cast<const struct linear_residual_args *>(args);
-	parameters p = {};
+	const auto *a = static_cast<const struct linear_residual_args *>(args);
+	parameters p = parameters_of(a);
 
-	p.tokens = static_cast<int>(a->n_tokens);
-	p.d_in = static_cast<int>(a->d_in);
-	p.d_out = static_cast<int>(a->d_out);
-	p.x = static_cast<const __nv_bfloat16 *>(a->x);
-	p.weight = static_cast<const __nv_bfloat16 *>(a->weight);
 	p.residual = static_cast<const __nv_bfloat16 *>(a->residual);
-	p.y = static_cast<__nv_bfloat16 *>(a->y);
-	return run(p);
+	return run(device, p);
 }

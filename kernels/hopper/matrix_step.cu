@@ -8,18 +8,13 @@
  * memory. The delta rule needs the column sums k S before it can write a row,
  * and has the rows still in registers.
  *
- * What was tried (one H200, copy of as many bytes 0.507 ms; 512 sequences of 4 heads, 256 x 512):
- *   portable: four rows of 16 bytes under way per thread                         0.587 ms
- *   sixteen, 256 threads, 16 lanes (256 bytes of a row), evict first             0.537 ms
- *   8 lanes, 32, 64, 128 (predicted: longer pieces of rows are better)     0.554, 0.567, 0.573 ms
- *   whole rows through shared memory with bulk copies both ways, up to 160 KB
- *     under way (predicted: the copy's time)                                     0.560 ms
- *   no eviction hint on loads and stores (predicted: nothing); kept                 0.518 ms
+ * Limit: memory. 0.522 ms for 512 sequences of 4 heads, 256 x 512 (1.98 GHz); a copy of as many
+ * bytes takes 0.507. docs/kernels/matrix_step.md.
  */
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
 #include "kernels/hopper/ptx.cuh"
 #include "kernels/hopper/tensor_map.h"
 #include "kernels/kernels.h"
@@ -178,57 +173,55 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <int THREADS, int LANES, int HELD, enum rule RULE>
-enum status launch_step(const struct matrix_recurrence_step_args *a)
+enum status launch_step(struct device *device, const struct matrix_recurrence_step_args *a)
 {
 	const dim3 grid(static_cast<unsigned>((a->d_v + 4 * LANES - 1) / (4 * LANES)),
 	                static_cast<unsigned>(a->n_heads), static_cast<unsigned>(a->batch));
 	const size_t bytes = (THREADS + static_cast<size_t>(a->d_k)) * sizeof(float4);
 
-	step_kernel<THREADS, LANES, HELD, RULE><<<grid, THREADS, bytes, cuda_stream()>>>(*a);
+	step_kernel<THREADS, LANES, HELD, RULE><<<grid, THREADS, bytes, cuda_stream(device)>>>(*a);
 	CUDA_TRY(cudaGetLastError());
 	return STATUS_OK;
 }
 
 /* 256 threads of 16 columns' lanes: 16 rows at a time, as many of them held as there are. */
-template <enum rule RULE> enum status run_step(const struct matrix_recurrence_step_args *a)
+template <enum rule RULE>
+enum status run_step(struct device *device, const struct matrix_recurrence_step_args *a)
 {
 	if (a->d_k <= 64)
-		return launch_step<256, 16, 4, RULE>(a);
+		return launch_step<256, 16, 4, RULE>(device, a);
 	if (a->d_k <= 128)
-		return launch_step<256, 16, 8, RULE>(a);
-	return launch_step<256, 16, 16, RULE>(a);
+		return launch_step<256, 16, 8, RULE>(device, a);
+	return launch_step<256, 16, 16, RULE>(device, a);
 }
 
 } // namespace
 
-extern "C" const char *hopper_matrix_recurrence_step_unsupported(const void *args)
+extern "C" const char *hopper_matrix_recurrence_step_unsupported(const struct device *device,
+                                                                 const void *args)
 {
-	const struct matrix_recurrence_step_args *a =
-	        static_cast<const struct matrix_recurrence_step_args *>(args);
+	const auto *a = static_cast<const struct matrix_recurrence_step_args *>(args);
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->d_v % 4 || a->d_k > (a->rule == RULE_DELTA ? 256 : MAX_ROWS))
 		return "d_v must be a multiple of 4, d_k at most 1024, 256 under the delta rule";
 	if (a->batch > 65535 || a->n_heads > 65535)
 		return "more than 65535 sequences or heads";
-	if (!tensor_map_supports(&a->v) || !tensor_map_supports(&a->out) ||
-	    reinterpret_cast<uintptr_t>(a->state) % 16)
-		return "views must be 16-byte aligned";
-	return NULL;
+	if (reinterpret_cast<uintptr_t>(a->state) % 16)
+		return "the state must be 16-byte aligned";
+	return check_views(device, &a->v, &a->out);
 }
 
-extern "C" enum status hopper_matrix_recurrence_step(const void *args, void *)
+extern "C" enum status hopper_matrix_recurrence_step(struct device *device, const void *args,
+                                                     void *)
 {
-	const struct matrix_recurrence_step_args *a =
-	        static_cast<const struct matrix_recurrence_step_args *>(args);
+	const auto *a = static_cast<const struct matrix_recurrence_step_args *>(args);
 
 	switch (a->rule) {
 	case RULE_BONUS:
-		return run_step<RULE_BONUS>(a);
+		return run_step<RULE_BONUS>(device, a);
 	case RULE_DELTA:
-		return run_step<RULE_DELTA>(a);
+		return run_step<RULE_DELTA>(device, a);
 	default:
-		return run_step<RULE_PLAIN>(a);
+		return run_step<RULE_PLAIN>(device, a);
 	}
 }

@@ -32,6 +32,60 @@ __device__ __forceinline__ void shared_store(uint32_t shared, int value)
 	asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ float shared_float(uint32_t shared)
+{
+	float value;
+
+	asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared) : "memory");
+	return value;
+}
+
+__device__ __forceinline__ float2 shared_float2(uint32_t shared)
+{
+	float2 value;
+
+	asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+	             : "=f"(value.x), "=f"(value.y)
+	             : "r"(shared)
+	             : "memory");
+	return value;
+}
+
+__device__ __forceinline__ void shared_store2(uint32_t shared, float x, float y)
+{
+	asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void shared_store1(uint32_t shared, float x)
+{
+	asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ uint4 shared_load_16(uint32_t shared)
+{
+	uint4 x;
+
+	asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+	             : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+	             : "r"(shared)
+	             : "memory");
+	return x;
+}
+
+__device__ __forceinline__ void shared_store_16(uint32_t shared, uint4 x)
+{
+	asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y),
+	             "r"(x.z), "r"(x.w)
+	             : "memory");
+}
+
+__device__ __forceinline__ void shared_store4(uint32_t shared, float x, float y, float z, float w)
+{
+	asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(x), "f"(y),
+	             "f"(z), "f"(w)
+	             : "memory");
+}
+
 /* ---- mbarrier: a consumer first waits on parity 0, a producer on parity 1 (which passes at once).
  */
 
@@ -74,10 +128,26 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity)
 	             : "memory");
 }
 
+/* Whether the phase is over, without waiting. */
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity)
+{
+	uint32_t done;
+
+	asm volatile("{\n"
+	             ".reg .pred done;\n"
+	             "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+	             "selp.u32 %0, 1, 0, done;\n"
+	             "}\n"
+	             : "=r"(done)
+	             : "r"(barrier), "r"(parity)
+	             : "memory");
+	return done;
+}
+
 /*
  * Adds one to a counter in global memory, or sets it to zero if it is `last`;
  * returns what it was. Releases this block's writes before it (those of other
- * threads behind a barrier) and acquires those of the increments before.
+ * threads after a barrier) and acquires those of the increments before.
  */
 __device__ __forceinline__ int increment_wrapping(unsigned int *counter, int last)
 {
@@ -99,8 +169,9 @@ __device__ __forceinline__ void wait_for_previous()
 	asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-/* The next kernel may begin when every block has said so or ended. Only behind
- * wait_for_previous(): so a kernel that begins early finds all but its direct predecessor done. */
+/* The next kernel may begin when every block has said so or ended. Only after
+ * wait_for_previous(): so a kernel that begins early finds all except its direct predecessor done.
+ */
 __device__ __forceinline__ void let_next_begin()
 {
 	asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -147,7 +218,7 @@ __device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap *
 	             : "memory");
 }
 
-/* Box of a 4-D tensor from shared memory; what lies behind the tensor's end is not written.
+/* Box of a 4-D tensor from shared memory; what lies after the tensor's end is not written.
  * Negative coordinates, which a load takes, are an illegal instruction here. */
 __device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int c0,
                                              int c1, int c2, int c3)
@@ -192,6 +263,24 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void *global, u
 	             : "memory");
 }
 
+/* `bytes` (a multiple of 16) of shared memory to contiguous memory. */
+__device__ __forceinline__ void bulk_store(void *global, uint32_t shared, uint32_t bytes)
+{
+	asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+	             "r"(shared), "r"(bytes)
+	             : "memory");
+}
+
+/* Adds `bytes` (a multiple of 16) of fp32 in shared memory to contiguous memory. */
+__device__ __forceinline__ void bulk_add(float *global, uint32_t shared, uint32_t bytes)
+{
+	asm volatile(
+	        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+	                global),
+	        "r"(shared), "r"(bytes)
+	        : "memory");
+}
+
 __device__ __forceinline__ void store_commit()
 {
 	asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -204,10 +293,42 @@ __device__ __forceinline__ void store_wait_read()
 }
 
 /* In EVERY thread that wrote shared memory the ordinary way, before the barrier
- * behind which wgmma or a bulk store reads it. */
+ * after which wgmma or a bulk store reads it. */
 __device__ __forceinline__ void fence_async_proxy()
 {
 	asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* ---- clusters of blocks */
+
+/* Until all threads of all blocks of the cluster are here. */
+__device__ __forceinline__ void cluster_sync()
+{
+	asm volatile("barrier.cluster.arrive.release.aligned;\n"
+	             "barrier.cluster.wait.acquire.aligned;" ::
+	                     : "memory");
+}
+
+/* Arrives at the barrier that lies at the same place in block `rank` of the cluster. */
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank)
+{
+	asm volatile("{\n"
+	             ".reg .b32 there;\n"
+	             "mapa.shared::cluster.u32 there, %0, %1;\n"
+	             "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+	             "}\n" ::"r"(barrier),
+	             "r"(rank)
+	             : "memory");
+}
+
+/* bulk_load to the same place in, and completing on the same barrier of, each block of `mask`. */
+__device__ __forceinline__ void bulk_load_multicast(uint32_t shared, const void *global,
+                                                    uint32_t bytes, uint32_t barrier, uint16_t mask)
+{
+	asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+	             ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+	             "l"(global), "r"(bytes), "r"(barrier), "h"(mask)
+	             : "memory");
 }
 
 /* ---- matrices in shared memory. 128-byte swizzle: the 16-byte piece index (address
@@ -233,6 +354,23 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t shared, uint32_t &a, uin
 	asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
 	             : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
 	             : "r"(shared)
+	             : "memory");
+}
+
+__device__ __forceinline__ void load_transposed_x4(uint32_t shared, uint32_t *r)
+{
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+	             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+	             : "r"(shared)
+	             : "memory");
+}
+
+__device__ __forceinline__ void store_transposed_x4(uint32_t shared, uint32_t a, uint32_t b,
+                                                    uint32_t c, uint32_t d)
+{
+	asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+	                     shared),
+	             "r"(a), "r"(b), "r"(c), "r"(d)
 	             : "memory");
 }
 
@@ -289,7 +427,7 @@ template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[c
 
 /*
  * The registers of an accumulator of 8 to 128 floats, as inline assembly names them: the list in
- * the instruction, where they come first, and the operands behind it.
+ * the instruction, where they come first, and the operands after it.
  */
 #define REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define REGISTERS_16                                                                               \
@@ -329,65 +467,69 @@ template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[c
 #define OPERANDS_128(d, i) OPERANDS_64(d, i), OPERANDS_64(d, (i) + 64)
 
 /*
- * d (64 x n, fp32) = [accumulate ? d : 0] + A B, n = 64 or 128, 16 deep.
+ * d (64 x n, fp32) = [accumulate ? d : 0] + A B, 16 deep, n = 2 * count.
  * Thread t, warp w = t/32, lane l: d[i] is row 16w + l/4 + 8((i>>1)&1), column 8(i>>2) + 2(l&3) +
  * (i&1).
- * `_ss`: A and B K-major in shared memory. `_rs`: A in registers (the accumulator
- * layout converted to bf16 pairs), B MN-major in shared memory.
+ * `_ss`: A and B in shared memory. `_rs`: A in registers (the accumulator layout converted to bf16
+ * pairs), B in shared memory. `majors`: 0 for an operand in shared memory that is K-major, 1 for
+ * one that is MN-major. The numbers are those of the operands after the accumulator's.
  */
-__device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, bool accumulate)
-{
-	asm volatile("{\n"
-	             ".reg .pred p;\n"
-	             "setp.ne.b32 p, %34, 0;\n"
-	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-	             "{" REGISTERS_32 "}, "
-	             "%32, %33, p, 1, 1, 0, 0;\n"
-	             "}\n"
-	             : OPERANDS_32(d, 0)
-	             : "l"(a), "l"(b), "r"((int)accumulate));
-}
+#define WGMMA_SS(name, count, n, a_at, b_at, p_at, majors)                                         \
+	__device__ __forceinline__ void name(float(&d)[count], uint64_t a, uint64_t b,             \
+	                                     bool accumulate)                                      \
+	{                                                                                          \
+		asm volatile("{\n"                                                                 \
+		             ".reg .pred p;\n"                                                     \
+		             "setp.ne.b32 p, %" #p_at ", 0;\n"                                     \
+		             "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "           \
+		             "{" REGISTERS_##count "}, "                                           \
+		                                   "%" #a_at ", %" #b_at ", p, 1, 1, " majors      \
+		                                   ";\n"                                           \
+		                                   "}\n"                                           \
+		             : OPERANDS_##count(d, 0)                                              \
+		             : "l"(a), "l"(b), "r"((int)accumulate));                              \
+	}
 
-__device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t *a, uint64_t b,
-                                         bool accumulate)
-{
-	asm volatile("{\n"
-	             ".reg .pred p;\n"
-	             "setp.ne.b32 p, %37, 0;\n"
-	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-	             "{" REGISTERS_32 "}, "
-	             "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"
-	             "}\n"
-	             : OPERANDS_32(d, 0)
-	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
-}
+#define WGMMA_RS(name, count, n, a0_at, a1_at, a2_at, a3_at, b_at, p_at, majors)                   \
+	__device__ __forceinline__ void name(float(&d)[count], const uint32_t *a, uint64_t b,      \
+	                                     bool accumulate)                                      \
+	{                                                                                          \
+		asm volatile("{\n"                                                                 \
+		             ".reg .pred p;\n"                                                     \
+		             "setp.ne.b32 p, %" #p_at ", 0;\n"                                     \
+		             "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "           \
+		             "{" REGISTERS_##count "}, "                                           \
+		                                   "{%" #a0_at ", %" #a1_at ", %" #a2_at           \
+		                                   ", %" #a3_at "}, "                              \
+		                                   "%" #b_at ", p, 1, 1, " majors ";\n"            \
+		                                   "}\n"                                           \
+		             : OPERANDS_##count(d, 0)                                              \
+		             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                 \
+		               "r"((int)accumulate));                                              \
+	}
 
-__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate)
-{
-	asm volatile("{\n"
-	             ".reg .pred p;\n"
-	             "setp.ne.b32 p, %66, 0;\n"
-	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-	             "{" REGISTERS_64 "}, "
-	             "%64, %65, p, 1, 1, 0, 0;\n"
-	             "}\n"
-	             : OPERANDS_64(d, 0)
-	             : "l"(a), "l"(b), "r"((int)accumulate));
-}
+/* A and B K-major. */
+WGMMA_SS(wgmma_ss, 32, 64, 32, 33, 34, "0, 0")
+WGMMA_SS(wgmma_ss, 64, 128, 64, 65, 66, "0, 0")
 
-__device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t *a, uint64_t b,
-                                         bool accumulate)
-{
-	asm volatile("{\n"
-	             ".reg .pred p;\n"
-	             "setp.ne.b32 p, %69, 0;\n"
-	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-	             "{" REGISTERS_64 "}, "
-	             "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"
-	             "}\n"
-	             : OPERANDS_64(d, 0)
-	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
-}
+/* A MN-major, B K-major. */
+WGMMA_SS(wgmma_ss_transposed, 8, 16, 8, 9, 10, "1, 0")
+WGMMA_SS(wgmma_ss_transposed, 16, 32, 16, 17, 18, "1, 0")
+WGMMA_SS(wgmma_ss_transposed, 32, 64, 32, 33, 34, "1, 0")
+
+/* A and B MN-major. */
+WGMMA_SS(wgmma_ss_both_transposed, 32, 64, 32, 33, 34, "1, 1")
+WGMMA_SS(wgmma_ss_both_transposed, 64, 128, 64, 65, 66, "1, 1")
+WGMMA_SS(wgmma_ss_both_transposed, 128, 256, 128, 129, 130, "1, 1")
+
+/* B MN-major. */
+WGMMA_RS(wgmma_rs, 32, 64, 32, 33, 34, 35, 36, 37, "1")
+WGMMA_RS(wgmma_rs, 64, 128, 64, 65, 66, 67, 68, 69, "1")
+
+/* B K-major. */
+WGMMA_RS(wgmma_rs_k_major, 8, 16, 8, 9, 10, 11, 12, 13, "0")
+WGMMA_RS(wgmma_rs_k_major, 16, 32, 16, 17, 18, 19, 20, 21, "0")
+WGMMA_RS(wgmma_rs_k_major, 32, 64, 32, 33, 34, 35, 36, 37, "0")
 
 /*
  * d (16 x 8) += A (16 x 16) B (16 x 8), bf16 operands, a warp. Lane l, g = l / 4, c = l % 4: a0, a1
@@ -405,6 +547,8 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], uint32_t a0, uint32_t a
 
 /* ---- arithmetic */
 
+constexpr float LOG2E = 1.44269504f;
+
 __device__ __forceinline__ float exp2_approx(float x)
 {
 	float y;
@@ -420,6 +564,12 @@ __device__ __forceinline__ float reciprocal_approx(float x)
 
 	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
 	return y;
+}
+
+/* 1 / (1 + e^x), of x log2(e): one minus the sigmoid, to all digits. */
+__device__ __forceinline__ float one_minus_sigmoid2(float x)
+{
+	return reciprocal_approx(1.0f + exp2_approx(x));
 }
 
 /* Two floats as a bf16 pair, the first in the low half. */
@@ -439,6 +589,24 @@ __device__ __forceinline__ float low_bf16(uint32_t pair)
 __device__ __forceinline__ float high_bf16(uint32_t pair)
 {
 	return __uint_as_float(pair & 0xFFFF0000u);
+}
+
+/* Eight neighboring channels. */
+__device__ __forceinline__ void unpack_bf16(float (&x)[8], const uint4 &packed)
+{
+	const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		x[2 * i] = low_bf16(pairs[i]);
+		x[2 * i + 1] = high_bf16(pairs[i]);
+	}
+}
+
+__device__ __forceinline__ uint4 pack_bf16(const float (&x)[8])
+{
+	return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+	                  pack_bf16(x[6], x[7]));
 }
 
 } // namespace hopper

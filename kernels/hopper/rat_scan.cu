@@ -16,18 +16,17 @@
  * run over v, gate and k reduces each piece to its product of decays and its
  * states from zero, and a short scan gives each piece the states it starts with.
  *
- * What was tried (one H200, copy 4.26 TB/s; D = 2048, 262144 tokens, L = 16):
- *   a thread per eight channels of a chunk (kernels/portable)   1.24 ms, 3.0 TB/s
- *   units of 16, 32, 64, 128, 256 tokens through a ring    1.10, 0.929, 0.918, 0.933, 0.968 ms
- *   two rows at a time (predicted: nothing; the memory's time)  0.923 ms, 4.09 TB/s
- * L = T is read twice: 1.6 ms where the portable kernel, which has one thread per channel,
- * takes 63.
+ * Shared memory: a ring of up to eight stages (v, gate, k, q), then their headers and barriers.
+ *
+ * Limit: memory. 0.926 ms at D = 2048, 262144 tokens, L = 16 (1.98 GHz), 95% of a copy's bandwidth.
+ * docs/kernels/rat_scan.md.
  */
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
 #include "kernels/kernels.h"
 #include "kernels/portable/rope.cuh"
 
@@ -106,18 +105,17 @@ template <bool REDUCE> struct producer {
 	const parameters &p;
 	uint32_t shared, headers, full, empty;
 	int lane;
-	int stage = 0;
-	uint32_t parity = 0;
+	ring_position stage = {};
 
 	__device__ void post(const unit &u, int t, int rows)
 	{
-		const uint32_t header = headers + stage * HEAD_WORDS * 4;
+		const uint32_t header = headers + stage.slot * HEAD_WORDS * 4;
 		const int channel = u.slab * p.cut.slab_width;
 		const int64_t width = p.a.n_heads * p.a.d_head;
 		const int bytes = static_cast<int>(
 		        min(width - channel, static_cast<int64_t>(p.cut.slab_width)) * 2);
 
-		barrier_wait(empty + stage * 8, parity ^ 1);
+		barrier_wait(empty + stage.slot * 8, stage.parity ^ 1);
 		if (lane == 0) {
 			shared_store(header + HEAD_ROWS * 4, rows);
 			shared_store(header + HEAD_FIRST * 4, t);
@@ -129,17 +127,14 @@ template <bool REDUCE> struct producer {
 			                     (t + rows == u.end ? FLAG_LAST : 0));
 			if (rows > 0)
 				barrier_arrive_expect(
-				        full + stage * 8,
+				        full + stage.slot * 8,
 				        rows * (2 * bytes + (REDUCE ? 1 : 2) * p.group_bytes));
 			else
-				barrier_arrive(full + stage * 8);
+				barrier_arrive(full + stage.slot * 8);
 		}
 		__syncwarp();
 		copy(u.b, t, rows, channel, bytes);
-		if (++stage == p.stages) {
-			stage = 0;
-			parity ^= 1;
-		}
+		stage.advance(p.stages);
 	}
 
 	__device__ void copy(int b, int t, int rows, int channel, int bytes)
@@ -150,7 +145,7 @@ template <bool REDUCE> struct producer {
 		                       : tensor == 1 ? p.a.gate
 		                       : tensor == 2 ? p.a.k
 		                                     : p.a.q;
-		uint32_t to = shared + stage * p.stage_bytes;
+		uint32_t to = shared + stage.slot * p.stage_bytes;
 
 		if (row >= rows || (REDUCE && tensor == 3))
 			return;
@@ -161,10 +156,10 @@ template <bool REDUCE> struct producer {
 		const bf16 *from = at(v, b, t + row, wide ? channel / p.a.d_head : 0);
 
 		if (v.head * 2 == head)
-			bulk_load(to, from, total, full + stage * 8);
+			bulk_load(to, from, total, full + stage.slot * 8);
 		else
 			for (int i = 0; i < total; i += head, from += v.head)
-				bulk_load(to + i, from, head, full + stage * 8);
+				bulk_load(to + i, from, head, full + stage.slot * 8);
 	}
 
 	__device__ void run()
@@ -267,15 +262,6 @@ __device__ __forceinline__ void advance(turn &r, const turn &by)
 	}
 }
 
-/* 1 / (1 + e^x), of x log2(e): one minus the sigmoid, to all digits. */
-__device__ __forceinline__ float one_minus_sigmoid2(float x)
-{
-	float y;
-
-	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_approx(x)));
-	return y;
-}
-
 /*
  * Sums of eight values over the 2^log lanes of a head: pairs of lanes exchange halves of their
  * values until each has one, that of row `lane % 8`.
@@ -346,7 +332,7 @@ template <int D, bool REDUCE> struct consumer {
 			load_floats(bias, p.a.gate_bias + all);
 #pragma unroll
 		for (int i = 0; i < 4; i++)
-			bias[i] *= LOG2E;
+			bias[i] *= hopper::LOG2E;
 		if (!REDUCE && active && p.v_start) {
 			load_floats(v, p.v_start + carry);
 			load_floats(k, p.k_start + carry);
@@ -462,7 +448,7 @@ template <int D, bool REDUCE> struct consumer {
 			q[j] = REDUCE ? pairs{} : load_pairs(ks + (ROWS + j) * p.group_bytes);
 #pragma unroll
 			for (int i = 0; i < 4; i++)
-				w[j][i] = one_minus_sigmoid2(fmaf(gate[i], LOG2E, bias[i]));
+				w[j][i] = one_minus_sigmoid2(fmaf(gate[i], hopper::LOG2E, bias[i]));
 		}
 #pragma unroll
 		for (int j = 0; j < BATCH; j++) {
@@ -517,8 +503,7 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * 32, 1)
 	}
 
 	consumer<D, REDUCE> mine = {p, table, lane, warp * WARP_WIDTH + 4 * lane};
-	int stage = 0;
-	uint32_t parity = 0;
+	ring_position stage;
 
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
@@ -528,9 +513,9 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * 32, 1)
 	if (!REDUCE && p.a.rope)
 		mine.by = turn_at(table, mine.column % (D / 2), 1);
 	for (;;) {
-		const uint32_t header = headers + stage * HEAD_WORDS * 4;
+		const uint32_t header = headers + stage.slot * HEAD_WORDS * 4;
 
-		barrier_wait(full + stage * 8, parity);
+		barrier_wait(full + stage.slot * 8, stage.parity);
 		const int count = shared_load(header + HEAD_ROWS * 4);
 		if (count == 0)
 			return;
@@ -540,17 +525,14 @@ __global__ void __launch_bounds__((MAX_WARPS + 1) * 32, 1)
 			mine.begin(t, shared_load(header + HEAD_B * 4),
 			           shared_load(header + HEAD_SLAB * 4),
 			           shared_load(header + HEAD_PIECE * 4));
-		mine.rows(shared + stage * p.stage_bytes, t, count);
+		mine.rows(shared + stage.slot * p.stage_bytes, t, count);
 		if (REDUCE && (flags & FLAG_LAST))
 			mine.reduced(shared_load(header + HEAD_SLAB * 4),
 			             shared_load(header + HEAD_PIECE * 4));
 		__syncwarp();
 		if (lane == 0)
-			barrier_arrive(empty + stage * 8);
-		if (++stage == p.stages) {
-			stage = 0;
-			parity ^= 1;
-		}
+			barrier_arrive(empty + stage.slot * 8);
+		stage.advance(p.stages);
 	}
 }
 
@@ -591,39 +573,39 @@ int stage_bytes(const struct rat_scan_args *a, int slab_width)
 }
 
 /* The part of the device that `units` equal units keep busy. */
-double efficiency(int64_t units)
+double efficiency(const struct device *device, int64_t units)
 {
-	const int64_t blocks = cuda_sm_count();
+	const int64_t blocks = cuda_sm_count(device);
 
 	return static_cast<double>(units) / static_cast<double>(round_up(units, blocks));
 }
 
 /* A length that gives every multiprocessor a few parts of so many tokens. */
-int64_t part_length(int64_t tokens, int64_t least, int64_t most)
+int64_t part_length(const struct device *device, int64_t tokens, int64_t least, int64_t most)
 {
-	const int64_t length = round_up(tokens / (4 * cuda_sm_count()), ROWS);
+	const int64_t length = round_up(tokens / (4 * cuda_sm_count(device)), ROWS);
 
 	return length < least ? least : length > most ? most : length;
 }
 
-struct cut cut_of(const struct rat_scan_args *a)
+struct cut cut_of(const struct device *device, const struct rat_scan_args *a)
 {
 	const int64_t width = a->n_heads * a->d_head, tokens = a->batch * a->seq_len;
 	const int64_t chunk = a->chunk < a->seq_len ? a->chunk : a->seq_len;
-	const int64_t unit = round_up(part_length(tokens, MIN_UNIT, MAX_UNIT), a->chunk);
-	const int64_t piece = part_length(tokens, MIN_PIECE, MAX_PIECE);
+	const int64_t unit = round_up(part_length(device, tokens, MIN_UNIT, MAX_UNIT), a->chunk);
+	const int64_t piece = part_length(device, tokens, MIN_PIECE, MAX_PIECE);
 	const int64_t units = a->batch * divide_up(a->seq_len, unit);
 	const int64_t fewest = divide_up(width, MAX_WARPS * WARP_WIDTH);
 	struct cut c = {};
 
 	/* As many channels a block as keep the device busy. */
 	c.slabs = static_cast<int>(fewest);
-	while (efficiency(units * c.slabs) < MIN_EFFICIENCY && c.slabs < 4 * fewest &&
+	while (efficiency(device, units * c.slabs) < MIN_EFFICIENCY && c.slabs < 4 * fewest &&
 	       width >= 4 * c.slabs * WARP_WIDTH)
 		c.slabs *= 2;
 	c.group_length = static_cast<int>(unit);
 	c.pieces = 1;
-	if (chunk >= 2 * piece && efficiency(units * c.slabs) < MIN_EFFICIENCY) {
+	if (chunk >= 2 * piece && efficiency(device, units * c.slabs) < MIN_EFFICIENCY) {
 		c.slabs = static_cast<int>(fewest);
 		c.pieces = static_cast<int>(divide_up(chunk, piece));
 	}
@@ -640,10 +622,11 @@ struct occupancy {
 	int blocks, stages;
 };
 
-struct occupancy occupancy_of(const struct rat_scan_args *a, const struct cut &c)
+struct occupancy occupancy_of(const struct device *device, const struct rat_scan_args *a,
+                              const struct cut &c)
 {
 	const int64_t stage = stage_bytes(a, c.slab_width);
-	const int64_t all = static_cast<int64_t>(cuda_shared_limit()) + BLOCK_RESERVE;
+	const int64_t all = static_cast<int64_t>(cuda_shared_limit(device)) + BLOCK_RESERVE;
 	struct occupancy o;
 
 	for (o.blocks = MAX_WARPS * WARP_WIDTH / c.slab_width; o.blocks > 0; o.blocks--) {
@@ -659,14 +642,15 @@ struct occupancy occupancy_of(const struct rat_scan_args *a, const struct cut &c
 /* Ticket of either run, then the carries. */
 constexpr int64_t TICKET_BYTES = 256;
 
-template <int D, bool REDUCE> enum status run(const parameters &p, int warps, int blocks_per_sm)
+template <int D, bool REDUCE>
+enum status run(struct device *device, const parameters &p, int warps, int blocks_per_sm)
 {
 	const int bytes = p.stages * p.stage_bytes + tail_bytes(p.stages);
-	const int64_t most = static_cast<int64_t>(blocks_per_sm) * cuda_sm_count();
+	const int64_t most = static_cast<int64_t>(blocks_per_sm) * cuda_sm_count(device);
 	const int blocks = static_cast<int>(p.cut.units < most ? p.cut.units : most);
 
-	return launch("rat_scan", rat_scan_kernel<D, REDUCE>, dim3(blocks), (warps + 1) * 32, bytes,
-	              p, rope_table_of(D));
+	return launch(device, "rat_scan", rat_scan_kernel<D, REDUCE>, dim3(blocks),
+	              (warps + 1) * 32, bytes, p, rope_table_of(D));
 }
 
 /* Whether rows of q are overwritten that another block still has to read. */
@@ -675,15 +659,16 @@ bool overwritten(const struct rat_scan_args *a, const struct cut &c)
 	return c.slabs > 1 && a->q_out.data == a->q.data;
 }
 
-template <int D> enum status scan(const struct rat_scan_args *a, void *workspace)
+template <int D>
+enum status scan(struct device *device, const struct rat_scan_args *a, void *workspace)
 {
 	const int64_t width = a->n_heads * a->d_head;
 	parameters p = {};
 	struct occupancy occupancy;
 
 	p.a = *a;
-	p.cut = cut_of(a);
-	occupancy = occupancy_of(a, p.cut);
+	p.cut = cut_of(device, a);
+	occupancy = occupancy_of(device, a, p.cut);
 	p.row_bytes = p.cut.slab_width * 2;
 	p.group_bytes = static_cast<int>(a->groups * a->d_head * 2);
 	p.stage_bytes = stage_bytes(a, p.cut.slab_width);
@@ -693,7 +678,7 @@ template <int D> enum status scan(const struct rat_scan_args *a, void *workspace
 	const int warps = p.cut.slab_width / WARP_WIDTH;
 	enum status status = STATUS_OK;
 
-	CUDA_TRY(cudaMemsetAsync(p.ticket, 0, TICKET_BYTES, cuda_stream()));
+	CUDA_TRY(cudaMemsetAsync(p.ticket, 0, TICKET_BYTES, cuda_stream(device)));
 	if (p.cut.pieces > 1) {
 		const int64_t count = a->batch * p.cut.per_sequence * width;
 
@@ -702,55 +687,44 @@ template <int D> enum status scan(const struct rat_scan_args *a, void *workspace
 		p.k_end = p.v_end + count;
 		p.v_start = p.k_end + count;
 		p.k_start = p.v_start + count;
-		status = run<D, true>(p, warps, occupancy.blocks);
+		status = run<D, true>(device, p, warps, occupancy.blocks);
 		if (status == STATUS_OK)
-			status = launch("rat_scan", carry_kernel,
+			status = launch(device, "rat_scan", carry_kernel,
 			                dim3((unsigned)divide_up(a->batch * width, 64)), 64, 0,
 			                p.decay, p.v_end, p.k_end, p.v_start, p.k_start, a->batch,
 			                width, p.cut.per_sequence, p.cut.pieces);
 		p.ticket++;
 	}
 	if (status == STATUS_OK)
-		status = run<D, false>(p, warps, occupancy.blocks);
+		status = run<D, false>(device, p, warps, occupancy.blocks);
 	if (status != STATUS_OK || !overwritten(a, p.cut))
 		return status;
 
-	struct rotation r = {};
-	r.batch = a->batch;
-	r.n_tokens = a->seq_len;
-	r.n_heads = a->groups;
-	r.d_head = a->d_head;
-	r.slots = a->seq_len;
-	r.period = a->chunk;
-	r.rope = a->rope;
-	r.from = a->q;
-	r.to = a->q_out;
-	return rotate_tensor("rat_scan", &r);
+	return rotate_queries(device, a);
 }
 
 } // namespace
 
-extern "C" const char *hopper_rat_scan_unsupported(const void *args)
+extern "C" const char *hopper_rat_scan_unsupported(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct rat_scan_args *>(args);
-	const struct view *const views[] = {&a->v,     &a->gate,   &a->q,       &a->k,
-	                                    &a->q_out, &a->v_scan, &a->k_chunk, &a->v_chunk};
 
-	if (!cuda_is_hopper())
+	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->seq_len >= INT32_MAX / 4 || a->chunk >= INT32_MAX / 4)
 		return "the sequence is too long";
-	if (occupancy_of(a, cut_of(a)).blocks == 0)
+	if (occupancy_of(device, a, cut_of(device, a)).blocks == 0)
 		return "too many groups";
-	return views_are_aligned(views, 8) ? NULL : "views must be 16-byte aligned";
+	return check_aligned(&a->v, &a->gate, &a->q, &a->k, &a->q_out, &a->v_scan, &a->k_chunk,
+	                     &a->v_chunk);
 }
 
-extern "C" size_t hopper_rat_scan_workspace(const void *args)
+extern "C" size_t hopper_rat_scan_workspace(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct rat_scan_args *>(args);
-	const struct cut c = cut_of(a);
+	const struct cut c = cut_of(device, a);
 
 	return TICKET_BYTES + (c.pieces > 1
 	                               ? 5 * sizeof(float) *
@@ -759,9 +733,9 @@ extern "C" size_t hopper_rat_scan_workspace(const void *args)
 	                               : 0);
 }
 
-extern "C" enum status hopper_rat_scan(const void *args, void *workspace)
+extern "C" enum status hopper_rat_scan(struct device *device, const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct rat_scan_args *>(args);
 
-	return a->d_head == 64 ? scan<64>(a, workspace) : scan<128>(a, workspace);
+	return a->d_head == 64 ? scan<64>(device, a, workspace) : scan<128>(device, a, workspace);
 }

@@ -1,36 +1,32 @@
 /*
  * The linear recurrence for sm_90a in one pass over memory: h_t = a_t h_{t-1} + u_t.
  *
- * Time is cut into tiles of 16 rows a warp, channels into slabs of 64; a block
- * of all warps of a multiprocessor works on one tile while the next is loaded.
- * A consumer warp keeps what it needs of its rows in registers, two channels a
- * lane: it reduces them to (product of decays, state from zero), learns the
- * state they start with, and runs over the registers again with that state.
+ * Time is cut into tiles of 16 rows a warp, channels into slabs of 64; a block of all warps of a
+ * multiprocessor works on one tile while the next is loaded.
+ *   consumer  (19 warps, with an output gate 16) keeps what it needs of its rows in registers, two
+ *             channels a lane: it reduces them to (product of decays, state from zero), learns the
+ *             state they start with, and runs over the registers again with that state
+ *   linker    (a warp) draws tiles by ticket, earlier rows first, loads them with the copy engine,
+ *             publishes a tile's reduction, and its final state as soon as it is known
  *
- * Tiles of one slab and sequence form a chain (decoupled look-back, Merrill and
- * Garland 2016). The linker, a warp of its own, draws tiles by ticket, earlier
- * rows first, loads them with the copy engine, publishes a tile's reduction,
- * and its final state as soon as it is known. It looks back, from the moment it
- * has drawn the tile, to the nearest final state and folds the reductions in
- * between forward, in the order of time: that is the arithmetic of a serial
+ * Tiles of one slab and sequence form a chain (decoupled look-back, Merrill and Garland 2016). The
+ * linker looks back, from the moment it has drawn the tile, to the nearest final state and folds
+ * the reductions in between forward, in the order of time: that is the arithmetic of a serial
  * chain, whoever does it, so the result does not depend on timing.
  *
- * sigmoid(a) = 1 - w with w = 1 / (1 + e^a): gates close to one keep all
- * digits of 1 - g, which tanh.approx would lose.
+ * Shared memory: two stages of gate, x and z; the warps' stretches, twice; the carry; barriers.
+ * sigmoid(a) = 1 - w with w = 1 / (1 + e^a): gates close to one keep all digits of 1 - g.
  *
- * What was tried (one H200, copy 4.26 TB/s; D = 2048, 262144 tokens without z, at
- * T = 4096 / 131072 / 262144):
- *   three kernels, reduce, scan and run (kernels/portable)           1.48 / 1.40 / 1.43 ms
- *   one pass, tiles of 4 warps and 3 blocks a multiprocessor         0.875 / 0.919 / - ms
- *   of 11 warps, 1 block (predicted: fewer links to look back over)  0.806 / 0.819 / 0.936 ms
- *   the same, looking back while the tile is still being reduced     0.809 / 0.783 / 0.827 ms
- * A wider window of the look-back, or flag and value in one word, is slower.
+ * Limit: memory. 0.813 ms at D = 2048, 262144 tokens, T = 4096 (1.98 GHz), 93% of a copy's
+ * bandwidth. docs/kernels/recurrence.md.
  */
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
 #include "kernels/hopper/tensor_map.h"
 #include "kernels/kernels.h"
 
@@ -42,7 +38,6 @@ namespace
 constexpr int ROWS = 16, SLAB = 64, ROW_BYTES = SLAB * 2;
 constexpr int STAGES = 2;
 constexpr int WINDOW = 2; /* tiles looked at in one step back */
-constexpr float LOG2E = 1.44269504f;
 
 /* A chain link: {decay, state} of a tile from zero, or {INCLUSIVE, its final state}. Memory is
  * set to NOTHING before, a NaN that no arithmetic produces. */
@@ -99,20 +94,6 @@ __device__ __forceinline__ uint32_t load_pair(uint32_t shared)
 
 	asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(shared));
 	return pair;
-}
-
-__device__ __forceinline__ float reciprocal(float x)
-{
-	float y;
-
-	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-	return y;
-}
-
-/* 1 / (1 + e^x), of x log2(e). */
-__device__ __forceinline__ float one_minus_sigmoid2(float x)
-{
-	return reciprocal(1.0f + exp2_approx(x));
 }
 
 /* h = one step of the recurrence; `gate` is 1 - g, or the decay. */
@@ -187,22 +168,6 @@ __device__ __forceinline__ bool fold(float &h, const link_pair (&links)[WINDOW],
 	return true;
 }
 
-/* Whether the phase is over, without waiting. */
-__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity)
-{
-	uint32_t done;
-
-	asm volatile("{\n"
-	             ".reg .pred done;\n"
-	             "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-	             "selp.u32 %0, 1, 0, done;\n"
-	             "}\n"
-	             : "=r"(done)
-	             : "r"(barrier), "r"(parity)
-	             : "memory");
-	return done;
-}
-
 /* A stretch of rows of two channels: the product of its decays, and its state from zero. */
 struct stretch {
 	float decay[2], state[2];
@@ -220,9 +185,7 @@ __device__ __forceinline__ stretch load_stretch(uint32_t shared)
 
 __device__ __forceinline__ void store_stretch(uint32_t shared, const stretch &s)
 {
-	asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(s.decay[0]),
-	             "f"(s.state[0]), "f"(s.decay[1]), "f"(s.state[1])
-	             : "memory");
+	shared_store4(shared, s.decay[0], s.state[0], s.decay[1], s.state[1]);
 }
 
 /* Joins the stretches of a tile's warps; each is replaced by that of all rows before it. */
@@ -357,13 +320,8 @@ template <bool Z> struct linker {
 			tile = reduced(i);
 		store_link(mine, pack_link(INCLUSIVE, fmaf(tile.decay[0], h[0], tile.state[0])),
 		           pack_link(INCLUSIVE, fmaf(tile.decay[1], h[1], tile.state[1])));
-		asm volatile(
-		        "st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared + layout::CARRY + lane * 8),
-		        "f"(h[0]), "f"(h[1])
-		        : "memory");
-		__syncwarp();
-		if (lane == 0)
-			barrier_arrive(shared + layout::LINKED);
+		shared_store2(shared + layout::CARRY + lane * 8, h[0], h[1]);
+		warp_arrive(shared + layout::LINKED);
 		if (!Z && !is_reduced)
 			load(i + STAGES);
 	}
@@ -490,9 +448,7 @@ __device__ __forceinline__ void consume(const parameters &p, uint32_t shared, in
 		}
 		store_stretch(parts + (warp * 32 + lane) * 16,
 		              mine.reduce(gates, gates + layout::TENSOR, bias, lane));
-		__syncwarp();
-		if (lane == 0)
-			barrier_arrive(shared + layout::REDUCED);
+		warp_arrive(shared + layout::REDUCED);
 		barrier_wait(shared + layout::LINKED, i & 1);
 		asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
 		             : "=f"(h[0]), "=f"(h[1])
@@ -502,9 +458,7 @@ __device__ __forceinline__ void consume(const parameters &p, uint32_t shared, in
 		h[1] = fmaf(before.decay[1], h[1], before.state[1]);
 		mine.emit(p, at, first, gates + 2 * layout::TENSOR, h, lane);
 		if (Z) {
-			__syncwarp();
-			if (lane == 0)
-				barrier_arrive(shared + layout::EMPTY + s * 8);
+			warp_arrive(shared + layout::EMPTY + s * 8);
 		}
 		if (p.h_final && at.channel < p.d_model && first < p.seq_len &&
 		    first + ROWS >= p.seq_len) {
@@ -560,10 +514,9 @@ enum status encode(CUtensorMap *map, struct view v, const struct recurrence_args
 }
 
 template <enum gate_form FORM, bool Z>
-enum status launch(const struct recurrence_args *a, void *workspace)
+enum status launch(struct device *device, const struct recurrence_args *a, void *workspace)
 {
 	using layout = shared_layout<Z>;
-	const auto kernel = recurrence_kernel<FORM, Z>;
 	const int64_t bytes = link_bytes(a);
 	parameters p = {};
 	enum status status = encode(&p.gate, a->gate, *a, layout::BOX);
@@ -586,51 +539,40 @@ enum status launch(const struct recurrence_args *a, void *workspace)
 	p.out = a->out;
 	p.links = static_cast<uint64_t *>(workspace);
 	p.ticket = reinterpret_cast<int *>(static_cast<char *>(workspace) + bytes);
-	const int64_t most = cuda_sm_count();
-	const int blocks = static_cast<int>(p.tiles < most ? p.tiles : most);
-	CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                              layout::BYTES));
-	CUDA_TRY(cudaMemsetAsync(p.links, 0xFF, bytes, cuda_stream()));
-	CUDA_TRY(cudaMemsetAsync(p.ticket, 0, sizeof *p.ticket, cuda_stream()));
-	kernel<<<blocks, (layout::WARPS + 1) * 32, layout::BYTES, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	CUDA_TRY(cudaMemsetAsync(p.links, 0xFF, bytes, cuda_stream(device)));
+	CUDA_TRY(cudaMemsetAsync(p.ticket, 0, sizeof *p.ticket, cuda_stream(device)));
+	return submit(device, recurrence_kernel<FORM, Z>, turns(device, p.tiles),
+	              (layout::WARPS + 1) * 32, layout::BYTES, p);
 }
 
-enum status launch(const struct recurrence_args *a, void *workspace)
+enum status launch(struct device *device, const struct recurrence_args *a, void *workspace)
 {
 	if (a->form == GATE_SIGMOID)
-		return a->z.data ? launch<GATE_SIGMOID, true>(a, workspace)
-		                 : launch<GATE_SIGMOID, false>(a, workspace);
-	return a->z.data ? launch<GATE_LOG_DECAY, true>(a, workspace)
-	                 : launch<GATE_LOG_DECAY, false>(a, workspace);
+		return a->z.data ? launch<GATE_SIGMOID, true>(device, a, workspace)
+		                 : launch<GATE_SIGMOID, false>(device, a, workspace);
+	return a->z.data ? launch<GATE_LOG_DECAY, true>(device, a, workspace)
+	                 : launch<GATE_LOG_DECAY, false>(device, a, workspace);
 }
 
 } // namespace
 
-extern "C" const char *hopper_recurrence_unsupported(const void *args)
+extern "C" const char *hopper_recurrence_unsupported(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
-	const struct view *const views[] = {&a->gate, &a->x, &a->z, &a->h, &a->out};
 
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->d_model % 8)
 		return "width must be a multiple of 8";
-	for (const struct view *v : views)
-		if (v->data && !tensor_map_supports(v))
-			return "views must be 16-byte aligned";
-	return NULL;
+	return check_views(device, &a->gate, &a->x, &a->z, &a->h, &a->out);
 }
 
-extern "C" size_t hopper_recurrence_workspace(const void *args)
+extern "C" size_t hopper_recurrence_workspace(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
 
 	return static_cast<size_t>(link_bytes(a)) + sizeof(int);
 }
 
-extern "C" enum status hopper_recurrence(const void *args, void *workspace)
+extern "C" enum status hopper_recurrence(struct device *device, const void *args, void *workspace)
 {
-	return launch(static_cast<const struct recurrence_args *>(args), workspace);
+	return launch(device, static_cast<const struct recurrence_args *>(args), workspace);
 }

@@ -1,174 +1,50 @@
 /*
- * The matrix-state recurrence S_t = a_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t for
- * decays a_t that are one number per head and token (Mamba-2), per head
- * (RetNet), or 1 (linear attention): chunkwise, 64 tokens at a time, with the
- * state on the chip.
- *
- * With G_t the sum of log2 a over the chunk's tokens up to t and E the chunk's last token,
+ * The matrix-state recurrence S_t = a_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t for decays a_t
+ * that are one number per head and token (Mamba-2), per head (RetNet), or 1 (linear attention):
+ * chunkwise, 64 tokens at a time, with the state on the chip. With G_t the sum of log2 a over the
+ * chunk's tokens up to t and E the chunk's last token,
  *   o_t = scale (sum_{s<=t} 2^(G_t - G_s) (q_t.k_s) v_s + 2^(G_t) q_t S),
  *   S <- 2^(G_E) S + sum_s 2^(G_E - G_s) k_s^T v_s;
  * no exponent is above 0, whatever the decay, and scores are decayed as fp32.
  *
- * A block walks along one sequence, head and slice of v's channels:
+ * A block walks along one sequence, head and slice of v's channels (walk.cuh has its memory):
  *   producer   TMA: q, k, v of a chunk into a ring
  *   decays     (a warp) the powers of two of the same chunk
  *   scores     (a warpgroup) P = decayed q k^T, through shared memory, one chunk ahead
- *   state      (a warpgroup per 64 channels of v) keeps S^T as the accumulators of
- *              wgmma: o^T = S^T q^T, S^T from registers; + v^T P^T; S^T += (decayed v)^T k
- * so that the state never leaves the registers, and only the scores' warpgroup
- * waits for exponentials.
- *
- * Sequences that are too few to fill the machine are cut into segments: a first
- * pass finds what each segment adds to the state (from k and v alone), a scan
- * over the segments what state each begins with, and the second pass is
- * the same walk, seeded. Segments of four chunks are the textbook's materialised form.
- *
- * What was tried (one H200, copy 4.24 TB/s; 16 heads x 128, 262144 tokens, T = 4096 unless told):
- *   every chunk's state in memory (segments of four chunks)     2.61 ms
- *   the state on the chip, decays of a token read a chunk
- *     ahead: 1.03 ms where there are none to read, but          1.10 ms
- *   two at a time, two ahead (predicted: as if there were none) 1.045 ms, 4.1 TB/s
- *   o^T in two accumulators, so that all products of a chunk
- *     are in flight at once: too many registers. Now the old state's part of o^T decays
- *     while the tensor cores update the state, and v^T P^T is added to it
- *   64 x 64: one block per multiprocessor, then two             0.74, 0.55 ms
- *   2 sequences of 131072: 32 walks; then 33 segments of each   2.90, 1.63 ms
- * At 128 x 128 nothing is left but the memory's time. d_k = 256 fills the registers with
- * 64 channels of v, and q and k are read from L2 once per 64 of them.
+ *   state      (a warpgroup per 64 channels of v) keeps S^T as the accumulators of wgmma:
+ *              o^T = S^T q^T, S^T from registers; + v^T P^T; S^T += (decayed v)^T k
+ * so that the state never leaves the registers, and only the scores' warpgroup waits for
+ * exponentials. Sequences too few to fill the machine are cut into segments: a first pass finds
+ * what each adds to the state, a scan what each begins with, and the second pass is the same walk,
+ * seeded. Segments of four chunks are the textbook's materialised form.
+ * Limit: memory. 1.043 ms at 16 heads x 128, 262144 tokens (1.95 GHz), 96% of a copy's bandwidth;
+ * d_k = 256 reads q and k once per 64 channels of v. docs/kernels/scalar_decay.md.
  * wgmma in: walk_kernel
  */
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
+#include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/walk.cuh"
 
 using namespace hopper;
 
-namespace hopper
-{
-
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
-__device__ __forceinline__ float state_walk<DK, SLICES, OUTPUTS, DELTA>::walk(const piece &x,
-                                                                              int chunk)
-{
-	const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
-	const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
-	const uint32_t values = at + S::V + warpgroup * PANEL_BYTES;
-	const uint64_t q = matrix_descriptor(at + S::Q, 16);
-	const uint64_t k = matrix_descriptor(at + S::K, PANEL_BYTES);
-	const uint64_t v = matrix_descriptor(values, 16);
-	const uint64_t scores = matrix_descriptor(shared + S::SCORES + slot.slot * PANEL_BYTES, 16);
-	uint32_t decayed[16], packed[WIDTH / 2];
-	float o[32];
-
-	barrier_wait(shared + S::FULL + stage.slot * 8, stage.parity);
-	const float whole = shared_float(powers + WHOLE);
-	if (OUTPUTS) {
-#pragma unroll
-		for (int part = 0; part < PARTS; part++) {
-			if (part > 0) {
-				wgmma_wait<0>(); /* for `packed` */
-				pin(o);
-				pin(packed);
-			}
-#pragma unroll
-			for (int i = 0; i < WIDTH / 2; i++) {
-				packed[i] = pack_bf16(s[part][2 * i], s[part][2 * i + 1]);
-				s[part][2 * i] *= whole;
-				s[part][2 * i + 1] *= whole;
-			}
-			pin(packed);
-			pin(s[part]);
-			pin(o);
-			wgmma_fence();
-#pragma unroll
-			for (int step = 0; step < WIDTH / 8; step++)
-				wgmma_rs_k_major(o, &packed[4 * step],
-				                 q + (part * 2 * PANEL_BYTES +
-				                      step / 4 * PANEL_BYTES + step % 4 * 32) /
-				                                 16,
-				                 part > 0 || step > 0);
-			wgmma_commit();
-		}
-	}
-#pragma unroll
-	for (int j = 0; j < 4; j++) {
-		load_transposed_x4(transposed_block(values, 16 * j, 16 * warp, lane),
-		                   &decayed[4 * j]);
-#pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const float2 power = shared_float2(
-			        powers + TO_END + (16 * j + 8 * half + 2 * (lane % 4)) * 4);
-#pragma unroll
-			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
-				decayed[i] = pack_bf16(low_bf16(decayed[i]) * power.x,
-				                       high_bf16(decayed[i]) * power.y);
-		}
-	}
-	if (!OUTPUTS) {
-#pragma unroll
-		for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-			for (int i = 0; i < WIDTH; i++)
-				s[part][i] *= whole;
-			pin(s[part]);
-		}
-	}
-	pin(decayed);
-	wgmma_fence();
-#pragma unroll
-	for (int part = 0; part < PARTS; part++)
-#pragma unroll
-		for (int step = 0; step < CHUNK / 16; step++)
-			wgmma_rs(s[part], &decayed[4 * step],
-			         k + (part * 2 * PANEL_BYTES + step * 2048) / 16, true);
-	wgmma_commit();
-	if (OUTPUTS) {
-		wgmma_wait<1>(); /* o decays while the state is updated */
-		pin(o);
-		pin(packed);
-#pragma unroll
-		for (int i = 0; i < 32; i += 4) {
-			const float2 power =
-			        shared_float2(powers + FROM_START + (2 * i + 2 * (lane % 4)) * 4);
-
-			o[i] *= power.x;
-			o[i + 1] *= power.y;
-			o[i + 2] *= power.x;
-			o[i + 3] *= power.y;
-		}
-		barrier_wait(shared + S::SCORES_FULL + slot.slot * 8, slot.parity);
-		pin(o);
-		wgmma_fence();
-#pragma unroll
-		for (int step = 0; step < CHUNK / 16; step++)
-			wgmma_ss_transposed(o, v + step * 2048 / 16, scores + step * 32 / 16, true);
-		wgmma_commit();
-	}
-	wgmma_wait<0>();
-#pragma unroll
-	for (int part = 0; part < PARTS; part++)
-		pin(s[part]);
-	pin(decayed);
-	if (OUTPUTS) {
-		pin(o);
-		release(S::SCORES_EMPTY + slot.slot * 8);
-		slot.advance();
-	}
-	__syncwarp();
-	release(S::EMPTY + stage.slot * 8);
-	stage.advance();
-	if (OUTPUTS)
-		store(x, chunk, o);
-	return whole;
-}
-
-} // namespace hopper
-
 namespace
 {
 
+struct plain_rule {
+	static constexpr bool SOLVES = false;
+
+	template <int DK, int SLICES>
+	static __device__ void score(const parameters &p, uint32_t shared);
+	template <int DK, int SLICES, bool OUTPUTS>
+	static __device__ float walk(state_walk<DK, SLICES, OUTPUTS, plain_rule> &w, const piece &x,
+	                             int chunk);
+};
+
+template <int DK, int SLICES> using shape = walk_shape<DK, SLICES, plain_rule>;
+
 /* P = q k^T, decayed, of chunk after chunk, into the ring that the state's warpgroups read. */
 template <int DK, int SLICES>
-__device__ __forceinline__ void score(const parameters &p, uint32_t shared)
+__device__ __forceinline__ void plain_rule::score(const parameters &p, uint32_t shared)
 {
 	using S = shape<DK, SLICES>;
 	const int count = piece_count<true>(p), lane = threadIdx.x % 32;
@@ -192,15 +68,10 @@ __device__ __forceinline__ void score(const parameters &p, uint32_t shared)
 			wgmma_wait<0>();
 			pin(s);
 			decay_scores(s, powers, p.scale, warp, lane);
-			__syncwarp();
-			if (lane == 0)
-				barrier_arrive(shared + S::EMPTY + stage.slot * 8);
+			warp_arrive(shared + S::EMPTY + stage.slot * 8);
 			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
 			store_scores(scores, s, warp, lane);
-			fence_async_proxy();
-			__syncwarp();
-			if (lane == 0)
-				barrier_arrive(shared + S::SCORES_FULL + slot.slot * 8);
+			warp_publish(shared + S::SCORES_FULL + slot.slot * 8);
 			stage.advance();
 			slot.advance();
 		}
@@ -208,47 +79,136 @@ __device__ __forceinline__ void score(const parameters &p, uint32_t shared)
 }
 
 template <int DK, int SLICES, bool OUTPUTS>
+__device__ __forceinline__ float plain_rule::walk(state_walk<DK, SLICES, OUTPUTS, plain_rule> &w,
+                                                  const piece &x, int chunk)
+{
+	using W = state_walk<DK, SLICES, OUTPUTS, plain_rule>;
+	using S = typename W::S;
+	constexpr int PARTS = W::PARTS, WIDTH = W::WIDTH;
+	const uint32_t at = w.shared + w.stage.slot * S::STAGE_BYTES;
+	const uint32_t powers = w.shared + S::POWERS + w.stage.slot * S::POWERS_BYTES;
+	const uint32_t values = at + S::V + w.warpgroup * PANEL_BYTES;
+	const uint64_t q = matrix_descriptor(at + S::Q, 16);
+	const uint64_t k = matrix_descriptor(at + S::K, PANEL_BYTES);
+	const uint64_t v = matrix_descriptor(values, 16);
+	const uint64_t scores =
+	        matrix_descriptor(w.shared + S::SCORES + w.slot.slot * PANEL_BYTES, 16);
+	uint32_t decayed[16], packed[WIDTH / 2];
+	float o[32];
+
+	barrier_wait(w.shared + S::FULL + w.stage.slot * 8, w.stage.parity);
+	const float whole = shared_float(powers + WHOLE);
+	if (OUTPUTS) {
+#pragma unroll
+		for (int part = 0; part < PARTS; part++) {
+			if (part > 0) {
+				wgmma_wait<0>(); /* for `packed` */
+				pin(o);
+				pin(packed);
+			}
+#pragma unroll
+			for (int i = 0; i < WIDTH / 2; i++) {
+				packed[i] = pack_bf16(w.s[part][2 * i], w.s[part][2 * i + 1]);
+				w.s[part][2 * i] *= whole;
+				w.s[part][2 * i + 1] *= whole;
+			}
+			pin(packed);
+			pin(w.s[part]);
+			pin(o);
+			wgmma_fence();
+#pragma unroll
+			for (int step = 0; step < WIDTH / 8; step++)
+				wgmma_rs_k_major(o, &packed[4 * step],
+				                 q + (part * 2 * PANEL_BYTES +
+				                      step / 4 * PANEL_BYTES + step % 4 * 32) /
+				                                 16,
+				                 part > 0 || step > 0);
+			wgmma_commit();
+		}
+	}
+#pragma unroll
+	for (int j = 0; j < 4; j++) {
+		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
+		                   &decayed[4 * j]);
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const float2 power = shared_float2(
+			        powers + TO_END + (16 * j + 8 * half + 2 * (w.lane % 4)) * 4);
+#pragma unroll
+			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
+				decayed[i] = pack_bf16(low_bf16(decayed[i]) * power.x,
+				                       high_bf16(decayed[i]) * power.y);
+		}
+	}
+	if (!OUTPUTS) {
+#pragma unroll
+		for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+			for (int i = 0; i < WIDTH; i++)
+				w.s[part][i] *= whole;
+			pin(w.s[part]);
+		}
+	}
+	pin(decayed);
+	wgmma_fence();
+#pragma unroll
+	for (int part = 0; part < PARTS; part++)
+#pragma unroll
+		for (int step = 0; step < CHUNK / 16; step++)
+			wgmma_rs(w.s[part], &decayed[4 * step],
+			         k + (part * 2 * PANEL_BYTES + step * 2048) / 16, true);
+	wgmma_commit();
+	if (OUTPUTS) {
+		wgmma_wait<1>(); /* o decays while the state is updated */
+		pin(o);
+		pin(packed);
+#pragma unroll
+		for (int i = 0; i < 32; i += 4) {
+			const float2 power =
+			        shared_float2(powers + FROM_START + (2 * i + 2 * (w.lane % 4)) * 4);
+
+			o[i] *= power.x;
+			o[i + 1] *= power.y;
+			o[i + 2] *= power.x;
+			o[i + 3] *= power.y;
+		}
+		barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
+		pin(o);
+		wgmma_fence();
+#pragma unroll
+		for (int step = 0; step < CHUNK / 16; step++)
+			wgmma_ss_transposed(o, v + step * 2048 / 16, scores + step * 32 / 16, true);
+		wgmma_commit();
+	}
+	wgmma_wait<0>();
+#pragma unroll
+	for (int part = 0; part < PARTS; part++)
+		pin(w.s[part]);
+	pin(decayed);
+	if (OUTPUTS) {
+		pin(o);
+		w.release(S::SCORES_EMPTY + w.slot.slot * 8);
+		w.slot.advance();
+	}
+	__syncwarp();
+	w.release(S::EMPTY + w.stage.slot * 8);
+	w.stage.advance();
+	if (OUTPUTS)
+		w.store(x, chunk, o);
+	return whole;
+}
+
+template <int DK, int SLICES, bool OUTPUTS>
 __global__ void __launch_bounds__(shape<DK, SLICES>::THREADS, shape<DK, SLICES>::BLOCKS)
         walk_kernel(const __grid_constant__ parameters p)
 {
-	using S = shape<DK, SLICES>;
 	extern __shared__ char unaligned[];
-	const uint32_t shared = (shared_address(unaligned) + 1023) & ~1023u;
+	const uint32_t shared = aligned_base(unaligned);
 
 	if (threadIdx.x == 0)
-		initialise_barriers<DK, SLICES, OUTPUTS, false>(shared);
+		initialise_barriers<DK, SLICES, OUTPUTS, plain_rule>(shared);
 	__syncthreads();
-	if (threadIdx.x < 128) {
-		registers_decrease<S::PRODUCER_REGISTERS>();
-		if (threadIdx.x == 0)
-			produce<DK, SLICES, OUTPUTS, false>(p, shared);
-		else if (threadIdx.x / 32 == 1)
-			prepare_decays<DK, SLICES, OUTPUTS, false>(p, shared);
-	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
-		registers_decrease<S::SCORE_REGISTERS>();
-		if (OUTPUTS)
-			score<DK, SLICES>(p, shared);
-	} else {
-		registers_increase<S::STATE_REGISTERS>();
-		state_walk<DK, SLICES, OUTPUTS> walk = {
-		        p, shared, static_cast<int>(threadIdx.x / 128) - 1,
-		        static_cast<int>(threadIdx.x / 32 % 4), static_cast<int>(threadIdx.x % 32)};
-		const int count = piece_count<OUTPUTS>(p);
-
-#pragma unroll 1
-		for (int number = blockIdx.x; number < count; number += gridDim.x) {
-			const piece x = locate(p, number);
-			float whole = 1.0f;
-
-			walk.begin(x);
-#pragma unroll 1
-			for (int chunk = x.first; chunk < x.last; chunk++)
-				whole *= walk.walk(x, chunk);
-			walk.end(x, whole);
-		}
-		if (OUTPUTS && threadIdx.x % 128 == 0)
-			store_wait_read();
-	}
+	walk_block<DK, SLICES, OUTPUTS, plain_rule>(p, shared);
 }
 
 /* What each segment added becomes the state after it; four elements a thread. */
@@ -278,10 +238,10 @@ __global__ void __launch_bounds__(256)
 
 /* Segments so that the blocks are evenly busy: a first pass over k and v costs half as much again,
  * and is worth it where less than two thirds of the machine had work. */
-plan best_plan(const struct matrix_recurrence_args *a)
+plan best_plan(const struct device *device, const struct matrix_recurrence_args *a)
 {
 	const plan whole = make_plan(a, 0);
-	const int blocks = cuda_sm_count(), waves = (whole.walks + blocks - 1) / blocks;
+	const int blocks = cuda_sm_count(device), waves = (whole.walks + blocks - 1) / blocks;
 
 	if (3 * whole.walks >= 2 * waves * blocks || whole.chunks < 16)
 		return whole;
@@ -292,22 +252,19 @@ plan best_plan(const struct matrix_recurrence_args *a)
 	return make_plan(a, (whole.chunks + segments - 1) / segments);
 }
 
-template <int DK, int SLICES, bool OUTPUTS> enum status launch_walk(const parameters &p, int pieces)
+template <int DK, int SLICES, bool OUTPUTS>
+enum status launch_walk(struct device *device, const parameters &p, int pieces)
 {
-	const int bytes = shape<DK, SLICES>::BYTES;
-	const int room = cuda_sm_count() * shape<DK, SLICES>::BLOCKS;
+	const int room = cuda_sm_count(device) * shape<DK, SLICES>::BLOCKS;
 	const int blocks = pieces < room ? pieces : room;
 
-	CUDA_TRY(cudaFuncSetAttribute(walk_kernel<DK, SLICES, OUTPUTS>,
-	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	walk_kernel<DK, SLICES, OUTPUTS>
-	        <<<blocks, shape<DK, SLICES>::THREADS, bytes, cuda_stream()>>>(p);
-	CUDA_TRY(cudaGetLastError());
-	return STATUS_OK;
+	return submit(device, walk_kernel<DK, SLICES, OUTPUTS>, blocks, shape<DK, SLICES>::THREADS,
+	              shape<DK, SLICES>::BYTES, p);
 }
 
 template <int DK, int SLICES>
-enum status run_plan(const struct matrix_recurrence_args *a, const plan &x, void *workspace)
+enum status run_plan(struct device *device, const struct matrix_recurrence_args *a, const plan &x,
+                     void *workspace)
 {
 	parameters p;
 	enum status status = fill_parameters(p, a, x, workspace);
@@ -315,28 +272,30 @@ enum status run_plan(const struct matrix_recurrence_args *a, const plan &x, void
 	if (status == STATUS_OK && x.segments > 1) {
 		const int64_t threads = x.walks * x.state_floats / 4;
 
-		status = launch_walk<DK, SLICES, false>(p, x.walks * (x.segments - 1));
+		status = launch_walk<DK, SLICES, false>(device, p, x.walks * (x.segments - 1));
 		if (status != STATUS_OK)
 			return status;
 		combine_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0,
-		                 cuda_stream()>>>(p.states, p.wholes, x.walks,
-		                                  static_cast<int>(x.state_floats), x.segments - 1);
+		                 cuda_stream(device)>>>(p.states, p.wholes, x.walks,
+		                                        static_cast<int>(x.state_floats),
+		                                        x.segments - 1);
 		CUDA_TRY(cudaGetLastError());
 	}
 	if (status == STATUS_OK)
-		status = launch_walk<DK, SLICES, true>(p, x.walks * x.segments);
+		status = launch_walk<DK, SLICES, true>(device, p, x.walks * x.segments);
 	return status;
 }
 
-enum status run(const struct matrix_recurrence_args *a, const plan &x, void *workspace)
+enum status run(struct device *device, const struct matrix_recurrence_args *a, const plan &x,
+                void *workspace)
 {
 	if (x.dk == 64)
-		return x.slices == 1 ? run_plan<64, 1>(a, x, workspace)
-		                     : run_plan<64, 2>(a, x, workspace);
+		return x.slices == 1 ? run_plan<64, 1>(device, a, x, workspace)
+		                     : run_plan<64, 2>(device, a, x, workspace);
 	if (x.dk == 256)
-		return run_plan<256, 1>(a, x, workspace);
-	return x.slices == 1 ? run_plan<128, 1>(a, x, workspace)
-	                     : run_plan<128, 2>(a, x, workspace);
+		return run_plan<256, 1>(device, a, x, workspace);
+	return x.slices == 1 ? run_plan<128, 1>(device, a, x, workspace)
+	                     : run_plan<128, 2>(device, a, x, workspace);
 }
 
 const struct matrix_recurrence_args *recurrence(const void *args)
@@ -358,69 +317,70 @@ plan materialised_plan(const struct matrix_recurrence_args *a)
 } // namespace
 
 /* Whatever the chunk. */
-static const char *scalar_decay_unsupported(const struct matrix_recurrence_args *a)
+static const char *scalar_decay_unsupported(const struct device *device,
+                                            const struct matrix_recurrence_args *a)
 {
-
-	if (!cuda_is_hopper())
-		return "needs compute capability 9.0";
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
-	if (a->decay == DECAY_DIAGONAL)
-		return "only decays that are the same for all channels";
 	if (a->d_k > 256)
 		return "d_k must be at most 256";
-	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
-		return "heads must not share v";
-	if (!tensor_map_supports(&a->q) || !tensor_map_supports(&a->k) ||
-	    !tensor_map_supports(&a->v) || !tensor_map_supports(&a->out))
-		return "views must be 16-byte aligned";
-	return NULL;
+	return walk_unsupported(device, a);
 }
 
-extern "C" const char *hopper_scalar_decay_unsupported(const void *args)
+extern "C" const char *hopper_scalar_decay_unsupported(const struct device *device,
+                                                       const void *args)
 {
 	const struct matrix_recurrence_args *a = recurrence(args);
-	const char *why = scalar_decay_unsupported(a);
+	const char *why = scalar_decay_unsupported(device, a);
 
 	return !why && a->chunk && a->chunk != CHUNK ? "chunk must be 64, or 0" : why;
 }
 
-extern "C" size_t hopper_scalar_decay_workspace(const void *args)
+extern "C" size_t hopper_scalar_decay_workspace(const struct device *device, const void *args)
 {
-	return plan_workspace(best_plan(recurrence(args)));
+	return plan_workspace(best_plan(device, recurrence(args)));
 }
 
-extern "C" enum status hopper_scalar_decay(const void *args, void *workspace)
+extern "C" enum status hopper_scalar_decay(struct device *device, const void *args, void *workspace)
 {
-	return run(recurrence(args), best_plan(recurrence(args)), workspace);
+	return run(device, recurrence(args), best_plan(device, recurrence(args)), workspace);
 }
 
-extern "C" size_t hopper_scalar_decay_onchip_workspace(const void *args)
+extern "C" const char *hopper_scalar_decay_onchip_unsupported(const struct device *device,
+                                                              const void *args)
+{
+	return hopper_scalar_decay_unsupported(device, args);
+}
+
+extern "C" size_t hopper_scalar_decay_onchip_workspace(const struct device *, const void *args)
 {
 	return plan_workspace(make_plan(recurrence(args), 0));
 }
 
-extern "C" enum status hopper_scalar_decay_onchip(const void *args, void *workspace)
+extern "C" enum status hopper_scalar_decay_onchip(struct device *device, const void *args,
+                                                  void *workspace)
 {
-	return run(recurrence(args), make_plan(recurrence(args), 0), workspace);
+	return run(device, recurrence(args), make_plan(recurrence(args), 0), workspace);
 }
 
-extern "C" const char *hopper_scalar_decay_materialise_unsupported(const void *args)
+extern "C" const char *hopper_scalar_decay_materialise_unsupported(const struct device *device,
+                                                                   const void *args)
 {
 	const struct matrix_recurrence_args *a = recurrence(args);
-	const char *why = scalar_decay_unsupported(a);
+	const char *why = scalar_decay_unsupported(device, a);
 
 	return !why && a->chunk % CHUNK && a->chunk < a->seq_len
 	               ? "chunk must be a multiple of 64, or T"
 	               : why;
 }
 
-extern "C" size_t hopper_scalar_decay_materialise_workspace(const void *args)
+extern "C" size_t hopper_scalar_decay_materialise_workspace(const struct device *, const void *args)
 {
 	return plan_workspace(materialised_plan(recurrence(args)));
 }
 
-extern "C" enum status hopper_scalar_decay_materialise(const void *args, void *workspace)
+extern "C" enum status hopper_scalar_decay_materialise(struct device *device, const void *args,
+                                                       void *workspace)
 {
-	return run(recurrence(args), materialised_plan(recurrence(args)), workspace);
+	return run(device, recurrence(args), materialised_plan(recurrence(args)), workspace);
 }

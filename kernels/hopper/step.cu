@@ -1,68 +1,34 @@
 /*
- * Generation for sm_90a: attention_step and rat_step, one query per sequence
- * and head against a cache [B, H, slots, d], d = 64 or 128. Bound by the bytes
- * of the cache.
+ * Generation for sm_90a: attention_step and rat_step, one query per sequence and head against a
+ * cache [B, H, slots, d], d = 64 or 128.
  *
- * A block is a producer warp, which streams tiles of 64 keys and values into a
- * two-stage ring with bulk copies, and four consumer warps, which take sixteen
- * keys of each tile: d/8 lanes share a key, 16 bytes each. Blocks draw their
- * work by ticket, since multiprocessors do not all get the same bandwidth: whole
- * (sequence, head) pairs first, then pieces of the last pairs, so that all
- * blocks end together. The piece that is done last merges all of its pair.
+ *   producer   (a warp) streams tiles of 64 keys and values into a two-stage ring with bulk copies,
+ *              and the rows of the new token in a ring of their own
+ *   consumers  (four warps) take sixteen keys of each tile: d/8 lanes share a key, 16 bytes each
+ * Blocks draw their work by ticket, since multiprocessors do not all get the same bandwidth: whole
+ * (sequence, head) pairs first, then pieces of the last pairs, so that all blocks end together. The
+ * piece that is done last merges all of its pair.
  *
- * The rows of the new token travel the same way, in a ring of their own, so that
- * no pair begins with a trip to memory.
+ * The new token never travels through the cache: its score and value start the online softmax of
+ * the block that has the pair's first tile, which also writes the cache slot. In RAT that block
+ * updates the running state as well.
  *
- * The new token never travels through the cache: its score and value start the
- * online softmax of the block that has the pair's first tile, which also
- * writes the cache slot. In RAT that block updates the running state as well.
+ * The first tiles are under way before the projection ahead in the stream has ended. So its direct
+ * predecessor must not be what writes *position or the cache; in a layer it is the projection.
  *
- * The first tiles are under way before the projection ahead in the stream has
- * ended. So its direct predecessor must not be what writes *position or the
- * cache; in a layer it is the projection.
- *
- * What was tried (one H200; attention, B = 512, T = 256 / 4096, then RAT with L = 16, T = 4096;
- * TB/s of cache; cuDNN 9.19 reads 4.28 / 4.68):
- *   equal parts of the line of all tiles, rows of the token loaded by the consumers
- *                                                                      3.93 / 4.55   3.40
- *   rows of the token through a ring of their own
- *     (predicted: RAT's per-pair pauses hidden, +20%)                    -0.2% / -2%  +10%
- *   chunks of the line by ticket, 8 a block (predicted: +2%, no slow last block)
- *                                                                      4.06 / 4.59  3.96
- *   tiles of 64 keys, two stages, 16 chunks a block                      4.14 / 4.64  4.02
- * and, where cuDNN reads 4.16 / 4.57 and the last of the above 4.20 / 4.57 and 4.02:
- *   counters that reset themselves, only the last pairs cut, copies that leave the L2 cache first
- *     (predicted: +1%, +1%, nothing; the copies' policy alone is +4% / +0.5%;
- *     pieces of one or two tiles cost 2% at T = 256)                    4.43 / 4.61  4.31
- * B = 1, RAT at T = 131072: 34.9 us; with one piece a block, all warps merging, and the gate's bias
- * in the header 27.1 us, of which 15 are the bytes. Ring shapes of 32 to 128 keys and one to three
- * blocks a multiprocessor differ by under 1% where there is much to read.
- *
- * The same as part of a block of the model, between two projections that overlap it (us, of
- * which 22.6 are the bytes; linear.cu):
- *   three blocks a multiprocessor, pieces of six tiles                                    38.1
- *   two, so that the projections fit beside them, one piece of eight tiles each           36.0
- *   pieces of six tiles, the rest tile by tile (predicted: -2, since blocks end up to 5 us
- *     apart: more to merge, and each piece waits for a fence)                             39.6
- *     the same, each block within one pair, one fence a block                             37.3
- *       where one piece a block then took                                                 37.4
- *   the cache prefetched into L2 two to six tiles ahead (predicted: -3, no pause of the
- *     memory while the projection ends)                                            +3 to +4
- *   two tiles, one or none loaded ahead of the wait                        37.4, 36.0, 36.8
- *   the projection behind begins as soon as all blocks are past their wait (predicted: -1,
- *     its weights are there before the last fences)                             35.7 -> 37.4
- * A fence and the end of a kernel wait for all loads in flight on the multiprocessor, those of the
- * other kernel too: with 128 KB of early loads a projection's end is seen 3.3 us later, with none
- * 0.9; and the last pieces' fences wait for the weights of the projection behind.
+ * Limit: the bytes of the cache: 4.6 TB/s at B = 512, T = 4096. For few sequences fences and the
+ * ends of kernels, which wait for all loads in flight on the multiprocessor, those of the next
+ * kernel too: a RAT block at T = 131072 takes 35.7 us, its bytes 22.6. docs/kernels/step.md.
  */
 #include <algorithm>
 #include <cuda_runtime.h>
 #include <math.h>
 
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/hopper/hopper.h"
+#include "kernels/hopper/kernels.h"
 #include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/ptx.cuh"
+#include "kernels/hopper/ring.cuh"
 #include "kernels/kernels.h"
 
 using namespace hopper;
@@ -84,7 +50,6 @@ constexpr int CONSUMER_WARPS = 4, CONSUMERS = CONSUMER_WARPS * 32, THREADS = CON
  */
 constexpr int TAIL_PIECES = 8, ROUNDS = 32, SHORTEST = 8, MAX_PIECES = 64;
 constexpr int MAX_BLOCKS = 1024;
-constexpr float LOG2E = 1.44269504f;
 
 struct bf16_view {
 	__nv_bfloat16 *data;
@@ -171,7 +136,7 @@ __device__ __forceinline__ work chunk_at(const schedule &s, const history &past,
 }
 
 /*
- * Rows of a header, D*2 bytes each, but those of floats D*4; the last says what
+ * Rows of a header, D*2 bytes each, except those of floats D*4; the last says what
  * is to be done.
  */
 enum {
@@ -206,20 +171,6 @@ enum {
 	BAR_EMPTY = BAR_FULL + STAGES,
 	BAR_HEADER_FULL = BAR_EMPTY + STAGES,
 	BAR_HEADER_EMPTY = BAR_HEADER_FULL + HEADERS
-};
-
-/* Position in a ring of n slots; a full trip flips the parity. */
-template <int n> struct ring {
-	int slot = 0;
-	uint32_t parity = 0;
-
-	__device__ void advance()
-	{
-		if (++slot == n) {
-			slot = 0;
-			parity ^= 1;
-		}
-	}
 };
 
 /* What the new token brings for one pair; all pieces need q and z, only the first the rest. */
@@ -283,8 +234,8 @@ template <int D, bool RAT> struct producer {
 	const history &past;
 	uint32_t shared;
 	uint64_t policy;
-	ring<STAGES> stage;
-	ring<HEADERS> header;
+	slot_ring<STAGES> stage;
+	slot_ring<HEADERS> header;
 
 	__device__ uint32_t barrier(int index) const
 	{
@@ -359,17 +310,6 @@ __device__ __forceinline__ void produce(const parameters &p, const history &past
 	out.post({-1, 0, 0});
 }
 
-/* Eight neighboring channels of a row, as floats. */
-__device__ __forceinline__ void unpack(float (&x)[8], uint4 packed)
-{
-	const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		x[2 * i] = low_bf16(pairs[i]);
-		x[2 * i + 1] = high_bf16(pairs[i]);
-	}
-}
-
 __device__ __forceinline__ void load_eight(float (&x)[8], uint32_t shared)
 {
 	uint4 packed;
@@ -377,7 +317,7 @@ __device__ __forceinline__ void load_eight(float (&x)[8], uint32_t shared)
 	asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
 	             : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
 	             : "r"(shared));
-	unpack(x, packed);
+	unpack_bf16(x, packed);
 }
 
 __device__ __forceinline__ void load_eight_floats(float (&x)[8], uint32_t shared)
@@ -391,9 +331,7 @@ __device__ __forceinline__ void load_eight_floats(float (&x)[8], uint32_t shared
 
 __device__ __forceinline__ void store_eight(__nv_bfloat16 *target, const float (&x)[8])
 {
-	*reinterpret_cast<uint4 *>(target) =
-	        make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-	                   pack_bf16(x[6], x[7]));
+	*reinterpret_cast<uint4 *>(target) = pack_bf16(x);
 }
 
 /* Sum over the lanes that share a key. */
@@ -680,8 +618,8 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 	const int channel = lane % (D / 8) * 8, group = lane / (D / 8);
 	const int first = warp * (TILE / CONSUMER_WARPS) + group;
-	ring<STAGES> stage;
-	ring<HEADERS> header;
+	slot_ring<STAGES> stage;
+	slot_ring<HEADERS> header;
 
 	while (true) {
 		const uint32_t rows =
@@ -710,9 +648,7 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 			barrier_wait(barriers + (BAR_FULL + stage.slot) * 8, stage.parity);
 			fold_tile<D>(mine, q, shared + stage.slot * 2 * layout::HALF,
 			             past.count - i * TILE, first, channel);
-			__syncwarp();
-			if (lane == 0)
-				barrier_arrive(barriers + (BAR_EMPTY + stage.slot) * 8);
+			warp_arrive(barriers + (BAR_EMPTY + stage.slot) * 8);
 			stage.advance();
 		}
 		merge_block<D>(mine, scratch, warp, lane);
@@ -724,9 +660,7 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 		}
 		if (warp == 0 && done)
 			write_out<D, RAT>(p, mine, b, h, rows, lane);
-		__syncwarp();
-		if (lane == 0)
-			barrier_arrive(barriers + (BAR_HEADER_EMPTY + header.slot) * 8);
+		warp_arrive(barriers + (BAR_HEADER_EMPTY + header.slot) * 8);
 		header.advance();
 	}
 }
@@ -790,14 +724,14 @@ struct split {
 	int blocks, cut, pieces, round;
 };
 
-split split_of(int64_t pairs)
+split split_of(const struct device *device, int64_t pairs)
 {
 	split s;
 
-	const bool few = 2 * pairs <= cuda_sm_count();
+	const bool few = 2 * pairs <= cuda_sm_count(device);
 
-	s.blocks =
-	        std::min((few ? FEW_BLOCKS_PER_SM : BLOCKS_PER_SM) * cuda_sm_count(), MAX_BLOCKS);
+	s.blocks = std::min((few ? FEW_BLOCKS_PER_SM : BLOCKS_PER_SM) * cuda_sm_count(device),
+	                    MAX_BLOCKS);
 	s.cut = static_cast<int>(std::min<int64_t>(pairs, s.blocks));
 	s.round = s.blocks / s.cut;
 	s.pieces = TAIL_PIECES;
@@ -812,9 +746,9 @@ split split_of(int64_t pairs)
 	return s;
 }
 
-template <int D, bool RAT> enum status launch(const parameters &p)
+template <int D, bool RAT> enum status launch(struct device *device, const parameters &p)
 {
-	return launch_early(step_kernel<D, RAT>, split_of(p.pairs).blocks, THREADS,
+	return launch_early(device, step_kernel<D, RAT>, split_of(device, p.pairs).blocks, THREADS,
 	                    shared_layout<D>::BYTES, p);
 }
 
@@ -833,10 +767,10 @@ bool aligned(const struct view &v)
 	return aligned(v.data) && v.batch % 8 == 0 && v.head % 8 == 0;
 }
 
-const char *unsupported_shape(int64_t d_head, const struct view *k_cache,
-                              const struct view *v_cache)
+const char *unsupported_shape(const struct device *device, int64_t d_head,
+                              const struct view *k_cache, const struct view *v_cache)
 {
-	if (!cuda_is_hopper())
+	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
 	if (d_head != 64 && d_head != 128)
 		return "head width must be 64 or 128";
@@ -847,105 +781,101 @@ const char *unsupported_shape(int64_t d_head, const struct view *k_cache,
 	return NULL;
 }
 
-size_t workspace_bytes(int64_t pairs, int64_t d_head)
+size_t workspace_bytes(const struct device *device, int64_t pairs, int64_t d_head)
 {
-	const split s = split_of(pairs);
+	const split s = split_of(device, pairs);
 
 	return static_cast<size_t>(s.cut) * s.pieces * (d_head + 4) * sizeof(float);
 }
 
-void place_workspace(parameters &p, void *workspace)
+/* What both operations have. */
+template <typename Args>
+parameters parameters_of(const struct device *device, const Args *a, void *workspace)
 {
-	const split s = split_of(p.pairs);
-
-	p.cut = s.cut;
-	p.pieces = s.pieces;
-	p.round = s.round;
-	p.partials = static_cast<float *>(workspace);
-}
-
-} // namespace
-
-extern "C" const char *hopper_attention_step_unsupported(const void *args)
-{
-	const struct attention_step_args *a = static_cast<const struct attention_step_args *>(args);
-
-	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->out))
-		return "views must be 16-byte aligned";
-	return unsupported_shape(a->d_head, &a->k_cache, &a->v_cache);
-}
-
-extern "C" size_t hopper_attention_step_workspace(const void *args)
-{
-	const struct attention_step_args *a = static_cast<const struct attention_step_args *>(args);
-
-	return workspace_bytes(a->batch * a->n_heads, a->d_head);
-}
-
-extern "C" enum status hopper_attention_step(const void *args, void *workspace)
-{
-	const struct attention_step_args *a = static_cast<const struct attention_step_args *>(args);
 	parameters p = {};
 
-	p.n_heads = p.q_heads = static_cast<int>(a->n_heads);
+	p.n_heads = static_cast<int>(a->n_heads);
 	p.pairs = static_cast<int>(a->batch * a->n_heads);
-	p.slots = static_cast<int>(a->kv_slots);
-	p.window = static_cast<int>(a->window);
 	p.rope = a->rope;
 	p.scale = a->scale;
 	p.position = a->position;
 	p.q = of(a->q);
 	p.k = of(a->k);
 	p.v = of(a->v);
-	p.k_cache = of(a->k_cache);
-	p.v_cache = of(a->v_cache);
 	p.out = of(a->out);
-	place_workspace(p, workspace);
-	return a->d_head == 64 ? launch<64, false>(p) : launch<128, false>(p);
+	const split s = split_of(device, p.pairs);
+	p.cut = s.cut;
+	p.pieces = s.pieces;
+	p.round = s.round;
+	p.partials = static_cast<float *>(workspace);
+	return p;
 }
 
-extern "C" const char *hopper_rat_step_unsupported(const void *args)
+} // namespace
+
+extern "C" const char *hopper_attention_step_unsupported(const struct device *device,
+                                                         const void *args)
 {
-	const struct rat_step_args *a = static_cast<const struct rat_step_args *>(args);
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+
+	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->out))
+		return "views must be 16-byte aligned";
+	return unsupported_shape(device, a->d_head, &a->k_cache, &a->v_cache);
+}
+
+extern "C" size_t hopper_attention_step_workspace(const struct device *device, const void *args)
+{
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+
+	return workspace_bytes(device, a->batch * a->n_heads, a->d_head);
+}
+
+extern "C" enum status hopper_attention_step(struct device *device, const void *args,
+                                             void *workspace)
+{
+	const auto *a = static_cast<const struct attention_step_args *>(args);
+	parameters p = parameters_of(device, a, workspace);
+
+	p.q_heads = static_cast<int>(a->n_heads);
+	p.slots = static_cast<int>(a->kv_slots);
+	p.window = static_cast<int>(a->window);
+	p.k_cache = of(a->k_cache);
+	p.v_cache = of(a->v_cache);
+	return a->d_head == 64 ? launch<64, false>(device, p) : launch<128, false>(device, p);
+}
+
+extern "C" const char *hopper_rat_step_unsupported(const struct device *device, const void *args)
+{
+	const auto *a = static_cast<const struct rat_step_args *>(args);
 
 	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->z) ||
 	    !aligned(a->gate) || !aligned(a->out) || !aligned(a->gate_bias) ||
 	    !aligned(a->k_state) || !aligned(a->v_state))
 		return "views must be 16-byte aligned";
-	return unsupported_shape(a->d_head, &a->k_chunk, &a->v_chunk);
+	return unsupported_shape(device, a->d_head, &a->k_chunk, &a->v_chunk);
 }
 
-extern "C" size_t hopper_rat_step_workspace(const void *args)
+extern "C" size_t hopper_rat_step_workspace(const struct device *device, const void *args)
 {
-	const struct rat_step_args *a = static_cast<const struct rat_step_args *>(args);
+	const auto *a = static_cast<const struct rat_step_args *>(args);
 
-	return workspace_bytes(a->batch * a->n_heads, a->d_head);
+	return workspace_bytes(device, a->batch * a->n_heads, a->d_head);
 }
 
-extern "C" enum status hopper_rat_step(const void *args, void *workspace)
+extern "C" enum status hopper_rat_step(struct device *device, const void *args, void *workspace)
 {
-	const struct rat_step_args *a = static_cast<const struct rat_step_args *>(args);
-	parameters p = {};
+	const auto *a = static_cast<const struct rat_step_args *>(args);
+	parameters p = parameters_of(device, a, workspace);
 
-	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->groups);
-	p.pairs = static_cast<int>(a->batch * a->n_heads);
 	p.slots = static_cast<int>(a->chunk_slots);
 	p.chunk = static_cast<int>(a->chunk);
-	p.rope = a->rope;
-	p.scale = a->scale;
-	p.position = a->position;
-	p.q = of(a->q);
-	p.k = of(a->k);
-	p.v = of(a->v);
 	p.z = of(a->z);
 	p.gate = of(a->gate);
 	p.k_cache = of(a->k_chunk);
 	p.v_cache = of(a->v_chunk);
-	p.out = of(a->out);
 	p.gate_bias = a->gate_bias;
 	p.k_state = a->k_state;
 	p.v_state = a->v_state;
-	place_workspace(p, workspace);
-	return a->d_head == 64 ? launch<64, true>(p) : launch<128, true>(p);
+	return a->d_head == 64 ? launch<64, true>(device, p) : launch<128, true>(device, p);
 }

@@ -3,28 +3,27 @@
 #include <cuda_runtime.h>
 #include <cudaTypedefs.h>
 
-static PFN_cuTensorMapEncodeTiled_v12000 encode_function()
+static PFN_cuTensorMapEncodeTiled_v12000 find_encode()
 {
-	static PFN_cuTensorMapEncodeTiled_v12000 encode;
+	PFN_cuTensorMapEncodeTiled_v12000 encode = NULL;
 	cudaDriverEntryPointQueryResult found;
 
-	if (!encode)
-		cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled",
-		                                 reinterpret_cast<void **>(&encode), 12000,
-		                                 cudaEnableDefault, &found);
+	cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled",
+	                                 reinterpret_cast<void **>(&encode), 12000,
+	                                 cudaEnableDefault, &found);
 	return encode;
 }
 
 bool tensor_map_supports(const struct view *view)
 {
-	return reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && view->token % 8 == 0 &&
-	       view->head % 8 == 0 && view->batch % 8 == 0;
+	return !view->data || (reinterpret_cast<uintptr_t>(view->data) % 16 == 0 &&
+	                       view->token % 8 == 0 && view->head % 8 == 0 && view->batch % 8 == 0);
 }
 
 enum status tensor_map_encode(CUtensorMap *map, const struct view *view, int64_t batch,
                               int64_t tokens, int64_t heads, int64_t d, int box_tokens)
 {
-	const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
+	static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode();
 	const bool shared = view->head == 0; /* no map has a stride of 0 */
 	const cuuint64_t dims[4] = {(cuuint64_t)d, (cuuint64_t)tokens,
 	                            shared ? 1 : (cuuint64_t)heads, (cuuint64_t)batch};

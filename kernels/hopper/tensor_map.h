@@ -4,7 +4,7 @@
 
 #include <cuda.h>
 
-#include "kernels/kernels.h"
+#include "kernels/cuda/cuda_backend.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -20,10 +20,19 @@ extern "C" {
 enum status tensor_map_encode(CUtensorMap *map, const struct view *view, int64_t batch,
                               int64_t tokens, int64_t heads, int64_t d, int box_tokens);
 
-/* Whether a view can have a map: 16-byte aligned base and strides. */
+/* Whether a view, if there is one, can have a map: 16-byte aligned base and strides. */
 bool tensor_map_supports(const struct view *view);
 
 #ifdef __cplusplus
+}
+
+/* NULL, or what is amiss: with the device, or with one of the views. */
+template <typename... Views>
+const char *check_views(const struct device *device, const Views *...views)
+{
+	if (!cuda_is_hopper(device))
+		return "needs compute capability 9.0";
+	return (tensor_map_supports(views) && ...) ? NULL : "views must be 16-byte aligned";
 }
 #endif
 

@@ -2,7 +2,12 @@
  * The walk along a sequence that the matrix-state recurrences of scalar decays
  * share: the roles of a block, its shared memory, the copies and the decays that
  * run ahead, and the state that a warpgroup keeps in its accumulators. What is done with a
- * chunk is the kernel's: scalar_decay.cu (the plain rule), delta_rule.cu.
+ * chunk is the rule's: plain_rule of scalar_decay.cu, delta_rule of delta_rule.cu. A rule is a
+ * policy class with
+ *   SOLVES             whether the scores' warpgroup also solves a triangular system: then a block
+ *                      has room and registers for that, and powers come with beta, unscaled
+ *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
+ *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
  */
 #ifndef KERNELS_HOPPER_WALK_CUH
 #define KERNELS_HOPPER_WALK_CUH
@@ -18,22 +23,21 @@ namespace hopper
 {
 
 constexpr int CHUNK = 64, SCORE_SLOTS = 2;
-constexpr float LOG2E = 1.44269504f;
 /* A 16 x 16 block of fp32 whose rows are 20 apart: no bank conflicts between them. */
 constexpr int BLOCK_STRIDE = 20, BLOCK_BYTES = 16 * BLOCK_STRIDE * 4;
 
-/* DK: channels of q and k, rounded up; SLICES: state warpgroups, 64 channels of v each; DELTA: the
- * delta rule, whose scores' warpgroup also solves a triangular system. */
-template <int DK, int SLICES, bool DELTA = false> struct shape {
+/* DK: channels of q and k, rounded up; SLICES: state warpgroups, 64 channels of v each. */
+template <int DK, int SLICES, typename RULE> struct walk_shape {
+	static constexpr bool SOLVES = RULE::SOLVES;
 	static constexpr int KEY_PANELS = DK / 64;
 	static constexpr int THREADS = 128 * (2 + SLICES);
 	static constexpr int BLOCKS =
-	        DK == 64 && SLICES == 1 && !DELTA ? 2 : 1; /* per multiprocessor */
+	        DK == 64 && SLICES == 1 && !SOLVES ? 2 : 1; /* per multiprocessor */
 	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
 	static constexpr int STAGES = STAGE_PANELS > 6 ? 2 : STAGE_PANELS == 4 ? 4 : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
 	static constexpr int PRODUCER_REGISTERS = 40;
-	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : DELTA && SLICES == 1 ? 120 : 88;
+	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : SOLVES && SLICES == 1 ? 120 : 88;
 	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
 
 	/* Shared memory. A stage: panels of q, of k, of v. */
@@ -44,9 +48,9 @@ template <int DK, int SLICES, bool DELTA = false> struct shape {
 	static constexpr int SCORES = STAGES * STAGE_BYTES;
 	static constexpr int OUT = SCORES + SCORE_SLOTS * PANEL_BYTES;
 	static constexpr int SOLVED = OUT + SLICES * PANEL_BYTES; /* a ring beside the scores' */
-	static constexpr int BLOCKS_16 = SOLVED + (DELTA ? SCORE_SLOTS * PANEL_BYTES : 0);
-	static constexpr int POWERS = BLOCKS_16 + (DELTA ? 13 * BLOCK_BYTES : 0);
-	static constexpr int POWERS_BYTES = DELTA ? 1152 : 1024; /* of a stage */
+	static constexpr int BLOCKS_16 = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
+	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 13 * BLOCK_BYTES : 0);
+	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
 	static constexpr int BARRIERS = POWERS + STAGES * POWERS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
 
@@ -103,10 +107,10 @@ template <bool OUTPUTS> __device__ __forceinline__ int piece_count(const paramet
 	return p.walks * (OUTPUTS ? p.segments : p.segments - 1);
 }
 
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
-	using S = shape<DK, SLICES, DELTA>;
+	using S = walk_shape<DK, SLICES, RULE>;
 	constexpr int BYTES = ((OUTPUTS ? 2 : 1) * S::KEY_PANELS + SLICES) * PANEL_BYTES;
 	const int count = piece_count<OUTPUTS>(p);
 	slot_ring<S::STAGES> stage;
@@ -180,14 +184,14 @@ __device__ __forceinline__ __nv_bfloat16 load_beta(const parameters &p, const pi
 }
 
 /* The powers of one chunk, this lane's two tokens decaying by 2^x0 and 2^x1, into its stage. */
-template <int DK, int SLICES, bool DELTA>
+template <int DK, int SLICES, typename RULE>
 __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shared, int slot,
                                               uint32_t parity, float x0, float x1, float beta0,
                                               float beta1)
 {
-	using S = shape<DK, SLICES, DELTA>;
+	using S = walk_shape<DK, SLICES, RULE>;
 	const uint32_t powers = shared + S::POWERS + slot * S::POWERS_BYTES;
-	const float scale = DELTA ? 1.0f : p.scale;
+	const float scale = RULE::SOLVES ? 1.0f : p.scale;
 	const int lane = threadIdx.x % 32;
 	float sum = x0 + x1;
 
@@ -205,22 +209,20 @@ __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shar
 	shared_store2(powers + FROM_START + lane * 8, scale * exp2_approx(g0),
 	              scale * exp2_approx(g1));
 	shared_store2(powers + TO_END + lane * 8, exp2_approx(end - g0), exp2_approx(end - g1));
-	if (DELTA)
+	if (RULE::SOLVES)
 		shared_store2(powers + BETA + lane * 8, beta0, beta1);
 	if (lane == 0)
 		shared_store1(powers + WHOLE, exp2_approx(end));
-	__syncwarp();
-	if (lane == 0)
-		barrier_arrive(shared + S::FULL + slot * 8);
+	warp_arrive(shared + S::FULL + slot * 8);
 }
 
 /* Tokens 2 lane and 2 lane + 1 of each chunk. They are read AHEAD chunks at a time, that many
  * before they are needed: the copies keep the memory's queues full, and a load waits long. */
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t shared)
 {
-	using S = shape<DK, SLICES, DELTA>;
-	constexpr int AHEAD = DELTA ? 1 : 2;
+	using S = walk_shape<DK, SLICES, RULE>;
+	constexpr int AHEAD = RULE::SOLVES ? 1 : 2;
 	const int count = piece_count<OUTPUTS>(p), lane = threadIdx.x % 32;
 	slot_ring<S::STAGES> stage;
 
@@ -235,7 +237,7 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 				const int token = (chunk + i / 2) * CHUNK + 2 * lane + i % 2;
 
 				next[i] = decays.load(token);
-				if (DELTA)
+				if (RULE::SOLVES)
 					next_beta[i] = load_beta(p, x, token);
 			}
 		};
@@ -254,9 +256,9 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 			load(group + AHEAD);
 #pragma unroll
 			for (int i = 0; i < AHEAD && group + i < x.last; i++) {
-				prepare_chunk<DK, SLICES, DELTA>(
-				        p, shared, stage.slot, stage.parity, now[2 * i],
-				        now[2 * i + 1], beta[2 * i], beta[2 * i + 1]);
+				prepare_chunk<DK, SLICES, RULE>(p, shared, stage.slot, stage.parity,
+				                                now[2 * i], now[2 * i + 1],
+				                                beta[2 * i], beta[2 * i + 1]);
 				stage.advance();
 			}
 		}
@@ -310,16 +312,12 @@ __device__ __forceinline__ void store_scores(uint32_t panel, const float (&s)[32
 {
 #pragma unroll
 	for (int j = 0; j < 4; j++)
-		store_matrix_x4(plain_block(panel, 16 * warp, 16 * j, lane),
-		                pack_bf16(s[8 * j], s[8 * j + 1]),
-		                pack_bf16(s[8 * j + 2], s[8 * j + 3]),
-		                pack_bf16(s[8 * j + 4], s[8 * j + 5]),
-		                pack_bf16(s[8 * j + 6], s[8 * j + 7]));
+		store_block(plain_block(panel, 16 * warp, 16 * j, lane), &s[8 * j]);
 }
 
 /* A warpgroup of the state: 64 channels of v, all of k's. */
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA = false> struct state_walk {
-	using S = shape<DK, SLICES, DELTA>;
+template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
+	using S = walk_shape<DK, SLICES, RULE>;
 	static constexpr int PARTS = DK > 128 ? DK / 128 : 1, WIDTH = DK / 2 / PARTS;
 
 	const parameters &p;
@@ -331,8 +329,8 @@ template <int DK, int SLICES, bool OUTPUTS, bool DELTA = false> struct state_wal
 
 	__device__ void begin(const piece &x);
 	__device__ void end(const piece &x, float whole);
-	/* One chunk; returns its whole decay. The kernel's own. */
-	__device__ float walk(const piece &x, int chunk);
+	/* All pieces of this block. */
+	__device__ void run();
 	__device__ void visit(float *tensor, const piece &x, bool write);
 	__device__ void store(const piece &x, int chunk, const float (&o)[32]);
 
@@ -352,9 +350,9 @@ template <int DK, int SLICES, bool OUTPUTS, bool DELTA = false> struct state_wal
 };
 
 /* Reads or writes this thread's elements of a [B, H, d_k, d_v] tensor. */
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void
-state_walk<DK, SLICES, OUTPUTS, DELTA>::visit(float *tensor, const piece &x, bool write)
+state_walk<DK, SLICES, OUTPUTS, RULE>::visit(float *tensor, const piece &x, bool write)
 {
 	const int value = (x.slice * SLICES + warpgroup) * 64 + 16 * warp + lane / 4;
 	const int key = 2 * (lane % 4);
@@ -374,8 +372,8 @@ state_walk<DK, SLICES, OUTPUTS, DELTA>::visit(float *tensor, const piece &x, boo
 	}
 }
 
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
-__device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, DELTA>::begin(const piece &x)
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::begin(const piece &x)
 {
 #pragma unroll
 	for (int i = 0; i < PARTS * WIDTH; i++)
@@ -392,9 +390,9 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, DELTA>::begin(co
 	}
 }
 
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
-__device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, DELTA>::end(const piece &x,
-                                                                            float whole)
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::end(const piece &x,
+                                                                           float whole)
 {
 	if (OUTPUTS) {
 		if (p.final_state && x.segment == p.segments - 1)
@@ -411,9 +409,9 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, DELTA>::end(cons
 }
 
 /* o^T is transposed on its way through shared memory. */
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void
-state_walk<DK, SLICES, OUTPUTS, DELTA>::store(const piece &x, int chunk, const float (&o)[32])
+state_walk<DK, SLICES, OUTPUTS, RULE>::store(const piece &x, int chunk, const float (&o)[32])
 {
 	const uint32_t staging = shared + S::OUT + warpgroup * PANEL_BYTES;
 	const bool leader = threadIdx.x % 128 == 0;
@@ -423,11 +421,8 @@ state_walk<DK, SLICES, OUTPUTS, DELTA>::store(const piece &x, int chunk, const f
 	named_barrier_sync(1 + warpgroup, 128);
 #pragma unroll
 	for (int j = 0; j < 4; j++)
-		store_transposed_x4(transposed_block(staging, 16 * j, 16 * warp, lane),
-		                    pack_bf16(o[8 * j], o[8 * j + 1]),
-		                    pack_bf16(o[8 * j + 2], o[8 * j + 3]),
-		                    pack_bf16(o[8 * j + 4], o[8 * j + 5]),
-		                    pack_bf16(o[8 * j + 6], o[8 * j + 7]));
+		store_transposed_block(transposed_block(staging, 16 * j, 16 * warp, lane),
+		                       &o[8 * j]);
 	fence_async_proxy();
 	named_barrier_sync(1 + warpgroup, 128);
 	if (leader) {
@@ -437,11 +432,31 @@ state_walk<DK, SLICES, OUTPUTS, DELTA>::store(const piece &x, int chunk, const f
 	}
 }
 
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::run()
+{
+	const int count = piece_count<OUTPUTS>(p);
+
+#pragma unroll 1
+	for (int number = blockIdx.x; number < count; number += gridDim.x) {
+		const piece x = locate(p, number);
+		float whole = 1.0f;
+
+		begin(x);
+#pragma unroll 1
+		for (int chunk = x.first; chunk < x.last; chunk++)
+			whole *= RULE::walk(*this, x, chunk);
+		end(x, whole);
+	}
+	if (OUTPUTS && threadIdx.x % 128 == 0)
+		store_wait_read();
+}
+
 /* Before the roles part: the barriers, by one thread. */
-template <int DK, int SLICES, bool OUTPUTS, bool DELTA>
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void initialise_barriers(uint32_t shared)
 {
-	using S = shape<DK, SLICES, DELTA>;
+	using S = walk_shape<DK, SLICES, RULE>;
 
 	for (int i = 0; i < S::STAGES; i++) {
 		barrier_init(shared + S::FULL + 8 * i, 2); /* the copies, the decays */
@@ -454,6 +469,31 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared)
 		barrier_init(shared + S::SOLVED_FULL + 8 * i, S::SCORE_WARPS);
 	}
 	barrier_init_fence();
+}
+
+/* A block, once its barriers are there: each warpgroup in its role. */
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void walk_block(const parameters &p, uint32_t shared)
+{
+	using S = walk_shape<DK, SLICES, RULE>;
+
+	if (threadIdx.x < 128) {
+		registers_decrease<S::PRODUCER_REGISTERS>();
+		if (threadIdx.x == 0)
+			produce<DK, SLICES, OUTPUTS, RULE>(p, shared);
+		else if (threadIdx.x / 32 == 1)
+			prepare_decays<DK, SLICES, OUTPUTS, RULE>(p, shared);
+	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
+		registers_decrease<S::SCORE_REGISTERS>();
+		if (OUTPUTS)
+			RULE::template score<DK, SLICES>(p, shared);
+	} else {
+		registers_increase<S::STATE_REGISTERS>();
+		state_walk<DK, SLICES, OUTPUTS, RULE>{
+		        p, shared, static_cast<int>(threadIdx.x / 128) - 1,
+		        static_cast<int>(threadIdx.x / 32 % 4), static_cast<int>(threadIdx.x % 32)}
+		        .run();
+	}
 }
 
 /* How a problem is cut. */
@@ -476,6 +516,17 @@ inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks
 	x.segment_chunks = segment_chunks ? segment_chunks : x.chunks;
 	x.segments = (x.chunks + x.segment_chunks - 1) / x.segment_chunks;
 	return x;
+}
+
+/* What all walks ask for, apart from the rule and the widths. */
+inline const char *walk_unsupported(const struct device *device,
+                                    const struct matrix_recurrence_args *a)
+{
+	if (a->decay == DECAY_DIAGONAL)
+		return "only decays that are the same for all channels";
+	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
+		return "heads must not share v";
+	return check_views(device, &a->q, &a->k, &a->v, &a->out);
 }
 
 inline size_t plan_workspace(const plan &x)

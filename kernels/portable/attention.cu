@@ -6,7 +6,7 @@
  * that a query sees, whose ends never decrease from one query to the next.
  */
 #include "kernels/portable/attention_tile.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 128, QUERIES = 128, WARP_QUERIES = 32, KEYS = 64, M_TILES = 2, KEY_TILES = 8 };
 
@@ -278,11 +278,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	store<D>(a, b, h, first, staging);
 }
 
-extern "C" const char *portable_attention_unsupported(const void *args)
+extern "C" const char *portable_attention_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct attention_args *>(args);
-	const struct view *const views[] = {&a->q,    &a->k,   &a->v,          &a->own_value,
-	                                    &a->gate, &a->out, &a->out_ungated};
 
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
@@ -292,16 +290,18 @@ extern "C" const char *portable_attention_unsupported(const void *args)
 		return "scale must be positive";
 	if (a->batch > 65535 || a->n_heads > 65535)
 		return "more than 65535 sequences or heads";
-	return views_are_aligned(views, 7) ? NULL : "views must be 16-byte aligned";
+	return check_aligned(&a->q, &a->k, &a->v, &a->own_value, &a->gate, &a->out,
+	                     &a->out_ungated);
 }
 
-extern "C" enum status portable_attention(const void *args, void *)
+extern "C" enum status portable_attention(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct attention_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->seq_len, QUERIES), (unsigned)a->n_heads,
 	                (unsigned)a->batch);
 	const size_t shared = (QUERIES + 4 * KEYS) * (size_t)a->d_head * sizeof(bf16);
 
-	return launch("attention", a->d_head == 64 ? attention_kernel<64> : attention_kernel<128>,
-	              grid, THREADS, shared, *a);
+	return launch(device, "attention",
+	              a->d_head == 64 ? attention_kernel<64> : attention_kernel<128>, grid, THREADS,
+	              shared, *a);
 }

@@ -12,7 +12,7 @@
  * single walk with a sum of dq in memory needs.
  */
 #include "kernels/portable/attention_tile.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 namespace
 {
@@ -373,7 +373,7 @@ static struct problem problem_of(const struct attention_backward_args *a, void *
 	return p;
 }
 
-template <int D> static enum status run(const struct problem &p)
+template <int D> static enum status run(struct device *device, const struct problem &p)
 {
 	const struct attention_args *f = &p.a.forward;
 	const int64_t threads = f->batch * f->seq_len * f->n_heads * (D / 8);
@@ -382,36 +382,33 @@ template <int D> static enum status run(const struct problem &p)
 	                (unsigned)f->batch);
 	const dim3 queries((unsigned)divide_up(f->seq_len, TILE), (unsigned)f->q_heads,
 	                   (unsigned)f->batch);
-	enum status status = launch("attention_backward", prepare_kernel<D>,
-	                            dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, p);
+	enum status status =
+	        launch_each(device, "attention_backward", prepare_kernel<D>, threads, THREADS, p);
 
 	if (status == STATUS_OK && f->kv_len > 0)
-		status = launch("attention_backward", keys_kernel<D>, keys, THREADS,
+		status = launch(device, "attention_backward", keys_kernel<D>, keys, THREADS,
 		                shared + 4 * TILE * sizeof(float), p);
 	if (status == STATUS_OK)
-		status = launch("attention_backward", queries_kernel<D>, queries, THREADS, shared,
-		                p);
+		status = launch(device, "attention_backward", queries_kernel<D>, queries, THREADS,
+		                shared, p);
 	return status;
 }
 
 } // namespace
 
-extern "C" const char *portable_attention_backward_unsupported(const void *args)
+extern "C" const char *portable_attention_backward_unsupported(const struct device *,
+                                                               const void *args)
 {
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *f = &a->forward;
-	const struct view *const views[] = {
-	        &f->q,    &f->k,  &f->v,  &f->own_value, &f->gate,  &f->out,       &f->out_ungated,
-	        &a->dout, &a->dq, &a->dk, &a->dv,        &a->dgate, &a->down_value};
 
-	if (f->d_head != 64 && f->d_head != 128)
-		return "head width must be 64 or 128";
-	if (f->batch > 65535 || f->n_heads > 65535)
-		return "more than 65535 sequences or heads";
-	return views_are_aligned(views, 13) ? NULL : "views must be 16-byte aligned";
+	return either(check_heads(f->d_head, f->n_heads, f->batch),
+	              check_aligned(&f->q, &f->k, &f->v, &f->own_value, &f->gate, &f->out,
+	                            &f->out_ungated, &a->dout, &a->dq, &a->dk, &a->dv, &a->dgate,
+	                            &a->down_value));
 }
 
-extern "C" size_t portable_attention_backward_workspace(const void *args)
+extern "C" size_t portable_attention_backward_workspace(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *f = &a->forward;
@@ -421,10 +418,11 @@ extern "C" size_t portable_attention_backward_workspace(const void *args)
 	       (f->gate.data ? (size_t)(rows * f->d_head) * sizeof(bf16) : 0);
 }
 
-extern "C" enum status portable_attention_backward(const void *args, void *workspace)
+extern "C" enum status portable_attention_backward(struct device *device, const void *args,
+                                                   void *workspace)
 {
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct problem p = problem_of(a, workspace);
 
-	return a->forward.d_head == 64 ? run<64>(p) : run<128>(p);
+	return a->forward.d_head == 64 ? run<64>(device, p) : run<128>(device, p);
 }

@@ -1,6 +1,6 @@
 /* One token per sequence: rotates q and k, fills the cache, attends to it. */
 #include "kernels/portable/decode.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
 /* Split 0 takes the new token itself, from its registers, and stores it in the cache. */
@@ -65,44 +65,42 @@ static int64_t capacity(const struct attention_step_args *a)
 	return a->window >= 0 && a->window < a->kv_slots ? a->window : a->kv_slots;
 }
 
-extern "C" const char *portable_attention_step_unsupported(const void *args)
+extern "C" const char *portable_attention_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
-	const struct view *const views[] = {&a->q, &a->k, &a->v, &a->k_cache, &a->v_cache, &a->out};
 
-	if (a->d_head != 64 && a->d_head != 128)
-		return "head width must be 64 or 128";
-	if (a->batch > 65535 || a->n_heads > 65535)
-		return "more than 65535 sequences or heads";
-	return views_are_aligned(views, 6) ? NULL : "views must be 16-byte aligned";
+	return either(check_heads(a->d_head, a->n_heads, a->batch),
+	              check_aligned(&a->q, &a->k, &a->v, &a->k_cache, &a->v_cache, &a->out));
 }
 
-extern "C" size_t portable_attention_step_workspace(const void *args)
+extern "C" size_t portable_attention_step_workspace(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
 
-	return decode_workspace(a->batch, a->n_heads, a->d_head, capacity(a));
+	return decode_workspace(device, a->batch, a->n_heads, a->d_head, capacity(a));
 }
 
 template <int D>
-static enum status run(const struct attention_step_args *a, const decode_target &target)
+static enum status run(struct device *device, const struct attention_step_args *a,
+                       const decode_target &target)
 {
 	const dim3 grid((unsigned)target.splits, (unsigned)a->n_heads, (unsigned)a->batch);
-	enum status status = launch("attention_step", attention_step_kernel<D>, grid,
+	enum status status = launch(device, "attention_step", attention_step_kernel<D>, grid,
 	                            DECODE_THREADS, decode_shared(D), *a, rope_table_of(D), target);
 
-	return status != STATUS_OK
-	               ? status
-	               : decode_launch_merge<D>("attention_step", target, a->batch, a->n_heads);
+	return status != STATUS_OK ? status
+	                           : decode_launch_merge<D>(device, "attention_step", target,
+	                                                    a->batch, a->n_heads);
 }
 
-extern "C" enum status portable_attention_step(const void *args, void *workspace)
+extern "C" enum status portable_attention_step(struct device *device, const void *args,
+                                               void *workspace)
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
 	decode_target target = {};
 
 	target.out = a->out;
 	target.partial = static_cast<float *>(workspace);
-	target.splits = decode_splits(a->batch, a->n_heads, capacity(a));
-	return a->d_head == 64 ? run<64>(a, target) : run<128>(a, target);
+	target.splits = decode_splits(device, a->batch, a->n_heads, capacity(a));
+	return a->d_head == 64 ? run<64>(device, a, target) : run<128>(device, a, target);
 }

@@ -26,10 +26,10 @@ static __global__ void __launch_bounds__(ROWS *WARP)
 		sums[(int64_t)blockIdx.x * WARP + first] = sum;
 }
 
-enum status column_sums(const char *operation, const float *parts, int64_t n_rows, int64_t stride,
-                        int64_t width, float *sums)
+enum status column_sums(struct device *device, const char *operation, const float *parts,
+                        int64_t n_rows, int64_t stride, int64_t width, float *sums)
 {
-	return launch(operation, column_sums_kernel, dim3((unsigned)divide_up(width, WARP)),
+	return launch(device, operation, column_sums_kernel, dim3((unsigned)divide_up(width, WARP)),
 	              ROWS * WARP, ROWS * (WARP + 1) * sizeof(float), parts, n_rows, stride, width,
 	              sums);
 }

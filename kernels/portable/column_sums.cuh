@@ -7,7 +7,7 @@
 #include "kernels/status.h"
 
 /* sums[c] = the sum over r of parts[r * stride + c], c = 0 .. width-1, always in the same order. */
-enum status column_sums(const char *operation, const float *parts, int64_t n_rows, int64_t stride,
-                        int64_t width, float *sums);
+enum status column_sums(struct device *device, const char *operation, const float *parts,
+                        int64_t n_rows, int64_t stride, int64_t width, float *sums);
 
 #endif

@@ -27,18 +27,19 @@ struct decode_target {
 };
 
 /* Number of parts in which to cut caches of `capacity` keys so that the device is busy. */
-static inline int decode_splits(int64_t batch, int64_t n_heads, int64_t capacity)
+static inline int decode_splits(const struct device *device, int64_t batch, int64_t n_heads,
+                                int64_t capacity)
 {
-	const int64_t wanted = divide_up(8 * (int64_t)cuda_sm_count(), batch * n_heads);
+	const int64_t wanted = divide_up(8 * (int64_t)cuda_sm_count(device), batch * n_heads);
 	const int64_t most = divide_up(capacity, DECODE_MIN_SPLIT);
 
 	return (int)(wanted < most ? wanted : most > 1 ? most : 1);
 }
 
-static inline size_t decode_workspace(int64_t batch, int64_t n_heads, int64_t d_head,
-                                      int64_t capacity)
+static inline size_t decode_workspace(const struct device *device, int64_t batch, int64_t n_heads,
+                                      int64_t d_head, int64_t capacity)
 {
-	const int splits = decode_splits(batch, n_heads, capacity);
+	const int splits = decode_splits(device, batch, n_heads, capacity);
 
 	return splits == 1
 	               ? 0
@@ -251,15 +252,15 @@ static inline size_t decode_shared(int64_t d_head)
 }
 
 template <int D>
-static enum status decode_launch_merge(const char *operation, const decode_target &target,
-                                       int64_t batch, int64_t n_heads)
+static enum status decode_launch_merge(struct device *device, const char *operation,
+                                       const decode_target &target, int64_t batch, int64_t n_heads)
 {
 	const dim3 grid((unsigned)divide_up(batch * n_heads * (D / 8), DECODE_THREADS));
 
 	if (target.splits == 1)
 		return STATUS_OK;
-	return launch(operation, decode_merge_kernel<D>, grid, DECODE_THREADS, 0, target, batch,
-	              n_heads);
+	return launch(device, operation, decode_merge_kernel<D>, grid, DECODE_THREADS, 0, target,
+	              batch, n_heads);
 }
 
 #endif

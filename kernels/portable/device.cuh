@@ -122,24 +122,104 @@ static __device__ __forceinline__ float group_sum(float x, int width)
 	return x;
 }
 
+/*
+ * Sixteen sums over the 32 lanes at once: lane l returns the sum of all lanes'
+ * x[l / 2], with half the exchanges that sixteen reductions would take.
+ */
+static __device__ __forceinline__ float scatter_sum(float (&x)[WARP / 2])
+{
+	const int lane = threadIdx.x % WARP;
+
+#pragma unroll
+	for (int half = WARP / 4; half > 0; half /= 2) {
+		const bool upper = lane & (2 * half);
+
+#pragma unroll
+		for (int i = 0; i < half; i++) {
+			const float keep = upper ? x[i + half] : x[i];
+			const float give = upper ? x[i] : x[i + half];
+
+			x[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2 * half);
+		}
+	}
+	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+}
+
+/* log(1 + e), where e is small by its series. */
+static __device__ __forceinline__ float log_1_plus(float e)
+{
+	return fabsf(e) < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
+}
+
 static __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b)
 {
 	return (a + b - 1) / b;
 }
 
-/* Whether a view can be read and written 16 bytes at a time. */
-static inline bool view_is_aligned(const struct view *v)
+/* launch() with a thread for each of `items`, and no shared memory. */
+template <typename... Parameters, typename... Arguments>
+static enum status launch_each(struct device *device, const char *operation,
+                               void (*kernel)(Parameters...), int64_t items, int threads,
+                               Arguments... arguments)
 {
-	return reinterpret_cast<uintptr_t>(v->data) % 16 == 0 && v->batch % 8 == 0 &&
-	       v->token % 8 == 0 && v->head % 8 == 0;
+	return launch(device, operation, kernel, dim3((unsigned)(divide_up(items, threads))),
+	              threads, 0, arguments...);
 }
 
-static inline bool views_are_aligned(const struct view *const *views, int count)
+/* Lanes that take a row of `width` elements, eight at a time: a power of two. */
+static inline int lanes_for(int64_t width)
 {
-	for (int i = 0; i < count; i++)
-		if (!view_is_aligned(views[i]))
-			return false;
-	return true;
+	int lanes = 1;
+
+	while (lanes < WARP && 8 * lanes < width)
+		lanes *= 2;
+	return lanes;
+}
+
+/* Into how many shares `rows` are cut that each of `columns` blocks takes, for that many blocks on
+ * a multiprocessor. */
+static inline int64_t count_shares(const struct device *device, int64_t rows, int per_sm,
+                                   int64_t columns)
+{
+	const int64_t wanted = divide_up((int64_t)per_sm * cuda_sm_count(device), columns);
+
+	return rows < wanted ? rows : wanted;
+}
+
+/* ---- for unsupported(): NULL, or what is amiss ---- */
+
+static inline bool is_aligned(const void *tensor)
+{
+	return reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+}
+
+static inline bool is_aligned(const struct view *v)
+{
+	return is_aligned(v->data) && v->batch % 8 == 0 && v->token % 8 == 0 && v->head % 8 == 0;
+}
+
+/* Of pointers to tensors and of views: whether they can be read and written 16 bytes at a time. */
+template <typename... Tensors> static const char *check_aligned(const Tensors *...tensors)
+{
+	return (is_aligned(tensors) && ...) ? NULL : "views must be 16-byte aligned";
+}
+
+template <typename... Widths> static const char *check_widths(Widths... widths)
+{
+	return ((widths % 8 == 0) && ...) ? NULL : "widths must be multiples of 8";
+}
+
+static inline const char *either(const char *why, const char *else_why)
+{
+	return why ? why : else_why;
+}
+
+/* Of kernels that know two widths of heads, and have a grid of heads and sequences. */
+static inline const char *check_heads(int64_t d_head, int64_t n_heads, int64_t batch)
+{
+	if (d_head != 64 && d_head != 128)
+		return "head width must be 64 or 128";
+	return batch > 65535 || n_heads > 65535 ? "more than 65535 sequences or heads" : NULL;
 }
 
 #endif

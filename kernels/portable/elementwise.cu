@@ -1,6 +1,6 @@
 /* GELU, its gradient and the embedding: one thread per eight elements. */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 256 };
 
@@ -26,13 +26,13 @@ static __global__ void __launch_bounds__(THREADS) gelu_kernel(const bf16 *x, bf1
 		y[j] = __float2bfloat16(gelu(__bfloat162float(x[j])));
 }
 
-extern "C" enum status portable_gelu(const void *args, void *)
+extern "C" enum status portable_gelu(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct gelu_args *>(args);
 	const dim3 grid((unsigned)divide_up(divide_up(a->count, 8), THREADS));
 
-	return launch("gelu", gelu_kernel, grid, THREADS, 0, static_cast<const bf16 *>(a->x),
-	              static_cast<bf16 *>(a->y), a->count);
+	return launch(device, "gelu", gelu_kernel, grid, THREADS, 0,
+	              static_cast<const bf16 *>(a->x), static_cast<bf16 *>(a->y), a->count);
 }
 
 /* d/dx gelu(x) = Phi(x) + x phi(x). */
@@ -62,12 +62,12 @@ static __global__ void __launch_bounds__(THREADS)
 		                         gelu_slope(__bfloat162float(x[j])));
 }
 
-extern "C" enum status portable_gelu_backward(const void *args, void *)
+extern "C" enum status portable_gelu_backward(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct gelu_backward_args *>(args);
 	const dim3 grid((unsigned)divide_up(divide_up(a->count, 8), THREADS));
 
-	return launch("gelu_backward", gelu_backward_kernel, grid, THREADS, 0,
+	return launch(device, "gelu_backward", gelu_backward_kernel, grid, THREADS, 0,
 	              static_cast<const bf16 *>(a->x), static_cast<const bf16 *>(a->dy),
 	              static_cast<bf16 *>(a->dx), a->count);
 }
@@ -84,19 +84,19 @@ static __global__ void __launch_bounds__(THREADS)
 		        load8(table + tokens[n] * d + column);
 }
 
-extern "C" const char *portable_embedding_unsupported(const void *args)
+extern "C" const char *portable_embedding_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct embedding_args *>(args);
 
-	return a->d_model % 8 ? "width must be a multiple of 8" : NULL;
+	return check_widths(a->d_model);
 }
 
-extern "C" enum status portable_embedding(const void *args, void *)
+extern "C" enum status portable_embedding(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct embedding_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->n_tokens * (a->d_model / 8), THREADS));
 
-	return launch("embedding", embedding_kernel, grid, THREADS, 0, a->tokens,
+	return launch(device, "embedding", embedding_kernel, grid, THREADS, 0, a->tokens,
 	              static_cast<const bf16 *>(a->table), static_cast<bf16 *>(a->y), a->n_tokens,
 	              a->d_model);
 }

@@ -5,7 +5,7 @@
  * whatever order they come, and then each row's list ranked.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 namespace
 {
@@ -105,23 +105,25 @@ static __global__ void __launch_bounds__(THREADS)
 
 } // namespace
 
-extern "C" const char *portable_embedding_backward_unsupported(const void *args)
+extern "C" const char *portable_embedding_backward_unsupported(const struct device *,
+                                                               const void *args)
 {
 	const auto *a = static_cast<const struct embedding_backward_args *>(args);
 
 	if (a->vocab > INT32_MAX || a->n_tokens > INT32_MAX)
 		return "more than 2^31 tokens or rows";
-	return a->d_model % 8 ? "width must be a multiple of 8" : NULL;
+	return check_widths(a->d_model);
 }
 
-extern "C" size_t portable_embedding_backward_workspace(const void *args)
+extern "C" size_t portable_embedding_backward_workspace(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct embedding_backward_args *>(args);
 
 	return (size_t)(2 * a->vocab + 1 + 2 * a->n_tokens) * sizeof(uint32_t);
 }
 
-extern "C" enum status portable_embedding_backward(const void *args, void *workspace)
+extern "C" enum status portable_embedding_backward(struct device *device, const void *args,
+                                                   void *workspace)
 {
 	const auto *a = static_cast<const struct embedding_backward_args *>(args);
 	const dim3 rows((unsigned)divide_up(a->vocab, THREADS));
@@ -133,18 +135,19 @@ extern "C" enum status portable_embedding_backward(const void *args, void *works
 	l.placed = l.cursor + a->vocab;
 	l.order = l.placed + a->n_tokens;
 	enum status status =
-	        launch("embedding_backward", clear_kernel, rows, THREADS, 0, l, a->vocab);
+	        launch(device, "embedding_backward", clear_kernel, rows, THREADS, 0, l, a->vocab);
 	if (status == STATUS_OK)
-		status = launch("embedding_backward", count_kernel, tokens, THREADS, 0, l,
+		status = launch(device, "embedding_backward", count_kernel, tokens, THREADS, 0, l,
 		                a->tokens, a->n_tokens);
 	if (status == STATUS_OK)
-		status = launch("embedding_backward", scan_kernel, dim3(1), SCAN_THREADS,
+		status = launch(device, "embedding_backward", scan_kernel, dim3(1), SCAN_THREADS,
 		                SCAN_THREADS * sizeof(uint32_t), l, a->vocab);
 	if (status == STATUS_OK)
-		status = launch("embedding_backward", place_kernel, tokens, THREADS, 0, l,
+		status = launch(device, "embedding_backward", place_kernel, tokens, THREADS, 0, l,
 		                a->tokens, a->n_tokens);
 	if (status == STATUS_OK)
-		status = launch("embedding_backward", sum_kernel, dim3((unsigned)a->vocab), THREADS,
-		                0, l, static_cast<const bf16 *>(a->dy), a->dtable, a->d_model);
+		status = launch(device, "embedding_backward", sum_kernel, dim3((unsigned)a->vocab),
+		                THREADS, 0, l, static_cast<const bf16 *>(a->dy), a->dtable,
+		                a->d_model);
 	return status;
 }

@@ -3,15 +3,9 @@
  * behind a gate. All are bound by memory; a thread takes eight channels of one token.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 128 };
-
-/* log(1 + e), where e is small by its series. */
-static __device__ __forceinline__ float log_1_plus(float e)
-{
-	return fabsf(e) < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
-}
 
 static __device__ __forceinline__ float silu(float x)
 {
@@ -42,22 +36,19 @@ static __global__ void __launch_bounds__(THREADS)
 		        __float2bfloat16(-__expf(a.log_rate[h]) * dt);
 }
 
-extern "C" const char *portable_time_step_unsupported(const void *args)
+extern "C" const char *portable_time_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct time_step_args *>(args);
 
-	return a->d_head % 8 || a->x_stride % 8 || reinterpret_cast<uintptr_t>(a->x) % 16
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->d_head, a->x_stride), check_aligned(a->x));
 }
 
-extern "C" enum status portable_time_step(const void *args, void *)
+extern "C" enum status portable_time_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct time_step_args *>(args);
 	const int64_t threads = a->n_tokens * a->n_heads * (a->d_head / 8);
 
-	return launch("time_step", time_step_kernel, dim3((unsigned)divide_up(threads, THREADS)),
-	              THREADS, 0, *a);
+	return launch_each(device, "time_step", time_step_kernel, threads, THREADS, *a);
 }
 
 /* 1-f = sigmoid(-bound) sigmoid(-logit) never cancels; ln f is taken from the smaller of f, 1-f. */
@@ -88,23 +79,19 @@ static __global__ void __launch_bounds__(THREADS)
 		store8(static_cast<bf16 *>(a.key) + index, key);
 }
 
-extern "C" const char *portable_forget_gate_unsupported(const void *args)
+extern "C" const char *portable_forget_gate_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct forget_gate_args *>(args);
 
-	return a->width % 8 || a->stride % 8 || reinterpret_cast<uintptr_t>(a->logit) % 16 ||
-	                       reinterpret_cast<uintptr_t>(a->x) % 16
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->width, a->stride), check_aligned(a->logit, a->x));
 }
 
-extern "C" enum status portable_forget_gate(const void *args, void *)
+extern "C" enum status portable_forget_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct forget_gate_args *>(args);
 	const int64_t threads = a->n_tokens * (a->width / 8);
 
-	return launch("forget_gate", forget_gate_kernel,
-	              dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a);
+	return launch_each(device, "forget_gate", forget_gate_kernel, threads, THREADS, *a);
 }
 
 /* Eight elements before the norm, from `column` of token n on. */
@@ -160,28 +147,20 @@ static __global__ void __launch_bounds__(THREADS)
 		a.rstd[row] = r;
 }
 
-extern "C" const char *portable_gate_norm_unsupported(const void *args)
+extern "C" const char *portable_gate_norm_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct gate_norm_args *>(args);
-	const int64_t group = a->n_heads * a->d_head / a->groups;
 
-	return a->d_head % 8 || group % 8 || (a->skip && a->skip_stride % 8) ||
-	                       (a->gate && a->gate_stride % 8) ||
-	                       reinterpret_cast<uintptr_t>(a->skip) % 16 ||
-	                       reinterpret_cast<uintptr_t>(a->gate) % 16
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->d_head, a->n_heads * a->d_head / a->groups,
+	                           a->skip ? a->skip_stride : 0, a->gate ? a->gate_stride : 0),
+	              check_aligned(a->skip, a->gate));
 }
 
-extern "C" enum status portable_gate_norm(const void *args, void *)
+extern "C" enum status portable_gate_norm(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct gate_norm_args *>(args);
-	const int64_t group = a->n_heads * a->d_head / a->groups;
-	int lanes = 1;
-
-	while (lanes < WARP && 8 * lanes < group)
-		lanes *= 2;
+	const int lanes = lanes_for(a->n_heads * a->d_head / a->groups);
 	const int64_t threads = a->n_tokens * a->groups * lanes;
-	return launch("gate_norm", gate_norm_kernel, dim3((unsigned)divide_up(threads, THREADS)),
-	              THREADS, 0, *a, lanes);
+
+	return launch_each(device, "gate_norm", gate_norm_kernel, threads, THREADS, *a, lanes);
 }

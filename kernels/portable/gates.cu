@@ -1,6 +1,6 @@
 /* GLA's two gates: the low-rank decay before the recurrence, the normalized output after it. */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum {
 	THREADS = 128,
@@ -84,23 +84,20 @@ static __global__ void __launch_bounds__(THREADS)
 	}
 }
 
-extern "C" const char *portable_decay_gate_unsupported(const void *args)
+extern "C" const char *portable_decay_gate_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
 
-	return a->rank % 8 || a->x_stride % 8 || a->d_out % 8 ||
-	                       reinterpret_cast<uintptr_t>(a->x) % 16
-	               ? "rank and widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->rank, a->x_stride, a->d_out), check_aligned(a->x));
 }
 
-extern "C" enum status portable_decay_gate(const void *args, void *)
+extern "C" enum status portable_decay_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->n_tokens, TOKENS * TILES),
 	                (unsigned)divide_up(a->d_out, THREADS / WARP * COLUMNS));
 
-	return launch("decay_gate", decay_gate_kernel, grid, THREADS, 0, *a);
+	return launch(device, "decay_gate", decay_gate_kernel, grid, THREADS, 0, *a);
 }
 
 /* `width` lanes take the head of one token; its second reading comes from the L1 cache. */
@@ -137,23 +134,18 @@ static __global__ void __launch_bounds__(THREADS)
 		a.rstd[row] = r;
 }
 
-extern "C" const char *portable_norm_gate_unsupported(const void *args)
+extern "C" const char *portable_norm_gate_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct norm_gate_args *>(args);
 
-	return a->d_head % 8 || a->gate_stride % 8 || reinterpret_cast<uintptr_t>(a->gate) % 16
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->d_head, a->gate_stride), check_aligned(a->gate));
 }
 
-extern "C" enum status portable_norm_gate(const void *args, void *)
+extern "C" enum status portable_norm_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct norm_gate_args *>(args);
-	int width = 1;
-
-	while (width < WARP && 8 * width < a->d_head)
-		width *= 2;
+	const int width = lanes_for(a->d_head);
 	const int64_t threads = a->n_tokens * a->n_heads * width;
-	return launch("norm_gate", norm_gate_kernel, dim3((unsigned)divide_up(threads, THREADS)),
-	              THREADS, 0, *a, width);
+
+	return launch_each(device, "norm_gate", norm_gate_kernel, threads, THREADS, *a, width);
 }

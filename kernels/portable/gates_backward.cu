@@ -5,10 +5,12 @@
  * part of the shared memory, and the shares are added afterwards in a fixed
  * order.
  */
-#include "kernels/cuda/gemm.h"
+#include <algorithm>
+
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
+#include "kernels/portable/product.cuh"
 
 namespace
 {
@@ -20,24 +22,11 @@ static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 	return static_cast<const bf16 *>(tensor);
 }
 
-/* Lanes that take a row of `width` elements, eight at a time: a power of two. */
-static int lanes_for(int64_t width)
-{
-	int lanes = 1;
-
-	while (lanes < WARP && 8 * lanes < width)
-		lanes *= 2;
-	return lanes;
-}
-
 /* Blocks for `rows` rows per group, THREADS / lanes of them at a time, so that all groups fill the
  * device. */
-static int64_t blocks_for(int64_t rows, int64_t groups, int lanes)
+static int64_t blocks_for(const struct device *device, int64_t rows, int64_t groups, int lanes)
 {
-	const int64_t most = divide_up(rows, THREADS / lanes);
-	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), groups);
-
-	return most < wanted ? most : wanted;
+	return count_shares(device, divide_up(rows, THREADS / lanes), BLOCKS_PER_SM, groups);
 }
 
 /* silu(x) and its slope. */
@@ -144,20 +133,16 @@ static __global__ void __launch_bounds__(THREADS)
 
 } // namespace
 
-static bool misaligned(const void *tensor)
-{
-	return reinterpret_cast<uintptr_t>(tensor) % 16 != 0;
-}
-
 /* Rows of partial sums that norm_gate's kernel leaves. */
-static int64_t norm_gate_parts(const struct norm_gate_args *f)
+static int64_t norm_gate_parts(const struct device *device, const struct norm_gate_args *f)
 {
 	const int lanes = lanes_for(f->d_head);
 
-	return f->n_heads * blocks_for(f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+	return f->n_heads * blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
 }
 
-extern "C" const char *portable_norm_gate_backward_unsupported(const void *args)
+extern "C" const char *portable_norm_gate_backward_unsupported(const struct device *,
+                                                               const void *args)
 {
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 	const struct norm_gate_args *f = &a->forward;
@@ -166,33 +151,34 @@ extern "C" const char *portable_norm_gate_backward_unsupported(const void *args)
 		return "heads wider than 1024, or more than 65535";
 	if (f->gate == a->dgate)
 		return "dgate in the place of the gate";
-	return f->d_head % 8 || f->gate_stride % 8 || misaligned(f->gate) || misaligned(a->dgate)
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
 }
 
-extern "C" size_t portable_norm_gate_backward_workspace(const void *args)
+extern "C" size_t portable_norm_gate_backward_workspace(const struct device *device,
+                                                        const void *args)
 {
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 
-	return (size_t)(norm_gate_parts(&a->forward) * a->forward.d_head) * sizeof(float);
+	return (size_t)(norm_gate_parts(device, &a->forward) * a->forward.d_head) * sizeof(float);
 }
 
-extern "C" enum status portable_norm_gate_backward(const void *args, void *workspace)
+extern "C" enum status portable_norm_gate_backward(struct device *device, const void *args,
+                                                   void *workspace)
 {
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 	const struct norm_gate_args *f = &a->forward;
 	const int lanes = lanes_for(f->d_head);
-	const dim3 grid((unsigned)blocks_for(f->n_tokens, f->n_heads, lanes), (unsigned)f->n_heads);
+	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
+	                (unsigned)f->n_heads);
 	float *parts = static_cast<float *>(workspace);
 	enum status status =
-	        launch("norm_gate_backward", norm_gate_backward_kernel, grid, THREADS,
+	        launch(device, "norm_gate_backward", norm_gate_backward_kernel, grid, THREADS,
 	               (size_t)(THREADS / lanes * f->d_head) * sizeof(float), *a, lanes, parts);
 
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("norm_gate_backward", parts, norm_gate_parts(f), f->d_head, f->d_head,
-	                   a->dweight);
+	return column_sums(device, "norm_gate_backward", parts, norm_gate_parts(device, f),
+	                   f->d_head, f->d_head, a->dweight);
 }
 
 /* ---- gate_norm ---- */
@@ -323,21 +309,23 @@ struct gate_norm_plan {
 	int64_t group, width, blocks, slots;
 };
 
-static struct gate_norm_plan gate_norm_plan_of(const struct gate_norm_args *f)
+static struct gate_norm_plan gate_norm_plan_of(const struct device *device,
+                                               const struct gate_norm_args *f)
 {
 	struct gate_norm_plan p;
 
 	p.width = f->n_heads * f->d_head;
 	p.group = p.width / f->groups;
 	p.lanes = lanes_for(p.group);
-	p.blocks = blocks_for(f->n_tokens, f->groups, p.lanes);
+	p.blocks = blocks_for(device, f->n_tokens, f->groups, p.lanes);
 	p.slots = p.blocks * (THREADS / p.lanes);
 	return p;
 }
 
 } // namespace
 
-extern "C" const char *portable_gate_norm_backward_unsupported(const void *args)
+extern "C" const char *portable_gate_norm_backward_unsupported(const struct device *,
+                                                               const void *args)
 {
 	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
 	const struct gate_norm_args *f = &a->forward;
@@ -347,43 +335,44 @@ extern "C" const char *portable_gate_norm_backward_unsupported(const void *args)
 		return "groups wider than 4096, or more than 65535";
 	if ((f->gate && f->gate == a->dgate) || (f->skip && f->skip == a->dskip))
 		return "gradients in the place of what they are taken of";
-	return f->d_head % 8 || group % 8 || (f->skip && f->skip_stride % 8) ||
-	                       (f->gate && f->gate_stride % 8) || misaligned(f->skip) ||
-	                       misaligned(f->gate) || misaligned(a->dgate)
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->d_head, group, f->skip ? f->skip_stride : 0,
+	                           f->gate ? f->gate_stride : 0),
+	              check_aligned(f->skip, f->gate, a->dgate));
 }
 
-extern "C" size_t portable_gate_norm_backward_workspace(const void *args)
+extern "C" size_t portable_gate_norm_backward_workspace(const struct device *device,
+                                                        const void *args)
 {
 	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
-	const struct gate_norm_plan p = gate_norm_plan_of(&a->forward);
+	const struct gate_norm_plan p = gate_norm_plan_of(device, &a->forward);
 
 	return (size_t)((a->forward.skip ? 2 * p.slots + 1 : p.slots) * p.width) * sizeof(float);
 }
 
-extern "C" enum status portable_gate_norm_backward(const void *args, void *workspace)
+extern "C" enum status portable_gate_norm_backward(struct device *device, const void *args,
+                                                   void *workspace)
 {
 	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
 	const struct gate_norm_args *f = &a->forward;
-	const struct gate_norm_plan p = gate_norm_plan_of(f);
+	const struct gate_norm_plan p = gate_norm_plan_of(device, f);
 	float *parts = static_cast<float *>(workspace), *skip_parts = parts + p.slots * p.width;
 	float *columns = skip_parts + p.slots * p.width;
-	enum status status = launch("gate_norm_backward", gate_norm_backward_kernel,
+	enum status status = launch(device, "gate_norm_backward", gate_norm_backward_kernel,
 	                            dim3((unsigned)p.blocks, (unsigned)f->groups), THREADS,
 	                            2 * (size_t)(THREADS / p.lanes * p.group) * sizeof(float), *a,
 	                            p.lanes, parts, skip_parts);
 
 	if (status == STATUS_OK)
-		status = column_sums("gate_norm_backward", parts, f->groups * p.slots, p.group,
-		                     p.group, a->dweight);
+		status = column_sums(device, "gate_norm_backward", parts, f->groups * p.slots,
+		                     p.group, p.group, a->dweight);
 	if (status != STATUS_OK || !f->skip)
 		return status;
-	status = column_sums("gate_norm_backward", skip_parts, p.slots, p.width, p.width, columns);
+	status = column_sums(device, "gate_norm_backward", skip_parts, p.slots, p.width, p.width,
+	                     columns);
 	if (status != STATUS_OK)
 		return status;
-	return launch("gate_norm_backward", head_sums_kernel, dim3((unsigned)f->n_heads), WARP, 0,
-	              columns, f->d_head, a->dskip_weight);
+	return launch(device, "gate_norm_backward", head_sums_kernel, dim3((unsigned)f->n_heads),
+	              WARP, 0, columns, f->d_head, a->dskip_weight);
 }
 
 /* ---- decay_gate ---- */
@@ -433,99 +422,68 @@ static __global__ void __launch_bounds__(THREADS)
 	store8(static_cast<bf16 *>(a.dlogit) + index, d);
 }
 
-static int64_t token_splits(int64_t n_tokens, int64_t width)
+static int64_t token_splits(const struct device *device, int64_t n_tokens, int64_t width)
 {
-	const int64_t columns = divide_up(width, 8 * THREADS);
-	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), columns);
-
-	return n_tokens < wanted ? n_tokens : wanted;
+	return count_shares(device, n_tokens, BLOCKS_PER_SM, divide_up(width, 8 * THREADS));
 }
 
 } // namespace
 
-extern "C" const char *portable_decay_gate_backward_unsupported(const void *args)
+extern "C" const char *portable_decay_gate_backward_unsupported(const struct device *,
+                                                                const void *args)
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
 
-	return f->rank % 8 || f->x_stride % 8 || f->d_out % 8 || misaligned(f->x) ||
-	                       misaligned(a->dx)
-	               ? "rank and widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));
 }
 
-extern "C" size_t portable_decay_gate_backward_workspace(const void *args)
+extern "C" size_t portable_decay_gate_backward_workspace(const struct device *device,
+                                                         const void *args)
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
 	const size_t parts =
-	        (size_t)(token_splits(f->n_tokens, f->d_out) * f->d_out) * sizeof(float);
-	const size_t product = GEMM_WORKSPACE;
+	        (size_t)(token_splits(device, f->n_tokens, f->d_out) * f->d_out) * sizeof(float);
 
-	return parts > product ? parts : product;
+	return std::max(parts, (size_t)GEMM_WORKSPACE);
 }
 
-extern "C" enum status portable_decay_gate_backward(const void *args, void *workspace)
+extern "C" enum status portable_decay_gate_backward(struct device *device, const void *args,
+                                                    void *workspace)
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
-	const int64_t splits = token_splits(f->n_tokens, f->d_out);
+	const int64_t splits = token_splits(device, f->n_tokens, f->d_out);
 	const int64_t threads = f->n_tokens * (f->d_out / 8);
 	float *parts = static_cast<float *>(workspace);
-	struct gemm g = {};
-
 	/* The logits once more, in dlogit's place. */
-	g.rows = f->n_tokens;
-	g.columns = f->d_out;
-	g.inner = f->rank;
-	g.a = f->x;
+	struct gemm g = product(f->n_tokens, f->rank, f->d_out, {f->x, false}, {f->weight, true},
+	                        a->dlogit, DTYPE_BF16);
 	g.a_leading = f->x_stride;
-	g.b = f->weight;
-	g.b_transposed = true;
-	g.b_leading = f->rank;
-	g.out = a->dlogit;
-	g.out_leading = f->d_out;
-	g.out_type = DTYPE_BF16;
-	g.scale = 1.0f;
-	g.batch = 1;
-	enum status status = gemm_run(&g, workspace);
+	enum status status = gemm_run(device, &g, workspace);
 	if (status == STATUS_OK)
-		status = launch("decay_gate_backward", decay_slope_kernel,
-		                dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a);
+		status = launch_each(device, "decay_gate_backward", decay_slope_kernel, threads,
+		                     THREADS, *a);
 	if (status == STATUS_OK)
-		status = launch("decay_gate_backward", sum_tokens_kernel,
+		status = launch(device, "decay_gate_backward", sum_tokens_kernel,
 		                dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits),
 		                THREADS, 0, static_cast<const bf16 *>(a->dlogit), f->n_tokens,
 		                f->d_out, parts);
 	if (status == STATUS_OK)
-		status = column_sums("decay_gate_backward", parts, splits, f->d_out, f->d_out,
-		                     a->dbias);
+		status = column_sums(device, "decay_gate_backward", parts, splits, f->d_out,
+		                     f->d_out, a->dbias);
 	/* dweight = dlogit^T x. */
-	g.rows = f->d_out;
-	g.columns = f->rank;
-	g.inner = f->n_tokens;
-	g.a = a->dlogit;
-	g.a_leading = f->d_out;
-	g.a_transposed = true;
-	g.b = f->x;
-	g.b_transposed = false;
+	g = product(f->d_out, f->n_tokens, f->rank, {a->dlogit, true}, {f->x, false}, a->dweight,
+	            DTYPE_F32);
 	g.b_leading = f->x_stride;
-	g.out = a->dweight;
-	g.out_leading = f->rank;
-	g.out_type = DTYPE_F32;
 	if (status == STATUS_OK)
-		status = gemm_run(&g, workspace);
+		status = gemm_run(device, &g, workspace);
 	/* dx = dlogit W. */
-	g.rows = f->n_tokens;
-	g.columns = f->rank;
-	g.inner = f->d_out;
-	g.a_transposed = false;
-	g.b = f->weight;
-	g.b_leading = f->rank;
-	g.out = a->dx;
+	g = product(f->n_tokens, f->d_out, f->rank, {a->dlogit, false}, {f->weight, false}, a->dx,
+	            DTYPE_BF16);
 	g.out_leading = f->x_stride;
-	g.out_type = DTYPE_BF16;
-	return status == STATUS_OK ? gemm_run(&g, workspace) : status;
+	return status == STATUS_OK ? gemm_run(device, &g, workspace) : status;
 }
 
 /* ---- forget_gate ---- */
@@ -577,39 +535,41 @@ static __global__ void __launch_bounds__(THREADS)
 
 } // namespace
 
-extern "C" const char *portable_forget_gate_backward_unsupported(const void *args)
+extern "C" const char *portable_forget_gate_backward_unsupported(const struct device *,
+                                                                 const void *args)
 {
 	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
 	const struct forget_gate_args *f = &a->forward;
 
-	return f->width % 8 || f->stride % 8 || misaligned(f->logit) || misaligned(f->x) ||
-	                       misaligned(a->dlogit) || misaligned(a->dx)
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->width, f->stride),
+	              check_aligned(f->logit, f->x, a->dlogit, a->dx));
 }
 
-extern "C" size_t portable_forget_gate_backward_workspace(const void *args)
+extern "C" size_t portable_forget_gate_backward_workspace(const struct device *device,
+                                                          const void *args)
 {
 	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
 	const struct forget_gate_args *f = &a->forward;
 
-	return (size_t)(token_splits(f->n_tokens, f->width) * f->width) * sizeof(float);
+	return (size_t)(token_splits(device, f->n_tokens, f->width) * f->width) * sizeof(float);
 }
 
-extern "C" enum status portable_forget_gate_backward(const void *args, void *workspace)
+extern "C" enum status portable_forget_gate_backward(struct device *device, const void *args,
+                                                     void *workspace)
 {
 	const auto *a = static_cast<const struct forget_gate_backward_args *>(args);
 	const struct forget_gate_args *f = &a->forward;
-	const int64_t splits = token_splits(f->n_tokens, f->width);
+	const int64_t splits = token_splits(device, f->n_tokens, f->width);
 	float *parts = static_cast<float *>(workspace);
 	enum status status =
-	        launch("forget_gate_backward", forget_gate_backward_kernel,
+	        launch(device, "forget_gate_backward", forget_gate_backward_kernel,
 	               dim3((unsigned)divide_up(f->width, 8 * THREADS), (unsigned)splits), THREADS,
 	               0, *a, parts);
 
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("forget_gate_backward", parts, splits, f->width, f->width, a->dbound);
+	return column_sums(device, "forget_gate_backward", parts, splits, f->width, f->width,
+	                   a->dbound);
 }
 
 /* ---- time_step ---- */
@@ -636,11 +596,7 @@ static __global__ void __launch_bounds__(THREADS)
 		const int64_t n = valid ? first + slot : f.n_tokens - 1;
 		const float logit =
 		        __bfloat162float(elements(f.logit)[n * f.logit_stride + h]) + bias;
-		/* log(1 + e) as it is where e is small. */
-		const float e = __expf(-fabsf(logit));
-		const float log =
-		        e < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
-		const float dt = fmaxf(logit, 0.0f) + log;
+		const float dt = fmaxf(logit, 0.0f) + log_1_plus(__expf(-fabsf(logit)));
 		const float d_log = __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + h]);
 		float ddt = 0.0f;
 
@@ -674,49 +630,53 @@ static __global__ void __launch_bounds__(THREADS)
 	parts[(2 * slot + 1) * f.n_heads + h] = dlog_rate;
 }
 
-static int64_t time_step_slots(const struct time_step_args *f)
+static int64_t time_step_slots(const struct device *device, const struct time_step_args *f)
 {
 	const int lanes = lanes_for(f->d_head);
 
-	return blocks_for(f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+	return blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
 }
 
 } // namespace
 
-extern "C" const char *portable_time_step_backward_unsupported(const void *args)
+extern "C" const char *portable_time_step_backward_unsupported(const struct device *,
+                                                               const void *args)
 {
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 	const struct time_step_args *f = &a->forward;
 
 	if (f->n_heads > 65535)
 		return "more than 65535 heads";
-	return f->d_head % 8 || f->x_stride % 8 || misaligned(f->x)
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->d_head, f->x_stride), check_aligned(f->x));
 }
 
-extern "C" size_t portable_time_step_backward_workspace(const void *args)
+extern "C" size_t portable_time_step_backward_workspace(const struct device *device,
+                                                        const void *args)
 {
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 
-	return (size_t)(2 * time_step_slots(&a->forward) * a->forward.n_heads) * sizeof(float);
+	return (size_t)(2 * time_step_slots(device, &a->forward) * a->forward.n_heads) *
+	       sizeof(float);
 }
 
-extern "C" enum status portable_time_step_backward(const void *args, void *workspace)
+extern "C" enum status portable_time_step_backward(struct device *device, const void *args,
+                                                   void *workspace)
 {
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 	const struct time_step_args *f = &a->forward;
 	const int lanes = lanes_for(f->d_head);
-	const dim3 grid((unsigned)blocks_for(f->n_tokens, f->n_heads, lanes), (unsigned)f->n_heads);
+	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
+	                (unsigned)f->n_heads);
 	float *parts = static_cast<float *>(workspace);
-	enum status status = launch("time_step_backward", time_step_backward_kernel, grid, THREADS,
-	                            0, *a, lanes, parts);
+	enum status status = launch(device, "time_step_backward", time_step_backward_kernel, grid,
+	                            THREADS, 0, *a, lanes, parts);
 
 	if (status == STATUS_OK)
-		status = column_sums("time_step_backward", parts, time_step_slots(f),
-		                     2 * f->n_heads, f->n_heads, a->dbias);
+		status =
+		        column_sums(device, "time_step_backward", parts, time_step_slots(device, f),
+		                    2 * f->n_heads, f->n_heads, a->dbias);
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("time_step_backward", parts + f->n_heads, time_step_slots(f),
-	                   2 * f->n_heads, f->n_heads, a->dlog_rate);
+	return column_sums(device, "time_step_backward", parts + f->n_heads,
+	                   time_step_slots(device, f), 2 * f->n_heads, f->n_heads, a->dlog_rate);
 }

@@ -1,6 +1,6 @@
 /* What follows the logits: the loss, and the greedy choice. One block per row of logits. */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 256, WARPS = THREADS / WARP };
 
@@ -143,27 +143,28 @@ static __global__ void __launch_bounds__(THREADS)
 	*loss = (float)(sum / count);
 }
 
-extern "C" size_t portable_cross_entropy_workspace(const void *)
+extern "C" size_t portable_cross_entropy_workspace(const struct device *, const void *)
 {
 	return sizeof(float);
 }
 
-extern "C" enum status portable_cross_entropy(const void *args, void *workspace)
+extern "C" enum status portable_cross_entropy(struct device *device, const void *args,
+                                              void *workspace)
 {
 	const auto *a = static_cast<const struct cross_entropy_args *>(args);
 	float *n_valid = static_cast<float *>(workspace);
 	enum status status = STATUS_OK;
 
 	if (a->want_gradient)
-		status = launch("cross_entropy", count_kernel, dim3(1), THREADS,
+		status = launch(device, "cross_entropy", count_kernel, dim3(1), THREADS,
 		                THREADS * sizeof(float), a->targets, a->n_tokens, n_valid);
 	if (status == STATUS_OK)
-		status = launch("cross_entropy", loss_kernel, dim3((unsigned)a->n_tokens), THREADS,
-		                2 * WARPS * sizeof(float), *a, n_valid);
+		status = launch(device, "cross_entropy", loss_kernel, dim3((unsigned)a->n_tokens),
+		                THREADS, 2 * WARPS * sizeof(float), *a, n_valid);
 	if (status != STATUS_OK)
 		return status;
-	return launch("cross_entropy", mean_kernel, dim3(1), THREADS, 2 * THREADS * sizeof(double),
-	              a->losses, a->targets, a->n_tokens, a->loss);
+	return launch(device, "cross_entropy", mean_kernel, dim3(1), THREADS,
+	              2 * THREADS * sizeof(double), a->losses, a->targets, a->n_tokens, a->loss);
 }
 
 /* The better of two candidates: a NaN, else the larger value; then the lower index. */
@@ -208,10 +209,10 @@ static __global__ void __launch_bounds__(THREADS)
 		*a.position += 1;
 }
 
-extern "C" enum status portable_argmax(const void *args, void *)
+extern "C" enum status portable_argmax(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct argmax_args *>(args);
 
-	return launch("argmax", argmax_kernel, dim3((unsigned)a->n_tokens), THREADS,
+	return launch(device, "argmax", argmax_kernel, dim3((unsigned)a->n_tokens), THREADS,
 	              WARPS * (sizeof(float) + sizeof(int)), *a);
 }

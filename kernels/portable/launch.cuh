@@ -10,19 +10,20 @@
 extern __shared__ __align__(128) unsigned char shared_memory[];
 
 /*
- * Submits a kernel to the backend's stream, with `shared` bytes of dynamic
+ * Submits a kernel to the device's stream, with `shared` bytes of dynamic
  * shared memory; an error names the operation.
  */
 template <typename... Parameters, typename... Arguments>
-static enum status launch(const char *operation, void (*kernel)(Parameters...), dim3 grid,
-                          int threads, size_t shared, Arguments... arguments)
+static enum status launch(struct device *device, const char *operation,
+                          void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                          Arguments... arguments)
 {
 	cudaLaunchConfig_t config = {};
 
 	config.gridDim = grid;
 	config.blockDim = dim3((unsigned)threads);
 	config.dynamicSmemBytes = shared;
-	config.stream = cuda_stream();
+	config.stream = cuda_stream(device);
 	if (shared > 48 * 1024) {
 		enum status status = cuda_status(
 		        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),

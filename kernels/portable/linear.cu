@@ -1,7 +1,7 @@
 /* The projections: RMSNorm before, or the residual after, a product by cuBLASLt. */
-#include "kernels/cuda/gemm.h"
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
+#include "kernels/portable/product.cuh"
 
 enum { ROWS = 4 };
 
@@ -36,79 +36,64 @@ static __global__ void __launch_bounds__(ROWS *WARP)
 		rstd[row] = r;
 }
 
-static const char *check_widths(int64_t d_in, int64_t d_out)
-{
-	return d_in % 8 || d_out % 8 ? "widths must be multiples of 8" : NULL;
-}
-
-extern "C" const char *portable_norm_linear_unsupported(const void *args)
+extern "C" const char *portable_norm_linear_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct norm_linear_args *>(args);
 
 	return check_widths(a->d_in, a->d_out);
 }
 
-extern "C" size_t portable_norm_linear_workspace(const void *)
+extern "C" size_t portable_norm_linear_workspace(const struct device *, const void *)
 {
 	return GEMM_WORKSPACE;
 }
 
 /* y [n, d_out] = x [n, d_in] weight^T + residual (or NULL), all bf16 and dense. */
-static enum status multiply(int64_t n, int64_t d_in, int64_t d_out, const void *x,
-                            const void *weight, const void *residual, void *y, void *workspace)
+static enum status multiply(struct device *device, int64_t n, int64_t d_in, int64_t d_out,
+                            const void *x, const void *weight, const void *residual, void *y,
+                            void *workspace)
 {
-	struct gemm g = {};
+	struct gemm g = product(n, d_in, d_out, {x, false}, {weight, true}, y, DTYPE_BF16);
 
-	g.rows = n;
-	g.columns = d_out;
-	g.inner = d_in;
-	g.a = x;
-	g.b = weight;
-	g.b_transposed = true;
-	g.a_leading = d_in;
-	g.b_leading = d_in;
-	g.out_leading = d_out;
 	g.addend = residual;
-	g.out = y;
-	g.out_type = DTYPE_BF16;
-	g.scale = 1.0f;
-	g.batch = 1;
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
-extern "C" enum status portable_norm_linear(const void *args, void *workspace)
+extern "C" enum status portable_norm_linear(struct device *device, const void *args,
+                                            void *workspace)
 {
 	const auto *a = static_cast<const struct norm_linear_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->n_tokens, ROWS));
 
 	if (a->norm_weight) {
-		enum status status = launch("norm_linear", rms_norm_kernel, grid, ROWS * WARP, 0,
-		                            static_cast<const bf16 *>(a->x), a->norm_weight,
-		                            static_cast<bf16 *>(a->x_norm), a->rstd, a->n_tokens,
-		                            a->d_in, a->eps);
+		enum status status = launch(device, "norm_linear", rms_norm_kernel, grid,
+		                            ROWS * WARP, 0, static_cast<const bf16 *>(a->x),
+		                            a->norm_weight, static_cast<bf16 *>(a->x_norm), a->rstd,
+		                            a->n_tokens, a->d_in, a->eps);
 		if (status != STATUS_OK)
 			return status;
 	}
-	return multiply(a->n_tokens, a->d_in, a->d_out, a->norm_weight ? a->x_norm : a->x,
+	return multiply(device, a->n_tokens, a->d_in, a->d_out, a->norm_weight ? a->x_norm : a->x,
 	                a->weight, NULL, a->y, workspace);
 }
 
-extern "C" const char *portable_linear_residual_unsupported(const void *args)
+extern "C" const char *portable_linear_residual_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
 	return check_widths(a->d_in, a->d_out);
 }
 
-extern "C" size_t portable_linear_residual_workspace(const void *)
+extern "C" size_t portable_linear_residual_workspace(const struct device *, const void *)
 {
 	return GEMM_WORKSPACE;
 }
 
-extern "C" enum status portable_linear_residual(const void *args, void *workspace)
+extern "C" enum status portable_linear_residual(struct device *device, const void *args,
+                                                void *workspace)
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
-	return multiply(a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y,
+	return multiply(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y,
 	                workspace);
 }

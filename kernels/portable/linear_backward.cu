@@ -7,10 +7,12 @@
  * takes, so that dw is summed in registers; a block takes several rows at a
  * time, which share one barrier. The blocks' shares are added in a fixed order.
  */
-#include "kernels/cuda/gemm.h"
+#include <algorithm>
+
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
+#include "kernels/portable/product.cuh"
 
 enum { THREADS = 256, WARPS = THREADS / WARP, BLOCKS_PER_SM = 4, MAX_WIDTH = 4 * 8 * THREADS };
 
@@ -22,7 +24,8 @@ static __global__ void __launch_bounds__(THREADS)
 {
 	constexpr int ROWS = VECTORS == 1 ? 4 : VECTORS == 2 ? 2 : 1;
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const bf16 *x = static_cast<const bf16 *>(a.x), *dy = static_cast<const bf16 *>(a.dx_norm);
+	const bf16 *x = static_cast<const bf16 *>(a.forward.x),
+	           *dy = static_cast<const bf16 *>(a.dx_norm);
 	const bf16 *residual = static_cast<const bf16 *>(a.dresidual);
 	bf16 *dx = static_cast<bf16 *>(a.dx);
 	float *shared = reinterpret_cast<float *>(shared_memory);
@@ -31,9 +34,9 @@ static __global__ void __launch_bounds__(THREADS)
 
 #pragma unroll
 	for (int v = 0; v < VECTORS; v++)
-		if (8 * (threadIdx.x + v * THREADS) < a.d_in)
-			load8f(weight[v], a.norm_weight + 8 * (threadIdx.x + v * THREADS));
-	for (int64_t first = (int64_t)blockIdx.x * ROWS; first < a.n_tokens;
+		if (8 * (threadIdx.x + v * THREADS) < a.forward.d_in)
+			load8f(weight[v], a.forward.norm_weight + 8 * (threadIdx.x + v * THREADS));
+	for (int64_t first = (int64_t)blockIdx.x * ROWS; first < a.forward.n_tokens;
 	     first += (int64_t)gridDim.x * ROWS) {
 		vector8 xs[ROWS][VECTORS] = {}, dys[ROWS][VECTORS] = {}, rs[ROWS][VECTORS] = {};
 		float sums[ROWS] = {}, rstd[ROWS];
@@ -41,19 +44,19 @@ static __global__ void __launch_bounds__(THREADS)
 
 #pragma unroll
 		for (int r = 0; r < ROWS; r++) {
-			const int64_t row = min(first + r, a.n_tokens - 1);
+			const int64_t row = min(first + r, a.forward.n_tokens - 1);
 
-			rstd[r] = first + r < a.n_tokens ? a.rstd[row] : 0.0f;
+			rstd[r] = first + r < a.forward.n_tokens ? a.forward.rstd[row] : 0.0f;
 #pragma unroll
 			for (int v = 0; v < VECTORS; v++) {
 				const int64_t column = 8 * (threadIdx.x + v * THREADS);
 
-				if (column >= a.d_in)
+				if (column >= a.forward.d_in)
 					continue;
-				xs[r][v] = load8(x + row * a.d_in + column);
-				dys[r][v] = load8(dy + row * a.d_in + column);
+				xs[r][v] = load8(x + row * a.forward.d_in + column);
+				dys[r][v] = load8(dy + row * a.forward.d_in + column);
 				if (residual)
-					rs[r][v] = load8(residual + row * a.d_in + column);
+					rs[r][v] = load8(residual + row * a.forward.d_in + column);
 			}
 		}
 #pragma unroll
@@ -85,13 +88,14 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
 			for (int w = 0; w < WARPS; w++)
 				sum += exchange[w * ROWS + r];
-			const float scale = rstd[r] * rstd[r] * rstd[r] * sum / (float)a.d_in;
+			const float scale =
+			        rstd[r] * rstd[r] * rstd[r] * sum / (float)a.forward.d_in;
 #pragma unroll
 			for (int v = 0; v < VECTORS; v++) {
 				const int64_t column = 8 * (threadIdx.x + v * THREADS);
 				float xf[8], g[8], base[8];
 
-				if (column >= a.d_in || first + r >= a.n_tokens)
+				if (column >= a.forward.d_in || first + r >= a.forward.n_tokens)
 					continue;
 				unpack8(xf, xs[r][v]);
 				unpack8(g, dys[r][v]);
@@ -100,29 +104,29 @@ static __global__ void __launch_bounds__(THREADS)
 				for (int j = 0; j < 8; j++)
 					g[j] = base[j] + rstd[r] * weight[v][j] * g[j] -
 					       scale * xf[j];
-				store8(dx + (first + r) * a.d_in + column, g);
+				store8(dx + (first + r) * a.forward.d_in + column, g);
 			}
 		}
 	}
 #pragma unroll
 	for (int v = 0; v < VECTORS; v++)
-		if (8 * (threadIdx.x + v * THREADS) < a.d_in)
-			store8f(parts + blockIdx.x * a.d_in + 8 * (threadIdx.x + v * THREADS),
+		if (8 * (threadIdx.x + v * THREADS) < a.forward.d_in)
+			store8f(parts + blockIdx.x * a.forward.d_in +
+			                8 * (threadIdx.x + v * THREADS),
 			        dweight[v]);
 }
 
-static int64_t norm_blocks(const struct norm_linear_backward_args *a)
+static int64_t norm_blocks(const struct device *device, const struct norm_linear_backward_args *a)
 {
-	const int64_t wanted = (int64_t)BLOCKS_PER_SM * cuda_sm_count();
-
-	return a->n_tokens < wanted ? a->n_tokens : wanted;
+	return count_shares(device, a->forward.n_tokens, BLOCKS_PER_SM, 1);
 }
 
-static enum status norm_backward(const struct norm_linear_backward_args *a, float *parts)
+static enum status norm_backward(struct device *device, const struct norm_linear_backward_args *a,
+                                 float *parts)
 {
-	const int vectors = (int)divide_up(a->d_in, 8 * THREADS);
-	const dim3 grid((unsigned)norm_blocks(a));
-	enum status status = launch("norm_linear_backward",
+	const int vectors = (int)divide_up(a->forward.d_in, 8 * THREADS);
+	const dim3 grid((unsigned)norm_blocks(device, a));
+	enum status status = launch(device, "norm_linear_backward",
 	                            vectors == 1   ? norm_backward_kernel<1>
 	                            : vectors == 2 ? norm_backward_kernel<2>
 	                            : vectors == 3 ? norm_backward_kernel<3>
@@ -131,111 +135,90 @@ static enum status norm_backward(const struct norm_linear_backward_args *a, floa
 
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("norm_linear_backward", parts, grid.x, a->d_in, a->d_in,
-	                   a->dnorm_weight);
-}
-
-static const char *check_widths(int64_t d_in, int64_t d_out)
-{
-	return d_in % 8 || d_out % 8 ? "widths must be multiples of 8" : NULL;
+	return column_sums(device, "norm_linear_backward", parts, grid.x, a->forward.d_in,
+	                   a->forward.d_in, a->dnorm_weight);
 }
 
 /* dx [n, d_in] = dy [n, d_out] weight + addend (or NULL); dweight = dy^T x. */
-static enum status input_gradient(int64_t n, int64_t d_in, int64_t d_out, const void *dy,
-                                  const void *weight, const void *addend, void *dx, void *workspace)
+static enum status input_gradient(struct device *device, int64_t n, int64_t d_in, int64_t d_out,
+                                  const void *dy, const void *weight, const void *addend, void *dx,
+                                  void *workspace)
 {
-	struct gemm g = {};
+	struct gemm g = product(n, d_out, d_in, {dy, false}, {weight, false}, dx, DTYPE_BF16);
 
-	g.rows = n;
-	g.columns = d_in;
-	g.inner = d_out;
-	g.a = dy;
-	g.b = weight;
-	g.a_leading = d_out;
-	g.b_leading = d_in;
-	g.out_leading = d_in;
 	g.addend = addend;
-	g.out = dx;
-	g.out_type = DTYPE_BF16;
-	g.scale = 1.0f;
-	g.batch = 1;
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
-static enum status weight_gradient(int64_t n, int64_t d_in, int64_t d_out, const void *dy,
-                                   const void *x, float *dweight, void *workspace)
+static enum status weight_gradient(struct device *device, int64_t n, int64_t d_in, int64_t d_out,
+                                   const void *dy, const void *x, float *dweight, void *workspace)
 {
-	struct gemm g = {};
+	const struct gemm g = product(d_out, n, d_in, {dy, true}, {x, false}, dweight, DTYPE_F32);
 
-	g.rows = d_out;
-	g.columns = d_in;
-	g.inner = n;
-	g.a = dy;
-	g.a_transposed = true;
-	g.b = x;
-	g.a_leading = d_out;
-	g.b_leading = d_in;
-	g.out_leading = d_in;
-	g.out = dweight;
-	g.out_type = DTYPE_F32;
-	g.scale = 1.0f;
-	g.batch = 1;
-	return gemm_run(&g, workspace);
+	return gemm_run(device, &g, workspace);
 }
 
-extern "C" const char *portable_norm_linear_backward_unsupported(const void *args)
+extern "C" const char *portable_norm_linear_backward_unsupported(const struct device *,
+                                                                 const void *args)
 {
 	const auto *a = static_cast<const struct norm_linear_backward_args *>(args);
 
-	if (a->norm_weight && a->d_in > MAX_WIDTH)
+	if (a->forward.norm_weight && a->forward.d_in > MAX_WIDTH)
 		return "rows to normalize of more than 8192";
-	return check_widths(a->d_in, a->d_out);
+	return check_widths(a->forward.d_in, a->forward.d_out);
 }
 
-extern "C" size_t portable_norm_linear_backward_workspace(const void *args)
+extern "C" size_t portable_norm_linear_backward_workspace(const struct device *device,
+                                                          const void *args)
 {
 	const auto *a = static_cast<const struct norm_linear_backward_args *>(args);
-	const size_t parts = (size_t)(norm_blocks(a) * a->d_in) * sizeof(float);
-	const size_t product = GEMM_WORKSPACE;
+	const size_t parts = (size_t)(norm_blocks(device, a) * a->forward.d_in) * sizeof(float);
 
-	return parts > product ? parts : product;
+	return std::max(parts, (size_t)GEMM_WORKSPACE);
 }
 
-extern "C" enum status portable_norm_linear_backward(const void *args, void *workspace)
+extern "C" enum status portable_norm_linear_backward(struct device *device, const void *args,
+                                                     void *workspace)
 {
 	const auto *a = static_cast<const struct norm_linear_backward_args *>(args);
-	enum status status = weight_gradient(a->n_tokens, a->d_in, a->d_out, a->dy, a->x_norm,
-	                                     a->dweight, workspace);
+	enum status status =
+	        weight_gradient(device, a->forward.n_tokens, a->forward.d_in, a->forward.d_out,
+	                        a->dy, a->forward.x_norm, a->dweight, workspace);
 
 	if (status != STATUS_OK)
 		return status;
-	if (!a->norm_weight)
-		return input_gradient(a->n_tokens, a->d_in, a->d_out, a->dy, a->weight,
-		                      a->dresidual, a->dx, workspace);
-	status = input_gradient(a->n_tokens, a->d_in, a->d_out, a->dy, a->weight, NULL, a->dx_norm,
-	                        workspace);
-	return status == STATUS_OK ? norm_backward(a, static_cast<float *>(workspace)) : status;
+	if (!a->forward.norm_weight)
+		return input_gradient(device, a->forward.n_tokens, a->forward.d_in,
+		                      a->forward.d_out, a->dy, a->forward.weight, a->dresidual,
+		                      a->dx, workspace);
+	status = input_gradient(device, a->forward.n_tokens, a->forward.d_in, a->forward.d_out,
+	                        a->dy, a->forward.weight, NULL, a->dx_norm, workspace);
+	return status == STATUS_OK ? norm_backward(device, a, static_cast<float *>(workspace))
+	                           : status;
 }
 
-extern "C" const char *portable_linear_residual_backward_unsupported(const void *args)
+extern "C" const char *portable_linear_residual_backward_unsupported(const struct device *,
+                                                                     const void *args)
 {
 	const auto *a = static_cast<const struct linear_residual_backward_args *>(args);
 
 	return check_widths(a->d_in, a->d_out);
 }
 
-extern "C" size_t portable_linear_residual_backward_workspace(const void *)
+extern "C" size_t portable_linear_residual_backward_workspace(const struct device *, const void *)
 {
 	return GEMM_WORKSPACE;
 }
 
-extern "C" enum status portable_linear_residual_backward(const void *args, void *workspace)
+extern "C" enum status portable_linear_residual_backward(struct device *device, const void *args,
+                                                         void *workspace)
 {
 	const auto *a = static_cast<const struct linear_residual_backward_args *>(args);
-	enum status status = input_gradient(a->n_tokens, a->d_in, a->d_out, a->dy, a->weight, NULL,
-	                                    a->dx, workspace);
+	enum status status = input_gradient(device, a->n_tokens, a->d_in, a->d_out, a->dy,
+	                                    a->weight, NULL, a->dx, workspace);
 
 	if (status != STATUS_OK)
 		return status;
-	return weight_gradient(a->n_tokens, a->d_in, a->d_out, a->dy, a->x, a->dweight, workspace);
+	return weight_gradient(device, a->n_tokens, a->d_in, a->d_out, a->dy, a->x, a->dweight,
+	                       workspace);
 }

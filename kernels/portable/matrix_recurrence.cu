@@ -12,7 +12,7 @@
  * pair by pair.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum {
 	THREADS = 128,
@@ -336,29 +336,6 @@ static __device__ __forceinline__ exact_pair decayed(uint32_t pair, float x, flo
 }
 
 /*
- * Sixteen sums over the 32 lanes at once: lane l returns the sum of all lanes'
- * x[l / 2], with half the exchanges that sixteen reductions would take.
- */
-static __device__ __forceinline__ float transposed_sum(float (&x)[SUB])
-{
-	const int lane = threadIdx.x % WARP;
-
-#pragma unroll
-	for (int half = SUB / 2; half > 0; half /= 2) {
-		const bool upper = lane & (2 * half);
-
-#pragma unroll
-		for (int i = 0; i < half; i++) {
-			const float keep = upper ? x[i + half] : x[i];
-			const float give = upper ? x[i] : x[i + half];
-
-			x[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2 * half);
-		}
-	}
-	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
-}
-
-/*
  * Scores inside this warp's sub-chunk, one slab's part, exactly: sum[t] of lane
  * l gains q_t k_s 2^(G_t - G_s) for s = l / 2 <= t. Two channels per lane.
  */
@@ -387,7 +364,7 @@ static __device__ void add_diagonal(float (&sum)[SUB], const struct matrix_recur
 			             : low_half(q) * low_half(k[s]) * exp2_fast(g0[t] - g0[s]) +
 			                       high_half(q) * high_half(k[s]) *
 			                               exp2_fast(g1[t] - g1[s]);
-		sum[t] += transposed_sum(x);
+		sum[t] += scatter_sum(x);
 	}
 }
 
@@ -694,10 +671,10 @@ static __global__ void __launch_bounds__(THREADS)
 	multiply_out(s, queries, queries_stride, reinterpret_cast<bf16 *>(g), a, c, p);
 }
 
-extern "C" const char *portable_matrix_recurrence_unsupported(const void *args)
+extern "C" const char *portable_matrix_recurrence_unsupported(const struct device *,
+                                                              const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
-	const struct view *const views[] = {&a->q, &a->k, &a->v, &a->out, &a->log_decay};
 
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
@@ -707,12 +684,12 @@ extern "C" const char *portable_matrix_recurrence_unsupported(const void *args)
 		return "head widths must be multiples of 8, d_k at most 512";
 	if (a->batch * a->n_heads > 65535)
 		return "more than 65535 sequences times heads";
-	return views_are_aligned(views, a->decay == DECAY_DIAGONAL ? 5 : 4)
-	               ? NULL
-	               : "views must be 16-byte aligned";
+	if (a->decay == DECAY_DIAGONAL && !is_aligned(&a->log_decay))
+		return "views must be 16-byte aligned";
+	return check_aligned(&a->q, &a->k, &a->v, &a->out);
 }
 
-extern "C" size_t portable_matrix_recurrence_workspace(const void *args)
+extern "C" size_t portable_matrix_recurrence_workspace(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 	const struct chunks c = cut(a, NULL);
@@ -723,30 +700,32 @@ extern "C" size_t portable_matrix_recurrence_workspace(const void *args)
 }
 
 template <bool DIAGONAL>
-static enum status run(const struct matrix_recurrence_args *a, const struct chunks &c)
+static enum status run(struct device *device, const struct matrix_recurrence_args *a,
+                       const struct chunks &c)
 {
 	const unsigned sequences = (unsigned)(a->batch * a->n_heads);
 	const int64_t scans = a->batch * a->n_heads * a->d_k * (a->d_v / 8);
 	const size_t g = ROWS * STRIDE * sizeof(float), tile = ROWS * STRIDE * sizeof(bf16);
 	const size_t queries = ROWS * (size_t)(c.slabs * SLAB + 8) * sizeof(bf16);
-	enum status status = launch("matrix_recurrence", contribution_kernel<DIAGONAL>,
+	enum status status = launch(device, "matrix_recurrence", contribution_kernel<DIAGONAL>,
 	                            dim3((unsigned)c.count, (unsigned)c.slabs, sequences), THREADS,
 	                            g + 3 * tile, *a, c);
 
 	if (status == STATUS_OK)
-		status = launch("matrix_recurrence", scan_kernel,
-		                dim3((unsigned)divide_up(scans, THREADS)), THREADS, 0, *a, c);
+		status = launch_each(device, "matrix_recurrence", scan_kernel, scans, THREADS, *a,
+		                     c);
 	if (status == STATUS_OK)
-		status = launch("matrix_recurrence", output_kernel<DIAGONAL>,
+		status = launch(device, "matrix_recurrence", output_kernel<DIAGONAL>,
 		                dim3((unsigned)c.count, 1, sequences), THREADS, g + tile + queries,
 		                *a, c);
 	return status;
 }
 
-extern "C" enum status portable_matrix_recurrence(const void *args, void *workspace)
+extern "C" enum status portable_matrix_recurrence(struct device *device, const void *args,
+                                                  void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 	const struct chunks c = cut(a, workspace);
 
-	return a->decay == DECAY_DIAGONAL ? run<true>(a, c) : run<false>(a, c);
+	return a->decay == DECAY_DIAGONAL ? run<true>(device, a, c) : run<false>(device, a, c);
 }

@@ -13,7 +13,7 @@
  * as bf16 in the workspace.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 namespace
 {
@@ -187,29 +187,6 @@ static __global__ void __launch_bounds__(THREADS, 1)
 	}
 }
 
-/*
- * Sums 16 numbers over the lanes of a warp: each lane is left with one sum,
- * that of number lane / 2, in 16 exchanges.
- */
-static __device__ __forceinline__ float scatter_sum(float (&x)[WARP_COLUMNS])
-{
-	const int lane = threadIdx.x % WARP;
-
-#pragma unroll
-	for (int half = WARP_COLUMNS / 2; half > 0; half /= 2) {
-		const bool high = lane & (2 * half);
-
-#pragma unroll
-		for (int i = 0; i < half; i++) {
-			const float given = high ? x[i] : x[i + half];
-			const float kept = high ? x[i + half] : x[i];
-
-			x[i] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
-		}
-	}
-	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
-}
-
 template <int LANE_ROWS>
 static __global__ void __launch_bounds__(THREADS, 1)
         backward_kernel(const __grid_constant__ struct matrix_recurrence_backward_args a,
@@ -371,27 +348,29 @@ static struct work work_of(const struct matrix_recurrence_args *f, void *workspa
 }
 
 template <int LANE_ROWS>
-static enum status run(const struct matrix_recurrence_backward_args *a, const struct work &w)
+static enum status run(struct device *device, const struct matrix_recurrence_backward_args *a,
+                       const struct work &w)
 {
 	const struct matrix_recurrence_args *f = &a->forward;
 	const dim3 grid((unsigned)w.column_blocks, (unsigned)f->n_heads, (unsigned)f->batch);
 	const dim3 chunks((unsigned)divide_up(f->seq_len, CHUNK), (unsigned)f->n_heads,
 	                  (unsigned)f->batch);
-	enum status status = launch("matrix_recurrence_backward", forward_kernel<LANE_ROWS>, grid,
-	                            THREADS, sizeof(struct group), *a, w);
+	enum status status = launch(device, "matrix_recurrence_backward", forward_kernel<LANE_ROWS>,
+	                            grid, THREADS, sizeof(struct group), *a, w);
 
 	if (status == STATUS_OK)
-		status = launch("matrix_recurrence_backward", backward_kernel<LANE_ROWS>, grid,
-		                THREADS, sizeof(struct group), *a, w);
+		status = launch(device, "matrix_recurrence_backward", backward_kernel<LANE_ROWS>,
+		                grid, THREADS, sizeof(struct group), *a, w);
 	if (status != STATUS_OK)
 		return status;
-	return launch("matrix_recurrence_backward", finish_kernel, chunks, MAX_ROWS,
+	return launch(device, "matrix_recurrence_backward", finish_kernel, chunks, MAX_ROWS,
 	              MAX_ROWS / WARP * sizeof(float), *a, w);
 }
 
 } // namespace
 
-extern "C" const char *portable_matrix_recurrence_backward_unsupported(const void *args)
+extern "C" const char *portable_matrix_recurrence_backward_unsupported(const struct device *,
+                                                                       const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
 	const struct matrix_recurrence_args *f = &a->forward;
@@ -403,7 +382,8 @@ extern "C" const char *portable_matrix_recurrence_backward_unsupported(const voi
 	return f->batch > 65535 || f->n_heads > 65535 ? "more than 65535 sequences or heads" : NULL;
 }
 
-extern "C" size_t portable_matrix_recurrence_backward_workspace(const void *args)
+extern "C" size_t portable_matrix_recurrence_backward_workspace(const struct device *,
+                                                                const void *args)
 {
 	const struct matrix_recurrence_args *f =
 	        &static_cast<const struct matrix_recurrence_backward_args *>(args)->forward;
@@ -413,14 +393,15 @@ extern "C" size_t portable_matrix_recurrence_backward_workspace(const void *args
 	return (size_t)(reinterpret_cast<const char *>(w.states + states) - (const char *)NULL);
 }
 
-extern "C" enum status portable_matrix_recurrence_backward(const void *args, void *workspace)
+extern "C" enum status portable_matrix_recurrence_backward(struct device *device, const void *args,
+                                                           void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
 	const struct work w = work_of(&a->forward, workspace);
 
 	if (a->forward.d_k <= 32)
-		return run<1>(a, w);
+		return run<1>(device, a, w);
 	if (a->forward.d_k <= 64)
-		return run<2>(a, w);
-	return a->forward.d_k <= 128 ? run<4>(a, w) : run<8>(a, w);
+		return run<2>(device, a, w);
+	return a->forward.d_k <= 128 ? run<4>(device, a, w) : run<8>(device, a, w);
 }

@@ -4,7 +4,7 @@
  * 16 lanes of 4 columns, 16 rows at a time.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 256, LANES = 16, GROUPS = THREADS / LANES, COLUMNS = 4 * LANES, UNROLL = 4 };
 
@@ -77,10 +77,10 @@ static __global__ void __launch_bounds__(THREADS)
 		        make_uint2(pack(o.x, o.y), pack(o.z, o.w));
 }
 
-extern "C" const char *portable_matrix_recurrence_step_unsupported(const void *args)
+extern "C" const char *portable_matrix_recurrence_step_unsupported(const struct device *,
+                                                                   const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_step_args *>(args);
-	const struct view *const views[] = {&a->v, &a->out};
 
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
@@ -88,17 +88,16 @@ extern "C" const char *portable_matrix_recurrence_step_unsupported(const void *a
 		return "d_v must be a multiple of 8";
 	if (a->batch > 65535 || a->n_heads > 65535)
 		return "more than 65535 sequences or heads";
-	return views_are_aligned(views, 2) && reinterpret_cast<uintptr_t>(a->state) % 16 == 0
-	               ? NULL
-	               : "views must be 16-byte aligned";
+	return check_aligned(&a->v, &a->out, a->state);
 }
 
-extern "C" enum status portable_matrix_recurrence_step(const void *args, void *)
+extern "C" enum status portable_matrix_recurrence_step(struct device *device, const void *args,
+                                                       void *)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_step_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->d_v, COLUMNS), (unsigned)a->n_heads,
 	                (unsigned)a->batch);
 
-	return launch("matrix_recurrence_step", step_kernel, grid, THREADS,
+	return launch(device, "matrix_recurrence_step", step_kernel, grid, THREADS,
 	              THREADS * sizeof(float4), *a);
 }

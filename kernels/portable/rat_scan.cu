@@ -3,7 +3,7 @@
  * chunk in registers; d / 8 neighbouring lanes hold a head and sum its own
  * scores. The scanned keys never leave the registers but at a chunk's end.
  */
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
 enum { THREADS = 128, ROWS = 4 };
@@ -111,43 +111,25 @@ static __global__ void __launch_bounds__(THREADS)
 	store_chunk(a, table, k, v, valid, b, chunk, h, lane, LANES);
 }
 
-extern "C" const char *portable_rat_scan_unsupported(const void *args)
+extern "C" const char *portable_rat_scan_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct rat_scan_args *>(args);
-	const struct view *const views[] = {&a->v,     &a->gate,   &a->q,       &a->k,
-	                                    &a->q_out, &a->v_scan, &a->k_chunk, &a->v_chunk};
 
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
-	return views_are_aligned(views, 8) ? NULL : "views must be 16-byte aligned";
+	return check_aligned(&a->v, &a->gate, &a->q, &a->k, &a->q_out, &a->v_scan, &a->k_chunk,
+	                     &a->v_chunk);
 }
 
 /* q is rotated by a second kernel, because it may be in the place that the first one reads. */
-static enum status rotate_queries(const struct rat_scan_args *a)
-{
-	struct rotation r = {};
-
-	r.batch = a->batch;
-	r.n_tokens = a->seq_len;
-	r.n_heads = a->groups;
-	r.d_head = a->d_head;
-	r.slots = a->seq_len;
-	r.period = a->chunk;
-	r.rope = a->rope;
-	r.from = a->q;
-	r.to = a->q_out;
-	return rotate_tensor("rat_scan", &r);
-}
-
-extern "C" enum status portable_rat_scan(const void *args, void *)
+extern "C" enum status portable_rat_scan(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct rat_scan_args *>(args);
 	const int64_t chunks = divide_up(a->seq_len, a->chunk);
 	const int64_t threads = a->batch * chunks * a->n_heads * (a->d_head / 8);
-	enum status status =
-	        launch("rat_scan", a->d_head == 64 ? rat_scan_kernel<64> : rat_scan_kernel<128>,
-	               dim3((unsigned)divide_up(threads, THREADS)), THREADS, 0, *a,
-	               rope_table_of(a->d_head));
+	enum status status = launch_each(
+	        device, "rat_scan", a->d_head == 64 ? rat_scan_kernel<64> : rat_scan_kernel<128>,
+	        threads, THREADS, *a, rope_table_of(a->d_head));
 
-	return status == STATUS_OK ? rotate_queries(a) : status;
+	return status == STATUS_OK ? rotate_queries(device, a) : status;
 }

@@ -15,15 +15,12 @@
  *
  * Reads v, gate, dv_scan, writes dv, dgate, each [N, D]; the rest is small.
  *
- * Tried, on one H200, 262144 tokens x 2048, L = 16: the pair every fourth
- * token in shared memory and the rest computed a third time: 3.5 ms; its
- * differences to the tokens kept instead, addresses found once per chunk:
- * 2.8 ms. The bound is instructions, 80 for each element of v, not memory,
- * which would take 1.5 ms. 16 bytes are spilled, needed once per chunk: two
- * blocks per multiprocessor are worth more.
+ * Limit: instructions, 80 for each element of v: 2.8 ms for 262144 tokens x 2048, L = 16; memory
+ * would take 1.5. 16 bytes are spilled, once per chunk. docs/kernels/portable_rat_scan_backward.md.
+ * may spill: rat_scan_backward_kernel
  */
 #include "kernels/portable/column_sums.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
 namespace
@@ -495,15 +492,16 @@ static int heads_at_once(const struct rat_scan_args *f)
 	return (int)(heads < most ? heads : most);
 }
 
-static int64_t blocks_of(const struct rat_scan_args *f)
+static int64_t blocks_of(const struct device *device, const struct rat_scan_args *f)
 {
 	const int64_t items = f->batch * divide_up(f->seq_len, f->chunk);
-	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), f->groups);
+	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(device), f->groups);
 
 	return items < wanted ? items : wanted;
 }
 
-static struct work work_of(const struct rat_scan_args *f, void *workspace)
+static struct work work_of(const struct device *device, const struct rat_scan_args *f,
+                           void *workspace)
 {
 	const int64_t chunk = f->chunk < f->seq_len ? f->chunk : f->seq_len;
 	struct work w;
@@ -513,13 +511,15 @@ static struct work work_of(const struct rat_scan_args *f, void *workspace)
 	w.stretches = divide_up(chunk, STRETCH);
 	w.heads = heads_at_once(f);
 	w.bias_parts = static_cast<float *>(workspace);
-	w.pairs = reinterpret_cast<float4 *>(w.bias_parts + blocks_of(f) * f->n_heads * f->d_head);
+	w.pairs = reinterpret_cast<float4 *>(w.bias_parts +
+	                                     blocks_of(device, f) * f->n_heads * f->d_head);
 	return w;
 }
 
 } // namespace
 
-extern "C" const char *portable_rat_scan_backward_unsupported(const void *args)
+extern "C" const char *portable_rat_scan_backward_unsupported(const struct device *,
+                                                              const void *args)
 {
 	const auto *a = static_cast<const struct rat_scan_backward_args *>(args);
 	const struct rat_scan_args *f = &a->forward;
@@ -531,39 +531,45 @@ extern "C" const char *portable_rat_scan_backward_unsupported(const void *args)
 		return "head width must be 64 or 128";
 	if (f->groups > 65535)
 		return "more than 65535 groups";
-	for (const struct view *v : views)
+	for (const struct view *v : views) {
 		if (v->token > INT32_MAX / SEGMENT)
 			return "rows too far apart";
-	return views_are_aligned(views, 12) ? NULL : "views must be 16-byte aligned";
+		if (const char *why = check_aligned(v))
+			return why;
+	}
+	return NULL;
 }
 
-extern "C" size_t portable_rat_scan_backward_workspace(const void *args)
+extern "C" size_t portable_rat_scan_backward_workspace(const struct device *device,
+                                                       const void *args)
 {
 	const struct rat_scan_args *f =
 	        &static_cast<const struct rat_scan_backward_args *>(args)->forward;
-	const struct work w = work_of(f, NULL);
+	const struct work w = work_of(device, f, NULL);
 	const int64_t pairs = w.stretches > 1 ? w.items * w.stretches : 0;
 
-	return (size_t)((blocks_of(f) + 2 * pairs) * f->n_heads * f->d_head) * sizeof(float);
+	return (size_t)((blocks_of(device, f) + 2 * pairs) * f->n_heads * f->d_head) *
+	       sizeof(float);
 }
 
-extern "C" enum status portable_rat_scan_backward(const void *args, void *workspace)
+extern "C" enum status portable_rat_scan_backward(struct device *device, const void *args,
+                                                  void *workspace)
 {
 	const auto *a = static_cast<const struct rat_scan_backward_args *>(args);
 	const struct rat_scan_args *f = &a->forward;
-	const struct work w = work_of(f, workspace);
+	const struct work w = work_of(device, f, workspace);
 	const int threads = (int)divide_up(w.heads * lanes_of(f), WARP) * WARP;
 	const size_t shared = 2 * SEGMENT * (size_t)(w.heads * lanes_of(f)) * sizeof(float4) +
 	                      (STRETCH + 2) * (size_t)threads * sizeof(float4) +
 	                      (size_t)f->d_head / 2 * sizeof(float2) + sizeof(struct places);
-	const dim3 grid((unsigned)blocks_of(f), (unsigned)f->groups);
-	enum status status = launch("rat_scan_backward",
+	const dim3 grid((unsigned)blocks_of(device, f), (unsigned)f->groups);
+	enum status status = launch(device, "rat_scan_backward",
 	                            f->d_head == 64 ? rat_scan_backward_kernel<64>
 	                                            : rat_scan_backward_kernel<128>,
 	                            grid, threads, shared, *a, w, rope_table_of(f->d_head));
 
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("rat_scan_backward", w.bias_parts, grid.x, f->n_heads * f->d_head,
-	                   f->n_heads * f->d_head, a->dgate_bias);
+	return column_sums(device, "rat_scan_backward", w.bias_parts, grid.x,
+	                   f->n_heads * f->d_head, f->n_heads * f->d_head, a->dgate_bias);
 }

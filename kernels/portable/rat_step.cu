@@ -1,6 +1,6 @@
 /* RAT's generation step: the running pair of the chunk, and attention to the finished chunks. */
 #include "kernels/portable/decode.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
 /* The running pair after this token, eight elements of it. */
@@ -113,38 +113,36 @@ static __global__ void __launch_bounds__(DECODE_THREADS)
 	decode_finish<D>(target, state, a.n_heads, b, h, blockIdx.x);
 }
 
-extern "C" const char *portable_rat_step_unsupported(const void *args)
-{
-	const auto *a = static_cast<const struct rat_step_args *>(args);
-	const struct view *const views[] = {&a->z, &a->v,       &a->gate,    &a->q,
-	                                    &a->k, &a->k_chunk, &a->v_chunk, &a->out};
-
-	if (a->d_head != 64 && a->d_head != 128)
-		return "head width must be 64 or 128";
-	if (a->batch > 65535 || a->n_heads > 65535)
-		return "more than 65535 sequences or heads";
-	return views_are_aligned(views, 8) ? NULL : "views must be 16-byte aligned";
-}
-
-extern "C" size_t portable_rat_step_workspace(const void *args)
+extern "C" const char *portable_rat_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct rat_step_args *>(args);
 
-	return decode_workspace(a->batch, a->n_heads, a->d_head, a->chunk_slots);
+	return either(check_heads(a->d_head, a->n_heads, a->batch),
+	              check_aligned(&a->z, &a->v, &a->gate, &a->q, &a->k, &a->k_chunk, &a->v_chunk,
+	                            &a->out));
 }
 
-template <int D> static enum status run(const struct rat_step_args *a, const decode_target &target)
+extern "C" size_t portable_rat_step_workspace(const struct device *device, const void *args)
+{
+	const auto *a = static_cast<const struct rat_step_args *>(args);
+
+	return decode_workspace(device, a->batch, a->n_heads, a->d_head, a->chunk_slots);
+}
+
+template <int D>
+static enum status run(struct device *device, const struct rat_step_args *a,
+                       const decode_target &target)
 {
 	const dim3 grid((unsigned)target.splits, (unsigned)a->n_heads, (unsigned)a->batch);
-	enum status status = launch("rat_step", rat_step_kernel<D>, grid, DECODE_THREADS,
+	enum status status = launch(device, "rat_step", rat_step_kernel<D>, grid, DECODE_THREADS,
 	                            decode_shared(D), *a, rope_table_of(D), target);
 
 	return status != STATUS_OK
 	               ? status
-	               : decode_launch_merge<D>("rat_step", target, a->batch, a->n_heads);
+	               : decode_launch_merge<D>(device, "rat_step", target, a->batch, a->n_heads);
 }
 
-extern "C" enum status portable_rat_step(const void *args, void *workspace)
+extern "C" enum status portable_rat_step(struct device *device, const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct rat_step_args *>(args);
 	decode_target target = {};
@@ -152,6 +150,6 @@ extern "C" enum status portable_rat_step(const void *args, void *workspace)
 	target.out = a->out;
 	target.gate = a->z;
 	target.partial = static_cast<float *>(workspace);
-	target.splits = decode_splits(a->batch, a->n_heads, a->chunk_slots);
-	return a->d_head == 64 ? run<64>(a, target) : run<128>(a, target);
+	target.splits = decode_splits(device, a->batch, a->n_heads, a->chunk_slots);
+	return a->d_head == 64 ? run<64>(device, a, target) : run<128>(device, a, target);
 }

@@ -6,7 +6,7 @@
  * A thread owns eight channels of one segment.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 128, ROWS = 4, MIN_SEGMENT = 32, THREADS_PER_SM = 1024 };
 
@@ -16,10 +16,12 @@ struct segments {
 	float *decay, *state, *start;
 };
 
-static struct segments cut(const struct recurrence_args *a, void *workspace)
+static struct segments cut(const struct device *device, const struct recurrence_args *a,
+                           void *workspace)
 {
 	const int64_t per_sequence = divide_up(a->batch * a->d_model, 8);
-	const int64_t wanted = divide_up((int64_t)THREADS_PER_SM * cuda_sm_count(), per_sequence);
+	const int64_t wanted =
+	        divide_up((int64_t)THREADS_PER_SM * cuda_sm_count(device), per_sequence);
 	const int64_t most = divide_up(a->seq_len, MIN_SEGMENT);
 	struct segments s;
 
@@ -194,41 +196,38 @@ static __global__ void __launch_bounds__(THREADS)
 		store8f(a.h_final + p.b * a.d_model + p.channel, h);
 }
 
-extern "C" const char *portable_recurrence_unsupported(const void *args)
+extern "C" const char *portable_recurrence_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
-	const struct view *const views[] = {&a->x, &a->gate, &a->z, &a->h, &a->out};
 
-	if (a->d_model % 8)
-		return "width must be a multiple of 8";
-	return views_are_aligned(views, 5) ? NULL : "views must be 16-byte aligned";
+	return either(check_widths(a->d_model),
+	              check_aligned(&a->x, &a->gate, &a->z, &a->h, &a->out));
 }
 
-extern "C" size_t portable_recurrence_workspace(const void *args)
+extern "C" size_t portable_recurrence_workspace(const struct device *device, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
-	const struct segments s = cut(a, NULL);
+	const struct segments s = cut(device, a, NULL);
 
 	return s.count == 1 ? 0 : 3 * (size_t)(s.count * a->batch * a->d_model) * sizeof(float);
 }
 
-extern "C" enum status portable_recurrence(const void *args, void *workspace)
+extern "C" enum status portable_recurrence(struct device *device, const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
-	const struct segments s = cut(a, workspace);
+	const struct segments s = cut(device, a, workspace);
 	const int64_t width = a->batch * a->d_model;
 	const dim3 grid((unsigned)divide_up(s.count * a->batch * (a->d_model / 8), THREADS));
 	enum status status = STATUS_OK;
 
 	if (s.count > 1) {
-		status = launch("recurrence", reduce_kernel, grid, THREADS, 0, *a, s);
+		status = launch(device, "recurrence", reduce_kernel, grid, THREADS, 0, *a, s);
 		if (status == STATUS_OK)
-			status = launch("recurrence", carry_kernel,
-			                dim3((unsigned)divide_up(width, THREADS)), THREADS, 0, s,
-			                a->h0, width);
+			status = launch_each(device, "recurrence", carry_kernel, width, THREADS, s,
+			                     a->h0, width);
 	}
 	if (status == STATUS_OK)
-		status = launch("recurrence", apply_kernel, grid, THREADS, 0, *a, s);
+		status = launch(device, "recurrence", apply_kernel, grid, THREADS, 0, *a, s);
 	return status;
 }
 
@@ -260,20 +259,17 @@ static __global__ void __launch_bounds__(THREADS)
 	store8(at(a.out, b, 0, 0) + channel, h);
 }
 
-extern "C" const char *portable_recurrence_step_unsupported(const void *args)
+extern "C" const char *portable_recurrence_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_step_args *>(args);
-	const struct view *const views[] = {&a->x, &a->gate, &a->z, &a->out};
 
-	if (a->d_model % 8)
-		return "width must be a multiple of 8";
-	return views_are_aligned(views, 4) ? NULL : "views must be 16-byte aligned";
+	return either(check_widths(a->d_model), check_aligned(&a->x, &a->gate, &a->z, &a->out));
 }
 
-extern "C" enum status portable_recurrence_step(const void *args, void *)
+extern "C" enum status portable_recurrence_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct recurrence_step_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->batch * (a->d_model / 8), THREADS));
 
-	return launch("recurrence_step", step_kernel, grid, THREADS, 0, *a);
+	return launch(device, "recurrence_step", step_kernel, grid, THREADS, 0, *a);
 }

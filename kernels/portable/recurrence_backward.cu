@@ -13,18 +13,12 @@
  * gathered from the tiles that follow in time (decoupled look-back: Merrill,
  * Garland 2016), which have been taken up before, and lambda is run through.
  *
- * Reads x, gate, z, dout, writes dx, dgate, dz: seven tensors are the bound.
- *
- * Tried, on one H200, 262144 tokens x 2048: tiles of 64 rows, or eight rows a
- * warp, for more blocks at a time: no faster, 2.6 ms, for it was the number of
- * instructions that bound. Sigmoids of one exponential and one reciprocal, no
- * 64-bit division, addresses that step: 2.27 ms at T = 4096, 2.03 at 262144.
- * One sequence after the other, so that what is at work lies close together:
- * 2.04 ms at every T, 3.7 TB/s.
+ * Limit: memory, seven tensors: 2.04 ms for 262144 tokens x 2048, 3.7 TB/s.
+ * docs/kernels/portable_recurrence_backward.md.
  */
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 namespace
 {
@@ -382,7 +376,8 @@ static struct work work_of(const struct recurrence_args *f, void *workspace)
 	return w;
 }
 
-static enum status run(const struct recurrence_backward_args *a, void *workspace)
+static enum status run(struct device *device, const struct recurrence_backward_args *a,
+                       void *workspace)
 {
 	const struct recurrence_args *f = &a->forward;
 	const struct work w = work_of(f, workspace);
@@ -391,18 +386,18 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 	const size_t shared = (z ? 4 : 3) * TILE * SLAB * sizeof(bf16) +
 	                      WARPS * WARP * sizeof(float4) + WARP * sizeof(float2) + 16;
 	enum status status =
-	        launch("recurrence_backward", clear_kernel, dim3((unsigned)divide_up(links, 256)),
-	               256, 0, w.links, links, w.ticket);
+	        launch(device, "recurrence_backward", clear_kernel,
+	               dim3((unsigned)divide_up(links, 256)), 256, 0, w.links, links, w.ticket);
 
 	if (status == STATUS_OK)
-		status = launch("recurrence_backward",
+		status = launch(device, "recurrence_backward",
 		                z ? logistic ? recurrence_backward_kernel<true, GATE_SIGMOID>
 		                             : recurrence_backward_kernel<true, GATE_LOG_DECAY>
 		                : logistic ? recurrence_backward_kernel<false, GATE_SIGMOID>
 		                           : recurrence_backward_kernel<false, GATE_LOG_DECAY>,
 		                dim3((unsigned)(w.tiles * chains)), THREADS, shared, *a, w);
 	if (status == STATUS_OK && f->gate_bias)
-		status = column_sums("recurrence_backward", w.bias_parts,
+		status = column_sums(device, "recurrence_backward", w.bias_parts,
 		                     (int64_t)w.tiles * f->batch, f->d_model, f->d_model,
 		                     a->dgate_bias);
 	return status;
@@ -410,21 +405,21 @@ static enum status run(const struct recurrence_backward_args *a, void *workspace
 
 } // namespace
 
-extern "C" const char *portable_recurrence_backward_unsupported(const void *args)
+extern "C" const char *portable_recurrence_backward_unsupported(const struct device *,
+                                                                const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_backward_args *>(args);
 	const struct recurrence_args *f = &a->forward;
-	const struct view *const views[] = {&f->x,    &f->gate, &f->z,     &f->h, &f->out,
-	                                    &a->dout, &a->dx,   &a->dgate, &a->dz};
 
 	if (f->d_model % 8)
 		return "width must be a multiple of 8";
 	if (divide_up(f->seq_len, TILE) * f->batch * divide_up(f->d_model, SLAB) > INT32_MAX)
 		return "too many tiles";
-	return views_are_aligned(views, 9) ? NULL : "views must be 16-byte aligned";
+	return check_aligned(&f->x, &f->gate, &f->z, &f->h, &f->out, &a->dout, &a->dx, &a->dgate,
+	                     &a->dz);
 }
 
-extern "C" size_t portable_recurrence_backward_workspace(const void *args)
+extern "C" size_t portable_recurrence_backward_workspace(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct recurrence_backward_args *>(args);
 	const struct work w = work_of(&a->forward, NULL);
@@ -432,8 +427,9 @@ extern "C" size_t portable_recurrence_backward_workspace(const void *args)
 	return (size_t)(reinterpret_cast<const char *>(w.ticket + 4) - (const char *)NULL);
 }
 
-extern "C" enum status portable_recurrence_backward(const void *args, void *workspace)
+extern "C" enum status portable_recurrence_backward(struct device *device, const void *args,
+                                                    void *workspace)
 {
 	const auto *a = static_cast<const struct recurrence_backward_args *>(args);
-	return run(a, workspace);
+	return run(device, a, workspace);
 }

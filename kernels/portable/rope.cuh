@@ -30,19 +30,26 @@ static inline struct rope_table rope_table_make(int64_t d_head)
 	return table;
 }
 
+/* The tables of all widths that are multiples of 16. */
+struct rope_tables {
+	struct rope_table of[MAX_ROPE_WIDTH / 16];
+};
+
+static inline struct rope_tables rope_tables_make()
+{
+	struct rope_tables tables;
+
+	for (int i = 0; i < MAX_ROPE_WIDTH / 16; i++)
+		tables.of[i] = rope_table_make(16 * (i + 1));
+	return tables;
+}
+
 /* The table of a width, computed once. */
 static inline const struct rope_table &rope_table_of(int64_t d_head)
 {
-	static struct {
-		int64_t d_head;
-		struct rope_table table;
-	} last;
+	static const struct rope_tables tables = rope_tables_make();
 
-	if (last.d_head != d_head) {
-		last.table = rope_table_make(d_head);
-		last.d_head = d_head;
-	}
-	return last.table;
+	return tables.of[d_head / 16 - 1];
 }
 
 /* cos and sin of position * theta_i. */
@@ -84,6 +91,19 @@ static __device__ __forceinline__ void rope_lanes(float (&x)[8], const struct ro
 	}
 }
 
+/* Eight pairs, turned by their angles. */
+static __device__ __forceinline__ void turn8(float (&low)[8], float (&high)[8],
+                                             const float (&cosine)[8], const float (&sine)[8])
+{
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const float x = low[i];
+
+		low[i] = x * cosine[i] - high[i] * sine[i];
+		high[i] = high[i] * cosine[i] + x * sine[i];
+	}
+}
+
 /* A tensor to be rotated, or copied if not `rope`; see rotate_tensor(). */
 struct rotation {
 	int64_t batch, n_tokens, n_heads, d_head;
@@ -95,7 +115,24 @@ struct rotation {
 	struct view from, to;
 };
 
-/* Submits one rotation; `to` may be `from`. */
-enum status rotate_tensor(const char *operation, const struct rotation *rotation);
+/* Of all tokens, each at its own position. */
+static inline struct rotation rotation_of(int64_t batch, int64_t n_tokens, int64_t n_heads,
+                                          int64_t d_head, bool rope)
+{
+	return {batch, n_tokens, n_heads, d_head, 0, n_tokens, 1, rope, false, {}, {}};
+}
+
+/* Submits one rotation; `to` may be `from`, or nothing, which then is all that is done. */
+enum status rotate_tensor(struct device *device, const char *operation, struct rotation rotation,
+                          const struct view &from, const struct view &to);
+
+/* The queries of RAT's scan, whose positions are chunks. */
+static inline enum status rotate_queries(struct device *device, const struct rat_scan_args *a)
+{
+	struct rotation r = rotation_of(a->batch, a->seq_len, a->groups, a->d_head, a->rope);
+
+	r.period = a->chunk;
+	return rotate_tensor(device, "rat_scan", r, a->q, a->q_out);
+}
 
 #endif

@@ -1,5 +1,5 @@
 /* Rotary embedding of q and k, and the placement of k and v in a cache. */
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
 enum { THREADS = 256, HEADS = 4 };
@@ -29,12 +29,8 @@ static __global__ void __launch_bounds__(THREADS)
 
 		load8(low, from);
 		load8(high, from + r.d_head / 2);
-		for (int i = 0; r.rope && i < 8; i++) {
-			const float x = low[i];
-
-			low[i] = x * cosine[i] - high[i] * sine[i];
-			high[i] = high[i] * cosine[i] + x * sine[i];
-		}
+		if (r.rope)
+			turn8(low, high, cosine, sine);
 		store8(to, low);
 		store8(to + r.d_head / 2, high);
 	}
@@ -46,95 +42,67 @@ static bool same_view(const struct view *a, const struct view *b)
 	       a->head == b->head;
 }
 
-enum status rotate_tensor(const char *operation, const struct rotation *r)
+enum status rotate_tensor(struct device *device, const char *operation, struct rotation r,
+                          const struct view &from, const struct view &to)
 {
-	const int64_t threads = r->batch * (r->n_tokens - r->first) * (r->d_head / 16);
+	const int64_t threads = r.batch * (r.n_tokens - r.first) * (r.d_head / 16);
 	const dim3 grid((unsigned)divide_up(threads, THREADS),
-	                (unsigned)divide_up(r->n_heads, HEADS));
+	                (unsigned)divide_up(r.n_heads, HEADS));
 
-	if (threads <= 0 || (!r->rope && same_view(&r->from, &r->to)))
+	if (threads <= 0 || !to.data || (!r.rope && same_view(&from, &to)))
 		return STATUS_OK;
-	return launch(operation, rotate_kernel, grid, THREADS, 0, *r, rope_table_of(r->d_head));
+	r.from = from;
+	r.to = to;
+	return launch(device, operation, rotate_kernel, grid, THREADS, 0, r,
+	              rope_table_of(r.d_head));
 }
 
-extern "C" const char *portable_rotate_unsupported(const void *args)
+static const char *check_rope_width(int64_t d_head)
 {
-	const auto *a = static_cast<const struct rotate_args *>(args);
-	const struct view *const views[] = {&a->q, &a->k, &a->v, &a->q_out, &a->k_out, &a->v_out};
-
-	if (a->d_head % 16 || a->d_head > MAX_ROPE_WIDTH)
-		return "head width must be a multiple of 16 up to 128";
-	return views_are_aligned(views, 6) ? NULL : "views must be 16-byte aligned";
+	return d_head % 16 || d_head > MAX_ROPE_WIDTH
+	               ? "head width must be a multiple of 16 up to 128"
+	               : NULL;
 }
 
-extern "C" enum status portable_rotate(const void *args, void *)
+extern "C" const char *portable_rotate_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct rotate_args *>(args);
-	struct rotation r = {};
-	enum status status = STATUS_OK;
 
-	r.batch = a->batch;
-	r.n_tokens = a->seq_len;
-	r.n_heads = a->n_heads;
-	r.d_head = a->d_head;
-	r.period = 1;
-	r.slots = a->seq_len;
-	r.rope = a->rope;
-	if (a->q_out.data) {
-		r.from = a->q;
-		r.to = a->q_out;
-		status = rotate_tensor("rotate", &r);
-	}
+	return either(check_rope_width(a->d_head),
+	              check_aligned(&a->q, &a->k, &a->v, &a->q_out, &a->k_out, &a->v_out));
+}
+
+extern "C" enum status portable_rotate(struct device *device, const void *args, void *)
+{
+	const auto *a = static_cast<const struct rotate_args *>(args);
+	struct rotation r = rotation_of(a->batch, a->seq_len, a->n_heads, a->d_head, a->rope);
+	enum status status = rotate_tensor(device, "rotate", r, a->q, a->q_out);
+
 	r.first = a->first_kv;
 	r.slots = a->kv_slots;
-	if (status == STATUS_OK && a->k_out.data) {
-		r.from = a->k;
-		r.to = a->k_out;
-		status = rotate_tensor("rotate", &r);
-	}
+	if (status == STATUS_OK)
+		status = rotate_tensor(device, "rotate", r, a->k, a->k_out);
 	r.rope = false;
-	if (status == STATUS_OK && a->v_out.data) {
-		r.from = a->v;
-		r.to = a->v_out;
-		status = rotate_tensor("rotate", &r);
-	}
-	return status;
+	return status == STATUS_OK ? rotate_tensor(device, "rotate", r, a->v, a->v_out) : status;
 }
 
-/* Of two tensors that are rotated in place. */
-static const char *check_pair(int64_t d_head, const struct view *q, const struct view *k)
-{
-	const struct view *const views[] = {q, k};
-
-	if (d_head % 16 || d_head > MAX_ROPE_WIDTH)
-		return "head width must be a multiple of 16 up to 128";
-	return views_are_aligned(views, 2) ? NULL : "views must be 16-byte aligned";
-}
-
-extern "C" const char *portable_rotate_backward_unsupported(const void *args)
+extern "C" const char *portable_rotate_backward_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct rotate_backward_args *>(args);
 
-	return check_pair(a->d_head, &a->dq, &a->dk);
+	return either(check_rope_width(a->d_head),
+	              check_aligned(&a->dq_out, &a->dk_out, &a->dq, &a->dk));
 }
 
-extern "C" enum status portable_rotate_backward(const void *args, void *)
+extern "C" enum status portable_rotate_backward(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct rotate_backward_args *>(args);
-	struct rotation r = {};
+	struct rotation r = rotation_of(a->batch, a->seq_len, a->n_heads, a->d_head, a->rope);
 
-	r.batch = a->batch;
-	r.n_tokens = a->seq_len;
-	r.n_heads = a->n_heads;
-	r.d_head = a->d_head;
-	r.period = 1;
-	r.slots = a->seq_len;
-	r.rope = a->rope;
 	r.inverse = true;
-	r.from = r.to = a->dq;
-	enum status status = rotate_tensor("rotate_backward", &r);
-	r.from = r.to = a->dk;
-	return status == STATUS_OK ? rotate_tensor("rotate_backward", &r) : status;
+	enum status status = rotate_tensor(device, "rotate_backward", r, a->dq_out, a->dq);
+	return status == STATUS_OK ? rotate_tensor(device, "rotate_backward", r, a->dk_out, a->dk)
+	                           : status;
 }
 
 /* A thread takes 8 pairs of one head, of q or of k. */
@@ -151,33 +119,29 @@ static __global__ void __launch_bounds__(THREADS)
 	if (b >= a.batch)
 		return;
 	rope_angles(cosine, sine, table, 8 * piece, *a.position);
-	bf16 *x = at(blockIdx.y ? a.k : a.q, b, 0, row % a.n_heads) + 8 * piece;
-	load8(low, x);
-	load8(high, x + a.d_head / 2);
-#pragma unroll
-	for (int i = 0; i < 8; i++) {
-		const float value = low[i];
-
-		low[i] = value * cosine[i] - high[i] * sine[i];
-		high[i] = high[i] * cosine[i] + value * sine[i];
-	}
-	store8(x, low);
-	store8(x + a.d_head / 2, high);
+	const bf16 *from = at(blockIdx.y ? a.k : a.q, b, 0, row % a.n_heads) + 8 * piece;
+	bf16 *to = at(blockIdx.y ? a.k_out : a.q_out, b, 0, row % a.n_heads) + 8 * piece;
+	load8(low, from);
+	load8(high, from + a.d_head / 2);
+	turn8(low, high, cosine, sine);
+	store8(to, low);
+	store8(to + a.d_head / 2, high);
 }
 
-extern "C" const char *portable_rotate_step_unsupported(const void *args)
+extern "C" const char *portable_rotate_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct rotate_step_args *>(args);
 
-	return check_pair(a->d_head, &a->q, &a->k);
+	return either(check_rope_width(a->d_head),
+	              check_aligned(&a->q, &a->k, &a->q_out, &a->k_out));
 }
 
-extern "C" enum status portable_rotate_step(const void *args, void *)
+extern "C" enum status portable_rotate_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct rotate_step_args *>(args);
 	const int64_t threads = a->batch * a->n_heads * (a->d_head / 16);
 
-	return launch("rotate_step", rotate_step_kernel,
+	return launch(device, "rotate_step", rotate_step_kernel,
 	              dim3((unsigned)divide_up(threads, THREADS), 2), THREADS, 0, *a,
 	              rope_table_of(a->d_head));
 }

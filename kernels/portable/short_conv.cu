@@ -4,7 +4,7 @@
  * read 1 + 3/TOKENS times, the repeated rows from the L2 cache.
  */
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 enum { THREADS = 128, TOKENS = 16 };
 
@@ -88,23 +88,19 @@ static __global__ void __launch_bounds__(THREADS)
 		store8(history + j * a.channels, c.before[j]);
 }
 
-extern "C" const char *portable_short_conv_unsupported(const void *args)
+extern "C" const char *portable_short_conv_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct short_conv_args *>(args);
 
-	return a->channels % 8 || a->x_stride % 8 || reinterpret_cast<uintptr_t>(a->x) % 16 ||
-	                       reinterpret_cast<uintptr_t>(a->weight) % 16
-	               ? "channels and strides must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->channels, a->x_stride), check_aligned(a->x, a->weight));
 }
 
-extern "C" enum status portable_short_conv(const void *args, void *)
+extern "C" enum status portable_short_conv(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct short_conv_args *>(args);
 	const int64_t threads = a->batch * divide_up(a->seq_len, TOKENS) * (a->channels / 8);
 
-	return launch("short_conv", conv_kernel, dim3((unsigned)divide_up(threads, THREADS)),
-	              THREADS, 0, *a);
+	return launch_each(device, "short_conv", conv_kernel, threads, THREADS, *a);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -130,21 +126,17 @@ static __global__ void __launch_bounds__(THREADS)
 	store8(static_cast<bf16 *>(a.out) + b * a.channels + channel, result);
 }
 
-extern "C" const char *portable_short_conv_step_unsupported(const void *args)
+extern "C" const char *portable_short_conv_step_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct short_conv_step_args *>(args);
 
-	return a->channels % 8 || a->x_stride % 8 || reinterpret_cast<uintptr_t>(a->x) % 16 ||
-	                       reinterpret_cast<uintptr_t>(a->weight) % 16
-	               ? "channels and strides must be multiples of 8"
-	               : NULL;
+	return either(check_widths(a->channels, a->x_stride), check_aligned(a->x, a->weight));
 }
 
-extern "C" enum status portable_short_conv_step(const void *args, void *)
+extern "C" enum status portable_short_conv_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct short_conv_step_args *>(args);
 	const int64_t threads = a->batch * (a->channels / 8);
 
-	return launch("short_conv_step", step_kernel, dim3((unsigned)divide_up(threads, THREADS)),
-	              THREADS, 0, *a);
+	return launch_each(device, "short_conv_step", step_kernel, threads, THREADS, *a);
 }

@@ -7,7 +7,7 @@
  */
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
-#include "kernels/portable/portable.h"
+#include "kernels/portable/kernels.h"
 
 namespace
 {
@@ -152,54 +152,51 @@ static __global__ void __launch_bounds__(THREADS)
 	}
 }
 
-static int64_t splits_of(const struct short_conv_args *f)
+static int64_t splits_of(const struct device *device, const struct short_conv_args *f)
 {
-	const int64_t columns = divide_up(f->channels, 8 * THREADS);
-	const int64_t segments = f->batch * divide_up(f->seq_len, TOKENS);
-	const int64_t wanted = divide_up((int64_t)BLOCKS_PER_SM * cuda_sm_count(), columns);
-
-	return segments < wanted ? segments : wanted;
+	return count_shares(device, f->batch * divide_up(f->seq_len, TOKENS), BLOCKS_PER_SM,
+	                    divide_up(f->channels, 8 * THREADS));
 }
 
 } // namespace
 
-extern "C" const char *portable_short_conv_backward_unsupported(const void *args)
+extern "C" const char *portable_short_conv_backward_unsupported(const struct device *,
+                                                                const void *args)
 {
 	const auto *a = static_cast<const struct short_conv_backward_args *>(args);
 	const struct short_conv_args *f = &a->forward;
 
 	if (f->x == a->dx)
 		return "dx in the place of x";
-	return f->channels % 8 || f->x_stride % 8 || reinterpret_cast<uintptr_t>(f->x) % 16 ||
-	                       reinterpret_cast<uintptr_t>(a->dx) % 16
-	               ? "widths must be multiples of 8"
-	               : NULL;
+	return either(check_widths(f->channels, f->x_stride), check_aligned(f->x, a->dx));
 }
 
-extern "C" size_t portable_short_conv_backward_workspace(const void *args)
+extern "C" size_t portable_short_conv_backward_workspace(const struct device *device,
+                                                         const void *args)
 {
 	const auto *a = static_cast<const struct short_conv_backward_args *>(args);
 	const struct short_conv_args *f = &a->forward;
 
-	return (size_t)(splits_of(f) * (CONV_WIDTH + 1) * f->channels) * sizeof(float);
+	return (size_t)(splits_of(device, f) * (CONV_WIDTH + 1) * f->channels) * sizeof(float);
 }
 
-extern "C" enum status portable_short_conv_backward(const void *args, void *workspace)
+extern "C" enum status portable_short_conv_backward(struct device *device, const void *args,
+                                                    void *workspace)
 {
 	const auto *a = static_cast<const struct short_conv_backward_args *>(args);
 	const struct short_conv_args *f = &a->forward;
-	const int64_t splits = splits_of(f), taps = CONV_WIDTH * f->channels;
+	const int64_t splits = splits_of(device, f), taps = CONV_WIDTH * f->channels;
 	float *parts = static_cast<float *>(workspace);
 	enum status status =
-	        launch("short_conv_backward", conv_backward_kernel,
+	        launch(device, "short_conv_backward", conv_backward_kernel,
 	               dim3((unsigned)divide_up(f->channels, 8 * THREADS), (unsigned)splits),
 	               THREADS, 0, *a, parts);
 
 	if (status == STATUS_OK)
-		status = column_sums("short_conv_backward", parts, splits, taps + f->channels, taps,
-		                     a->dweight);
+		status = column_sums(device, "short_conv_backward", parts, splits,
+		                     taps + f->channels, taps, a->dweight);
 	if (status != STATUS_OK)
 		return status;
-	return column_sums("short_conv_backward", parts + taps, splits, taps + f->channels,
+	return column_sums(device, "short_conv_backward", parts + taps, splits, taps + f->channels,
 	                   f->channels, a->dbias);
 }

@@ -1,10 +1,7 @@
-/* fp64 softmax attention: whole score rows, for a few rows at a time. */
-#include "kernels/reference/reference.h"
+/* fp64 rotary positions and softmax attention: whole score rows, for a few rows at a time. */
+#include "kernels/reference/shared.h"
 
-#include <math.h>
 #include <omp.h>
-#include <stdlib.h>
-#include <string.h>
 
 /* Rows that share a pass over the columns, and columns that stay in the cache meanwhile. */
 enum { BLOCK_ROWS = 8, TILE = 64 };
@@ -17,67 +14,23 @@ struct block {
 	int64_t lo[BLOCK_ROWS], hi[BLOCK_ROWS];
 };
 
-static int64_t smaller(int64_t a, int64_t b)
+/* Up to BLOCK_ROWS rows of the list, from the one at `first` on; its rows NULL: 0, 1, ... */
+static struct block
+take_block(const struct attention_args *a, const struct row_list *list, int64_t first,
+           void (*range)(const struct attention_args *, int64_t, int64_t *, int64_t *))
 {
-	return a < b ? a : b;
-}
+	struct block block = {.n = (int)smaller(BLOCK_ROWS, list->count - first)};
 
-static int64_t larger(int64_t a, int64_t b)
-{
-	return a > b ? a : b;
-}
-
-static enum status out_of_memory(double elements)
-{
-	return status_set(STATUS_OOM, "reference: no memory for %.0f doubles", elements);
-}
-
-/* The keys lo .. hi that query t sees. */
-static void visible_keys(const struct reference_attention *a, int64_t t, int64_t *lo, int64_t *hi)
-{
-	*lo = 0;
-	*hi = a->kv_len;
-	if (a->mask == MASK_CAUSAL)
-		*hi = smaller(t + 1, a->kv_len);
-	if (a->mask == MASK_CHUNK)
-		*hi = smaller(t / a->chunk, a->kv_len);
-	if (a->mask == MASK_WINDOW) {
-		*lo = larger(0, t - a->window);
-		*hi = smaller(t + 1, a->kv_len);
+	for (int r = 0; r < block.n; r++) {
+		block.index[r] = list->rows ? list->rows[first + r] : first + r;
+		range(a, block.index[r], &block.lo[r], &block.hi[r]);
 	}
+	return block;
 }
 
-/* The queries lo .. hi that see key s. */
-static void seeing_queries(const struct reference_attention *a, int64_t s, int64_t *lo, int64_t *hi)
+static struct row_list all_queries_or(const struct attention_args *a, const struct row_list *rows)
 {
-	*lo = 0;
-	*hi = a->seq_len;
-	if (a->mask == MASK_CAUSAL)
-		*lo = s;
-	if (a->mask == MASK_CHUNK)
-		*lo = (s + 1) * a->chunk;
-	if (a->mask == MASK_WINDOW) {
-		*lo = s;
-		*hi = smaller(s + a->window + 1, a->seq_len);
-	}
-	*lo = smaller(*lo, *hi);
-}
-
-static double dot(const double *x, const double *y, int64_t d)
-{
-	double sum = 0;
-
-#pragma omp simd reduction(+ : sum)
-	for (int64_t i = 0; i < d; i++)
-		sum += x[i] * y[i];
-	return sum;
-}
-
-static void add_scaled(double *acc, double w, const double *y, int64_t d)
-{
-#pragma omp simd
-	for (int64_t i = 0; i < d; i++)
-		acc[i] += w * y[i];
+	return rows ? *rows : (struct row_list){.count = a->seq_len};
 }
 
 /* w[r*ld + s] = x_r . y_s for every pair of the block; rows of x and y are strided. */
@@ -89,7 +42,7 @@ static void products(const struct block *block, int64_t d, const double *x, int6
 			for (int64_t s = larger(tile, block->lo[r]);
 			     s < smaller(tile + TILE, block->hi[r]); s++)
 				w[r * ld + s] =
-				        dot(x + block->index[r] * x_stride, y + s * y_stride, d);
+				        dot(d, x + block->index[r] * x_stride, y + s * y_stride);
 }
 
 /* acc[r*d + i] += sum over s of w[r*ld + s] * y_s[i]. */
@@ -100,360 +53,346 @@ static void weighted_sums(const struct block *block, int64_t d, const double *w,
 		for (int r = 0; r < block->n; r++)
 			for (int64_t s = larger(tile, block->lo[r]);
 			     s < smaller(tile + TILE, block->hi[r]); s++)
-				add_scaled(acc + r * d, w[r * ld + s], y + s * y_stride, d);
+				add_scaled(d, w[r * ld + s], y + s * y_stride, acc + r * d);
 }
 
-/* Turns raw products w[lo .. hi] into probabilities, the own score included; returns the lse. */
-static double softmax(const struct reference_attention *a, double *w, int64_t lo, int64_t hi,
-                      const double *own_score, double *own_probability)
+/* Index into own_score and down_score [B, T, H]. */
+static int64_t own(const struct attention_args *a, int64_t b, int64_t t, int64_t h)
 {
-	double max = own_score ? *own_score : -INFINITY, sum = 0;
-
-	for (int64_t s = lo; s < hi; s++) {
-		w[s] *= a->scale;
-		max = w[s] > max ? w[s] : max;
-	}
-	for (int64_t s = lo; s < hi; s++) {
-		w[s] = exp(w[s] - max);
-		sum += w[s];
-	}
-	*own_probability = own_score ? exp(*own_score - max) : 0;
-	sum += *own_probability;
-	for (int64_t s = lo; s < hi; s++)
-		w[s] /= sum;
-	*own_probability /= sum;
-	return max + log(sum);
+	return (b * a->seq_len + t) * a->n_heads + h;
 }
 
-/* Probabilities, lse and ungated output o [n, d] of the queries of a block in sequence b. */
-static void attend(const struct reference_attention *a, int64_t b, int64_t h,
-                   const struct block *block, double *p, double *own_p, double *lse, double *o)
+/* Index into lse [B, H, T]. */
+static int64_t transposed(const struct attention_args *a, int64_t b, int64_t h, int64_t t)
 {
-	int64_t d = a->d_head, kv_stride = a->n_heads * d, q_stride = a->q_heads * d;
-	const double *q = a->q + b * a->seq_len * q_stride + h % a->q_heads * d;
-	const double *k = a->k + b * a->kv_len * kv_stride + h * d;
-	const double *v = a->v + b * a->kv_len * kv_stride + h * d;
+	return (b * a->n_heads + h) * a->seq_len + t;
+}
 
-	products(block, d, q, q_stride, k, kv_stride, a->kv_len, p);
-	memset(o, 0, sizeof(double) * (size_t)(block->n * d));
+/* Probabilities p [n, kv_len], lse and ungated output o [n, d] of the queries of a block. */
+static void attend(const struct attention_args *a, int64_t b, int64_t h, const struct block *block,
+                   double *p, double *lse, double *o)
+{
+	int64_t d = a->d_head, ld = a->kv_len;
+
+	products(block, d, at(&a->q, b, 0, h % a->q_heads), a->q.token, at(&a->k, b, 0, h),
+	         a->k.token, ld, p);
+	zero(block->n * d, o);
 	for (int r = 0; r < block->n; r++) {
-		int64_t row = (b * a->seq_len + block->index[r]) * a->n_heads + h;
+		int64_t t = block->index[r];
+		const double *score = a->own_score ? wide(a->own_score) + own(a, b, t, h) : NULL;
+		double own_p;
 
-		lse[r] = softmax(a, p + r * a->kv_len, block->lo[r], block->hi[r],
-		                 a->own_score ? a->own_score + row : NULL, &own_p[r]);
-		if (a->own_score)
-			add_scaled(o + r * d, own_p[r], a->own_value + row * d, d);
+		lse[r] = softmax(a->scale, p + r * ld, block->lo[r], block->hi[r], score, &own_p);
+		if (score)
+			add_scaled(d, own_p, at(&a->own_value, b, t, h), o + r * d);
 	}
-	weighted_sums(block, d, p, a->kv_len, v, kv_stride, o);
-}
-
-/* Up to BLOCK_ROWS of the rows from `first` on that lie in one sequence, *b. */
-static struct block take_queries(const struct reference_attention *a, int64_t n_rows,
-                                 const int64_t *rows, int64_t first, int64_t *b)
-{
-	struct block block = {0};
-
-	for (int64_t i = first; i < n_rows && block.n < BLOCK_ROWS; i++) {
-		int64_t row = rows ? rows[i] : i;
-
-		if (block.n == 0)
-			*b = row / a->seq_len;
-		if (row / a->seq_len != *b)
-			break;
-		block.index[block.n] = row % a->seq_len;
-		visible_keys(a, row % a->seq_len, &block.lo[block.n], &block.hi[block.n]);
-		block.n++;
-	}
-	return block;
-}
-
-/* Where each block of the list of rows begins; returns how many there are. */
-static int64_t split_rows(const struct reference_attention *a, int64_t n_rows, const int64_t *rows,
-                          int64_t *starts)
-{
-	int64_t n_blocks = 0, b;
-
-	for (int64_t i = 0; i < n_rows; n_blocks++) {
-		starts[n_blocks] = i;
-		i += take_queries(a, n_rows, rows, i, &b).n;
-	}
-	return n_blocks;
+	weighted_sums(block, d, p, ld, at(&a->v, b, 0, h), a->v.token, o);
 }
 
 /* Attends with the queries of one block and writes what is wanted of the result. */
-static void forward_block(const struct reference_attention *a, int64_t n_rows, const int64_t *rows,
-                          int64_t first, int64_t h, double *scratch, double *out,
-                          double *out_ungated, double *lse)
+static void forward_block(const struct attention_args *a, int64_t b, int64_t h,
+                          const struct block *block, double *scratch)
 {
-	int64_t b = 0, d = a->d_head;
-	struct block block = take_queries(a, n_rows, rows, first, &b);
-	double own_p[BLOCK_ROWS], block_lse[BLOCK_ROWS];
-	double *o = scratch + BLOCK_ROWS * a->kv_len;
+	double lse[BLOCK_ROWS], *o = scratch + BLOCK_ROWS * a->kv_len;
 
-	attend(a, b, h, &block, scratch, own_p, block_lse, o);
-	for (int r = 0; r < block.n; r++) {
-		int64_t to = (first + r) * a->n_heads + h;
-		int64_t from = (b * a->seq_len + block.index[r]) * a->n_heads + h;
+	attend(a, b, h, block, scratch, lse, o);
+	for (int r = 0; r < block->n; r++, o += a->d_head) {
+		int64_t t = block->index[r];
 
-		if (lse)
-			lse[to] = block_lse[r];
-		for (int64_t i = 0; i < d; i++) {
-			double gate = a->gate ? reference_sigmoid(a->gate[from * d + i]) : 1;
+		if (a->lse)
+			wide_out(a->lse)[transposed(a, b, h, t)] = lse[r];
+		for (int64_t i = 0; i < a->d_head; i++) {
+			double gate = a->gate.data ? sigmoid(at(&a->gate, b, t, h)[i]) : 1;
 
-			out[to * d + i] = gate * o[r * d + i];
-			if (out_ungated)
-				out_ungated[to * d + i] = o[r * d + i];
+			at(&a->out, b, t, h)[i] = gate * o[i];
+			if (a->out_ungated.data)
+				at(&a->out_ungated, b, t, h)[i] = o[i];
 		}
 	}
 }
 
-enum status reference_attention_forward(const struct reference_attention *a, int64_t n_rows,
-                                        const int64_t *rows, double *out, double *out_ungated,
-                                        double *lse)
+enum status reference_attention(struct device *device, const void *args, void *workspace)
 {
-	if (reference_in_use())
-		return reference_in_use()->attention_forward(a, n_rows, rows, out);
-	int64_t n = rows ? n_rows : a->batch * a->seq_len;
-	size_t per_thread = (size_t)(BLOCK_ROWS * (a->kv_len + a->d_head));
-	size_t scratch_count = per_thread * (size_t)omp_get_max_threads();
-	double *scratch = malloc(scratch_count * sizeof *scratch);
-	int64_t *starts = malloc((size_t)(n + 1) * sizeof *starts);
+	const struct attention_args *a = args;
+	const struct row_list queries = all_queries_or(a, device->rows);
+	int64_t per_thread = BLOCK_ROWS * (a->kv_len + a->d_head);
+	double *scratch = take_doubles(per_thread * omp_get_max_threads());
 
-	if (!scratch || !starts) {
-		free(scratch);
-		free(starts);
-		return out_of_memory((double)scratch_count + (double)n);
-	}
-	int64_t n_blocks = split_rows(a, n, rows, starts);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-	for (int64_t h = 0; h < a->n_heads; h++)
-		for (int64_t i = 0; i < n_blocks; i++)
-			forward_block(a, n, rows, starts[i], h,
-			              scratch + per_thread * (size_t)omp_get_thread_num(), out,
-			              out_ungated, lse);
+	(void)workspace;
+	if (!scratch)
+		return STATUS_OOM;
+#pragma omp parallel for collapse(3) schedule(dynamic)
+	for (int64_t b = 0; b < a->batch; b++)
+		for (int64_t h = 0; h < a->n_heads; h++)
+			for (int64_t i = 0; i < queries.count; i += BLOCK_ROWS) {
+				struct block block = take_block(a, &queries, i, visible_keys);
+
+				forward_block(a, b, h, &block,
+				              scratch + per_thread * omp_get_thread_num());
+			}
 	free(scratch);
-	free(starts);
 	return STATUS_OK;
 }
 
-/* What the pass over the queries leaves for the pass over the keys. */
+/* What the gradients of every row and key are computed from. */
 struct backward {
-	const struct reference_attention *a;
-	const double *dout;
-	const struct reference_attention_grads *grads;
-	double *d_o;         /* [B, T, H, d]: gradient of the ungated output */
-	double *lse, *delta; /* [B, H, T] */
+	const struct attention_backward_args *a;
+	struct view o;   /* [B, T, H, d]: the forward's, before the gate */
+	struct view d_o; /* [B, T, H, d]: gradient of o */
+	double *delta;   /* [B, H, T] */
 };
 
-static void *thread_slice(double *scratch, size_t per_thread)
+/* d_o and delta of every row. */
+static void prepare(const struct backward *w)
 {
-	return scratch + per_thread * (size_t)omp_get_thread_num();
+	const struct attention_args *f = &w->a->forward;
+
+#pragma omp parallel for collapse(3)
+	for (int64_t b = 0; b < f->batch; b++)
+		for (int64_t h = 0; h < f->n_heads; h++)
+			for (int64_t t = 0; t < f->seq_len; t++) {
+				double *d_o = at(&w->d_o, b, t, h);
+
+				for (int64_t i = 0; f->gate.data && i < f->d_head; i++)
+					d_o[i] = at(&w->a->dout, b, t, h)[i] *
+					         sigmoid(at(&f->gate, b, t, h)[i]);
+				w->delta[transposed(f, b, h, t)] =
+				        dot(f->d_head, d_o, at(&w->o, b, t, h));
+			}
 }
 
-/* d_o of one row from the gate, and the gate's own gradient. */
-static void backward_gate(const struct backward *w, int64_t row, const double *o)
+/* The gradients of the gate and of the own token of one row. */
+static void backward_row(const struct backward *w, int64_t b, int64_t t, int64_t h)
 {
-	int64_t d = w->a->d_head;
+	const struct attention_args *f = &w->a->forward;
+	const double *o = at(&w->o, b, t, h), *d_o = at(&w->d_o, b, t, h);
+	int64_t row = transposed(f, b, h, t), score = own(f, b, t, h);
 
-	for (int64_t i = 0; i < d; i++) {
-		double dout = w->dout[row * d + i], gate = 1;
+	for (int64_t i = 0; f->gate.data && i < f->d_head; i++) {
+		double gate = sigmoid(at(&f->gate, b, t, h)[i]);
 
-		if (w->a->gate) {
-			gate = reference_sigmoid(w->a->gate[row * d + i]);
-			w->grads->dgate[row * d + i] = dout * o[i] * gate * (1 - gate);
-		}
-		w->d_o[row * d + i] = dout * gate;
+		at(&w->a->dgate, b, t, h)[i] =
+		        at(&w->a->dout, b, t, h)[i] * o[i] * gate * (1 - gate);
 	}
+	if (!f->own_score)
+		return;
+	double p = exp(wide(f->own_score)[score] - wide(f->lse)[row]);
+	wide_out(w->a->down_score)[score] =
+	        p * (dot(f->d_head, d_o, at(&f->own_value, b, t, h)) - w->delta[row]);
+	for (int64_t i = 0; i < f->d_head; i++)
+		at(&w->a->down_value, b, t, h)[i] = p * d_o[i];
 }
 
-/* The own token's gradients of one row, given its probability and the row's delta. */
-static void backward_own(const struct backward *w, int64_t row, double own_p, double delta)
+/* p becomes the probability of a pair from its product, ds the gradient of that product from the
+ * probability's. */
+static void backward_pair(const struct backward *w, int64_t row, double *p, double *ds)
 {
-	int64_t d = w->a->d_head;
-	const double *d_o = w->d_o + row * d, *own_value = w->a->own_value + row * d;
+	const struct attention_args *f = &w->a->forward;
 
-	w->grads->down_score[row] = own_p * (dot(d_o, own_value, d) - delta);
-	for (int64_t i = 0; i < d; i++)
-		w->grads->down_value[row * d + i] = own_p * d_o[i];
+	*p = exp(f->scale * *p - wide(f->lse)[row]);
+	*ds = f->scale * *p * (*ds - w->delta[row]);
 }
 
-/* Everything that belongs to a block of queries of one head: adds to dq (zeroed by the caller). */
+/* Everything that belongs to a block of queries of one head: adds to dq. */
 static void backward_queries(const struct backward *w, int64_t b, int64_t h,
                              const struct block *block, double *scratch)
 {
-	const struct reference_attention *a = w->a;
-	int64_t d = a->d_head, ld = a->kv_len, stride = a->n_heads * d;
-	double *p = scratch, *ds = p + BLOCK_ROWS * ld, *o = ds + BLOCK_ROWS * ld;
-	double own_p[BLOCK_ROWS], lse[BLOCK_ROWS];
+	const struct attention_args *f = &w->a->forward;
+	int64_t d = f->d_head, ld = f->kv_len, g = h % f->q_heads;
+	double *p = scratch, *ds = p + BLOCK_ROWS * ld, *dq = ds + BLOCK_ROWS * ld;
 
-	attend(a, b, h, block, p, own_p, lse, o);
-	for (int r = 0; r < block->n; r++)
-		backward_gate(w, (b * a->seq_len + block->index[r]) * a->n_heads + h, o + r * d);
-	products(block, d, w->d_o + b * a->seq_len * stride + h * d, stride,
-	         a->v + b * ld * stride + h * d, stride, ld, ds);
+	products(block, d, at(&f->q, b, 0, g), f->q.token, at(&f->k, b, 0, h), f->k.token, ld, p);
+	products(block, d, at(&w->d_o, b, 0, h), w->d_o.token, at(&f->v, b, 0, h), f->v.token, ld,
+	         ds);
 	for (int r = 0; r < block->n; r++) {
-		int64_t row = (b * a->seq_len + block->index[r]) * a->n_heads + h;
-		int64_t at = (b * a->n_heads + h) * a->seq_len + block->index[r];
-		double delta = dot(w->d_o + row * d, o + r * d, d);
-
+		backward_row(w, b, block->index[r], h);
 		for (int64_t s = block->lo[r]; s < block->hi[r]; s++)
-			ds[r * ld + s] = a->scale * p[r * ld + s] * (ds[r * ld + s] - delta);
-		if (a->own_score)
-			backward_own(w, row, own_p[r], delta);
-		w->lse[at] = lse[r];
-		w->delta[at] = delta;
+			backward_pair(w, transposed(f, b, h, block->index[r]), &p[r * ld + s],
+			              &ds[r * ld + s]);
 	}
-	memset(o, 0, sizeof(double) * (size_t)(block->n * d));
-	weighted_sums(block, d, ds, ld, a->k + b * ld * stride + h * d, stride, o);
+	zero(block->n * d, dq);
+	weighted_sums(block, d, ds, ld, at(&f->k, b, 0, h), f->k.token, dq);
 	for (int r = 0; r < block->n; r++)
-		add_scaled(w->grads->dq + ((b * a->seq_len + block->index[r]) * a->q_heads +
-		                           h % a->q_heads) *
-		                                  d,
-		           1, o + r * d, d);
+		add_scaled(d, 1, dq + r * d, at(&w->a->dq, b, block->index[r], g));
 }
 
 /* dk and dv of a block of keys of one head, from all queries that see them. */
 static void backward_keys(const struct backward *w, int64_t b, int64_t h, const struct block *block,
                           double *scratch)
 {
-	const struct reference_attention *a = w->a;
-	int64_t d = a->d_head, ld = a->seq_len, stride = a->n_heads * d;
-	int64_t q_stride = a->q_heads * d;
-	const double *q = a->q + b * a->seq_len * q_stride + h % a->q_heads * d;
-	const double *d_o = w->d_o + b * a->seq_len * stride + h * d;
-	const double *lse = w->lse + (b * a->n_heads + h) * a->seq_len;
-	const double *delta = w->delta + (b * a->n_heads + h) * a->seq_len;
+	const struct attention_args *f = &w->a->forward;
+	const double *q = at(&f->q, b, 0, h % f->q_heads), *d_o = at(&w->d_o, b, 0, h);
+	int64_t d = f->d_head, ld = f->seq_len;
 	double *p = scratch, *ds = p + BLOCK_ROWS * ld, *acc = ds + BLOCK_ROWS * ld;
-	int64_t first = b * a->kv_len * stride + h * d;
 
-	products(block, d, a->k + first, stride, q, q_stride, ld, p);
-	products(block, d, a->v + first, stride, d_o, stride, ld, ds);
+	products(block, d, at(&f->k, b, 0, h), f->k.token, q, f->q.token, ld, p);
+	products(block, d, at(&f->v, b, 0, h), f->v.token, d_o, w->d_o.token, ld, ds);
 	for (int r = 0; r < block->n; r++)
-		for (int64_t t = block->lo[r]; t < block->hi[r]; t++) {
-			p[r * ld + t] = exp(a->scale * p[r * ld + t] - lse[t]);
-			ds[r * ld + t] = a->scale * p[r * ld + t] * (ds[r * ld + t] - delta[t]);
+		for (int64_t t = block->lo[r]; t < block->hi[r]; t++)
+			backward_pair(w, transposed(f, b, h, t), &p[r * ld + t], &ds[r * ld + t]);
+	zero(2 * BLOCK_ROWS * d, acc);
+	weighted_sums(block, d, ds, ld, q, f->q.token, acc);
+	weighted_sums(block, d, p, ld, d_o, w->d_o.token, acc + BLOCK_ROWS * d);
+	for (int r = 0; r < block->n; r++)
+		for (int64_t i = 0; i < d; i++) {
+			at(&w->a->dk, b, block->index[r], h)[i] = acc[r * d + i];
+			at(&w->a->dv, b, block->index[r], h)[i] = acc[(BLOCK_ROWS + r) * d + i];
 		}
-	memset(acc, 0, sizeof(double) * (size_t)(2 * BLOCK_ROWS * d));
-	weighted_sums(block, d, ds, ld, q, q_stride, acc);
-	weighted_sums(block, d, p, ld, d_o, stride, acc + BLOCK_ROWS * d);
-	for (int r = 0; r < block->n; r++) {
-		int64_t to = first + block->index[r] * stride;
-
-		memcpy(w->grads->dk + to, acc + r * d, sizeof(double) * (size_t)d);
-		memcpy(w->grads->dv + to, acc + (BLOCK_ROWS + r) * d, sizeof(double) * (size_t)d);
-	}
 }
 
 /* Heads that share a query run one after another, so that dq is summed in a fixed order. */
-static void all_queries(const struct backward *w, double *scratch, size_t per_thread)
+static void all_queries(const struct backward *w, const struct row_list *queries, double *scratch,
+                        int64_t per_thread)
 {
-	const struct reference_attention *a = w->a;
+	const struct attention_args *f = &w->a->forward;
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
-	for (int64_t b = 0; b < a->batch; b++)
-		for (int64_t g = 0; g < a->q_heads; g++)
-			for (int64_t t = 0; t < a->seq_len; t += BLOCK_ROWS) {
-				int64_t same, first = b * a->seq_len + t;
-				struct block block = take_queries(
-				        a, smaller(first + BLOCK_ROWS, (b + 1) * a->seq_len), NULL,
-				        first, &same);
+	for (int64_t b = 0; b < f->batch; b++)
+		for (int64_t g = 0; g < f->q_heads; g++)
+			for (int64_t i = 0; i < queries->count; i += BLOCK_ROWS) {
+				struct block block = take_block(f, queries, i, visible_keys);
 
-				for (int64_t h = g; h < a->n_heads; h += a->q_heads)
+				for (int r = 0; r < block.n; r++)
+					zero(f->d_head, at(&w->a->dq, b, block.index[r], g));
+				for (int64_t h = g; h < f->n_heads; h += f->q_heads)
 					backward_queries(w, b, h, &block,
-					                 thread_slice(scratch, per_thread));
+					                 scratch +
+					                         per_thread * omp_get_thread_num());
 			}
 }
 
-static void all_keys(const struct backward *w, double *scratch, size_t per_thread)
+static void all_keys(const struct backward *w, const struct row_list *keys, double *scratch,
+                     int64_t per_thread)
 {
-	const struct reference_attention *a = w->a;
+	const struct attention_args *f = &w->a->forward;
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
+	for (int64_t b = 0; b < f->batch; b++)
+		for (int64_t h = 0; h < f->n_heads; h++)
+			for (int64_t i = 0; i < keys->count; i += BLOCK_ROWS) {
+				struct block block = take_block(f, keys, i, seeing_queries);
+
+				backward_keys(w, b, h, &block,
+				              scratch + per_thread * omp_get_thread_num());
+			}
+}
+
+enum status reference_attention_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct attention_backward_args *a = args;
+	const struct attention_args *f = &a->forward;
+	int64_t n_rows = f->batch * f->seq_len * f->n_heads, n_out = n_rows * f->d_head;
+	int64_t n_keys = device->rows ? device->rows->count : 0;
+	int64_t per_thread = 2 * BLOCK_ROWS * (larger(f->seq_len, f->kv_len) + f->d_head);
+	double *delta = take_doubles(n_rows + n_out + per_thread * omp_get_max_threads());
+	int64_t *memory = malloc((size_t)(n_keys + 1) * sizeof *memory);
+
+	(void)workspace;
+	if (delta && memory) {
+		double *d_o = delta + n_rows, *scratch = d_o + n_out;
+		const struct row_list queries = all_queries_or(f, device->rows);
+		const struct row_list keys =
+		        device->rows
+		                ? (struct row_list){attention_keys_of_rows(f, device->rows, memory),
+		                                    memory}
+		                : (struct row_list){.count = f->kv_len};
+		const struct backward w = {
+		        .a = a,
+		        .o = f->gate.data ? f->out_ungated : f->out,
+		        .d_o = f->gate.data ? contiguous(d_o, f->seq_len, f->n_heads, f->d_head)
+		                            : a->dout,
+		        .delta = delta,
+		};
+
+		prepare(&w);
+		all_queries(&w, &queries, scratch, per_thread);
+		all_keys(&w, &keys, scratch, per_thread);
+	}
+	enum status status =
+	        delta && memory ? STATUS_OK
+	                        : status_set(STATUS_OOM, "no memory for a reference's gradients");
+	free(delta);
+	free(memory);
+	return status;
+}
+
+/* One head attends to the last `count` tokens; q is rotated, w [count] scratch. */
+static void step_head(const struct attention_step_args *a, int64_t b, int64_t h, int64_t count,
+                      const double *q, double *w)
+{
+	int64_t first = *a->position + 1 - count;
+	double none, *out = at(&a->out, b, 0, h);
+
+	for (int64_t i = 0; i < count; i++)
+		w[i] = dot(a->d_head, q, at(&a->k_cache, b, (first + i) % a->kv_slots, h));
+	softmax(a->scale, w, 0, count, NULL, &none);
+	zero(a->d_head, out);
+	for (int64_t i = 0; i < count; i++)
+		add_scaled(a->d_head, w[i], at(&a->v_cache, b, (first + i) % a->kv_slots, h), out);
+}
+
+enum status reference_attention_step(struct device *device, const void *args, void *workspace)
+{
+	const struct attention_step_args *a = args;
+	int64_t position = *a->position, slot = position % a->kv_slots;
+	int64_t count = (a->window < 0 ? position : smaller(position, a->window)) + 1;
+	int64_t n_q = a->batch * a->n_heads * a->d_head;
+	double *q = take_doubles(n_q + count * omp_get_max_threads());
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct view rotated = contiguous(q, 1, a->n_heads, a->d_head);
+
+	if (!q)
+		return STATUS_OOM;
+	rotate_token(&turn, position, &a->q, 0, &rotated, 0);
+	rotate_token(&turn, position, &a->k, 0, &a->k_cache, slot);
+	rotate_token(&copy, position, &a->v, 0, &a->v_cache, slot);
+#pragma omp parallel for collapse(2)
 	for (int64_t b = 0; b < a->batch; b++)
 		for (int64_t h = 0; h < a->n_heads; h++)
-			for (int64_t s = 0; s < a->kv_len; s += BLOCK_ROWS) {
-				struct block block = {.n = (int)smaller(BLOCK_ROWS, a->kv_len - s)};
-
-				for (int r = 0; r < block.n; r++) {
-					block.index[r] = s + r;
-					seeing_queries(a, s + r, &block.lo[r], &block.hi[r]);
-				}
-				backward_keys(w, b, h, &block, thread_slice(scratch, per_thread));
-			}
-}
-
-enum status reference_attention_backward(const struct reference_attention *a, const double *dout,
-                                         const struct reference_attention_grads *grads)
-{
-	int64_t tokens = a->batch * a->seq_len, longest = larger(a->seq_len, a->kv_len);
-	size_t n_rows = (size_t)(tokens * a->n_heads), n_out = n_rows * (size_t)a->d_head;
-	size_t per_thread = (size_t)(2 * BLOCK_ROWS * (longest + a->d_head));
-	size_t n_scratch = per_thread * (size_t)omp_get_max_threads();
-	double *memory = malloc((n_out + 2 * n_rows + n_scratch) * sizeof *memory);
-	struct backward w = {a, dout, grads, memory, NULL, NULL};
-
-	if (!memory)
-		return out_of_memory((double)(n_out + 2 * n_rows + n_scratch));
-	w.lse = memory + n_out;
-	w.delta = w.lse + n_rows;
-	memset(grads->dq, 0, sizeof(double) * (size_t)(tokens * a->q_heads * a->d_head));
-	all_queries(&w, w.delta + n_rows, per_thread);
-	all_keys(&w, w.delta + n_rows, per_thread);
-	free(memory);
+			step_head(a, b, h, count, at(&rotated, b, 0, h),
+			          q + n_q + count * omp_get_thread_num());
+	free(q);
 	return STATUS_OK;
 }
 
-/* The last `count` tokens up to s->position, gathered from a ring of slots into [B, count, H, d];
- * the newest is `newest` [B, H, d]. */
-static void gather_ring(const struct reference_attention_step *s, int64_t count,
-                        const double *cache, const double *newest, double *keys)
+enum status reference_rotate(struct device *device, const void *args, void *workspace)
 {
-	int64_t width = s->n_heads * s->d_head;
-	size_t bytes = sizeof(double) * (size_t)width;
+	const struct rotate_args *a = args;
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
 
-	for (int64_t b = 0; b < s->batch; b++) {
-		for (int64_t i = 0; i < count - 1; i++) {
-			int64_t slot = (s->position - count + 1 + i) % s->kv_slots;
-
-			memcpy(keys + (b * count + i) * width,
-			       cache + (b * s->kv_slots + slot) * width, bytes);
-		}
-		memcpy(keys + (b * count + count - 1) * width, newest + b * width, bytes);
+#pragma omp parallel for
+	for (int64_t t = 0; t < a->seq_len; t++) {
+		if (a->q_out.data)
+			rotate_token(&turn, t, &a->q, t, &a->q_out, t);
+		if (a->k_out.data && t >= a->first_kv)
+			rotate_token(&turn, t, &a->k, t, &a->k_out, t % a->kv_slots);
+		if (a->v_out.data && t >= a->first_kv)
+			rotate_token(&copy, t, &a->v, t, &a->v_out, t % a->kv_slots);
 	}
+	return STATUS_OK;
 }
 
-enum status reference_attention_step(const struct reference_attention_step *s, double *out,
-                                     double *k_stored)
+enum status reference_rotate_backward(struct device *device, const void *args, void *workspace)
 {
-	int64_t count = s->window < 0 ? s->position + 1 : smaller(s->position, s->window) + 1;
-	size_t n_token = (size_t)(s->batch * s->n_heads * s->d_head);
-	double *q = malloc(n_token * (size_t)(2 + 2 * count) * sizeof *q);
+	const struct rotate_backward_args *a = args;
+	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1};
 
-	if (!q)
-		return out_of_memory((double)n_token * (double)(2 + 2 * count));
-	double *k = q + n_token, *keys = k + n_token, *values = keys + n_token * (size_t)count;
-	memcpy(q, s->q, n_token * sizeof *q);
-	memcpy(k, s->k, n_token * sizeof *k);
-	if (s->rope) {
-		reference_rotate(s->batch, 1, s->n_heads, s->d_head, s->position, 1, q, q);
-		reference_rotate(s->batch, 1, s->n_heads, s->d_head, s->position, 1, k, k);
+#pragma omp parallel for
+	for (int64_t t = 0; t < a->seq_len; t++) {
+		rotate_token(&back, t, &a->dq_out, t, &a->dq, t);
+		rotate_token(&back, t, &a->dk_out, t, &a->dk, t);
 	}
-	if (k_stored)
-		memcpy(k_stored, k, n_token * sizeof *k);
-	gather_ring(s, count, s->k_cache, k, keys);
-	gather_ring(s, count, s->v_cache, s->v, values);
-	struct reference_attention a = {.batch = s->batch,
-	                                .n_heads = s->n_heads,
-	                                .q_heads = s->n_heads,
-	                                .d_head = s->d_head,
-	                                .seq_len = 1,
-	                                .kv_len = count,
-	                                .mask = MASK_FULL,
-	                                .scale = s->scale,
-	                                .q = q,
-	                                .k = keys,
-	                                .v = values};
-	enum status status = reference_attention_forward(&a, 0, NULL, out, NULL, NULL);
-	free(q);
-	return status;
+	return STATUS_OK;
+}
+
+enum status reference_rotate_step(struct device *device, const void *args, void *workspace)
+{
+	const struct rotate_step_args *a = args;
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, true, 1};
+
+	rotate_token(&turn, *a->position, &a->q, 0, &a->q_out, 0);
+	rotate_token(&turn, *a->position, &a->k, 0, &a->k_out, 0);
+	return STATUS_OK;
 }

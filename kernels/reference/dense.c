@@ -1,177 +1,112 @@
-/* fp64 projections, norms, rotary embedding, gates, GELU, embedding and loss. */
-#include "kernels/reference/reference.h"
+/* fp64 projections: with a norm before them, with a residual, and GLA's gate. */
+#include "kernels/reference/shared.h"
 
 #include <cblas.h>
-#include <math.h>
 #include <omp.h>
-#include <stdlib.h>
-#include <string.h>
 
-void reference_get_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
-                           const double *from, double *to)
+/*
+ * out [rows, columns] = beta out + a b, of matrices or transposed ones; leading dimensions are
+ * those of the stored matrices. Every thread has its own rows, and BLAS no threads beside them.
+ */
+static void product(int64_t rows, int64_t columns, int64_t inner, const double *a,
+                    int64_t a_leading, bool a_transposed, const double *b, int64_t b_leading,
+                    bool b_transposed, double beta, double *out, int64_t out_leading)
 {
-	if (reference_in_use()) {
-		reference_in_use()->get_columns(n_rows, width, first, count, from, to);
-		return;
+	const int64_t slices = omp_get_max_threads();
+
+	openblas_set_num_threads(1);
+#pragma omp parallel for
+	for (int64_t i = 0; i < slices; i++) {
+		const int64_t first = rows * i / slices;
+
+		cblas_dgemm(CblasRowMajor, a_transposed ? CblasTrans : CblasNoTrans,
+		            b_transposed ? CblasTrans : CblasNoTrans,
+		            (int)(rows * (i + 1) / slices - first), (int)columns, (int)inner, 1,
+		            a + first * (a_transposed ? 1 : a_leading), (int)a_leading, b,
+		            (int)b_leading, beta, out + first * out_leading, (int)out_leading);
 	}
-	for (int64_t n = 0; n < n_rows; n++)
-		memcpy(to + n * count, from + n * width + first, sizeof *to * (size_t)count);
 }
 
-void reference_set_columns(int64_t n_rows, int64_t width, int64_t first, int64_t count,
-                           const double *from, double *to)
+/* y [n, d_out] = beta y + x W^T; rows of x lie x_stride apart. */
+static void linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, int64_t x_stride,
+                   const double *weight, double beta, double *y)
 {
-	for (int64_t n = 0; n < n_rows; n++)
-		memcpy(to + n * width + first, from + n * count, sizeof *to * (size_t)count);
+	product(n, d_out, d_in, x, x_stride, false, weight, d_in, true, beta, y, d_out);
 }
 
-double reference_sigmoid(double x)
+/* dx = dy W, dweight [d_out, d_in] = dy^T x; rows of x and dx lie x_stride apart. */
+static void linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double *x,
+                            int64_t x_stride, const double *weight, const double *dy, double *dx,
+                            double *dweight)
 {
-	return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
+	product(d_out, d_in, n, dy, d_out, true, x, x_stride, false, 0, dweight, d_in);
+	product(n, d_in, d_out, dy, d_out, false, weight, d_in, false, 0, dx, x_stride);
 }
 
-/* How many of `count` rows fall to slice `i` of `n`, and the first of them. */
-static int64_t slice(int64_t count, int64_t i, int64_t n, int64_t *first)
+enum status reference_norm_linear(struct device *device, const void *args, void *workspace)
 {
-	*first = count * i / n;
-	return count * (i + 1) / n - *first;
-}
-
-void reference_linear(int64_t n, int64_t d_in, int64_t d_out, const double *x, const double *weight,
-                      double *y)
-{
-	if (reference_in_use()) {
-		reference_in_use()->linear(n, d_in, d_out, x, weight, y);
-		return;
-	}
-	int slices = omp_get_max_threads();
+	const struct norm_linear_args *a = args;
+	const double *norm_weight = wide(a->norm_weight);
+	double *rstd = wide_out(a->rstd);
+	int64_t d = a->d_in;
 
 #pragma omp parallel for
-	for (int i = 0; i < slices; i++) {
-		int64_t first, rows = slice(n, i, slices, &first);
-
-		cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)rows, (int)d_out,
-		            (int)d_in, 1, x + first * d_in, (int)d_in, weight, (int)d_in, 0,
-		            y + first * d_out, (int)d_out);
-	}
-}
-
-void reference_linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double *x,
-                               const double *weight, const double *dy, double *dx, double *dweight)
-{
-	int slices = omp_get_max_threads();
-
-#pragma omp parallel for
-	for (int i = 0; i < slices; i++) {
-		int64_t first, rows = slice(n, i, slices, &first);
-
-		if (dx)
-			cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)rows, (int)d_in,
-			            (int)d_out, 1, dy + first * d_out, (int)d_out, weight,
-			            (int)d_in, 0, dx + first * d_in, (int)d_in);
-		rows = slice(d_out, i, slices, &first);
-		if (dweight)
-			cblas_dgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)rows, (int)d_in,
-			            (int)n, 1, dy + first, (int)d_out, x, (int)d_in, 0,
-			            dweight + first * d_in, (int)d_in);
-	}
-}
-
-/* 1 / sqrt(mean(x^2) + eps). */
-static double inverse_rms(int64_t d, double eps, const double *x)
-{
-	double sum = 0;
-
-	for (int64_t i = 0; i < d; i++)
-		sum += x[i] * x[i];
-	return 1 / sqrt(sum / (double)d + eps);
-}
-
-void reference_rms_norm(int64_t n, int64_t d, double eps, const double *x, const double *weight,
-                        double *y, double *rstd)
-{
-	if (reference_in_use()) {
-		reference_in_use()->rms_norm(n, d, eps, x, weight, y);
-		return;
-	}
-#pragma omp parallel for
-	for (int64_t row = 0; row < n; row++) {
-		double r = inverse_rms(d, eps, x + row * d);
+	for (int64_t n = 0; n < (norm_weight ? a->n_tokens : 0); n++) {
+		const double *x = (const double *)a->x + n * d;
+		double *x_norm = (double *)a->x_norm + n * d, r = inverse_rms(d, a->eps, x);
 
 		for (int64_t i = 0; i < d; i++)
-			y[row * d + i] = x[row * d + i] * r * weight[i];
+			x_norm[i] = x[i] * r * norm_weight[i];
 		if (rstd)
-			rstd[row] = r;
+			rstd[n] = r;
 	}
+	linear(a->n_tokens, d, a->d_out, a->x_norm, d, a->weight, 0, a->y);
+	return STATUS_OK;
 }
 
-/* dx of one row: with u = x r, dx = r (w dy - u mean(u w dy)). */
-static void rms_norm_row_backward(int64_t d, double eps, const double *x, const double *weight,
-                                  const double *dy, double *dx)
+enum status reference_norm_linear_backward(struct device *device, const void *args, void *workspace)
 {
-	double r = inverse_rms(d, eps, x), mean = 0;
+	const struct norm_linear_backward_args *a = args;
+	const struct norm_linear_args *f = &a->forward;
+	const double *x = f->x, *dresidual = a->dresidual;
+	double *g = a->dx_norm, *dx = a->dx;
+	int64_t d = f->d_in;
 
-	for (int64_t i = 0; i < d; i++)
-		mean += x[i] * r * weight[i] * dy[i] / (double)d;
-	for (int64_t i = 0; i < d; i++)
-		dx[i] = r * (weight[i] * dy[i] - x[i] * r * mean);
-}
+	linear_backward(f->n_tokens, d, f->d_out, f->x_norm, d, f->weight, a->dy, g,
+	                wide_out(a->dweight));
+	if (f->norm_weight) {
+		double *dweight = wide_out(a->dnorm_weight);
 
-void reference_rms_norm_backward(int64_t n, int64_t d, double eps, const double *x,
-                                 const double *weight, const double *dy, double *dx,
-                                 double *dweight)
-{
-	if (dweight)
-		memset(dweight, 0, sizeof *dweight * (size_t)d);
-	for (int64_t row = 0; row < n; row++) {
-		double r = inverse_rms(d, eps, x + row * d);
-
-		if (dx)
-			rms_norm_row_backward(d, eps, x + row * d, weight, dy + row * d,
-			                      dx + row * d);
-		for (int64_t i = 0; dweight && i < d; i++)
-			dweight[i] += dy[row * d + i] * x[row * d + i] * r;
+		zero(d, dweight);
+#pragma omp parallel for reduction(+ : dweight[:d])
+		for (int64_t n = 0; n < f->n_tokens; n++)
+			norm_row_backward(d, wide(f->rstd)[n], x + n * d, wide(f->norm_weight),
+			                  g + n * d, g + n * d, dweight);
 	}
+#pragma omp parallel for
+	for (int64_t i = 0; i < f->n_tokens * d; i++)
+		dx[i] = g[i] + (dresidual ? dresidual[i] : 0);
+	return STATUS_OK;
 }
 
-/* Rotates every pair (x_i, x_{i+d/2}) by sign * position * 10000^(-2i/d). */
-static void rotate_all(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d, int64_t first,
-                       int64_t period, double sign, const double *x, double *y)
+enum status reference_linear_residual(struct device *device, const void *args, void *workspace)
 {
-	int64_t half = d / 2;
+	const struct linear_residual_args *a = args;
 
-#pragma omp parallel for collapse(2)
-	for (int64_t t = 0; t < seq_len; t++)
-		for (int64_t i = 0; i < half; i++) {
-			double position = (double)((first + t) / period);
-			double angle = position * pow(10000, -2 * (double)i / (double)d);
-			double c = cos(angle), s = sign * sin(angle);
-
-			for (int64_t b = 0; b < batch; b++)
-				for (int64_t h = 0; h < n_heads; h++) {
-					int64_t at = ((b * seq_len + t) * n_heads + h) * d + i;
-					double x1 = x[at], x2 = x[at + half];
-
-					y[at] = x1 * c - x2 * s;
-					y[at + half] = x2 * c + x1 * s;
-				}
-		}
+	if (a->residual)
+		memmove(a->y, a->residual, sizeof(double) * (size_t)(a->n_tokens * a->d_out));
+	linear(a->n_tokens, a->d_in, a->d_out, a->x, a->d_in, a->weight, a->residual ? 1 : 0, a->y);
+	return STATUS_OK;
 }
 
-void reference_rotate(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
-                      int64_t first, int64_t period, const double *x, double *y)
+enum status reference_linear_residual_backward(struct device *device, const void *args,
+                                               void *workspace)
 {
-	if (reference_in_use()) {
-		reference_in_use()->rotate(batch, seq_len, n_heads, d_head, first, period, x, y);
-		return;
-	}
-	rotate_all(batch, seq_len, n_heads, d_head, first, period, 1, x, y);
-}
+	const struct linear_residual_backward_args *a = args;
 
-void reference_rotate_backward(int64_t batch, int64_t seq_len, int64_t n_heads, int64_t d_head,
-                               int64_t first, int64_t period, const double *dy, double *dx)
-{
-	rotate_all(batch, seq_len, n_heads, d_head, first, period, -1, dy, dx);
+	linear_backward(a->n_tokens, a->d_in, a->d_out, a->x, a->d_in, a->weight, a->dy, a->dx,
+	                wide_out(a->dweight));
+	return STATUS_OK;
 }
 
 /* log(sigmoid(x)) without cancellation. */
@@ -180,146 +115,37 @@ static double log_sigmoid(double x)
 	return x >= 0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
-void reference_decay_gate(int64_t n, int64_t rank, int64_t d_out, double normalizer,
-                          const double *x, const double *weight, const double *bias,
-                          double *log_decay)
+enum status reference_decay_gate(struct device *device, const void *args, void *workspace)
 {
-	if (reference_in_use()) {
-		reference_in_use()->decay_gate(n, rank, d_out, normalizer, x, weight, bias,
-		                               log_decay);
-		return;
-	}
-	reference_linear(n, rank, d_out, x, weight, log_decay);
+	const struct decay_gate_args *a = args;
+	const double *bias = wide(a->bias);
+	double *log_decay = a->log_decay;
+
+	linear(a->n_tokens, a->rank, a->d_out, a->x, a->x_stride, a->weight, 0, log_decay);
 #pragma omp parallel for
-	for (int64_t i = 0; i < n * d_out; i++)
-		log_decay[i] = log_sigmoid(log_decay[i] + bias[i % d_out]) / normalizer;
+	for (int64_t i = 0; i < a->n_tokens * a->d_out; i++)
+		log_decay[i] = log_sigmoid(log_decay[i] + bias[i % a->d_out]) / a->normalizer;
+	return STATUS_OK;
 }
 
-enum status reference_decay_gate_backward(int64_t n, int64_t rank, int64_t d_out, double normalizer,
-                                          const double *x, const double *weight, const double *bias,
-                                          const double *dlog_decay, double *dx, double *dweight,
-                                          double *dbias)
+enum status reference_decay_gate_backward(struct device *device, const void *args, void *workspace)
 {
-	double *dlogit = malloc((size_t)(n * d_out) * sizeof *dlogit);
+	const struct decay_gate_backward_args *a = args;
+	const struct decay_gate_args *f = &a->forward;
+	const double *bias = wide(f->bias), *dlog_decay = a->dlog_decay;
+	double *dlogit = a->dlogit, *dbias = wide_out(a->dbias);
+	int64_t n = f->n_tokens, d_out = f->d_out;
 
-	if (!dlogit)
-		return status_set(STATUS_OOM, "reference: no memory for %lld doubles",
-		                  (long long)(n * d_out));
-	reference_linear(n, rank, d_out, x, weight, dlogit);
-	memset(dbias, 0, sizeof *dbias * (size_t)d_out);
+	linear(n, f->rank, d_out, f->x, f->x_stride, f->weight, 0, dlogit);
+	zero(d_out, dbias);
+#pragma omp parallel for reduction(+ : dbias[:d_out])
 	for (int64_t i = 0; i < n * d_out; i++) {
 		double logit = dlogit[i] + bias[i % d_out];
 
-		dlogit[i] = dlog_decay[i] * reference_sigmoid(-logit) / normalizer;
+		dlogit[i] = dlog_decay[i] * sigmoid(-logit) / f->normalizer;
 		dbias[i % d_out] += dlogit[i];
 	}
-	reference_linear_backward(n, rank, d_out, x, weight, dlogit, dx, dweight);
-	free(dlogit);
+	linear_backward(n, f->rank, d_out, f->x, f->x_stride, f->weight, dlogit, a->dx,
+	                wide_out(a->dweight));
 	return STATUS_OK;
-}
-
-void reference_norm_gate(int64_t n, int64_t n_heads, int64_t d_head, double eps, const double *x,
-                         const double *weight, const double *gate, double *out, double *rstd)
-{
-	if (reference_in_use()) {
-		reference_in_use()->norm_gate(n, n_heads, d_head, eps, x, weight, gate, out);
-		return;
-	}
-	reference_rms_norm(n * n_heads, d_head, eps, x, weight, out, rstd);
-	for (int64_t i = 0; i < n * n_heads * d_head; i++)
-		out[i] *= gate[i] * reference_sigmoid(gate[i]);
-}
-
-enum status reference_norm_gate_backward(int64_t n, int64_t n_heads, int64_t d_head, double eps,
-                                         const double *x, const double *weight, const double *gate,
-                                         const double *dout, double *dx, double *dgate,
-                                         double *dweight)
-{
-	int64_t count = n * n_heads * d_head;
-	double *dnorm = malloc((size_t)count * sizeof *dnorm);
-
-	if (!dnorm)
-		return status_set(STATUS_OOM, "reference: no memory for %lld doubles",
-		                  (long long)count);
-	reference_rms_norm(n * n_heads, d_head, eps, x, weight, dnorm, NULL);
-	for (int64_t i = 0; i < count; i++) {
-		double s = reference_sigmoid(gate[i]);
-
-		dgate[i] = dout[i] * dnorm[i] * s * (1 + gate[i] * (1 - s));
-		dnorm[i] = dout[i] * gate[i] * s;
-	}
-	reference_rms_norm_backward(n * n_heads, d_head, eps, x, weight, dnorm, dx, dweight);
-	free(dnorm);
-	return STATUS_OK;
-}
-
-void reference_gelu(int64_t count, const double *x, double *y)
-{
-#pragma omp parallel for
-	for (int64_t i = 0; i < count; i++)
-		y[i] = x[i] * (1 + erf(x[i] / sqrt(2))) / 2;
-}
-
-void reference_gelu_backward(int64_t count, const double *x, const double *dy, double *dx)
-{
-	const double inverse_sqrt_2_pi = 0.39894228040143267794;
-
-#pragma omp parallel for
-	for (int64_t i = 0; i < count; i++)
-		dx[i] = dy[i] * ((1 + erf(x[i] / sqrt(2))) / 2 +
-		                 x[i] * exp(-x[i] * x[i] / 2) * inverse_sqrt_2_pi);
-}
-
-void reference_embedding(int64_t n, int64_t d, const int32_t *tokens, const double *table,
-                         double *y)
-{
-	for (int64_t i = 0; i < n; i++)
-		memcpy(y + i * d, table + tokens[i] * d, sizeof *y * (size_t)d);
-}
-
-void reference_embedding_backward(int64_t n, int64_t vocab, int64_t d, const int32_t *tokens,
-                                  const double *dy, double *dtable)
-{
-	memset(dtable, 0, sizeof *dtable * (size_t)(vocab * d));
-	for (int64_t i = 0; i < n; i++)
-		for (int64_t j = 0; j < d; j++)
-			dtable[tokens[i] * d + j] += dy[i * d + j];
-}
-
-/* log of the sum of e^logit over one row; the largest of them is the 1 of log1p. */
-static double log_sum_exp(int64_t count, const double *logits)
-{
-	int64_t largest = 0;
-	double others = 0;
-
-	for (int64_t i = 1; i < count; i++)
-		largest = logits[i] > logits[largest] ? i : largest;
-	for (int64_t i = 0; i < count; i++)
-		if (i != largest)
-			others += exp(logits[i] - logits[largest]);
-	return logits[largest] + log1p(others);
-}
-
-double reference_cross_entropy(int64_t n, int64_t vocab, const double *logits,
-                               const int32_t *targets, double *dlogits)
-{
-	double loss = 0;
-	int64_t counted = 0;
-
-	for (int64_t i = 0; i < n; i++)
-		counted += targets[i] >= 0;
-	if (dlogits)
-		memset(dlogits, 0, sizeof *dlogits * (size_t)(n * vocab));
-	for (int64_t i = 0; i < n; i++) {
-		const double *row = logits + i * vocab;
-
-		if (targets[i] < 0)
-			continue;
-		double lse = log_sum_exp(vocab, row);
-		loss += (lse - row[targets[i]]) / (double)counted;
-		for (int64_t j = 0; dlogits && j < vocab; j++)
-			dlogits[i * vocab + j] =
-			        (exp(row[j] - lse) - (j == targets[i])) / (double)counted;
-	}
-	return loss;
 }

@@ -1,104 +1,151 @@
-/* fp64 short convolution, time step, forget gate, and the norm behind a gate. */
-#include <math.h>
-#include <string.h>
+/* fp64 gates and norms of the linear family: norm_gate, short_conv, time_step, forget_gate,
+ * gate_norm. */
+#include "kernels/reference/shared.h"
 
-#include "kernels/reference/reference.h"
+#include <omp.h>
 
-static double silu(double x)
+enum status reference_norm_gate(struct device *device, const void *args, void *workspace)
 {
-	return x * reference_sigmoid(x);
+	const struct norm_gate_args *a = args;
+	int64_t d = a->d_head, heads = a->n_heads;
+
+#pragma omp parallel for
+	for (int64_t row = 0; row < a->n_tokens * heads; row++) {
+		const double *x = (const double *)a->x + row * d, *weight = wide(a->weight);
+		const double *gate =
+		        (const double *)a->gate + row / heads * a->gate_stride + row % heads * d;
+		double *out = (double *)a->out + row * d, r = inverse_rms(d, a->eps, x);
+
+		for (int64_t i = 0; i < d; i++)
+			out[i] = x[i] * r * weight[i] * silu(gate[i]);
+		if (a->rstd)
+			wide_out(a->rstd)[row] = r;
+	}
+	return STATUS_OK;
 }
 
-static double silu_derivative(double x)
+enum status reference_norm_gate_backward(struct device *device, const void *args, void *workspace)
 {
-	double s = reference_sigmoid(x);
+	const struct norm_gate_backward_args *a = args;
+	const struct norm_gate_args *f = &a->forward;
+	int64_t d = f->d_head, heads = f->n_heads;
+	double *dweight = wide_out(a->dweight);
 
-	return s * (1 + x * (1 - s));
+	zero(d, dweight);
+#pragma omp parallel for reduction(+ : dweight[:d])
+	for (int64_t row = 0; row < f->n_tokens * heads; row++) {
+		int64_t first = row / heads * f->gate_stride + row % heads * d;
+		const double *x = (const double *)f->x + row * d, *weight = wide(f->weight);
+		const double *gate = (const double *)f->gate + first;
+		const double *dout = (const double *)a->dout + row * d;
+		double *dx = (double *)a->dx + row * d, *dgate = (double *)a->dgate + first;
+		double r = inverse_rms(d, f->eps, x);
+
+		for (int64_t i = 0; i < d; i++) {
+			dgate[i] = dout[i] * (x[i] * r * weight[i]) * silu_derivative(gate[i]);
+			dx[i] = dout[i] * gate[i] * sigmoid(gate[i]);
+		}
+		norm_row_backward(d, r, x, weight, dx, dx, dweight);
+	}
+	return STATUS_OK;
 }
 
-/* Whether there is a token t: also before the sequence where its history is known. */
-static bool has_token(const struct reference_conv *c, int64_t t)
+/* x of channel i at token t, 0 before the sequence. */
+static double conv_input(const struct short_conv_args *a, int64_t b, int64_t t, int64_t i)
 {
-	return t >= 0 || c->history != NULL;
+	return t < 0 ? 0 : ((const double *)a->x)[(b * a->seq_len + t) * a->x_stride + i];
 }
 
-/* x of channel i at token t; 0 where there is none. */
-static double conv_input(const struct reference_conv *c, int64_t b, int64_t t, int64_t i)
+/* Of token n, before the activation. */
+static double conv_sum(const struct short_conv_args *a, int64_t n, int64_t i)
 {
-	if (t < 0)
-		return has_token(c, t)
-		               ? c->history[(b * CONV_HISTORY + CONV_HISTORY + t) * c->channels + i]
-		               : 0;
-	return c->x[(b * c->seq_len + t) * c->channels + i];
-}
-
-static double conv_sum(const struct reference_conv *c, int64_t b, int64_t t, int64_t i)
-{
-	double sum = c->bias[i];
+	double sum = wide(a->bias)[i];
 
 	for (int64_t j = 0; j < CONV_WIDTH; j++) {
-		int64_t from = t - CONV_HISTORY + j;
+		int64_t t = n % a->seq_len - CONV_HISTORY + j;
 
-		if (has_token(c, from))
-			sum += c->weight[i * CONV_WIDTH + j] * conv_input(c, b, from, i);
+		if (t >= 0)
+			sum += wide(a->weight)[i * CONV_WIDTH + j] *
+			       conv_input(a, n / a->seq_len, t, i);
 	}
 	return sum;
 }
 
-void reference_short_conv(const struct reference_conv *c, double *out, double *history)
+enum status reference_short_conv(struct device *device, const void *args, void *workspace)
 {
-	int64_t row = c->n_readers * c->channels;
+	const struct short_conv_args *a = args;
+	int64_t c = a->channels;
 
-	if (reference_in_use()) {
-		reference_in_use()->short_conv(c, out);
-		return;
-	}
 #pragma omp parallel for
-	for (int64_t n = 0; n < c->batch * c->seq_len; n++)
-		for (int64_t i = 0; i < row; i++)
-			out[n * row + i] =
-			        silu(conv_sum(c, n / c->seq_len, n % c->seq_len, i % c->channels));
-	for (int64_t b = 0; history && b < c->batch; b++)
-		for (int64_t j = 0; j < CONV_HISTORY; j++)
-			for (int64_t i = 0; i < c->channels; i++)
-				history[(b * CONV_HISTORY + j) * c->channels + i] =
-				        conv_input(c, b, c->seq_len - CONV_HISTORY + j, i);
+	for (int64_t n = 0; n < a->batch * a->seq_len; n++)
+		for (int64_t i = 0; i < c; i++)
+			((double *)a->out)[n * c + i] = silu(conv_sum(a, n, i));
+	for (int64_t j = 0; a->history && j < a->batch * CONV_HISTORY; j++)
+		for (int64_t i = 0; i < c; i++)
+			((double *)a->history)[j * c + i] =
+			        conv_input(a, j / CONV_HISTORY,
+			                   a->seq_len - CONV_HISTORY + j % CONV_HISTORY, i);
+	return STATUS_OK;
 }
 
 /* The gradient of channel i of token n before the activation. */
-static double conv_sum_gradient(const struct reference_conv *c, int64_t n, int64_t i,
-                                const double *dout)
+static double conv_sum_gradient(const struct short_conv_backward_args *a, int64_t n, int64_t i)
 {
+	const double *dout = a->dout;
 	double sum = 0;
 
-	for (int64_t r = 0; r < c->n_readers; r++)
-		sum += dout[(n * c->n_readers + r) * c->channels + i];
-	return sum * silu_derivative(conv_sum(c, n / c->seq_len, n % c->seq_len, i));
+	for (int64_t r = 0; r < a->n_readers; r++)
+		sum += dout[(n * a->n_readers + r) * a->forward.channels + i];
+	return sum * silu_derivative(conv_sum(&a->forward, n, i));
 }
 
-void reference_short_conv_backward(const struct reference_conv *c, const double *dout, double *dx,
-                                   double *dweight, double *dbias)
+enum status reference_short_conv_backward(struct device *device, const void *args, void *workspace)
 {
-	memset(dx, 0, sizeof *dx * (size_t)(c->batch * c->seq_len * c->channels));
-	memset(dweight, 0, sizeof *dweight * (size_t)(c->channels * CONV_WIDTH));
-	memset(dbias, 0, sizeof *dbias * (size_t)c->channels);
+	const struct short_conv_backward_args *a = args;
+	const struct short_conv_args *f = &a->forward;
+	double *dx = a->dx, *dweight = wide_out(a->dweight), *dbias = wide_out(a->dbias);
+
+	zero(f->channels * CONV_WIDTH, dweight);
+	zero(f->channels, dbias);
 #pragma omp parallel for
-	for (int64_t i = 0; i < c->channels; i++)
-		for (int64_t n = 0; n < c->batch * c->seq_len; n++) {
-			int64_t b = n / c->seq_len, t = n % c->seq_len;
-			double dsum = conv_sum_gradient(c, n, i, dout);
+	for (int64_t i = 0; i < f->channels; i++)
+		for (int64_t n = 0; n < f->batch * f->seq_len; n++) {
+			int64_t t = n % f->seq_len;
+			double dsum = conv_sum_gradient(a, n, i);
 
 			dbias[i] += dsum;
+			dx[n * f->x_stride + i] = 0;
 			for (int64_t j = 0; j < CONV_WIDTH; j++) {
-				int64_t back = CONV_HISTORY - j;
+				int64_t tap = i * CONV_WIDTH + j, back = CONV_HISTORY - j;
 
 				if (t < back)
 					continue;
-				dweight[i * CONV_WIDTH + j] += dsum * conv_input(c, b, t - back, i);
-				dx[(n - back) * c->channels + i] +=
-				        dsum * c->weight[i * CONV_WIDTH + j];
+				dweight[tap] += dsum * conv_input(f, n / f->seq_len, t - back, i);
+				dx[(n - back) * f->x_stride + i] += dsum * wide(f->weight)[tap];
 			}
 		}
+	return STATUS_OK;
+}
+
+enum status reference_short_conv_step(struct device *device, const void *args, void *workspace)
+{
+	const struct short_conv_step_args *a = args;
+	int64_t c = a->channels;
+
+	for (int64_t b = 0; b < a->batch; b++)
+		for (int64_t i = 0; i < c; i++) {
+			double *history = (double *)a->history + b * CONV_HISTORY * c + i;
+			double x = ((const double *)a->x)[b * a->x_stride + i];
+			double sum = wide(a->bias)[i];
+
+			for (int64_t j = 0; j < CONV_WIDTH; j++)
+				sum += wide(a->weight)[i * CONV_WIDTH + j] *
+				       (j < CONV_HISTORY ? history[j * c] : x);
+			for (int64_t j = 0; j < CONV_HISTORY; j++)
+				history[j * c] = j < CONV_HISTORY - 1 ? history[(j + 1) * c] : x;
+			((double *)a->out)[b * c + i] = silu(sum);
+		}
+	return STATUS_OK;
 }
 
 static double softplus(double x)
@@ -106,141 +153,193 @@ static double softplus(double x)
 	return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
 }
 
-void reference_time_step(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
-                         const double *bias, const double *log_rate, const double *x,
-                         double *log_decay, double *out)
+enum status reference_time_step(struct device *device, const void *args, void *workspace)
 {
-	if (reference_in_use()) {
-		reference_in_use()->time_step(n, n_heads, d_head, logit, bias, log_rate, x,
-		                              log_decay, out);
-		return;
-	}
+	const struct time_step_args *a = args;
+	int64_t heads = a->n_heads, d = a->d_head;
+
 #pragma omp parallel for
-	for (int64_t row = 0; row < n * n_heads; row++) {
-		double dt = softplus(logit[row] + bias[row % n_heads]);
+	for (int64_t row = 0; row < a->n_tokens * heads; row++) {
+		int64_t n = row / heads, h = row % heads;
+		const double *x = (const double *)a->x + n * a->x_stride + h * d;
+		double logit = ((const double *)a->logit)[n * a->logit_stride + h];
+		double dt = softplus(logit + wide(a->bias)[h]);
 
-		log_decay[row] = -exp(log_rate[row % n_heads]) * dt;
-		for (int64_t i = row * d_head; i < (row + 1) * d_head; i++)
-			out[i] = dt * x[i];
+		((double *)a->log_decay)[row] = -exp(wide(a->log_rate)[h]) * dt;
+		for (int64_t i = 0; i < d; i++)
+			((double *)a->out)[row * d + i] = dt * x[i];
 	}
-}
-
-void reference_time_step_backward(int64_t n, int64_t n_heads, int64_t d_head, const double *logit,
-                                  const double *bias, const double *log_rate, const double *x,
-                                  const double *dlog_decay, const double *dout, double *dlogit,
-                                  double *dbias, double *dlog_rate, double *dx)
-{
-	memset(dbias, 0, sizeof *dbias * (size_t)n_heads);
-	memset(dlog_rate, 0, sizeof *dlog_rate * (size_t)n_heads);
-	for (int64_t row = 0; row < n * n_heads; row++) {
-		int64_t h = row % n_heads;
-		double shifted = logit[row] + bias[h], rate = exp(log_rate[h]);
-		double dt = softplus(shifted), ddt = -rate * dlog_decay[row];
-
-		for (int64_t i = row * d_head; i < (row + 1) * d_head; i++) {
-			ddt += dout[i] * x[i];
-			dx[i] = dt * dout[i];
-		}
-		dlogit[row] = ddt * reference_sigmoid(shifted);
-		dbias[h] += dlogit[row];
-		dlog_rate[h] -= dlog_decay[row] * rate * dt;
-	}
-}
-
-void reference_forget_gate(int64_t n, int64_t width, const double *logit, const double *bound,
-                           const double *x, double *log_decay, double *key, double *out)
-{
-	if (reference_in_use()) {
-		reference_in_use()->forget_gate(n, width, logit, bound, x, log_decay, key, out);
-		return;
-	}
-#pragma omp parallel for
-	for (int64_t i = 0; i < n * width; i++) {
-		double input = reference_sigmoid(-bound[i % width]) * reference_sigmoid(-logit[i]);
-
-		log_decay[i] = log1p(-input);
-		if (key)
-			key[i] = input;
-		out[i] = silu(x[i]) * (key ? 1 : input);
-	}
-}
-
-void reference_forget_gate_backward(int64_t n, int64_t width, const double *logit,
-                                    const double *bound, const double *x, const double *dlog_decay,
-                                    const double *dkey, const double *dout, double *dlogit,
-                                    double *dbound, double *dx)
-{
-	memset(dbound, 0, sizeof *dbound * (size_t)width);
-	for (int64_t i = 0; i < n * width; i++) {
-		double rest = reference_sigmoid(-bound[i % width]);
-		double closed = reference_sigmoid(-logit[i]), input = rest * closed;
-		double dinput =
-		        -dlog_decay[i] / (1 - input) + (dkey ? dkey[i] : dout[i] * silu(x[i]));
-
-		dlogit[i] = -dinput * input * (1 - closed);
-		dbound[i % width] -= dinput * input * (1 - rest);
-		dx[i] = dout[i] * (dkey ? 1 : input) * silu_derivative(x[i]);
-	}
-}
-
-/* Element i of x + skip_weight * skip, before the gate. */
-static double skipped(const struct reference_gate_norm *g, int64_t i)
-{
-	return g->x[i] + (g->skip ? g->skip_weight[i / g->d_head % g->n_heads] * g->skip[i] : 0);
-}
-
-/* Before the norm. */
-static void gated(const struct reference_gate_norm *g, double *u)
-{
-	if (reference_in_use()) {
-		reference_in_use()->gated(g, u);
-		return;
-	}
-#pragma omp parallel for
-	for (int64_t i = 0; i < g->n * g->n_heads * g->d_head; i++)
-		u[i] = skipped(g, i) * (g->gate ? silu(g->gate[i]) : 1);
-}
-
-enum status reference_gate_norm(const struct reference_gate_norm *g, double *out, double *rstd)
-{
-	int64_t width = g->n_heads * g->d_head;
-	double *u;
-	enum status status = reference_take(g->n * width, &u);
-
-	if (status != STATUS_OK)
-		return status;
-	gated(g, u);
-	reference_rms_norm(g->n * g->groups, width / g->groups, g->eps, u, g->weight, out, rstd);
-	reference_release(u);
 	return STATUS_OK;
 }
 
-enum status reference_gate_norm_backward(const struct reference_gate_norm *g, const double *dout,
-                                         const struct reference_gate_norm_grads *grads)
+enum status reference_time_step_backward(struct device *device, const void *args, void *workspace)
 {
-	int64_t width = g->n_heads * g->d_head, count = g->n * width;
-	double *u, *du;
-	enum status status = reference_take(2 * count, &u);
+	const struct time_step_backward_args *a = args;
+	const struct time_step_args *f = &a->forward;
+	int64_t heads = f->n_heads, d = f->d_head;
+	double *dbias = wide_out(a->dbias), *dlog_rate = wide_out(a->dlog_rate);
 
-	if (status != STATUS_OK)
-		return status;
-	du = u + count;
-	gated(g, u);
-	reference_rms_norm_backward(g->n * g->groups, width / g->groups, g->eps, u, g->weight, dout,
-	                            du, grads->dweight);
-	if (g->skip)
-		memset(grads->dskip_weight, 0, sizeof *du * (size_t)g->n_heads);
-	for (int64_t i = 0; i < count; i++) {
-		int64_t h = i / g->d_head % g->n_heads;
+	zero(heads, dbias);
+	zero(heads, dlog_rate);
+#pragma omp parallel for reduction(+ : dbias[:heads], dlog_rate[:heads])
+	for (int64_t row = 0; row < f->n_tokens * heads; row++) {
+		int64_t n = row / heads, h = row % heads, logit = n * f->logit_stride + h;
+		const double *x = (const double *)f->x + n * f->x_stride + h * d;
+		const double *dout = (const double *)a->dout + row * d;
+		const double *dskip = a->dskip ? (const double *)a->dskip + row * d : NULL;
+		double *dx = (double *)a->dx + row * d, *dlogit = (double *)a->dlogit + logit;
+		double shifted = ((const double *)f->logit)[logit] + wide(f->bias)[h];
+		double dt = softplus(shifted), dlog_decay = ((const double *)a->dlog_decay)[row];
+		double rate = exp(wide(f->log_rate)[h]), ddt = -rate * dlog_decay;
 
-		grads->dx[i] = du[i] * (g->gate ? silu(g->gate[i]) : 1);
-		if (g->gate)
-			grads->dgate[i] = du[i] * skipped(g, i) * silu_derivative(g->gate[i]);
-		if (g->skip) {
-			grads->dskip[i] = grads->dx[i] * g->skip_weight[h];
-			grads->dskip_weight[h] += grads->dx[i] * g->skip[i];
+		for (int64_t i = 0; i < d; i++) {
+			ddt += dout[i] * x[i];
+			dx[i] = dt * dout[i] + (dskip ? dskip[i] : 0);
+		}
+		*dlogit = ddt * sigmoid(shifted);
+		dbias[h] += *dlogit;
+		dlog_rate[h] -= dlog_decay * rate * dt;
+	}
+	return STATUS_OK;
+}
+
+enum status reference_forget_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct forget_gate_args *a = args;
+	int64_t width = a->width;
+
+#pragma omp parallel for
+	for (int64_t i = 0; i < a->n_tokens * width; i++) {
+		int64_t from = i / width * a->stride + i % width;
+		double x = ((const double *)a->x)[from], logit = ((const double *)a->logit)[from];
+		double input = sigmoid(-wide(a->bound)[i % width]) * sigmoid(-logit);
+
+		((double *)a->log_decay)[i] = log1p(-input);
+		if (a->key)
+			((double *)a->key)[i] = input;
+		((double *)a->out)[i] = silu(x) * (a->key ? 1 : input);
+	}
+	return STATUS_OK;
+}
+
+enum status reference_forget_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct forget_gate_backward_args *a = args;
+	const struct forget_gate_args *f = &a->forward;
+	const double *dlog_decay = a->dlog_decay, *dkey = f->key ? a->dkey : NULL, *dout = a->dout;
+	double *dbound = wide_out(a->dbound);
+	int64_t width = f->width;
+
+	zero(width, dbound);
+#pragma omp parallel for reduction(+ : dbound[:width])
+	for (int64_t i = 0; i < f->n_tokens * width; i++) {
+		int64_t from = i / width * f->stride + i % width;
+		double x = ((const double *)f->x)[from];
+		double rest = sigmoid(-wide(f->bound)[i % width]);
+		double closed = sigmoid(-((const double *)f->logit)[from]), input = rest * closed;
+		double dinput = -dlog_decay[i] / (1 - input) + (dkey ? dkey[i] : dout[i] * silu(x));
+
+		((double *)a->dlogit)[from] = -dinput * input * (1 - closed);
+		((double *)a->dx)[from] = dout[i] * (dkey ? 1 : input) * silu_derivative(x);
+		dbound[i % width] -= dinput * input * (1 - rest);
+	}
+	return STATUS_OK;
+}
+
+/* Column i of row n of x + skip_weight * skip, before the gate. */
+static double skipped(const struct gate_norm_args *a, int64_t n, int64_t i)
+{
+	const double *skip = a->skip;
+
+	return ((const double *)a->x)[n * a->n_heads * a->d_head + i] +
+	       (skip ? wide(a->skip_weight)[i / a->d_head] * skip[n * a->skip_stride + i] : 0);
+}
+
+static double gate_logit(const struct gate_norm_args *a, int64_t n, int64_t i)
+{
+	return ((const double *)a->gate)[n * a->gate_stride + i];
+}
+
+/* u [H*d] of row n, before the norm. */
+static void gated(const struct gate_norm_args *a, int64_t n, double *u)
+{
+	for (int64_t i = 0; i < a->n_heads * a->d_head; i++)
+		u[i] = skipped(a, n, i) * (a->gate ? silu(gate_logit(a, n, i)) : 1);
+}
+
+enum status reference_gate_norm(struct device *device, const void *args, void *workspace)
+{
+	const struct gate_norm_args *a = args;
+	int64_t width = a->n_heads * a->d_head, d = width / a->groups;
+
+#pragma omp parallel for
+	for (int64_t n = 0; n < a->n_tokens; n++) {
+		double *out = (double *)a->out + n * width;
+
+		gated(a, n, out);
+		for (int64_t g = 0; g < a->groups; g++) {
+			double r = inverse_rms(d, a->eps, out + g * d);
+
+			for (int64_t i = 0; i < d; i++)
+				out[g * d + i] *= r * wide(a->weight)[i];
+			if (a->rstd)
+				wide_out(a->rstd)[n * a->groups + g] = r;
 		}
 	}
-	reference_release(u);
+	return STATUS_OK;
+}
+
+/* Row n from du [H*d], the gradient before the norm; adds to dskip_weight. */
+static void gated_backward(const struct gate_norm_backward_args *a, int64_t n, const double *du,
+                           double *dskip_weight)
+{
+	const struct gate_norm_args *f = &a->forward;
+	int64_t width = f->n_heads * f->d_head;
+
+	for (int64_t i = 0; i < width; i++) {
+		double logit = f->gate ? gate_logit(f, n, i) : 0;
+		double dx = du[i] * (f->gate ? silu(logit) : 1);
+
+		if (f->gate)
+			((double *)a->dgate)[n * f->gate_stride + i] =
+			        du[i] * skipped(f, n, i) * silu_derivative(logit);
+		if (f->skip) {
+			double skip = ((const double *)f->skip)[n * f->skip_stride + i];
+
+			((double *)a->dskip)[n * width + i] =
+			        dx * wide(f->skip_weight)[i / f->d_head];
+			dskip_weight[i / f->d_head] += dx * skip;
+		}
+		((double *)a->dx)[n * width + i] = dx;
+	}
+}
+
+enum status reference_gate_norm_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct gate_norm_backward_args *a = args;
+	const struct gate_norm_args *f = &a->forward;
+	int64_t width = f->n_heads * f->d_head, d = width / f->groups;
+	double *scratch = take_doubles(2 * width * omp_get_max_threads());
+	double *dweight = wide_out(a->dweight), none = 0;
+	double *dskip_weight = f->skip ? wide_out(a->dskip_weight) : &none;
+	int64_t n_skip = f->skip ? f->n_heads : 1;
+
+	if (!scratch)
+		return STATUS_OOM;
+	zero(d, dweight);
+	zero(n_skip, dskip_weight);
+#pragma omp parallel for reduction(+ : dweight[:d], dskip_weight[:n_skip])
+	for (int64_t n = 0; n < f->n_tokens; n++) {
+		const double *dout = (const double *)a->dout + n * width;
+		double *u = scratch + 2 * width * omp_get_thread_num();
+
+		gated(f, n, u);
+		for (int64_t g = 0; g < f->groups; g++)
+			norm_row_backward(d, inverse_rms(d, f->eps, u + g * d), u + g * d,
+			                  wide(f->weight), dout + g * d, u + width + g * d,
+			                  dweight);
+		gated_backward(a, n, u + width, dskip_weight);
+	}
+	free(scratch);
 	return STATUS_OK;
 }

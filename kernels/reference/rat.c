@@ -1,317 +1,259 @@
 /* fp64 RAT: the recurrence inside a chunk, its gradients, and one generated token. */
-#include "kernels/reference/reference.h"
+#include "kernels/reference/shared.h"
 
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
+#include <omp.h>
 
-static enum status out_of_memory(size_t elements)
+static double smooth(double g, double state, double x)
 {
-	return status_set(STATUS_OOM, "reference: no memory for %zu doubles", elements);
+	return g * state + (1 - g) * x;
 }
 
-static int64_t n_chunks(const struct reference_rat_scan *s)
+static int64_t n_chunks(const struct rat_scan_args *a)
 {
-	return (s->seq_len + s->chunk - 1) / s->chunk;
+	return (a->seq_len + a->chunk - 1) / a->chunk;
 }
 
-/* Index into q and k [B, T, groups, d] of row (b, t) and channel c of D: head h reads group
- * h % groups. */
-static int64_t grouped(const struct reference_rat_scan *s, int64_t row, int64_t c)
+/* The token after the last one of a chunk. */
+static int64_t end_of(const struct rat_scan_args *a, int64_t chunk)
 {
-	return (row * s->groups + c / s->d_head % s->groups) * s->d_head + c % s->d_head;
+	return smaller((chunk + 1) * a->chunk, a->seq_len);
 }
 
-static double gate_of(const struct reference_rat_scan *s, int64_t row, int64_t c)
+static double gate_of(const struct rat_scan_args *a, int64_t b, int64_t t, int64_t h, int64_t i)
 {
-	int64_t width = s->n_heads * s->d_head;
-
-	return reference_sigmoid(s->gate[row * width + c] + s->gate_bias[c]);
+	return sigmoid(at(&a->gate, b, t, h)[i] + wide(a->gate_bias)[h * a->d_head + i]);
 }
 
-/* kt and vt of every token, [B, T, D]. */
-static void scan(const struct reference_rat_scan *s, double *k_scan, double *v_scan)
+/* kt and vt [d] of a head move on to token t. */
+static void advance(const struct rat_scan_args *a, int64_t b, int64_t t, int64_t h, double *kt,
+                    double *vt)
 {
-	int64_t width = s->n_heads * s->d_head;
+	const double *k = at(&a->k, b, t, h % a->groups), *v = at(&a->v, b, t, h);
 
-#pragma omp parallel for collapse(2)
-	for (int64_t b = 0; b < s->batch; b++)
-		for (int64_t c = 0; c < width; c++) {
-			double kt = 0, vt = 0;
+	for (int64_t i = 0; i < a->d_head; i++) {
+		bool first = t % a->chunk == 0;
+		double g = gate_of(a, b, t, h, i);
 
-			for (int64_t t = 0; t < s->seq_len; t++) {
-				int64_t row = b * s->seq_len + t;
-				double g = gate_of(s, row, c);
-
-				if (t % s->chunk == 0)
-					kt = vt = 0;
-				kt = g * kt + (1 - g) * s->k[grouped(s, row, c)];
-				vt = g * vt + (1 - g) * s->v[row * width + c];
-				k_scan[row * width + c] = kt;
-				v_scan[row * width + c] = vt;
-			}
-		}
+		kt[i] = smooth(g, first ? 0 : kt[i], k[i]);
+		vt[i] = smooth(g, first ? 0 : vt[i], v[i]);
+	}
 }
 
-/* scale * q_t . kt_t, [B, T, H]. */
-static void own_scores(const struct reference_rat_scan *s, const double *k_scan, double *own_score)
+/* One chunk of one head; state: kt and vt, [2, d]. */
+static void scan_chunk(const struct rat_scan_args *a, int64_t b, int64_t h, int64_t c,
+                       double *state)
 {
-	int64_t d = s->d_head;
+	int64_t d = a->d_head, end = end_of(a, c);
+	double *kt = state, *vt = state + d;
+	size_t bytes = sizeof(double) * (size_t)d;
 
-	for (int64_t row = 0; row < s->batch * s->seq_len; row++)
-		for (int64_t h = 0; h < s->n_heads; h++) {
-			const double *q = s->q + grouped(s, row, h * d);
-			const double *k = k_scan + (row * s->n_heads + h) * d;
-			double sum = 0;
-
-			for (int64_t i = 0; i < d; i++)
-				sum += q[i] * k[i];
-			own_score[row * s->n_heads + h] = s->scale * sum;
-		}
+	for (int64_t t = c * a->chunk; t < end; t++) {
+		advance(a, b, t, h, kt, vt);
+		memcpy(at(&a->v_scan, b, t, h), vt, bytes);
+		wide_out(a->own_score)[(b * a->seq_len + t) * a->n_heads + h] =
+		        a->scale * dot(d, at(&a->q, b, t, h % a->groups), kt);
+	}
+	memcpy(at(&a->k_chunk, b, c, h), kt, bytes);
+	memcpy(at(&a->v_chunk, b, c, h), vt, bytes);
+	if (a->k_state && end == a->seq_len)
+		memcpy(wide_out(a->k_state) + (b * a->n_heads + h) * d, kt, bytes);
+	if (a->v_state && end == a->seq_len)
+		memcpy(wide_out(a->v_state) + (b * a->n_heads + h) * d, vt, bytes);
 }
 
-/* to [B, C, D] = the last token of every chunk of from [B, T, D]. */
-static void chunk_finals(const struct reference_rat_scan *s, const double *from, double *to)
+enum status reference_rat_scan(struct device *device, const void *args, void *workspace)
 {
-	int64_t width = s->n_heads * s->d_head, chunks = n_chunks(s);
+	const struct rat_scan_args *a = args;
+	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1};
+	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	double *state = take_doubles(2 * a->d_head * omp_get_max_threads());
 
-	for (int64_t b = 0; b < s->batch; b++)
-		for (int64_t c = 0; c < chunks; c++) {
-			int64_t end = (c + 1) * s->chunk;
-			int64_t last = (end < s->seq_len ? end : s->seq_len) - 1;
-
-			memcpy(to + (b * chunks + c) * width,
-			       from + (b * s->seq_len + last) * width, sizeof *to * (size_t)width);
-		}
-}
-
-/* to [B, D] = the last token of from [B, T, D]. */
-static void last_token(const struct reference_rat_scan *s, const double *from, double *to)
-{
-	int64_t width = s->n_heads * s->d_head;
-
-	for (int64_t b = 0; b < s->batch; b++)
-		memcpy(to + b * width, from + ((b + 1) * s->seq_len - 1) * width,
-		       sizeof *to * (size_t)width);
-}
-
-/* q_out [B, T, groups, d]: q at its chunk's position. */
-static void rotate_queries(const struct reference_rat_scan *s, double *q_out)
-{
-	if (s->rope)
-		reference_rotate(s->batch, s->seq_len, s->groups, s->d_head, 0, s->chunk, s->q,
-		                 q_out);
-	else
-		memcpy(q_out, s->q,
-		       sizeof *q_out * (size_t)(s->batch * s->seq_len * s->groups * s->d_head));
-}
-
-enum status reference_rat_scan_forward(const struct reference_rat_scan *s,
-                                       const struct reference_rat_scan_out *out)
-{
-	if (reference_in_use())
-		return reference_in_use()->rat_scan_forward(s, out);
-	size_t count = (size_t)(s->batch * s->seq_len * s->n_heads * s->d_head);
-	double *k_scan = malloc(2 * count * sizeof *k_scan);
-
-	if (!k_scan)
-		return out_of_memory(2 * count);
-	double *v_scan = k_scan + count;
-	scan(s, k_scan, v_scan);
-	if (out->k_scan)
-		memcpy(out->k_scan, k_scan, count * sizeof *k_scan);
-	if (out->v_scan)
-		memcpy(out->v_scan, v_scan, count * sizeof *v_scan);
-	if (out->own_score)
-		own_scores(s, k_scan, out->own_score);
-	if (out->q_out)
-		rotate_queries(s, out->q_out);
-	chunk_finals(s, k_scan, out->k_chunk);
-	chunk_finals(s, v_scan, out->v_chunk);
-	if (s->rope)
-		reference_rotate(s->batch, n_chunks(s), s->n_heads, s->d_head, 0, 1, out->k_chunk,
-		                 out->k_chunk);
-	if (out->k_state)
-		last_token(s, k_scan, out->k_state);
-	if (out->v_state)
-		last_token(s, v_scan, out->v_state);
-	free(k_scan);
+	if (!state)
+		return STATUS_OOM;
+#pragma omp parallel for collapse(3)
+	for (int64_t b = 0; b < a->batch; b++)
+		for (int64_t c = 0; c < n_chunks(a); c++)
+			for (int64_t h = 0; h < a->n_heads; h++)
+				scan_chunk(a, b, h, c,
+				           state + 2 * a->d_head * omp_get_thread_num());
+#pragma omp parallel for
+	for (int64_t t = 0; t < a->seq_len; t++)
+		rotate_token(&queries, t / a->chunk, &a->q, t, &a->q_out, t);
+	for (int64_t c = 0; c < n_chunks(a); c++)
+		rotate_token(&keys, c, &a->k_chunk, c, &a->k_chunk, c);
+	free(state);
 	return STATUS_OK;
 }
 
-/* Direct gradients of kt and vt, before they flow back through time: from the own score (and its
- * share of dq), from vt's users, and from the chunk finals. dk_final is already rotated back. */
-static void direct_gradients(const struct reference_rat_scan *s,
-                             const struct reference_rat_scan_grads *grads, const double *k_scan,
-                             const double *dk_final, double *dk_scan, double *dv_scan)
+/* Gradients of kt and vt of one head, [d] each, flowing in from the token after. */
+struct flow {
+	double *dk, *dv;
+};
+
+/*
+ * Token t of one head: what its own score and vt's users give to the states kt and vt joins the
+ * flow, which passes h_t = g h_{t-1} + (1-g) x_t for h in (kt, vt). Adds to dq and dk. In front of
+ * kt and vt are the states of the token before.
+ */
+static void token_backward(const struct rat_scan_backward_args *a, int64_t b, int64_t t, int64_t h,
+                           const double *kt, const double *vt, const struct flow *flow)
 {
-	int64_t width = s->n_heads * s->d_head, chunks = n_chunks(s);
+	const struct rat_scan_args *f = &a->forward;
+	const double score = wide(a->down_score)[(b * f->seq_len + t) * f->n_heads + h];
+	const double ds = f->scale * score;
+	int64_t d = f->d_head, group = h % f->groups;
+	bool first = t % f->chunk == 0;
 
-	for (int64_t row = 0; row < s->batch * s->seq_len; row++)
-		for (int64_t c = 0; c < width; c++) {
-			double ds = s->scale * grads->down_score[row * s->n_heads + c / s->d_head];
-			int64_t b = row / s->seq_len, t = row % s->seq_len;
-			int64_t at = row * width + c;
-			bool last = t == s->seq_len - 1 || (t + 1) % s->chunk == 0;
-			int64_t final = (b * chunks + t / s->chunk) * width + c;
+	for (int64_t i = 0; i < d; i++) {
+		double g = gate_of(f, b, t, h, i);
+		double k_before = first ? 0 : kt[i - d], v_before = first ? 0 : vt[i - d];
+		double dkt = flow->dk[i] + ds * at(&f->q, b, t, group)[i];
+		double dvt = flow->dv[i] + at(&a->dv_scan, b, t, h)[i];
 
-			grads->dq[grouped(s, row, c)] += ds * k_scan[at];
-			dk_scan[at] = ds * s->q[grouped(s, row, c)] + (last ? dk_final[final] : 0);
-			dv_scan[at] = grads->dv_scan[at] + (last ? grads->dv_chunk[final] : 0);
+		at(&a->dq, b, t, group)[i] += ds * kt[i];
+		at(&a->dgate, b, t, h)[i] = g * (1 - g) *
+		                            (dkt * (k_before - at(&f->k, b, t, group)[i]) +
+		                             dvt * (v_before - at(&f->v, b, t, h)[i]));
+		at(&a->dk, b, t, group)[i] += (1 - g) * dkt;
+		at(&a->dv, b, t, h)[i] = (1 - g) * dvt;
+		flow->dk[i] = g * dkt;
+		flow->dv[i] = g * dvt;
+	}
+}
+
+/* One chunk of one head, to whose end dk_final (rotated back) and dv_chunk flow; scratch: kt and vt
+ * of every token of it and the flow, [2, tokens + 1, d]. */
+static void chunk_backward(const struct rat_scan_backward_args *a, int64_t b, int64_t h, int64_t c,
+                           const struct view *dk_final, double *scratch)
+{
+	const struct rat_scan_args *f = &a->forward;
+	int64_t d = f->d_head, first = c * f->chunk, end = end_of(f, c);
+	double *kt = scratch, *vt = kt + (end - first) * d;
+	const struct flow flow = {vt + (end - first) * d, vt + (end - first + 1) * d};
+	size_t bytes = sizeof(double) * (size_t)d;
+
+	for (int64_t t = first; t < end; t++, kt += d, vt += d) {
+		if (t > first) {
+			memcpy(kt, kt - d, bytes);
+			memcpy(vt, vt - d, bytes);
 		}
+		advance(f, b, t, h, kt, vt);
+	}
+	memcpy(flow.dk, at(dk_final, b, c, h), bytes);
+	memcpy(flow.dv, at(&a->dv_chunk, b, c, h), bytes);
+	for (int64_t t = end - 1; t >= first; t--)
+		token_backward(a, b, t, h, kt -= d, vt -= d, &flow);
 }
 
-/* Back through time: h_t = g h_{t-1} + (1-g) x_t for h in (kt, vt). dk_scan and dv_scan become
- * the gradients of k tiled to D and of v; dgate that of the logits. */
-static void scan_backward(const struct reference_rat_scan *s, const double *k_scan,
-                          const double *v_scan, double *dk_scan, double *dv_scan, double *dgate)
+/* dq from the rotated queries, dk_final [B, C, H, d] from the rotated ends of chunks; dk zero. */
+static void rotate_back(const struct rat_scan_backward_args *a, const struct view *dk_final)
 {
-	int64_t width = s->n_heads * s->d_head;
+	const struct rat_scan_args *f = &a->forward;
+	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1};
+	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1};
 
-#pragma omp parallel for collapse(2)
-	for (int64_t b = 0; b < s->batch; b++)
-		for (int64_t c = 0; c < width; c++) {
-			double dkt = 0, dvt = 0; /* flowing in from token t + 1 */
-
-			for (int64_t t = s->seq_len - 1; t >= 0; t--) {
-				int64_t row = b * s->seq_len + t, at = row * width + c;
-				bool first = t % s->chunk == 0;
-				double g = gate_of(s, row, c);
-				double k_before = first ? 0 : k_scan[at - width];
-				double v_before = first ? 0 : v_scan[at - width];
-
-				dkt += dk_scan[at];
-				dvt += dv_scan[at];
-				dgate[at] = g * (1 - g) *
-				            (dkt * (k_before - s->k[grouped(s, row, c)]) +
-				             dvt * (v_before - s->v[at]));
-				dk_scan[at] = (1 - g) * dkt;
-				dv_scan[at] = (1 - g) * dvt;
-				dkt = first ? 0 : g * dkt;
-				dvt = first ? 0 : g * dvt;
-			}
-		}
+#pragma omp parallel for
+	for (int64_t t = 0; t < f->seq_len; t++) {
+		rotate_token(&queries, t / f->chunk, &a->dq_out, t, &a->dq, t);
+		for (int64_t i = 0; i < f->batch * f->groups; i++)
+			zero(f->d_head, at(&a->dk, i / f->groups, t, i % f->groups));
+	}
+	for (int64_t c = 0; c < n_chunks(f); c++)
+		rotate_token(&keys, c, &a->dk_chunk, c, dk_final, c);
 }
 
-/* dq from the rotated queries, dk_final [B, C, D] from the rotated finals. */
-static void rotate_back(const struct reference_rat_scan *s,
-                        const struct reference_rat_scan_grads *grads, double *dk_final)
+/* Heads of a group run one after another: they share dq and dk. */
+enum status reference_rat_scan_backward(struct device *device, const void *args, void *workspace)
 {
-	int64_t chunks = n_chunks(s);
+	const struct rat_scan_backward_args *a = args;
+	const struct rat_scan_args *f = &a->forward;
+	int64_t d = f->d_head, per_thread = 2 * (smaller(f->chunk, f->seq_len) + 1) * d;
+	int64_t n_final = f->batch * n_chunks(f) * f->n_heads * d;
+	double *memory = take_doubles(n_final + per_thread * omp_get_max_threads());
+	double *dgate_bias = wide_out(a->dgate_bias);
+	const struct view dk_final = contiguous(memory, n_chunks(f), f->n_heads, d);
 
-	memcpy(grads->dq, grads->dq_out,
-	       sizeof(double) * (size_t)(s->batch * s->seq_len * s->groups * s->d_head));
-	memcpy(dk_final, grads->dk_chunk,
-	       sizeof(double) * (size_t)(s->batch * chunks * s->n_heads * s->d_head));
-	if (!s->rope)
-		return;
-	reference_rotate_backward(s->batch, s->seq_len, s->groups, s->d_head, 0, s->chunk,
-	                          grads->dq, grads->dq);
-	reference_rotate_backward(s->batch, chunks, s->n_heads, s->d_head, 0, 1, dk_final,
-	                          dk_final);
-}
-
-/* Sums the tiled dk over the heads of each group, and dgate over the tokens. */
-static void sum_shared(const struct reference_rat_scan *s,
-                       const struct reference_rat_scan_grads *grads, const double *dk_tiled)
-{
-	int64_t width = s->n_heads * s->d_head, rows = s->batch * s->seq_len;
-
-	memset(grads->dk, 0, sizeof(double) * (size_t)(rows * s->groups * s->d_head));
-	memset(grads->dgate_bias, 0, sizeof(double) * (size_t)width);
-	for (int64_t row = 0; row < rows; row++)
-		for (int64_t c = 0; c < width; c++) {
-			grads->dk[grouped(s, row, c)] += dk_tiled[row * width + c];
-			grads->dgate_bias[c] += grads->dgate[row * width + c];
-		}
-}
-
-enum status reference_rat_scan_backward(const struct reference_rat_scan *s,
-                                        const struct reference_rat_scan_grads *grads)
-{
-	size_t width = (size_t)(s->n_heads * s->d_head);
-	size_t count = (size_t)(s->batch * s->seq_len) * width;
-	size_t total = 3 * count + (size_t)(s->batch * n_chunks(s)) * width;
-	double *k_scan = malloc(total * sizeof *k_scan);
-
-	if (!k_scan)
-		return out_of_memory(total);
-	double *v_scan = k_scan + count, *dk_scan = v_scan + count, *dk_final = dk_scan + count;
-	scan(s, k_scan, v_scan);
-	rotate_back(s, grads, dk_final);
-	direct_gradients(s, grads, k_scan, dk_final, dk_scan, grads->dv);
-	scan_backward(s, k_scan, v_scan, dk_scan, grads->dv, grads->dgate);
-	sum_shared(s, grads, dk_scan);
-	free(k_scan);
+	if (!memory)
+		return STATUS_OOM;
+	double *scratch = memory + n_final;
+	rotate_back(a, &dk_final);
+#pragma omp parallel for collapse(3)
+	for (int64_t b = 0; b < f->batch; b++)
+		for (int64_t c = 0; c < n_chunks(f); c++)
+			for (int64_t g = 0; g < f->groups; g++)
+				for (int64_t h = g; h < f->n_heads; h += f->groups)
+					chunk_backward(a, b, h, c, &dk_final,
+					               scratch + per_thread * omp_get_thread_num());
+	zero(f->n_heads * d, dgate_bias);
+#pragma omp parallel for reduction(+ : dgate_bias[:f->n_heads * d])
+	for (int64_t n = 0; n < f->batch * f->seq_len; n++)
+		for (int64_t h = 0; h < f->n_heads; h++)
+			add_scaled(d, 1, at(&a->dgate, n / f->seq_len, n % f->seq_len, h),
+			           dgate_bias + h * d);
+	free(memory);
 	return STATUS_OK;
 }
 
-/* The running pair after the step's token, [B, D] each. */
-static void advance(const struct reference_rat_step *s, double *k_state, double *v_state)
+/* The running pair of one head moves on and attends to the chunks before; q is rotated, w
+ * [position / chunk] scratch. */
+static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, const double *q,
+                      double *w)
 {
-	int64_t width = s->n_heads * s->d_head;
-	bool first = s->position % s->chunk == 0;
+	int64_t d = a->d_head, chunks = *a->position / a->chunk;
+	bool first = *a->position % a->chunk == 0;
+	const double *k = at(&a->k, b, 0, h % a->groups), *v = at(&a->v, b, 0, h);
+	double *kt = wide_out(a->k_state) + (b * a->n_heads + h) * d, own_p;
+	double *vt = wide_out(a->v_state) + (b * a->n_heads + h) * d, *out = at(&a->out, b, 0, h);
 
-	for (int64_t b = 0; b < s->batch; b++)
-		for (int64_t c = 0; c < width; c++) {
-			int64_t at = b * width + c, group = c / s->d_head % s->groups;
-			double g = reference_sigmoid(s->gate[at] + s->gate_bias[c]);
-			double k = s->k[(b * s->groups + group) * s->d_head + c % s->d_head];
+	for (int64_t i = 0; i < d; i++) {
+		double g = sigmoid(at(&a->gate, b, 0, h)[i] + wide(a->gate_bias)[h * d + i]);
 
-			k_state[at] = (first ? 0 : g * s->k_state[at]) + (1 - g) * k;
-			v_state[at] = (first ? 0 : g * s->v_state[at]) + (1 - g) * s->v[at];
-		}
+		kt[i] = smooth(g, first ? 0 : kt[i], k[i]);
+		vt[i] = smooth(g, first ? 0 : vt[i], v[i]);
+	}
+	const double own_score = a->scale * dot(d, at(&a->q, b, 0, h % a->groups), kt);
+	for (int64_t c = 0; c < chunks; c++)
+		w[c] = dot(d, q, at(&a->k_chunk, b, c, h));
+	softmax(a->scale, w, 0, chunks, &own_score, &own_p);
+	zero(d, out);
+	add_scaled(d, own_p, vt, out);
+	for (int64_t c = 0; c < chunks; c++)
+		add_scaled(d, w[c], at(&a->v_chunk, b, c, h), out);
+	for (int64_t i = 0; i < d; i++)
+		out[i] *= sigmoid(at(&a->z, b, 0, h)[i]);
 }
 
-enum status reference_rat_step(const struct reference_rat_step *s, double *out, double *k_state,
-                               double *v_state)
+/* The running pair of every head to its chunk's slot. */
+static void store_chunk(const struct rat_step_args *a, int64_t chunk)
 {
-	size_t n_q = (size_t)(s->batch * s->groups * s->d_head);
-	size_t n_token = (size_t)(s->batch * s->n_heads * s->d_head);
-	size_t n_own = (size_t)(s->batch * s->n_heads);
-	double *q = malloc((n_q + 2 * n_token + n_own) * sizeof *q);
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct view k = contiguous(wide_out(a->k_state), 1, a->n_heads, a->d_head);
+	const struct view v = contiguous(wide_out(a->v_state), 1, a->n_heads, a->d_head);
+
+	rotate_token(&turn, chunk, &k, 0, &a->k_chunk, chunk);
+	rotate_token(&copy, chunk, &v, 0, &a->v_chunk, chunk);
+}
+
+enum status reference_rat_step(struct device *device, const void *args, void *workspace)
+{
+	const struct rat_step_args *a = args;
+	int64_t position = *a->position, chunk = position / a->chunk;
+	int64_t n_q = a->batch * a->groups * a->d_head;
+	double *q = take_doubles(n_q + chunk * omp_get_max_threads());
+	const struct rotation turn = {a->batch, a->groups, a->d_head, a->rope, 1};
+	const struct view rotated = contiguous(q, 1, a->groups, a->d_head);
 
 	if (!q)
-		return out_of_memory(n_q + 2 * n_token + n_own);
-	double *kt = q + n_q, *vt = kt + n_token, *own_score = vt + n_token;
-	advance(s, kt, vt);
-	struct reference_rat_scan token = {.batch = s->batch,
-	                                   .seq_len = 1,
-	                                   .n_heads = s->n_heads,
-	                                   .groups = s->groups,
-	                                   .d_head = s->d_head,
-	                                   .scale = s->scale,
-	                                   .q = s->q};
-	own_scores(&token, kt, own_score);
-	memcpy(q, s->q, n_q * sizeof *q);
-	if (s->rope)
-		reference_rotate(s->batch, 1, s->groups, s->d_head, s->position, s->chunk, q, q);
-	/* Sequence by sequence, since only position/chunk of each one's slots are keys. */
-	enum status status = STATUS_OK;
-	for (int64_t b = 0; status == STATUS_OK && b < s->batch; b++) {
-		int64_t width = s->n_heads * s->d_head;
-		struct reference_attention a = {
-		        .batch = 1,
-		        .n_heads = s->n_heads,
-		        .q_heads = s->groups,
-		        .d_head = s->d_head,
-		        .seq_len = 1,
-		        .kv_len = s->position / s->chunk,
-		        .mask = MASK_FULL,
-		        .scale = s->scale,
-		        .q = q + b * s->groups * s->d_head,
-		        .k = s->k_chunk + b * s->chunk_slots * width,
-		        .v = s->v_chunk + b * s->chunk_slots * width,
-		        .own_score = own_score + b * s->n_heads,
-		        .own_value = vt + b * width,
-		        .gate = s->z + b * width,
-		};
-		status = reference_attention_forward(&a, 0, NULL, out + b * width, NULL, NULL);
-	}
-	if (k_state) {
-		memcpy(k_state, kt, n_token * sizeof *kt);
-		memcpy(v_state, vt, n_token * sizeof *vt);
-	}
+		return STATUS_OOM;
+	rotate_token(&turn, chunk, &a->q, 0, &rotated, 0);
+#pragma omp parallel for collapse(2)
+	for (int64_t b = 0; b < a->batch; b++)
+		for (int64_t h = 0; h < a->n_heads; h++)
+			step_head(a, b, h, at(&rotated, b, 0, h % a->groups),
+			          q + n_q + chunk * omp_get_thread_num());
+	if (position % a->chunk == a->chunk - 1)
+		store_chunk(a, chunk);
 	free(q);
-	return status;
+	return STATUS_OK;
 }

@@ -29,7 +29,7 @@ sources_of() {
 	case $1 in
 	safetensors) echo bench/safetensors.c kernels/status.c -lcjson ;;
 	csv) echo bench/harness/csv.c kernels/status.c ;;
-	options) echo bench/harness/options.c kernels/status.c ;;
+	options) echo bench/harness/options.c layers/pattern.c kernels/status.c ;;
 	esac
 }
 

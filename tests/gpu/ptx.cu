@@ -13,26 +13,28 @@ namespace
 
 /* An array of the host and its copy on the device. */
 template <typename T> struct mirror {
-	T *device = NULL;
+	struct device *device;
+	T *data = NULL;
 	size_t bytes;
 	enum status status;
 
-	mirror(size_t count, const T *host) : bytes(count * sizeof(T))
+	mirror(struct device *on, size_t count, const T *host)
+	    : device(on), bytes(count * sizeof(T))
 	{
-		status = cuda_backend.allocate(bytes, reinterpret_cast<void **>(&device));
+		status = device_allocate(device, bytes, reinterpret_cast<void **>(&data));
 		if (status == STATUS_OK)
-			status = cuda_backend.upload(device, host, bytes);
+			status = device_upload(device, data, host, bytes);
 	}
 
 	~mirror()
 	{
-		if (device)
-			cuda_backend.release(device);
+		if (data)
+			device_release(device, data);
 	}
 
 	enum status download(T *host) const
 	{
-		return cuda_backend.download(host, device, bytes);
+		return device_download(device, host, data, bytes);
 	}
 };
 
@@ -45,10 +47,10 @@ template <typename T> struct mirror {
 	} while (0)
 
 /* After a launch: how it went. */
-enum status finished()
+enum status finished(struct device *device)
 {
 	CUDA_TRY(cudaGetLastError());
-	return cuda_backend.synchronize();
+	return device_synchronize(device);
 }
 
 /* The dynamic shared memory of a block, where a swizzled tile may begin. */
@@ -308,136 +310,141 @@ __global__ void arithmetic(const float *x, uint32_t *pair, float *y)
 }
 
 template <int N, bool REGISTERS>
-enum status run_product(bool accumulate, const uint16_t *a, const uint16_t *b, float *d)
+enum status run_product(struct device *device, bool accumulate, const uint16_t *a,
+                        const uint16_t *b, float *d)
 {
 	const int bytes = (PTX_M + N) * PTX_K * 2 + 1024;
-	mirror<uint16_t> a_copy(PTX_M * PTX_K, a), b_copy(N * PTX_K, b);
-	mirror<float> d_copy(PTX_M * N, d);
+	mirror<uint16_t> a_copy(device, PTX_M * PTX_K, a), b_copy(device, N * PTX_K, b);
+	mirror<float> d_copy(device, PTX_M * N, d);
 
 	TRY(a_copy.status);
 	TRY(b_copy.status);
 	TRY(d_copy.status);
 	CUDA_TRY(cudaFuncSetAttribute(product<N, REGISTERS>,
 	                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-	product<N, REGISTERS><<<1, 128, bytes, cuda_stream()>>>(accumulate, a_copy.device,
-	                                                        b_copy.device, d_copy.device);
-	TRY(finished());
+	product<N, REGISTERS><<<1, 128, bytes, cuda_stream(device)>>>(accumulate, a_copy.data,
+	                                                              b_copy.data, d_copy.data);
+	TRY(finished(device));
 	return d_copy.download(d);
 }
 
 } // namespace
 
-enum status ptx_product(int n, bool registers, bool accumulate, const uint16_t *a,
-                        const uint16_t *b, float *d)
+enum status ptx_product(struct device *device, int n, bool registers, bool accumulate,
+                        const uint16_t *a, const uint16_t *b, float *d)
 {
 	if (n == 64)
-		return registers ? run_product<64, true>(accumulate, a, b, d)
-		                 : run_product<64, false>(accumulate, a, b, d);
-	return registers ? run_product<128, true>(accumulate, a, b, d)
-	                 : run_product<128, false>(accumulate, a, b, d);
+		return registers ? run_product<64, true>(device, accumulate, a, b, d)
+		                 : run_product<64, false>(device, accumulate, a, b, d);
+	return registers ? run_product<128, true>(device, accumulate, a, b, d)
+	                 : run_product<128, false>(device, accumulate, a, b, d);
 }
 
-enum status ptx_copy_box(int64_t batch, int64_t tokens, int64_t heads, int64_t d, int column,
-                         int token, int h, int b, const uint16_t *from, uint16_t *box, uint16_t *to)
+enum status ptx_copy_box(struct device *device, int64_t batch, int64_t tokens, int64_t heads,
+                         int64_t d, int column, int token, int h, int b, const uint16_t *from,
+                         uint16_t *box, uint16_t *to)
 {
 	const size_t count = static_cast<size_t>(batch * tokens * heads * d);
-	mirror<uint16_t> from_copy(count, from), to_copy(count, to), box_copy(PTX_BOX * 64, box);
-	struct view view = {from_copy.device, tokens * heads * d, heads * d, d};
+	mirror<uint16_t> from_copy(device, count, from), to_copy(device, count, to),
+	        box_copy(device, PTX_BOX * 64, box);
+	struct view view = {from_copy.data, tokens * heads * d, heads * d, d};
 	box_maps maps;
 
 	TRY(from_copy.status);
 	TRY(to_copy.status);
 	TRY(box_copy.status);
 	TRY(tensor_map_encode(&maps.from, &view, batch, tokens, heads, d, PTX_BOX));
-	view.data = to_copy.device;
+	view.data = to_copy.data;
 	TRY(tensor_map_encode(&maps.to, &view, batch, tokens, heads, d, PTX_BOX));
-	copy_box<<<1, 128, PTX_BOX * 128 + 1024 + 8, cuda_stream()>>>(maps, column, token, h, b,
-	                                                              box_copy.device);
-	TRY(finished());
+	copy_box<<<1, 128, PTX_BOX * 128 + 1024 + 8, cuda_stream(device)>>>(maps, column, token, h,
+	                                                                    b, box_copy.data);
+	TRY(finished(device));
 	TRY(box_copy.download(box));
 	return to_copy.download(to);
 }
 
-enum status ptx_bulk_load(int count, const uint8_t *from, uint8_t *to)
+enum status ptx_bulk_load(struct device *device, int count, const uint8_t *from, uint8_t *to)
 {
-	mirror<uint8_t> from_copy(count, from), to_copy(count, to);
+	mirror<uint8_t> from_copy(device, count, from), to_copy(device, count, to);
 
 	TRY(from_copy.status);
 	TRY(to_copy.status);
-	bulk<<<1, 64, count + 1024 + 24, cuda_stream()>>>(count, from_copy.device, to_copy.device);
-	TRY(finished());
+	bulk<<<1, 64, count + 1024 + 24, cuda_stream(device)>>>(count, from_copy.data,
+	                                                        to_copy.data);
+	TRY(finished(device));
 	return to_copy.download(to);
 }
 
-enum status ptx_ring(int count, int *received)
+enum status ptx_ring(struct device *device, int count, int *received)
 {
-	mirror<int> copy(count, received);
+	mirror<int> copy(device, count, received);
 
 	TRY(copy.status);
-	ring<<<1, 64, 1024 + 64, cuda_stream()>>>(count, copy.device);
-	TRY(finished());
+	ring<<<1, 64, 1024 + 64, cuda_stream(device)>>>(count, copy.data);
+	TRY(finished(device));
 	return copy.download(received);
 }
 
-enum status ptx_named_barriers(int rounds, int *seen)
+enum status ptx_named_barriers(struct device *device, int rounds, int *seen)
 {
-	mirror<int> copy(64, seen);
+	mirror<int> copy(device, 64, seen);
 
 	TRY(copy.status);
-	named_barriers<<<1, 96, 1024 + 256, cuda_stream()>>>(rounds, copy.device);
-	TRY(finished());
+	named_barriers<<<1, 96, 1024 + 256, cuda_stream(device)>>>(rounds, copy.data);
+	TRY(finished(device));
 	return copy.download(seen);
 }
 
-enum status ptx_matrices(const uint32_t *registers, uint16_t *stored, uint32_t *loaded)
+enum status ptx_matrices(struct device *device, const uint32_t *registers, uint16_t *stored,
+                         uint32_t *loaded)
 {
-	mirror<uint32_t> from(128, registers), back(128, loaded);
-	mirror<uint16_t> tile(256, stored);
+	mirror<uint32_t> from(device, 128, registers), back(device, 128, loaded);
+	mirror<uint16_t> tile(device, 256, stored);
 
 	TRY(from.status);
 	TRY(back.status);
 	TRY(tile.status);
-	matrices<<<1, 32, 1024 + 512, cuda_stream()>>>(from.device, tile.device, back.device);
-	TRY(finished());
+	matrices<<<1, 32, 1024 + 512, cuda_stream(device)>>>(from.data, tile.data, back.data);
+	TRY(finished(device));
 	TRY(tile.download(stored));
 	return back.download(loaded);
 }
 
-enum status ptx_warp_product(const uint16_t *a, const uint16_t *b, float *d)
+enum status ptx_warp_product(struct device *device, const uint16_t *a, const uint16_t *b, float *d)
 {
-	mirror<uint16_t> a_copy(256, a), b_copy(256, b);
-	mirror<float> d_copy(256, d);
+	mirror<uint16_t> a_copy(device, 256, a), b_copy(device, 256, b);
+	mirror<float> d_copy(device, 256, d);
 
 	TRY(a_copy.status);
 	TRY(b_copy.status);
 	TRY(d_copy.status);
-	warp_product<<<1, 32, 1024 + 1024, cuda_stream()>>>(a_copy.device, b_copy.device,
-	                                                    d_copy.device);
-	TRY(finished());
+	warp_product<<<1, 32, 1024 + 1024, cuda_stream(device)>>>(a_copy.data, b_copy.data,
+	                                                          d_copy.data);
+	TRY(finished(device));
 	return d_copy.download(d);
 }
 
-enum status ptx_registers(const uint32_t *x, uint32_t *y)
+enum status ptx_registers(struct device *device, const uint32_t *x, uint32_t *y)
 {
-	mirror<uint32_t> from(200, x), to(256, y);
+	mirror<uint32_t> from(device, 200, x), to(device, 256, y);
 
 	TRY(from.status);
 	TRY(to.status);
-	many_registers<<<1, 384, 0, cuda_stream()>>>(from.device, to.device);
-	TRY(finished());
+	many_registers<<<1, 384, 0, cuda_stream(device)>>>(from.data, to.data);
+	TRY(finished(device));
 	return to.download(y);
 }
 
-enum status ptx_arithmetic(const float *x, uint32_t *pair, float *y)
+enum status ptx_arithmetic(struct device *device, const float *x, uint32_t *pair, float *y)
 {
-	mirror<float> from(2, x), to(6, y);
-	mirror<uint32_t> packed(1, pair);
+	mirror<float> from(device, 2, x), to(device, 6, y);
+	mirror<uint32_t> packed(device, 1, pair);
 
 	TRY(from.status);
 	TRY(to.status);
 	TRY(packed.status);
-	arithmetic<<<1, 1, 0, cuda_stream()>>>(from.device, packed.device, to.device);
-	TRY(finished());
+	arithmetic<<<1, 1, 0, cuda_stream(device)>>>(from.data, packed.data, to.data);
+	TRY(finished(device));
 	TRY(packed.download(pair));
 	return to.download(y);
 }

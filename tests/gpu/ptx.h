@@ -1,5 +1,5 @@
 /*
- * What test_ptx.c runs on the device: one small kernel for each group of
+ * What test_ptx.c runs on a device, which must be active: one small kernel for each group of
  * wrappers in kernels/hopper/ptx.cuh. Arrays are the host's; outputs are
  * there on return. bf16 numbers travel as their bits.
  */
@@ -26,8 +26,8 @@ enum {
  * b is [n, 128] (K-major) with a in shared memory, else [128, n] (MN-major)
  * with a in registers.
  */
-enum status ptx_product(int n, bool registers, bool accumulate, const uint16_t *a,
-                        const uint16_t *b, float *d);
+enum status ptx_product(struct device *device, int n, bool registers, bool accumulate,
+                        const uint16_t *a, const uint16_t *b, float *d);
 
 /*
  * The 64 x 64 box of head h, sequence b that starts at column `column`, token
@@ -35,31 +35,32 @@ enum status ptx_product(int n, bool registers, bool accumulate, const uint16_t *
  * `box`, and stored at the same place of `to`, of the same shape; but not stored
  * if it begins in front of the tensor, which only a load may.
  */
-enum status ptx_copy_box(int64_t batch, int64_t tokens, int64_t heads, int64_t d, int column,
-                         int token, int h, int b, const uint16_t *from, uint16_t *box,
-                         uint16_t *to);
+enum status ptx_copy_box(struct device *device, int64_t batch, int64_t tokens, int64_t heads,
+                         int64_t d, int column, int token, int h, int b, const uint16_t *from,
+                         uint16_t *box, uint16_t *to);
 
 /* to = from, `count` bytes (a multiple of 16) by a bulk load. */
-enum status ptx_bulk_load(int count, const uint8_t *from, uint8_t *to);
+enum status ptx_bulk_load(struct device *device, int count, const uint8_t *from, uint8_t *to);
 
 /* A producer hands 0, 1, ... count-1 to a consumer through a ring of two slots; what it received.
  */
-enum status ptx_ring(int count, int *received);
+enum status ptx_ring(struct device *device, int count, int *received);
 
 /* Two warps that only arrive and one that waits, `rounds` times; what it saw of each lane [64]. */
-enum status ptx_named_barriers(int rounds, int *seen);
+enum status ptx_named_barriers(struct device *device, int rounds, int *seen);
 
 /* Lane l's registers [32, 4]: stored as four matrices (512 bytes), and loaded back. */
-enum status ptx_matrices(const uint32_t *registers, uint16_t *stored, uint32_t *loaded);
+enum status ptx_matrices(struct device *device, const uint32_t *registers, uint16_t *stored,
+                         uint32_t *loaded);
 
 /* d [16, 16] += a b, a [16, 16], b [16, 16] K-major, by one warp and two mma. */
-enum status ptx_warp_product(const uint16_t *a, const uint16_t *b, float *d);
+enum status ptx_warp_product(struct device *device, const uint16_t *a, const uint16_t *b, float *d);
 
 /* y[i] of 256 threads after they gave up or took registers; x is [200]. */
-enum status ptx_registers(const uint32_t *x, uint32_t *y);
+enum status ptx_registers(struct device *device, const uint32_t *x, uint32_t *y);
 
 /* pack_bf16 of (x[0], x[1]), its halves, exp2_approx and reciprocal_approx of both. */
-enum status ptx_arithmetic(const float *x, uint32_t *pair, float *y);
+enum status ptx_arithmetic(struct device *device, const float *x, uint32_t *pair, float *y);
 
 #ifdef __cplusplus
 }

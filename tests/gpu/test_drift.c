@@ -3,39 +3,28 @@
  * reference at rows from the first to the last: nothing drifts. In one head some channels
  * remember a million tokens and others ten, and now and then a token wipes a channel out.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
+#include "tests/stacks.h"
 
-#include <cmocka.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-
+#include "baselines/baselines.h"
 #include "kernels/cuda/cuda_backend.h"
-#include "kernels/reference/reference.h"
-#include "layers/noise.h"
+#include "kernels/noise.h"
 
 enum { TOKENS = (1 << 20) - 7, WIDTH = 64, COUNT = TOKENS * WIDTH };
 
 static const int64_t rows[] = {0,          63,          64,         TOKENS / 16,
                                TOKENS / 2, TOKENS - 65, TOKENS - 2, TOKENS - 1};
 
-enum { N_ROWS = sizeof rows / sizeof *rows };
+enum { N_ROWS = COUNT_OF(rows) };
 
 static const double tolerance = 1.5e-2;
 
-static void require(enum status status)
-{
-	if (status != STATUS_OK)
-		fail_msg("%s: %s", status_name(status), status_message());
-}
+static struct device *device;
 
 static void *device_memory(size_t bytes)
 {
 	void *memory;
 
-	require(cuda_backend.allocate(bytes ? bytes : 1, &memory));
+	require_ok(device_allocate(device, bytes ? bytes : 1, &memory));
 	return memory;
 }
 
@@ -48,21 +37,17 @@ struct tensor {
 static struct tensor new_tensor(const float *values, int64_t width)
 {
 	const size_t count = (size_t)(TOKENS * width);
-	float *rounded = malloc(count * sizeof *rounded);
 	struct tensor t = {device_memory(count * 2), malloc(count * sizeof(double))};
 
-	assert_true(rounded && t.values);
-	require(backend_upload_floats(&cuda_backend, DTYPE_BF16, t.data, values, count));
-	require(backend_download_floats(&cuda_backend, DTYPE_BF16, rounded, t.data, count));
-	for (size_t i = 0; i < count; i++)
-		t.values[i] = rounded[i];
-	free(rounded);
+	assert_non_null(t.values);
+	require_ok(device_upload_floats(device, DTYPE_BF16, t.data, values, count));
+	require_ok(device_download_doubles(device, DTYPE_BF16, t.values, t.data, count));
 	return t;
 }
 
 static void release(struct tensor *t)
 {
-	cuda_backend.release(t->data);
+	device_release(device, t->data);
 	free(t->values);
 }
 
@@ -85,9 +70,9 @@ static struct tensor decays(int64_t width, float *scratch)
 	return new_tensor(scratch, width);
 }
 
-static struct view view_of(const struct tensor *t, int64_t width)
+static struct view view_of(void *data, int64_t width)
 {
-	return (struct view){t->data, TOKENS * width, width, width};
+	return (struct view){data, TOKENS * width, width, width};
 }
 
 /* The worst row's relative error; a NaN is infinitely wrong. */
@@ -99,7 +84,7 @@ static double worst_row(const float *out, const double *expected)
 		double error = 0, norm = 0;
 
 		for (int64_t i = 0; i < WIDTH; i++) {
-			const double y = expected[r * WIDTH + i];
+			const double y = expected[rows[r] * WIDTH + i];
 
 			error += pow(out[rows[r] * WIDTH + i] - y, 2);
 			norm += y * y;
@@ -114,22 +99,39 @@ static double worst_row(const float *out, const double *expected)
 static void check_kernel(const struct kernel *kernel, const struct matrix_recurrence_args *args,
                          const double *expected)
 {
-	const size_t bytes = kernel->workspace ? kernel->workspace(args) : 0;
+	const size_t bytes = kernel->workspace ? kernel->workspace(device, args) : 0;
 	void *workspace = device_memory(bytes);
-	float *out = malloc(COUNT * sizeof *out);
+	float *out = new_memory(COUNT * sizeof *out);
 
-	assert_non_null(out);
-	require(cuda_backend.fill(workspace, 0xff, bytes));
-	require(cuda_backend.fill(args->out.data, 0xff, (size_t)COUNT * 2));
-	require(kernel->run(args, workspace));
-	require(cuda_backend.synchronize());
-	require(backend_download_floats(&cuda_backend, DTYPE_BF16, out, args->out.data, COUNT));
+	require_ok(device_fill(device, workspace, 0xff, bytes));
+	require_ok(device_fill(device, args->out.data, 0xff, (size_t)COUNT * 2));
+	require_ok(kernel->run(device, args, workspace));
+	require_ok(device_synchronize(device));
+	require_ok(device_download_floats(device, DTYPE_BF16, out, args->out.data, COUNT));
 	const double error = worst_row(out, expected);
 	print_message("%-9s %-19s chunk %3d: worst row %.1e\n", decay_name(args->decay),
 	              kernel->provider, (int)args->chunk, error);
 	assert_true(error <= tolerance);
 	free(out);
-	cuda_backend.release(workspace);
+	device_release(device, workspace);
+}
+
+/* What the fp64 reference makes of the tensors as they are on the host. */
+static double *reference(const struct matrix_recurrence_args *args, const struct tensor *q,
+                         const struct tensor *k, const struct tensor *v,
+                         const struct tensor *log_decay, int64_t width)
+{
+	struct matrix_recurrence_args a = *args;
+	struct context ctx = {.device = cpu->reference};
+	double *out = new_memory(COUNT * sizeof *out);
+
+	a.q = view_of(q->values, WIDTH);
+	a.k = view_of(k->values, WIDTH);
+	a.v = view_of(v->values, WIDTH);
+	a.log_decay = view_of(log_decay->values, width);
+	a.out = view_of(out, WIDTH);
+	require_ok(run_matrix_recurrence(&ctx, &a));
+	return out;
 }
 
 /* With these q, k, v. */
@@ -138,10 +140,8 @@ static void check_decay(enum decay decay, const struct tensor *q, const struct t
 {
 	static const int64_t chunks[] = {0, 16, 256};
 	const int64_t width = decay == DECAY_DIAGONAL ? WIDTH : 1;
-	float *scratch = malloc(COUNT * sizeof *scratch);
-	double expected[N_ROWS * WIDTH];
+	float *scratch = new_memory(COUNT * sizeof *scratch);
 
-	assert_non_null(scratch);
 	struct tensor log_decay = decays(width, scratch);
 	struct matrix_recurrence_args args = {
 	        .batch = 1,
@@ -151,43 +151,31 @@ static void check_decay(enum decay decay, const struct tensor *q, const struct t
 	        .d_v = WIDTH,
 	        .decay = decay,
 	        .scale = 0.125f,
-	        .q = view_of(q, WIDTH),
-	        .k = view_of(k, WIDTH),
-	        .v = view_of(v, WIDTH),
-	        .log_decay = view_of(&log_decay, width),
-	        .out = {device_memory((size_t)COUNT * 2), COUNT, WIDTH, WIDTH},
+	        .q = view_of(q->data, WIDTH),
+	        .k = view_of(k->data, WIDTH),
+	        .v = view_of(v->data, WIDTH),
+	        .log_decay = view_of(log_decay.data, width),
+	        .out = view_of(device_memory((size_t)COUNT * 2), WIDTH),
 	};
 
 	free(scratch);
-	require(reference_matrix_rows(&(struct reference_matrix){.batch = 1,
-	                                                         .seq_len = TOKENS,
-	                                                         .n_heads = 1,
-	                                                         .d_k = WIDTH,
-	                                                         .d_v = WIDTH,
-	                                                         .decay = decay,
-	                                                         .scale = 0.125,
-	                                                         .q = q->values,
-	                                                         .k = k->values,
-	                                                         .v = v->values,
-	                                                         .log_decay = log_decay.values},
-	                              N_ROWS, rows, expected));
-	for (const struct kernel *kernel = cuda_backend.kernels; kernel->run; kernel++)
-		for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
+	double *expected = reference(&args, q, k, v, &log_decay, width);
+	for (const struct kernel *kernel = device->kernels; kernel->run; kernel++)
+		for (size_t i = 0; i < COUNT_OF(chunks); i++) {
 			args.chunk = chunks[i];
 			if (kernel->operation == OP_MATRIX_RECURRENCE &&
-			    !(kernel->unsupported && kernel->unsupported(&args)))
+			    !(kernel->unsupported && kernel->unsupported(device, &args)))
 				check_kernel(kernel, &args, expected);
 		}
-	cuda_backend.release(args.out.data);
+	free(expected);
+	device_release(device, args.out.data);
 	release(&log_decay);
 }
 
-static void test_drift(void **state)
+TEST(test_drift)
 {
-	float *scratch = malloc(COUNT * sizeof *scratch);
+	float *scratch = new_memory(COUNT * sizeof *scratch);
 
-	(void)state;
-	assert_non_null(scratch);
 	struct tensor q = random_tensor(1, scratch), k = random_tensor(2, scratch);
 	struct tensor v = random_tensor(3, scratch);
 	free(scratch);
@@ -198,15 +186,18 @@ static void test_drift(void **state)
 	release(&v);
 }
 
-int main(void)
+static int open_device(void **state)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_drift)};
-
-	if (cuda_backend.open(0) != STATUS_OK) {
-		fprintf(stderr, "%s\n", status_message());
-		return 1;
-	}
-	const int failed = cmocka_run_group_tests_name("cuda drift", tests, NULL, NULL);
-	cuda_backend.close();
-	return failed;
+	if (cuda_backend.open(NULL, baseline_kernels, &device) == STATUS_OK)
+		return 0;
+	fprintf(stderr, "%s\n", status_message());
+	return -1;
 }
+
+static int close_device(void **state)
+{
+	device_close(device);
+	return 0;
+}
+
+FIXTURE(open_device, close_device, NULL)

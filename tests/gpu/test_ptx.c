@@ -3,24 +3,12 @@
  * easiest to get wrong. Numbers are small integers, so that sums are exact and
  * every comparison is for equality.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-
-#include <cmocka.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "tests/test.h"
 
 #include "kernels/cuda/cuda_backend.h"
 #include "tests/gpu/ptx.h"
 
-static void require(enum status status)
-{
-	if (status != STATUS_OK)
-		fail_msg("%s: %s", status_name(status), status_message());
-}
+static struct device *device;
 
 /* -3 ... 3, without a pattern that a transposition would keep. */
 static int small(uint32_t i)
@@ -62,7 +50,7 @@ static void check_product(int n, bool registers, bool accumulate)
 	fill_small(b, (uint32_t)n * PTX_K, 2);
 	for (int i = 0; i < PTX_M * n; i++)
 		d[i] = accumulate ? (float)small((uint32_t)i + 77) : NAN;
-	require(ptx_product(n, registers, accumulate, a, b, d));
+	require_ok(ptx_product(device, n, registers, accumulate, a, b, d));
 	for (int row = 0; row < PTX_M; row++)
 		for (int column = 0; column < n; column++) {
 			const int at = row * n + column;
@@ -81,9 +69,8 @@ static void check_product(int n, bool registers, bool accumulate)
 		}
 }
 
-static void test_products(void **state)
+TEST(test_products)
 {
-	(void)state;
 	for (int i = 0; i < 8; i++)
 		check_product(i & 1 ? 128 : 64, i & 2, i & 4);
 }
@@ -101,7 +88,8 @@ static void check_box(int column, int token, int h, int b)
 		from[i] = (uint16_t)(i * 40503 + 1);
 		to[i] = 0xabcd;
 	}
-	require(ptx_copy_box(BATCH, TOKENS, HEADS, D, column, token, h, b, from, box, to));
+	require_ok(
+	        ptx_copy_box(device, BATCH, TOKENS, HEADS, D, column, token, h, b, from, box, to));
 	for (int row = 0; row < PTX_BOX; row++)
 		for (int c = 0; c < 64; c++) {
 			const bool inside = token + row >= 0 && token + row < TOKENS &&
@@ -119,9 +107,8 @@ static void check_box(int column, int token, int h, int b)
 		assert_int_equal(to[i], 0xabcd);
 }
 
-static void test_tensor_copies(void **state)
+TEST(test_tensor_copies)
 {
-	(void)state;
 	check_box(0, 0, 0, 0);
 	check_box(64, 0, 2, 1);
 	check_box(0, 40, 1, 0);
@@ -131,40 +118,37 @@ static void test_tensor_copies(void **state)
 	check_box(0, 70, 0, 0);
 }
 
-static void test_bulk_load(void **state)
+TEST(test_bulk_load)
 {
 	static uint8_t from[4096], to[4096];
 
-	(void)state;
 	for (int i = 0; i < 4096; i++)
 		from[i] = (uint8_t)(i * 31 + i / 256);
 	for (int count = 16; count <= 4096; count *= 4) {
 		memset(to, 0, sizeof to);
-		require(ptx_bulk_load(count, from, to));
+		require_ok(ptx_bulk_load(device, count, from, to));
 		assert_memory_equal(to, from, (size_t)count);
 	}
 }
 
 /* A ring of two slots: both sides change the parity they wait for every second turn. */
-static void test_ring(void **state)
+TEST(test_ring)
 {
 	enum { COUNT = 1001 };
 	static int received[COUNT];
 
-	(void)state;
-	require(ptx_ring(COUNT, received));
+	require_ok(ptx_ring(device, COUNT, received));
 	for (int i = 0; i < COUNT; i++)
 		assert_int_equal(received[i], i);
 }
 
 /* The count of a named barrier is of those that arrive and those that wait together. */
-static void test_named_barriers(void **state)
+TEST(test_named_barriers)
 {
 	enum { ROUNDS = 100 };
 	int seen[64] = {0};
 
-	(void)state;
-	require(ptx_named_barriers(ROUNDS, seen));
+	require_ok(ptx_named_barriers(device, ROUNDS, seen));
 	for (int i = 0; i < 64; i++)
 		assert_int_equal(seen[i], ROUNDS * i);
 }
@@ -173,15 +157,14 @@ static void test_named_barriers(void **state)
  * Lane 8i + r gives the address of row r of matrix i; but elements 2c, 2c+1 of
  * that row are in register i of lane 4r + c.
  */
-static void test_matrices(void **state)
+TEST(test_matrices)
 {
 	uint32_t registers[32 * 4], loaded[32 * 4] = {0};
 	uint16_t stored[256] = {0};
 
-	(void)state;
 	for (uint32_t i = 0; i < 32 * 4; i++)
 		registers[i] = (2 * i + 1) << 16 | 2 * i;
-	require(ptx_matrices(registers, stored, loaded));
+	require_ok(ptx_matrices(device, registers, stored, loaded));
 	for (int i = 0; i < 4; i++)
 		for (int r = 0; r < 8; r++)
 			for (int e = 0; e < 8; e++)
@@ -192,17 +175,16 @@ static void test_matrices(void **state)
 
 /* Its accumulator is a piece of a wgmma's, and ldmatrix without a transposition gives both sides.
  */
-static void test_warp_product(void **state)
+TEST(test_warp_product)
 {
 	uint16_t a[256], b[256];
 	float d[256];
 
-	(void)state;
 	fill_small(a, 256, 3);
 	fill_small(b, 256, 4);
 	for (uint32_t i = 0; i < 256; i++)
 		d[i] = (float)small(i);
-	require(ptx_warp_product(a, b, d));
+	require_ok(ptx_warp_product(device, a, b, d));
 	for (uint32_t row = 0; row < 16; row++)
 		for (uint32_t column = 0; column < 16; column++) {
 			int sum = small(row * 16 + column);
@@ -214,14 +196,13 @@ static void test_warp_product(void **state)
 }
 
 /* Registers that one warpgroup gave up serve the others, and keep what they hold. */
-static void test_registers(void **state)
+TEST(test_registers)
 {
 	uint32_t x[200], y[256] = {0};
 
-	(void)state;
 	for (uint32_t i = 0; i < 200; i++)
 		x[i] = i * i + 3;
-	require(ptx_registers(x, y));
+	require_ok(ptx_registers(device, x, y));
 	for (uint32_t thread = 0; thread < 256; thread++) {
 		uint32_t value[200], sum = 0;
 
@@ -237,14 +218,13 @@ static void test_registers(void **state)
 }
 
 /* The first of a pair is the low half; powers of -inf are 0, and so are reciprocals of inf. */
-static void test_arithmetic(void **state)
+TEST(test_arithmetic)
 {
 	const float x[2] = {-INFINITY, 4};
 	float y[6] = {0};
 	uint32_t pair = 0;
 
-	(void)state;
-	require(ptx_arithmetic(x, &pair, y));
+	require_ok(ptx_arithmetic(device, x, &pair, y));
 	assert_int_equal(pair, (uint32_t)bf16_bits(4) << 16 | bf16_bits(-INFINITY));
 	assert_true(y[0] == x[0] && y[1] == x[1]);
 	assert_true(y[2] == 0 && y[3] == 16);
@@ -252,30 +232,23 @@ static void test_arithmetic(void **state)
 }
 
 /* The one test of a device that has none of these instructions. */
-static void test_absent(void **state)
+TEST(test_absent)
 {
-	(void)state;
-	assert_false(cuda_is_hopper());
+	assert_false(cuda_is_hopper(device));
 	print_message("needs compute capability 9.0\n");
 }
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_products),       cmocka_unit_test(test_tensor_copies),
-	        cmocka_unit_test(test_bulk_load),      cmocka_unit_test(test_ring),
-	        cmocka_unit_test(test_named_barriers), cmocka_unit_test(test_matrices),
-	        cmocka_unit_test(test_warp_product),   cmocka_unit_test(test_registers),
-	        cmocka_unit_test(test_arithmetic),
-	};
-	const struct CMUnitTest none[] = {cmocka_unit_test(test_absent)};
-
-	if (cuda_backend.open(0) != STATUS_OK) {
+	if (cuda_backend.open(NULL, NULL, &device) != STATUS_OK) {
 		fprintf(stderr, "%s\n", status_message());
 		return 1;
 	}
-	const int failed = cuda_is_hopper() ? cmocka_run_group_tests_name("ptx", tests, NULL, NULL)
-	                                    : cmocka_run_group_tests_name("ptx", none, NULL, NULL);
-	cuda_backend.close();
+	if (cuda_is_hopper(device))
+		cmocka_set_skip_filter("test_absent");
+	else
+		cmocka_set_test_filter("test_absent");
+	const int failed = tests_run();
+	device_close(device);
 	return failed;
 }

@@ -8,16 +8,8 @@
  *
  * runs each block that often, and only the test of that name.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
+#include "tests/gpu/gpu.h"
 
-#include <cmocka.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "kernels/cuda/cuda_backend.h"
 #include "layers/stack.h"
 
 struct subject {
@@ -73,12 +65,6 @@ static const struct subject small_subjects[] = {
         {"attention", PASS_GENERATION, 5, 999, NULL},
 };
 
-static void require(enum status status)
-{
-	if (status != STATUS_OK)
-		fail_msg("%s: %s", status_name(status), status_message());
-}
-
 static size_t output_bytes(const struct stack *stack, const struct subject *s)
 {
 	return (size_t)(s->batch * stack->shape.seq_len * stack->d_model) * 2;
@@ -96,11 +82,11 @@ static void run_once(struct stack *stack, struct context *ctx, const struct subj
 	const size_t bytes = output_bytes(stack, s);
 
 	if (s->pass == PASS_GENERATION)
-		require(stack_fill_state(stack, s->seq_len - 1, 5));
-	require(cuda_backend.fill(output(stack), 0xff, bytes));
-	require(stack_run(stack, ctx));
-	require(cuda_backend.synchronize());
-	require(cuda_backend.download(y, output(stack), bytes));
+		require_ok(stack_fill_state(stack, s->seq_len - 1, 5));
+	require_ok(device_fill(device, output(stack), 0xff, bytes));
+	require_ok(stack_run(stack, ctx));
+	require_ok(device_synchronize(device));
+	require_ok(device_download(device, y, output(stack), bytes));
 }
 
 /* Runs again `repeats` times; NULL, or how the outputs differ. */
@@ -108,16 +94,15 @@ static const char *difference(struct stack *stack, struct context *ctx, const st
                               int repeats)
 {
 	const size_t bytes = output_bytes(stack, s);
-	void *once = malloc(bytes), *again = malloc(bytes);
+	void *once = new_memory(bytes), *again = new_memory(bytes);
 	static char text[80];
 	int n_different = 0;
 
-	assert_true(once && again);
-	require(stack_poison(stack));
+	require_ok(stack_poison(stack));
 	run_once(stack, ctx, s, once);
 	for (int i = 0; i < repeats; i++) {
 		if (i == 0)
-			require(stack_poison(stack));
+			require_ok(stack_poison(stack));
 		run_once(stack, ctx, s, again);
 		n_different += memcmp(once, again, bytes) != 0;
 	}
@@ -145,17 +130,16 @@ static void check_subject(const struct subject *s, int repeats)
 	        .seq_len = s->pass == PASS_GENERATION ? 1 : s->seq_len,
 	        .capacity = s->seq_len,
 	};
-	struct context ctx = {.backend = &cuda_backend};
+	struct context ctx = {.device = device};
 	const char *complaint = NULL;
 
-	if (provider_choice_parse(&ctx.choice, &cuda_backend, s->provider ? s->provider : "") !=
-	    STATUS_OK)
+	if (provider_choice_parse(&ctx.choice, device, s->provider ? s->provider : "") != STATUS_OK)
 		return;
-	require(stack_configure(&stack, &cuda_backend, &options));
+	require_ok(stack_configure(&stack, device, &options));
 	const enum status status = stack_allocate(&stack, &ctx, &shape);
 	if (status != STATUS_UNSUPPORTED) {
-		require(status);
-		require(stack_initialize(&stack, 1));
+		require_ok(status);
+		require_ok(stack_initialize(&stack, 1));
 		complaint = difference(&stack, &ctx, s, repeats);
 	}
 	stack_release(&stack);
@@ -164,34 +148,16 @@ static void check_subject(const struct subject *s, int repeats)
 		         s->provider ? s->provider : "default", complaint);
 }
 
-static void test_repeat(void **state)
+TEST(test_repeat)
 {
-	(void)state;
-	for (size_t i = 0; i < sizeof subjects / sizeof *subjects; i++)
+	for (size_t i = 0; i < COUNT_OF(subjects); i++)
 		check_subject(&subjects[i], 1);
 }
 
-static void test_many_repeats(void **state)
+TEST(test_many_repeats)
 {
 	const char *repeats = getenv("REPEATS");
 
-	(void)state;
-	for (size_t i = 0; i < sizeof small_subjects / sizeof *small_subjects; i++)
+	for (size_t i = 0; i < COUNT_OF(small_subjects); i++)
 		check_subject(&small_subjects[i], repeats ? atoi(repeats) : DEFAULT_REPEATS);
-}
-
-int main(int argc, char **argv)
-{
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_repeat),
-	                                   cmocka_unit_test(test_many_repeats)};
-
-	if (argc > 1)
-		cmocka_set_test_filter(argv[1]);
-	if (cuda_backend.open(0) != STATUS_OK) {
-		fprintf(stderr, "%s\n", status_message());
-		return 1;
-	}
-	const int failed = cmocka_run_group_tests_name("cuda repeat", tests, NULL, NULL);
-	cuda_backend.close();
-	return failed;
 }

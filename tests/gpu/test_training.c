@@ -3,16 +3,8 @@
  * samples: the check passes what the kernels compute, and nothing that has
  * been spoilt afterwards.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
+#include "tests/gpu/gpu.h"
 
-#include <cmocka.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-#include "kernels/cuda/cuda_backend.h"
 #include "layers/mixing.h"
 #include "tests/stacks.h"
 
@@ -30,7 +22,7 @@ static struct fixture *trained(const char *pattern)
 
 	options.d_model = D_MODEL;
 	options.n_heads = HEADS;
-	struct fixture *f = fixture_open(&cuda_backend, &options, shape, 11);
+	struct fixture *f = fixture_open(device, &options, shape, 11);
 	fixture_run(f);
 	return f;
 }
@@ -45,21 +37,18 @@ static double check(struct fixture *f)
 
 static void set_gradient(struct fixture *f, int layer, int i, int64_t count, float value)
 {
-	float *values = malloc((size_t)count * sizeof *values);
+	scoped float *values = new_memory((size_t)count * sizeof *values);
 
-	assert_non_null(values);
 	for (int64_t j = 0; j < count; j++)
 		values[j] = value;
-	require_ok(backend_upload_floats(&cuda_backend, DTYPE_F32, f->stack.memory[layer].grad[i],
-	                                 values, (size_t)count));
-	free(values);
+	require_ok(device_upload_floats(device, DTYPE_F32, f->stack.memory[layer].grad[i], values,
+	                                (size_t)count));
 }
 
-static void test_passes(void **state)
+TEST(test_passes)
 {
-	(void)state;
-	for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
-		struct fixture *f = trained(patterns[i]);
+	for (size_t i = 0; i < COUNT_OF(patterns); i++) {
+		scoped_fixture struct fixture *f = trained(patterns[i]);
 
 		/* With weights as they are in training: the fixture's larger ones make a sharp
 		 * softmax of rounded scores. */
@@ -69,37 +58,28 @@ static void test_passes(void **state)
 
 		print_message("%-20s %.2e\n", patterns[i], error);
 		assert_true(error <= allowed);
-		fixture_close(f);
 	}
 }
 
 /* Every parameter's gradient, of every layer, is looked at. */
-static void test_parameters(void **state)
+TEST(test_parameters)
 {
-	(void)state;
-	for (size_t p = 0; p < sizeof patterns / sizeof *patterns; p++) {
-		struct fixture *f = trained(patterns[p]);
+	for (size_t p = 0; p < COUNT_OF(patterns); p++) {
+		scoped_fixture struct fixture *f = trained(patterns[p]);
 
-		for (int layer = 0; layer < f->stack.n_layers; layer++)
-			for (int i = 0; i < MAX_TENSORS; i++) {
-				int64_t count = stack_parameter_count(&f->stack, layer, i);
-
-				if (count == 0)
-					continue;
-				set_gradient(f, layer, i, count, 0);
-				assert_true(check(f) > 0.9);
-				fixture_run(f);
-			}
-		fixture_close(f);
+		for (struct parameter q = NO_PARAMETER; next_parameter(f, &q);) {
+			set_gradient(f, q.layer, q.index, q.count, 0);
+			assert_true(check(f) > 0.9);
+			fixture_run(f);
+		}
 	}
 }
 
 /* dx without the layer's part; a row of dproj that is another's; a single NaN. */
-static void test_activations(void **state)
+TEST(test_activations)
 {
-	(void)state;
-	for (size_t p = 0; p < sizeof patterns / sizeof *patterns; p++) {
-		struct fixture *f = trained(patterns[p]);
+	for (size_t p = 0; p < COUNT_OF(patterns); p++) {
+		scoped_fixture struct fixture *f = trained(patterns[p]);
 		int64_t count = (int64_t)BATCH * SEQ_LEN * D_MODEL;
 		float *dy = read_floats(f, f->stack.layer_dy[1], 0, count);
 		int64_t width = 2 * D_MODEL;
@@ -116,33 +96,5 @@ static void test_activations(void **state)
 		fixture_run(f);
 		set_gradient(f, 0, PARAM_IN_PROJ, 1, NAN);
 		assert_true(check(f) > 0.9);
-		fixture_close(f);
 	}
-}
-
-static int open_device(void **state)
-{
-	(void)state;
-	if (cuda_backend.open(0) == STATUS_OK)
-		return 0;
-	fprintf(stderr, "%s\n", status_message());
-	return -1;
-}
-
-static int close_device(void **state)
-{
-	(void)state;
-	cuda_backend.close();
-	return 0;
-}
-
-int main(void)
-{
-	const struct CMUnitTest tests[] = {
-	        cmocka_unit_test(test_passes),
-	        cmocka_unit_test(test_parameters),
-	        cmocka_unit_test(test_activations),
-	};
-
-	return cmocka_run_group_tests(tests, open_device, close_device);
 }

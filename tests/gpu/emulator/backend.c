@@ -1,4 +1,5 @@
-/* The backend "cuda" of an emulated GPU: host memory, plain matrix products, the portable kernels.
+/* The backend "cuda" of emulated GPUs: host memory, plain matrix products, the portable kernels.
+ * Several can be open at once.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <stdlib.h>
@@ -7,39 +8,68 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/portable/kernels.h"
+#include "kernels/reference/reference.h"
 
 /* A small device, so that small problems already fill it and long ones are cut up. */
 enum { MULTIPROCESSORS = 8 };
 
-static double started;
-static struct kernel portable_kernels[OP_COUNT + 1];
+/* What device->state points to. */
+struct emulated {
+	double started;
+	struct device reference;
+};
 
-cudaStream_t cuda_stream(void)
+enum status cuda_activate(const struct device *device)
+{
+	return STATUS_OK;
+}
+
+cudaStream_t cuda_stream(const struct device *device)
 {
 	return NULL;
 }
 
-int cuda_sm_count(void)
+int cuda_sm_count(const struct device *device)
 {
 	return MULTIPROCESSORS;
 }
 
-/* Only the portable kernels are there: others have names in the list, but no code was linked. */
-static enum status emulated_open(int index)
+/* Only the portable kernels are there; the reference is the host's, whose memory this is. */
+static enum status emulated_open(const char *which, const struct kernel *const *more,
+                                 struct device **opened)
 {
-	int count = 0;
+	struct device *device = calloc(1, sizeof *device);
+	struct emulated *state = calloc(1, sizeof *state);
 
-	for (const struct kernel *k = cuda_kernels; k->provider && count < OP_COUNT; k++)
-		if (strcmp(k->provider, "portable") == 0)
-			portable_kernels[count++] = *k;
-	return index == 0 ? STATUS_OK : status_set(STATUS_INVALID, "one GPU is emulated");
+	*opened = NULL;
+	if (!device || !state) {
+		free(device);
+		free(state);
+		return status_set(STATUS_OOM, "no memory for a device");
+	}
+	*device = (struct device){.backend = &cuda_backend,
+	                          .activation = DTYPE_BF16,
+	                          .wide = DTYPE_F32,
+	                          .kernels = portable_kernels,
+	                          .state = state,
+	                          .reference = &state->reference};
+	state->reference = (struct device){.backend = &cuda_backend,
+	                                   .activation = DTYPE_F64,
+	                                   .wide = DTYPE_F64,
+	                                   .kernels = reference_kernels,
+	                                   .state = state};
+	*opened = device;
+	return STATUS_OK;
 }
 
-static void emulated_close(void)
+static void emulated_close(struct device *device)
 {
+	free(device->state);
+	free(device);
 }
 
-static enum status emulated_info(struct device_info *info)
+static enum status emulated_info(struct device *device, struct device_info *info)
 {
 	*info = (struct device_info){.name = "emulated GPU",
 	                             .driver = "none",
@@ -49,25 +79,31 @@ static enum status emulated_info(struct device_info *info)
 	return STATUS_OK;
 }
 
-static enum status emulated_allocate(size_t bytes, void **memory)
+static enum status emulated_allocate(struct device *device, size_t bytes, void **memory)
 {
 	*memory = aligned_alloc(256, (bytes + 256) / 256 * 256);
 	return *memory ? STATUS_OK : status_set(STATUS_OOM, "no %zu bytes", bytes);
 }
 
-static enum status emulated_copy_bytes(void *to, const void *from, size_t bytes)
+static void emulated_release(struct device *device, void *memory)
+{
+	free(memory);
+}
+
+static enum status emulated_copy_bytes(struct device *device, void *to, const void *from,
+                                       size_t bytes)
 {
 	memcpy(to, from, bytes);
 	return STATUS_OK;
 }
 
-static enum status emulated_fill(void *memory, int byte, size_t bytes)
+static enum status emulated_fill(struct device *device, void *memory, int byte, size_t bytes)
 {
 	memset(memory, byte, bytes);
 	return STATUS_OK;
 }
 
-static enum status emulated_nothing(void)
+static enum status emulated_nothing(struct device *device)
 {
 	return STATUS_OK;
 }
@@ -80,21 +116,46 @@ static double now_ms(void)
 	return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
 }
 
-static enum status emulated_start(void)
+static enum status emulated_start(struct device *device)
 {
-	started = now_ms();
+	((struct emulated *)device->state)->started = now_ms();
 	return STATUS_OK;
 }
 
-static enum status emulated_stop(double *milliseconds)
+static enum status emulated_stop(struct device *device, double *milliseconds)
 {
-	*milliseconds = now_ms() - started;
+	*milliseconds = now_ms() - ((struct emulated *)device->state)->started;
 	return STATUS_OK;
 }
 
-static void emulated_push(const char *name)
+static enum status emulated_count_nonfinite(struct device *device, const struct gather *region,
+                                            int64_t *n)
 {
-	(void)name;
+	*n = nonfinite_on_host(region);
+	return STATUS_OK;
+}
+
+static enum status emulated_gather(struct device *device, const struct gather *gather, void *to)
+{
+	gather_on_host(gather, to);
+	return STATUS_OK;
+}
+
+static enum status emulated_add(struct device *device, int64_t count, const void *from, void *to)
+{
+	for (int64_t i = 0; i < count && device->wide == DTYPE_F32; i++)
+		((float *)to)[i] += ((const float *)from)[i];
+	for (int64_t i = 0; i < count && device->wide == DTYPE_F64; i++)
+		((double *)to)[i] += ((const double *)from)[i];
+	return STATUS_OK;
+}
+
+static void emulated_push(struct device *device, const char *name)
+{
+}
+
+static void emulated_pop(struct device *device)
+{
 }
 
 static float element(const void *matrix, int64_t index)
@@ -121,12 +182,11 @@ static float product(const struct gemm *g, int64_t row, int64_t column)
 	return g->scale * sum;
 }
 
-enum status gemm_run(const struct gemm *g, void *workspace)
+enum status gemm_run(struct device *device, const struct gemm *g, void *workspace)
 {
 	float *sums = malloc((size_t)g->columns * sizeof *sums);
 	enum status status = STATUS_OK;
 
-	(void)workspace;
 	if (!sums)
 		return status_set(STATUS_OOM, "no memory for a row of a product");
 	for (int64_t row = 0; row < g->rows && status == STATUS_OK; row++) {
@@ -135,10 +195,10 @@ enum status gemm_run(const struct gemm *g, void *workspace)
 		for (int64_t i = 0; i < g->columns; i++)
 			sums[i] = product(g, row, i) +
 			          (g->addend ? element(g->addend, first + i) : 0.0f);
-		status = backend_upload_floats(&cuda_backend, g->out_type,
-		                               (char *)g->out +
-		                                       (size_t)first * dtype_size(g->out_type),
-		                               sums, (size_t)g->columns);
+		status = device_upload_floats(device, g->out_type,
+		                              (char *)g->out +
+		                                      (size_t)first * dtype_size(g->out_type),
+		                              sums, (size_t)g->columns);
 	}
 	free(sums);
 	return status;
@@ -151,7 +211,7 @@ const struct backend cuda_backend = {
         .close = emulated_close,
         .info = emulated_info,
         .allocate = emulated_allocate,
-        .release = free,
+        .release = emulated_release,
         .upload = emulated_copy_bytes,
         .download = emulated_copy_bytes,
         .fill = emulated_fill,
@@ -159,7 +219,9 @@ const struct backend cuda_backend = {
         .stopwatch_start = emulated_start,
         .stopwatch_stop = emulated_stop,
         .flush_cache = emulated_nothing,
+        .count_nonfinite = emulated_count_nonfinite,
+        .gather = emulated_gather,
+        .add = emulated_add,
         .range_push = emulated_push,
-        .range_pop = emulated_close,
-        .kernels = portable_kernels,
+        .range_pop = emulated_pop,
 };

@@ -6,8 +6,8 @@
 #include "tests/gpu/emulator/emulator.h"
 
 template <typename... Parameters, typename... Arguments>
-static enum status launch(const char *, void (*kernel)(Parameters...), dim3 grid, int threads,
-                          size_t shared, Arguments... arguments)
+static enum status launch(struct device *, const char *, void (*kernel)(Parameters...), dim3 grid,
+                          int threads, size_t shared, Arguments... arguments)
 {
 	emulate(grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
 	return STATUS_OK;

@@ -1,0 +1,3 @@
+#include "baselines/cublas/kernels.h"
+
+CUDA_KERNEL_LIST(cublas_kernels, CUBLAS_KERNELS, {0});

@@ -1,0 +1,3 @@
+#include "kernels/hopper/kernels.h"
+
+CUDA_KERNEL_LIST(hopper_kernels, HOPPER_KERNELS, {0});

@@ -1,0 +1,335 @@
+/* Softmax attention, its step, and the rotation of queries and keys. */
+#include <math.h>
+
+#include "kernels/operation.h"
+
+enum { ROTATE_FLOPS = 3 /* 4 multiplications and 2 additions for two elements */ };
+
+static bool same_place(const struct view *a, const struct view *b)
+{
+	return a->data == b->data && a->token == b->token && a->head == b->head &&
+	       a->batch == b->batch;
+}
+
+/* ---- rotate ---- */
+
+static void size_rotate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct rotate_args *a = args;
+
+	a->batch = s->batch;
+	a->seq_len = s->seq_len;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+	a->rope = !s->any || s->bits & 3;
+	a->kv_slots = s->seq_len;
+	/* Now and then a ring that holds the last tokens alone. */
+	if (s->any && s->bits & 4)
+		a->kv_slots = 1 + (int64_t)((s->bits >> 3) % (uint64_t)(2 * s->seq_len));
+	a->first_kv = a->kv_slots < a->seq_len ? a->seq_len - a->kv_slots : 0;
+}
+
+/* An input and where it goes: `count` tokens of it, which need not move if they are there. */
+static void add_moved(struct operand_list *l, const char *name, struct view *from, const char *out,
+                      struct view *to, const struct rotate_args *a, bool rotated, bool cached)
+{
+	const int64_t count = cached ? a->seq_len - a->first_kv : a->seq_len;
+	const double width = (double)(a->batch * a->n_heads * a->d_head);
+	const double moved = to->data && (rotated || !same_place(from, to)) ? width : 0;
+	struct operand *o = add_view(l, ROLE_INPUT, name, from, SEQUENCES(a->batch),
+	                             TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+
+	o->read = moved * (double)count;
+	o = add_view(l, cached ? ROLE_STATE : ROLE_OUTPUT, out, to, SEQUENCES(a->batch),
+	             cached ? KEYS(a->kv_slots) : TOKENS(a->seq_len), HEADS(a->n_heads),
+	             INNER(a->d_head));
+	o->optional = true;
+	o->read = 0;
+	o->written = moved * (double)count;
+	if (!cached || (a->kv_slots == a->seq_len && a->first_kv == 0)) {
+		o->alias = name;
+		o->role = ROLE_OUTPUT;
+	}
+}
+
+static void describe_rotate(void *args, struct operand_list *l)
+{
+	struct rotate_args *a = args;
+
+	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	add_moved(l, "q", &a->q, "q_out", &a->q_out, a, a->rope, false);
+	add_moved(l, "k", &a->k, "k_out", &a->k_out, a, a->rope, true);
+	add_moved(l, "v", &a->v, "v_out", &a->v_out, a, false, true);
+}
+
+static double rotate_flops(const void *args)
+{
+	const struct rotate_args *a = args;
+	const double width = (double)(a->batch * a->n_heads * a->d_head);
+	const double q = a->q_out.data ? (double)a->seq_len : 0;
+	const double k = a->k_out.data ? (double)(a->seq_len - a->first_kv) : 0;
+
+	return a->rope ? ROTATE_FLOPS * width * (q + k) : 0;
+}
+
+DESCRIPTION(rotate);
+
+static void size_rotate_backward(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct rotate_backward_args *a = args;
+
+	a->batch = s->batch;
+	a->seq_len = s->seq_len;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+	a->rope = !s->any || s->bits & 3;
+}
+
+static void describe_rotate_backward(void *args, struct operand_list *l)
+{
+	struct rotate_backward_args *a = args;
+	struct view *const from[] = {&a->dq_out, &a->dk_out}, *const to[] = {&a->dq, &a->dk};
+	static const char *const from_names[] = {"dq_out", "dk_out"}, *const to_names[] = {"dq",
+	                                                                                   "dk"};
+
+	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	for (int i = 0; i < 2; i++) {
+		const bool moves = a->rope || !same_place(from[i], to[i]);
+		struct operand *o =
+		        add_view(l, ROLE_INPUT, from_names[i], from[i], SEQUENCES(a->batch),
+		                 TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+
+		o->read = moves ? o->read : 0;
+		o = add_view(l, ROLE_OUTPUT, to_names[i], to[i], SEQUENCES(a->batch),
+		             TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+		o->alias = from_names[i];
+		o->written = moves ? o->written : 0;
+	}
+}
+
+static double rotate_backward_flops(const void *args)
+{
+	const struct rotate_backward_args *a = args;
+
+	return a->rope ? ROTATE_FLOPS * 2 * (double)(a->batch * a->seq_len * a->n_heads * a->d_head)
+	               : 0;
+}
+
+DESCRIPTION(rotate_backward);
+
+static void size_rotate_step(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct rotate_step_args *a = args;
+
+	a->batch = s->batch;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+}
+
+static void describe_rotate_step(void *args, struct operand_list *l)
+{
+	struct rotate_step_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), h = HEADS(a->n_heads);
+
+	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	add_position(l, &a->position, 10000);
+	add_view(l, ROLE_INPUT, "q", &a->q, b, TOKENS(1), h, INNER(a->d_head));
+	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), h, INNER(a->d_head));
+	add_view(l, ROLE_OUTPUT, "q_out", &a->q_out, b, TOKENS(1), h, INNER(a->d_head))->alias =
+	        "q";
+	add_view(l, ROLE_OUTPUT, "k_out", &a->k_out, b, TOKENS(1), h, INNER(a->d_head))->alias =
+	        "k";
+}
+
+static double rotate_step_flops(const void *args)
+{
+	const struct rotate_step_args *a = args;
+
+	return ROTATE_FLOPS * 2 * (double)(a->batch * a->n_heads * a->d_head);
+}
+
+DESCRIPTION(rotate_step, .is_step = true);
+
+/* ---- attention ---- */
+
+static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct attention_args *a = args;
+
+	a->batch = s->batch;
+	a->n_heads = s->n_heads;
+	a->q_heads = v->mask == MASK_CHUNK ? s->groups : s->n_heads;
+	a->d_head = s->d_head;
+	a->seq_len = a->kv_len = s->seq_len;
+	a->mask = v->mask;
+	a->window = s->window;
+	a->chunk = s->chunk;
+	a->scale = key_scale(s->d_head);
+	if (v->mask == MASK_CHUNK)
+		a->kv_len = divide_up(s->seq_len, s->chunk);
+	if (v->mask == MASK_FULL && s->any)
+		a->kv_len = 1 + (int64_t)(s->bits % 300);
+}
+
+static void describe_attention(void *args, struct operand_list *l)
+{
+	struct attention_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension h = HEADS(a->n_heads), d = INNER(a->d_head), s = KEYS(a->kv_len);
+	struct operand *o;
+
+	cut_heads(l, &a->batch, &a->n_heads, &a->q_heads);
+	add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d)->draw = DRAW_SCORES;
+	add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d);
+	add_view(l, ROLE_INPUT, "v", &a->v, b, s, h, d);
+	/* Chunk 0 sees no key: it needs the token's own. */
+	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
+	o->optional = a->mask != MASK_CHUNK;
+	o->draw = DRAW_SCORES;
+	if (a->own_score)
+		add_view(l, ROLE_INPUT, "own_value", &a->own_value, b, t, h, d);
+	optional(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d), a->mask == MASK_CHUNK);
+	add_view(l, ROLE_OUTPUT, "out", &a->out, b, t, h, d);
+	add_view(l, ROLE_OUTPUT, "out_ungated", &a->out_ungated, b, t, h, d)->optional = true;
+	add_floats(l, ROLE_OUTPUT, "lse", &a->lse, b, h, t)->optional = true;
+}
+
+/* sum over t < n of min(t + 1, limit). */
+static double triangle(int64_t n, int64_t limit)
+{
+	const double rising = (double)(n < limit ? n : limit);
+
+	return rising * (rising + 1) / 2 + ((double)n - rising) * (double)limit;
+}
+
+/*
+ * Keys visible to all queries of one sequence and head, the query's own token included where it has
+ * a score of its own: RAT's query t sees t/chunk chunks and itself.
+ */
+static double visible_pairs(const struct attention_args *a)
+{
+	const int64_t t = a->seq_len, kv = a->kv_len;
+	const double own = a->own_score ? (double)t : 0;
+	int64_t whole, rest;
+
+	switch (a->mask) {
+	case MASK_CAUSAL:
+		return own + triangle(t, kv);
+	case MASK_WINDOW:
+		return own + triangle(t, a->window < kv ? a->window + 1 : kv);
+	case MASK_CHUNK:
+		whole = t / a->chunk;
+		rest = t % a->chunk;
+		return own + (double)a->chunk * (double)whole * (double)(whole - 1) / 2 +
+		       (double)rest * (double)whole;
+	case MASK_FULL:
+		break;
+	}
+	return own + (double)t * (double)kv;
+}
+
+/* q k^T and p v: 4 d FLOPs for each visible pair. */
+static double attention_flops(const void *args)
+{
+	const struct attention_args *a = args;
+
+	return 4 * (double)a->d_head * (double)(a->batch * a->n_heads) * visible_pairs(a);
+}
+
+/* The benchmark tells its masks by --window and --chunk; the names of their rows are the same. */
+static const struct operation_form attention_variants[] = {
+        {"attention_forward", .mask = MASK_CAUSAL},
+        {"attention_forward", .mask = MASK_WINDOW},
+        {"attention_forward", .mask = MASK_CHUNK, .chunks = true},
+        {"attention_forward", .mask = MASK_FULL},
+        {0}};
+
+DESCRIPTION(attention, .variants = attention_variants);
+
+static void describe_attention_backward(void *args, struct operand_list *l)
+{
+	struct attention_backward_args *x = args;
+	struct attention_args *a = &x->forward;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension h = HEADS(a->n_heads), d = INNER(a->d_head), s = KEYS(a->kv_len);
+
+	describe_attention(a, l);
+	forward_ends(l, a->gate.data ? "lse|out_ungated" : "lse|out");
+	l->sums_groups = true;
+	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
+	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
+	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, h, d), "dout", 0.1);
+	if (a->gate.data)
+		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
+	if (a->own_score) {
+		cancels(add_floats(l, ROLE_OUTPUT, "down_score", &x->down_score, b, t, h), "dout",
+		        0.1 * sqrt((double)a->d_head));
+		cancels(add_view(l, ROLE_OUTPUT, "down_value", &x->down_value, b, t, h, d), "dout",
+		        0.1);
+	}
+}
+
+BACKWARD(attention, ATTENTION, 2.5);
+
+static void size_attention_step(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct attention_step_args *a = args;
+
+	a->batch = s->batch;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+	a->rope = !s->any || s->bits & 3;
+	a->scale = key_scale(s->d_head);
+	a->window = s->any && s->bits & 4 ? s->window : -1;
+	a->position_hint = s->seq_len - 1;
+	a->kv_slots = a->window >= 0 && a->window < s->seq_len ? a->window + 1 : s->seq_len;
+}
+
+/* The position, where the host knows it; else the last one that the caches can hold. */
+static int64_t step_position(int64_t hint, int64_t capacity)
+{
+	return hint >= 0 ? hint : capacity - 1;
+}
+
+static int64_t others_seen(const struct attention_step_args *a)
+{
+	const int64_t position = step_position(a->position_hint, a->kv_slots);
+
+	return a->window >= 0 && a->window < position ? a->window : position;
+}
+
+/* The token's own key and value come from the projection; the others from the cache. */
+static void describe_attention_step(void *args, struct operand_list *l)
+{
+	struct attention_step_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), h = HEADS(a->n_heads), d = INNER(a->d_head);
+	const double width = (double)(a->batch * a->n_heads * a->d_head);
+	struct view *const caches[] = {&a->k_cache, &a->v_cache};
+
+	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	add_position(l, &a->position, step_position(a->position_hint, a->kv_slots) + 1);
+	add_view(l, ROLE_INPUT, "q", &a->q, b, TOKENS(1), h, d)->draw = DRAW_SCORES;
+	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), h, d);
+	add_view(l, ROLE_INPUT, "v", &a->v, b, TOKENS(1), h, d);
+	for (int i = 0; i < 2; i++) {
+		struct operand *o = add_view(l, ROLE_STATE, i == 0 ? "k_cache" : "v_cache",
+		                             caches[i], b, KEYS(a->kv_slots), h, d);
+
+		o->read = width * (double)others_seen(a);
+		o->written = width;
+	}
+	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
+}
+
+static double attention_step_flops(const void *args)
+{
+	const struct attention_step_args *a = args;
+
+	return 4 * (double)(a->batch * a->n_heads * a->d_head) * (double)(others_seen(a) + 1);
+}
+
+static const struct operation_form attention_step_variants[] = {{.name = "attention_decode"}, {0}};
+
+DESCRIPTION(attention_step, .is_step = true, .variants = attention_step_variants);

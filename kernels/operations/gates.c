@@ -1,0 +1,434 @@
+/* What stands before and after a recurrence: gates, norms, the short convolution, discretizations.
+ */
+#include "kernels/operation.h"
+
+enum {
+	NORM_FLOPS = 4,         /* square, add; times rstd, times weight */
+	SILU_GATE_FLOPS = 5,    /* exp, add, divide; times the gate, times x */
+	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide */
+	SILU_FLOPS = 4,         /* exp, add, divide; times x */
+	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
+	FORGET_GATE_FLOPS = 12, /* exp, add, divide; times 1-b, subtract, log; silu; times 1-f */
+	SKIP_FLOPS = 2          /* times its weight, add */
+};
+
+/* ---- GLA's decay gate ---- */
+
+static void size_decay_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct decay_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->rank = a->x_stride = s->rank;
+	a->d_out = s->width;
+	a->normalizer = 16;
+}
+
+static void describe_decay_gate(void *args, struct operand_list *l)
+{
+	struct decay_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), out = OUTS(a->d_out), rank = INNER(a->rank);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_OUT, &a->d_out);
+	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, n, rank);
+	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, rank);
+	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, out);
+	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, out);
+}
+
+static double decay_gate_flops(const void *args)
+{
+	const struct decay_gate_args *a = args;
+	const double n = (double)a->n_tokens, m = (double)a->d_out;
+
+	return 2 * n * (double)a->rank * m + LOG_DECAY_FLOPS * n * m;
+}
+
+DESCRIPTION(decay_gate);
+
+static void describe_decay_gate_backward(void *args, struct operand_list *l)
+{
+	struct decay_gate_backward_args *b = args;
+	struct decay_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), out = OUTS(a->d_out), rank = INNER(a->rank);
+
+	describe_decay_gate(a, l);
+	forward_ends(l, "log_decay");
+	operand_find(l, "bias")->read = 0;
+	add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, out);
+	add_rows(l, ROLE_SCRATCH, "dlogit", &b->dlogit, NULL, n, out);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->x_stride, n, rank);
+	add_floats(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(1), out, rank);
+	add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, out);
+}
+
+BACKWARD(decay_gate, DECAY_GATE, 2);
+
+/* ---- norm, then gate ---- */
+
+static void size_norm_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct norm_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+	a->gate_stride = s->n_heads * s->d_head;
+	a->eps = 1e-5f;
+}
+
+static void describe_norm_gate(void *args, struct operand_list *l)
+{
+	struct norm_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, width);
+	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(a->d_head)), 2);
+	add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, width)->scale = 2;
+	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->n_heads))->optional =
+	        true;
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+}
+
+static double norm_gate_flops(const void *args)
+{
+	const struct norm_gate_args *a = args;
+
+	return (NORM_FLOPS + SILU_GATE_FLOPS) * (double)(a->n_tokens * a->n_heads * a->d_head);
+}
+
+DESCRIPTION(norm_gate);
+
+static void describe_norm_gate_backward(void *args, struct operand_list *l)
+{
+	struct norm_gate_backward_args *b = args;
+	struct norm_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+
+	describe_norm_gate(a, l);
+	forward_ends(l, "rstd");
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
+	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(a->d_head));
+}
+
+BACKWARD(norm_gate, NORM_GATE, 2);
+
+/* ---- the short convolution ---- */
+
+static void size_short_conv(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct short_conv_args *a = args;
+
+	a->batch = s->batch;
+	a->seq_len = s->seq_len;
+	a->channels = a->x_stride = s->width;
+}
+
+/* [B*T, channels] rows, as the sequences that they are. */
+static struct operand *add_sequences(struct operand_list *l, enum role role, const char *name,
+                                     void *location, int64_t *row, struct dimension b,
+                                     struct dimension t, struct dimension c)
+{
+	struct operand *o =
+	        add_array(l, role, ELEMENT_ACTIVATION, name, location, INNER(1), b, t, c);
+
+	o->row = row;
+	if (row) {
+		o->stride[2] = *row;
+		o->stride[1] = *row * t.size;
+	}
+	return o;
+}
+
+static void describe_short_conv(void *args, struct operand_list *l)
+{
+	struct short_conv_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->channels);
+
+	cut_along(l, AXIS_SEQUENCE, &a->batch);
+	cut_along(l, AXIS_CHANNEL, &a->channels);
+	add_sequences(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, t, c);
+	add_floats(l, ROLE_PARAMETER, "weight", &a->weight, INNER(1), c, INNER(CONV_WIDTH));
+	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c);
+	add_sequences(l, ROLE_OUTPUT, "out", &a->out, NULL, b, t, c);
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
+	          INNER(CONV_HISTORY), c)
+	        ->optional = true;
+}
+
+static double conv_flops(int64_t count)
+{
+	return (2 * CONV_WIDTH + SILU_FLOPS) * (double)count;
+}
+
+static double short_conv_flops(const void *args)
+{
+	const struct short_conv_args *a = args;
+
+	return conv_flops(a->batch * a->seq_len * a->channels);
+}
+
+DESCRIPTION(short_conv);
+
+static void size_short_conv_backward(void *args, const struct sizes *s,
+                                     const struct operation_form *v)
+{
+	size_short_conv(args, s, v);
+	((struct short_conv_backward_args *)args)->n_readers =
+	        s->any ? 1 + (int64_t)(s->bits % 4) : 1;
+}
+
+static void describe_short_conv_backward(void *args, struct operand_list *l)
+{
+	struct short_conv_backward_args *x = args;
+	struct short_conv_args *a = &x->forward;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->channels);
+
+	describe_short_conv(a, l);
+	forward_ends(l, "");
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "dout", &x->dout, b, t, INNER(x->n_readers),
+	          c);
+	add_sequences(l, ROLE_OUTPUT, "dx", &x->dx, &a->x_stride, b, t, c);
+	add_floats(l, ROLE_GRADIENT, "dweight", &x->dweight, INNER(1), c, INNER(CONV_WIDTH));
+	add_vector(l, ROLE_GRADIENT, "dbias", &x->dbias, c);
+}
+
+/* Adds the readers' gradients up first. */
+static double short_conv_backward_flops(const void *args)
+{
+	const struct short_conv_backward_args *x = args;
+	const struct short_conv_args *a = &x->forward;
+	const int64_t count = a->batch * a->seq_len * a->channels;
+
+	return 2 * conv_flops(count) + (double)((x->n_readers - 1) * count);
+}
+
+BACKWARD_OF(short_conv, SHORT_CONV, size_short_conv_backward);
+
+static void size_short_conv_step(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct short_conv_step_args *a = args;
+
+	a->batch = s->batch;
+	a->channels = a->x_stride = s->width;
+}
+
+static void describe_short_conv_step(void *args, struct operand_list *l)
+{
+	struct short_conv_step_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), c = CHANNELS(a->channels);
+
+	cut_along(l, AXIS_SEQUENCE, &a->batch);
+	cut_along(l, AXIS_CHANNEL, &a->channels);
+	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, c);
+	add_floats(l, ROLE_PARAMETER, "weight", &a->weight, INNER(1), c, INNER(CONV_WIDTH));
+	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c);
+	add_array(l, ROLE_STATE, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
+	          INNER(CONV_HISTORY), c);
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, b, c);
+}
+
+static double short_conv_step_flops(const void *args)
+{
+	const struct short_conv_step_args *a = args;
+
+	return conv_flops(a->batch * a->channels);
+}
+
+DESCRIPTION(short_conv_step, .is_step = true);
+
+/* ---- Mamba-2's time step ---- */
+
+static void size_time_step(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct time_step_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_heads = a->logit_stride = s->n_heads;
+	a->d_head = s->d_head;
+	a->x_stride = s->n_heads * s->d_head;
+}
+
+static void describe_time_step(void *args, struct operand_list *l)
+{
+	struct time_step_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), h = INNER(a->n_heads);
+	const struct dimension width = INNER(a->n_heads * a->d_head);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	add_rows(l, ROLE_INPUT, "logit", &a->logit, &a->logit_stride, n, h);
+	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, h);
+	add_vector(l, ROLE_PARAMETER, "log_rate", &a->log_rate, h);
+	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, n, width);
+	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, h);
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+}
+
+static double time_step_flops(const void *args)
+{
+	const struct time_step_args *a = args;
+	const double rows = (double)(a->n_tokens * a->n_heads);
+
+	return TIME_STEP_FLOPS * rows + rows * (double)a->d_head;
+}
+
+DESCRIPTION(time_step);
+
+static void describe_time_step_backward(void *args, struct operand_list *l)
+{
+	struct time_step_backward_args *b = args;
+	struct time_step_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), h = INNER(a->n_heads);
+	const struct dimension width = INNER(a->n_heads * a->d_head);
+	struct operand *o;
+
+	describe_time_step(a, l);
+	forward_ends(l, "");
+	add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, h);
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
+	add_rows(l, ROLE_INPUT, "dskip", &b->dskip, NULL, n, width)->optional = true;
+	cancels(add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->logit_stride, n, h), "dout",
+	        0.05);
+	o = add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	o->alias = o->base = "dskip";
+	cancels(add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, h), "dout", 0.05);
+	cancels(add_vector(l, ROLE_GRADIENT, "dlog_rate", &b->dlog_rate, h), "dout", 0.05);
+}
+
+static double time_step_backward_flops(const void *args)
+{
+	const struct time_step_backward_args *b = args;
+	const struct time_step_args *a = &b->forward;
+	const double skip = b->dskip ? (double)(a->n_tokens * a->n_heads * a->d_head) : 0;
+
+	return 2 * time_step_flops(args) + skip;
+}
+
+BACKWARD_OF(time_step, TIME_STEP, size_time_step);
+
+/* ---- HGRN's forget gate ---- */
+
+static void size_forget_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct forget_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->width = a->stride = s->width;
+}
+
+static void describe_forget_gate(void *args, struct operand_list *l)
+{
+	struct forget_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_CHANNEL, &a->width);
+	add_rows(l, ROLE_INPUT, "logit", &a->logit, &a->stride, n, c);
+	add_rows(l, ROLE_INPUT, "x", &a->x, &a->stride, n, c);
+	add_vector(l, ROLE_PARAMETER, "bound", &a->bound, c);
+	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "key", &a->key, NULL, n, c)->optional = true;
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, c);
+}
+
+static double forget_gate_flops(const void *args)
+{
+	const struct forget_gate_args *a = args;
+
+	return FORGET_GATE_FLOPS * (double)(a->n_tokens * a->width);
+}
+
+DESCRIPTION(forget_gate);
+
+static void describe_forget_gate_backward(void *args, struct operand_list *l)
+{
+	struct forget_gate_backward_args *b = args;
+	struct forget_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	describe_forget_gate(a, l);
+	forward_ends(l, "");
+	add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, c);
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, c);
+	if (a->key)
+		add_rows(l, ROLE_INPUT, "dkey", &b->dkey, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->stride, n, c);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->stride, n, c);
+	cancels(add_vector(l, ROLE_GRADIENT, "dbound", &b->dbound, c), "dout", 0.05);
+}
+
+BACKWARD(forget_gate, FORGET_GATE, 2);
+
+/* ---- gate, then norm ---- */
+
+static void size_gate_norm(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct gate_norm_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_heads = s->n_heads;
+	a->d_head = s->d_head;
+	a->groups = s->any && s->bits & 1 ? 1 : s->n_heads;
+	a->skip_stride = a->gate_stride = s->n_heads * s->d_head;
+	a->eps = 1e-5f;
+}
+
+static void describe_gate_norm(void *args, struct operand_list *l)
+{
+	struct gate_norm_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, width);
+	optional(add_rows(l, ROLE_INPUT, "skip", &a->skip, &a->skip_stride, n, width), true);
+	if (a->skip)
+		add_vector(l, ROLE_PARAMETER, "skip_weight", &a->skip_weight, INNER(a->n_heads));
+	optional(add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, width), true);
+	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight,
+	                   INNER(a->n_heads * a->d_head / a->groups)),
+	        2);
+	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->groups))->optional =
+	        true;
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+}
+
+static double gate_norm_flops(const void *args)
+{
+	const struct gate_norm_args *a = args;
+
+	return (NORM_FLOPS + (a->gate ? SILU_GATE_FLOPS : 0) + (a->skip ? SKIP_FLOPS : 0)) *
+	       (double)(a->n_tokens * a->n_heads * a->d_head);
+}
+
+DESCRIPTION(gate_norm);
+
+static void describe_gate_norm_backward(void *args, struct operand_list *l)
+{
+	struct gate_norm_backward_args *b = args;
+	struct gate_norm_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+
+	describe_gate_norm(a, l);
+	forward_ends(l, "rstd");
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	if (a->skip) {
+		add_rows(l, ROLE_OUTPUT, "dskip", &b->dskip, NULL, n, width);
+		cancels(add_vector(l, ROLE_GRADIENT, "dskip_weight", &b->dskip_weight,
+		                   INNER(a->n_heads)),
+		        "dout", 0.05);
+	}
+	if (a->gate)
+		add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
+	cancels(add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight,
+	                   INNER(a->n_heads * a->d_head / a->groups)),
+	        "dout", 0.05);
+}
+
+BACKWARD(gate_norm, GATE_NORM, 2);

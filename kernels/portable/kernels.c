@@ -1,0 +1,3 @@
+#include "kernels/portable/kernels.h"
+
+CUDA_KERNEL_LIST(portable_kernels, PORTABLE_KERNELS, {0});

@@ -1,0 +1,83 @@
+/* Patterns of layers: what is read, what it is called in full, and what is refused in one line. */
+#include "tests/test.h"
+
+#include "layers/pattern.h"
+#include "layers/stack.h"
+
+/* A stack of D = 128 with nothing but its pattern, on no device. */
+static enum status configure(struct stack *stack, const char *pattern)
+{
+	const struct stack_options options = {.pattern = pattern,
+	                                      .d_model = 128,
+	                                      .n_heads = -1,
+	                                      .chunk = -1,
+	                                      .window = -1,
+	                                      .groups = -1,
+	                                      .rope = -1};
+
+	return stack_configure(stack, NULL, &options);
+}
+
+TEST(spells_patterns_out)
+{
+	static const char *const pairs[][2] = {
+	        {"rat", "rat(chunk=16,groups=2,heads=2,position=rope)"},
+	        {"rat:5,swa:0", "rat(chunk=5,groups=2,heads=2,position=rope),"
+	                        "swa(window=0,heads=2,position=rope)"},
+	        {"rat(position=none,groups=1)", "rat(chunk=16,groups=1,heads=2,position=none)"},
+	        {"swa", "swa(window=1024,heads=2,position=rope)"},
+	        {"attention:4", "attention(heads=4,position=rope)"},
+	        {"gla,gla:64", "gla(heads=4),gla(chunk=64,heads=4)"},
+	        {"gla(chunk=0,heads=0)", "gla(heads=4)"},
+	        {"mamba2", "mamba2(heads=4)"},
+	        {"retention", "retnet(heads=2,position=rope)"},
+	        {"recurrence,hgrn", "recurrence,hgrn"},
+	};
+	scoped struct stack *stack = calloc(1, sizeof *stack);
+	char text[256], again[256];
+
+	assert_non_null(stack);
+	for (size_t i = 0; i < COUNT_OF(pairs); i++) {
+		require_ok(configure(stack, pairs[i][0]));
+		stack_pattern(stack, text, sizeof text);
+		assert_string_equal(text, pairs[i][1]);
+		require_ok(configure(stack, text));
+		stack_pattern(stack, again, sizeof again);
+		assert_string_equal(again, text);
+	}
+}
+
+TEST(refuses_what_it_cannot_read)
+{
+	static const char *const mistakes[][2] = {
+	        {"", "no layer ''"},
+	        {"rat,", "no layer ''"},
+	        {"rat,typo(a=1)", "no layer 'typo' (allowed: attention, swa"},
+	        {"rat(typo=1)", "rat has no argument 'typo' (allowed: chunk, groups"},
+	        {"hgrn(heads=1)", "hgrn has no argument 'heads' (allowed: none)"},
+	        {"hgrn:1", "hgrn takes no number"},
+	        {"rat()", "no argument ''"},
+	        {"rat(chunk)", "chunk has no value"},
+	        {"rat(chunk=1,chunk=1)", "given twice"},
+	        {"rat(chunk=)", "a whole number"},
+	        {"rat(chunk=x)", "chunk='x'"},
+	        {"rat(chunk=-1)", "chunk='-1'"},
+	        {"rat:99999999999999999999", "allowed: 1 to"},
+	        {"rat(chunk=0)", "rat: chunk=0 (allowed: 1 to"},
+	        {"rat(position=alibi)", "allowed: none, rope"},
+	        {"rat(chunk=1", "')' is missing"},
+	        {"rat(chunk=1)x", "comma at 'x'"},
+	        {"rat:1:2", "comma"},
+	        {"attention(heads=3)", "attention: heads=3 (allowed: a divisor of D = 128)"},
+	        {"attention(heads=128)", "position=none"},
+	        {"gla(heads=128)", "gla: heads=128"},
+	        {"rat(groups=3)", "rat: groups=3 (allowed: a divisor of 2 heads)"},
+	};
+	scoped struct stack *stack = calloc(1, sizeof *stack);
+
+	assert_non_null(stack);
+	for (size_t i = 0; i < COUNT_OF(mistakes); i++) {
+		assert_int_equal(configure(stack, mistakes[i][0]), STATUS_INVALID);
+		expect_message(mistakes[i][0], mistakes[i][1]);
+	}
+}
