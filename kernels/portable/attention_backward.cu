@@ -56,9 +56,13 @@ static __global__ void __launch_bounds__(THREADS)
 			d_out[i] *= g;
 			z[i] = d_out[i] * o[i] * (1.0f - g);
 		}
+		/* delta must be that of dP, which is made from what is stored: they may cancel. */
+		const vector8 stored = pack8(d_out);
+
+		unpack8(d_out, stored);
 		if (valid) {
 			store8(at(p.a.dgate, b, t, h) + column, z);
-			store8(at(p.dout, b, t, h) + column, d_out);
+			*reinterpret_cast<vector8 *>(at(p.dout, b, t, h) + column) = stored;
 		}
 	}
 #pragma unroll
