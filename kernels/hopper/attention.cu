@@ -921,7 +921,10 @@ template <int D, bool RESIDENT> __device__ __forceinline__ void consumer<D, RESI
 				state.max[r] = __int_as_float(shared_load(
 				        shared + layout::SCORES +
 				        (warpgroup * 64 + warp * 16 + lane / 4 + 8 * r) * 4));
-				state.sum[r] = lane % 4 == 0 ? 1.0f : 0.0f;
+				/* A row that sees no key has nothing else to carry a NaN. */
+				state.sum[r] = isnan(state.max[r]) ? state.max[r]
+				               : lane % 4 == 0     ? 1.0f
+				                                   : 0.0f;
 			}
 			__syncwarp();
 		}

@@ -30,9 +30,12 @@ static __device__ __forceinline__ void seed(accumulator<D> &acc, const struct at
 		const bool own = a.own_score && t < a.seq_len;
 		const bf16 *value = own ? at(a.own_value, b, t, h) + 2 * (lane % 4) : NULL;
 
-		acc.maximum[i / 2][i % 2] =
+		const float score =
 		        own ? a.own_score[(b * a.seq_len + t) * a.n_heads + h] * LOG2E : -INFINITY;
-		acc.sum[i / 2][i % 2] = own && lane % 4 == 0 ? 1.0f : 0.0f;
+
+		acc.maximum[i / 2][i % 2] = score;
+		/* A row that sees no key has nothing else to carry a NaN. */
+		acc.sum[i / 2][i % 2] = isnan(score) ? score : own && lane % 4 == 0 ? 1.0f : 0.0f;
 #pragma unroll
 		for (int n = 0; n < D / 8; n++) {
 			const uint32_t pair =
