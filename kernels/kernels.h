@@ -81,6 +81,8 @@ extern "C" {
 	X(FORGET_GATE_BACKWARD, forget_gate_backward)                                              \
 	X(GATE_NORM, gate_norm)                                                                    \
 	X(GATE_NORM_BACKWARD, gate_norm_backward)                                                  \
+	X(L2_NORM, l2_norm)                                                                        \
+	X(L2_NORM_BACKWARD, l2_norm_backward)                                                      \
 	X(GELU, gelu)                                                                              \
 	X(GELU_BACKWARD, gelu_backward)                                                            \
 	X(EMBEDDING, embedding)                                                                    \
@@ -568,6 +570,21 @@ struct gate_norm_backward_args {
 	void *dgate;                   /* out, rows gate_stride apart, iff gate */
 	float *dskip_weight;           /* out [H] iff skip */
 	float *dweight;                /* out [H*d / groups] */
+};
+
+/* y = x * inverse, inverse = 1/sqrt(sum(x^2) + eps) over each head: q and k of length 1, as the
+ * delta rules want them (arXiv 2406.06484). */
+struct l2_norm_args {
+	int64_t batch, seq_len, n_heads, d_head;
+	float eps;
+	struct view x, y; /* [B, T, H, d]; y out, may alias x */
+	float *inverse;   /* out [B, T, H] or NULL */
+};
+
+/* dx = inverse * (dy - y * sum(y * dy)) over each head. */
+struct l2_norm_backward_args {
+	struct l2_norm_args forward; /* y and inverse hold the forward's results; x is not read */
+	struct view dy, dx;          /* [B, T, H, d]; dx out, may alias dy */
 };
 
 /* gelu(x) = x * (1 + erf(x/sqrt(2))) / 2. */

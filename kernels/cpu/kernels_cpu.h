@@ -43,6 +43,8 @@
 	X(FORGET_GATE_BACKWARD, "cpu", cpu_forget_gate_backward, any, workspace)                   \
 	X(GATE_NORM, "cpu", cpu_gate_norm, any, none)                                              \
 	X(GATE_NORM_BACKWARD, "cpu", cpu_gate_norm_backward, any, workspace)                       \
+	X(L2_NORM, "cpu", cpu_l2_norm, any, none)                                                  \
+	X(L2_NORM_BACKWARD, "cpu", cpu_l2_norm_backward, any, none)                                \
 	X(GELU, "cpu", cpu_gelu, any, none)                                                        \
 	X(GELU_BACKWARD, "cpu", cpu_gelu_backward, any, none)                                      \
 	X(EMBEDDING, "cpu", cpu_embedding, any, none)                                              \

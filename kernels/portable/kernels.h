@@ -44,6 +44,8 @@
 	X(FORGET_GATE_BACKWARD, "portable", portable_forget_gate_backward, checked, workspace)     \
 	X(GATE_NORM, "portable", portable_gate_norm, checked, none)                                \
 	X(GATE_NORM_BACKWARD, "portable", portable_gate_norm_backward, checked, workspace)         \
+	X(L2_NORM, "portable", portable_l2_norm, checked, none)                                    \
+	X(L2_NORM_BACKWARD, "portable", portable_l2_norm_backward, checked, none)                  \
 	X(GELU, "portable", portable_gelu, any, none)                                              \
 	X(GELU_BACKWARD, "portable", portable_gelu_backward, any, none)                            \
 	X(EMBEDDING, "portable", portable_embedding, checked, none)                                \
