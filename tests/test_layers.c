@@ -333,6 +333,44 @@ TEST(test_rat_of_one_chunk_is_recurrence)
 	assert_true(float_error(B * T * D, a, b) < allowed);
 }
 
+/* Two devices of the backend are open beside the suite's: each runs a stack of its own, in turns,
+ * and gives what the suite's gives; one is closed while the other goes on. */
+TEST(test_several_devices)
+{
+	enum { B = 2, T = 40, D = 48, COUNT = B * T * D };
+	const struct layer_shape shape = shape_of(PASS_TRAIN, B, T);
+	struct stack_options options[] = {small_options("rat:6"), small_options("gla")};
+	struct device *device[2], *none;
+	struct fixture *f[2];
+	float *expected[2];
+
+	for (int i = 0; i < 2; i++) {
+		scoped_fixture struct fixture *alone = fixture_open(NULL, &options[i], shape, 7);
+
+		fixture_run(alone);
+		expected[i] = read_floats(alone, alone->stack.dx, 0, COUNT);
+		require_ok(cpu_backend.open("0", NULL, &device[i]));
+		f[i] = fixture_open(device[i], &options[i], shape, 7);
+	}
+	for (int run = 0; run < 3; run++)
+		for (int i = 0; i < 2; i++) {
+			/* The third run is the second device's alone. */
+			if (run == 2 && i == 0) {
+				fixture_close(f[0]);
+				device_close(device[0]);
+				continue;
+			}
+			fixture_run(f[i]);
+			scoped float *dx = read_floats(f[i], f[i]->stack.dx, 0, COUNT);
+			assert_true(float_error(COUNT, dx, expected[i]) < allowed);
+		}
+	fixture_close(f[1]);
+	device_close(device[1]);
+	free(expected[0]);
+	free(expected[1]);
+	assert_int_equal(cpu_backend.open("1", NULL, &none), STATUS_INVALID);
+}
+
 /* The first rows of the output depend on the first rows of the input alone, wherever the sequence
  * ends inside a chunk. */
 TEST(test_ragged_end_is_causal)
