@@ -5,7 +5,6 @@
 
 #include "bench/harness/bench.h"
 #include "bench/stack_case.h"
-#include "layers/try.h"
 
 /* One of these per program: about 200 KiB, so not on a thread's small stack. */
 struct block {

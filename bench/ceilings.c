@@ -3,7 +3,6 @@
 #include <stdio.h>
 
 #include "bench/harness/ceilings.h"
-#include "layers/try.h"
 
 static const char usage[] =
         "usage: ceilings [BACKEND [DEVICE]]\n"

@@ -7,7 +7,6 @@
 
 #include "bench/harness/bench.h"
 #include "bench/stack_case.h"
-#include "layers/try.h"
 
 enum {
 	MAX_PREFILL_TOKENS = 32768, /* prefilled at a time */

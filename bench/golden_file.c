@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "layers/try.h"
-
 static const double tolerance_fp32 = 2e-5, tolerance_bf16 = 1.5e-2, tolerance_bf16_gradient = 3e-2;
 
 const char *golden_suffix(const struct safetensor *tensor, const char *prefix)

@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "kernels/operation.h"
-#include "layers/try.h"
 
 /* The operation that golden files call `name`, and its variant; NO_OPERATION if there is none. */
 static int find_operation(const char *name, const struct operation_form **variant)

@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "layers/stack.h"
-#include "layers/try.h"
 
 /* Bound on every size in the metadata: products of a few cannot overflow. */
 enum { MAX_SIZE = 1 << 20 };

@@ -9,7 +9,6 @@
 #include "bench/harness/print.h"
 #include "kernels/check.h"
 #include "kernels/problem.h"
-#include "layers/try.h"
 
 enum {
 	MAX_CASES = 1024,

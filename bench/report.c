@@ -5,7 +5,6 @@
 #include <string.h>
 
 #include "bench/harness/results.h"
-#include "layers/try.h"
 
 static const char usage[] =
         "usage: report [--format markdown|terminal] [--published FILE]... RESULTS.csv...\n"

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layers/try.h"
 
 /* Far above any real header, far below what could exhaust memory or the parser's stack. */
 enum {

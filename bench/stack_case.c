@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "layers/pattern.h"
-#include "layers/try.h"
 
 /* Options of the command line, and the argument of the same name. */
 static const char *const argument_options[] = {"chunk", "window",   "groups",

@@ -32,6 +32,14 @@ enum status status_set(enum status status, const char *format, ...)
 /* The message left by the last status_set() of this thread; "" if none. */
 const char *status_message(void);
 
+/* The first step of a function that fails is its end, and its status the function's. */
+#define TRY(step)                                                                                  \
+	do {                                                                                       \
+		const enum status try_status = (step);                                             \
+		if (try_status != STATUS_OK)                                                       \
+			return try_status;                                                         \
+	} while (0)
+
 #ifdef __cplusplus
 }
 #endif

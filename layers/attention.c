@@ -5,7 +5,6 @@
 #include <math.h>
 
 #include "layers/mixing.h"
-#include "layers/try.h"
 
 enum { STATE_K, STATE_V, N_STATES };
 /* Rotated queries, and keys where there is no cache to hold them. */

@@ -2,7 +2,6 @@
 #include "layers/layer.h"
 
 #include "layers/mixing.h"
-#include "layers/try.h"
 
 int64_t tensor_count(const struct tensor_spec *spec)
 {

@@ -4,7 +4,6 @@
 #include <math.h>
 
 #include "layers/mixing.h"
-#include "layers/try.h"
 
 enum {
 	PARAM_OUT_NORM = PARAM_OTHER,

@@ -2,7 +2,6 @@
 #include "layers/model.h"
 
 #include "layers/mixing.h"
-#include "layers/try.h"
 
 static int64_t tokens_of(const struct stack *stack)
 {

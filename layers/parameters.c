@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "layers/model.h"
-#include "layers/try.h"
 #include "kernels/noise.h"
 
 /* Floats that are made or moved at a time. */

@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layers/try.h"
 
 /* Names and arguments are words of this: what ends one. */
 static const char separators[] = ",:()=";

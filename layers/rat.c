@@ -5,7 +5,6 @@
 #include <math.h>
 
 #include "layers/mixing.h"
-#include "layers/try.h"
 
 enum { STATE_K_CHUNK, STATE_V_CHUNK, STATE_K, STATE_V, N_STATES };
 enum {

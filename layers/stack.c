@@ -6,7 +6,6 @@
 
 #include "layers/model.h"
 #include "layers/pattern.h"
-#include "layers/try.h"
 
 enum { ALIGNMENT = 256 };
 

@@ -13,7 +13,6 @@
 
 #include "kernels/check.h"
 #include "layers/stack.h"
-#include "layers/try.h"
 
 /* Rows of a step's outputs that are compared. */
 enum { STEP_ROWS = 1024, MAX_STEP_CALLS = 16 * MAX_LAYERS };

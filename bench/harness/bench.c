@@ -15,7 +15,6 @@
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
 #include "bench/harness/print.h"
-#include "layers/try.h"
 
 /* Exit codes. */
 enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };

@@ -5,7 +5,6 @@
 #include <string.h>
 
 #include "bench/harness/ceilings.h"
-#include "layers/try.h"
 
 enum { MAX_RUNS = 1024, SAMPLES = 5 };
 

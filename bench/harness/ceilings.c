@@ -4,7 +4,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layers/try.h"
 
 enum {
 	REPEATS = 3,

@@ -5,7 +5,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layers/try.h"
 
 /* Where the parser stands. It unquotes in place: `write` never overtakes `read`. */
 struct parser {

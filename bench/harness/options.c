@@ -8,7 +8,6 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include "layers/try.h"
 
 #define LARGEST ((int64_t)1 << 40)
 

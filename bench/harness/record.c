@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include "bench/harness/case.h"
-#include "layers/try.h"
 
 static const char schema[] = "2";
 

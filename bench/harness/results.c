@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "bench/harness/case.h"
-#include "layers/try.h"
 
 enum { LAST_SCHEMA = 2 };
 

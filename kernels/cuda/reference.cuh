@@ -31,14 +31,6 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 /* Channels of a head, and rows of a matrix state. */
 constexpr int MAX_HEAD = THREADS, MAX_STATE_ROWS = 256;
 
-/* Returns from the calling function, with its status, if a call fails. */
-#define TRY(call)                                                                                  \
-	do {                                                                                       \
-		const enum status try_ = call;                                                     \
-		if (try_ != STATUS_OK)                                                             \
-			return try_;                                                               \
-	} while (0)
-
 /* What a pointer of an argument struct holds here. */
 static __host__ __device__ __forceinline__ const double *doubles(const void *tensor)
 {

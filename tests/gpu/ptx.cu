@@ -38,14 +38,6 @@ template <typename T> struct mirror {
 	}
 };
 
-/* Returns from the calling function if a step failed. */
-#define TRY(step)                                                                                  \
-	do {                                                                                       \
-		const enum status try_ = (step);                                                   \
-		if (try_ != STATUS_OK)                                                             \
-			return try_;                                                               \
-	} while (0)
-
 /* After a launch: how it went. */
 enum status finished(struct device *device)
 {
