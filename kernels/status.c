@@ -9,6 +9,7 @@ const char *status_name(enum status status)
 {
 	static const char *const names[STATUS_COUNT] = {
 	        [STATUS_OK] = "ok",
+	        [STATUS_NOISY] = "noisy",
 	        [STATUS_OOM] = "oom",
 	        [STATUS_UNSUPPORTED] = "unsupported",
 	        [STATUS_SKIPPED] = "skipped",

@@ -12,6 +12,7 @@ extern "C" {
 /* The distinct outcomes a case can have; they stay distinct in the CSV. */
 enum status {
 	STATUS_OK,
+	STATUS_NOISY,       /* measured, but not to the precision asked for */
 	STATUS_OOM,         /* would need more memory than there is; the message says how much */
 	STATUS_UNSUPPORTED, /* a combination that makes no sense or has no kernel */
 	STATUS_SKIPPED,     /* predicted to exceed the time allowed for a case */

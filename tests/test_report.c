@@ -268,9 +268,9 @@ TEST(test_schemas)
 	expect_text(output, "rat-rat L=16|64");
 	expect_text(output, "3 faster, 0 slower, 0 overlap, 1 without a verdict");
 	output = report(
-	        2, "3,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n",
+	        2, "4,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n",
 	        "");
-	expect_text(output, "schema 3 is of a later program");
+	expect_text(output, "schema 4 is of a later program");
 	output = report(
 	        2, "1,,,,GPU,,rat,rat,,warmup,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n", "");
 	expect_text(output, "no pass is called 'warmup'");

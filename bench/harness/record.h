@@ -18,20 +18,27 @@
  */
 /* clang-format off */
 #define RECORD_COLUMNS(TEXT, INTEGER, REAL) \
-	TEXT(run_id, VALUE) TEXT(time_utc, VALUE) TEXT(git_sha, VALUE) \
-	INTEGER(git_dirty, VALUE) TEXT(host, VALUE) TEXT(device, KEY) TEXT(driver, VALUE) \
+	TEXT(run_id, VALUE) \
+	TEXT(case_id, VALUE) /* names the samples of a row in the file beside it */ \
+	TEXT(time_utc, VALUE) TEXT(git_sha, VALUE) INTEGER(git_dirty, VALUE) \
+	TEXT(build, VALUE) /* processor and sanitizers it was compiled for */ \
+	TEXT(host, VALUE) TEXT(device, KEY) TEXT(driver, VALUE) \
 	TEXT(cuda, VALUE) TEXT(backend, KEY) TEXT(program, VALUE) TEXT(block, KEY) \
 	TEXT(pattern, KEY) \
 	TEXT(provider, VALUE) /* of the operations that mix tokens, as they ran */ \
 	TEXT(pass, KEY) TEXT(dtype, KEY) INTEGER(batch, KEY) INTEGER(seq_len, KEY) \
 	INTEGER(chunk, KEY) INTEGER(window, KEY) INTEGER(groups, KEY) TEXT(position, KEY) \
-	INTEGER(d_model, KEY) INTEGER(n_heads, KEY) INTEGER(kv_heads, VALUE) \
+	INTEGER(d_model, KEY) INTEGER(n_heads, KEY) INTEGER(kv_heads, KEY) \
 	INTEGER(d_head, VALUE) INTEGER(d_k, KEY) INTEGER(d_v, KEY) \
 	INTEGER(n_layers, VALUE) INTEGER(parameters, VALUE) \
 	INTEGER(state_bytes_per_sequence, VALUE) REAL(state_bytes_per_token, VALUE) \
 	TEXT(model, KEY) INTEGER(prompt, KEY) INTEGER(generate, KEY) \
-	INTEGER(micro_batch, VALUE) REAL(latency_ms, VALUE) REAL(latency_p20_ms, VALUE) \
-	REAL(latency_p80_ms, VALUE) REAL(latency_min_ms, VALUE) INTEGER(samples, VALUE) \
+	INTEGER(micro_batch, VALUE) REAL(latency_ms, VALUE) \
+	REAL(latency_low_ms, VALUE) REAL(latency_high_ms, VALUE) /* 95% interval of the median */ \
+	REAL(latency_p20_ms, VALUE) REAL(latency_p80_ms, VALUE) REAL(latency_min_ms, VALUE) \
+	INTEGER(samples, VALUE) REAL(precision_pct, VALUE) /* asked for; 0: none */ \
+	TEXT(baseline, KEY) /* of a ratio row: the pattern and provider it is relative to */ \
+	REAL(ratio, VALUE) REAL(ratio_low, VALUE) REAL(ratio_high, VALUE) /* baseline / this */ \
 	REAL(prefill_ms, VALUE) /* throughput: of the prompt, which tokens_per_s leaves out */ \
 	REAL(tokens_per_s, VALUE) REAL(flops, VALUE) REAL(tflops, VALUE) \
 	REAL(bytes, VALUE) REAL(gb_per_s, VALUE) REAL(roofline_ms, VALUE) \
@@ -39,7 +46,9 @@
 	REAL(predicted_ms, VALUE) /* of a launch, before it was measured */ \
 	REAL(peak_mem_mib, VALUE) /* planned and taken */ \
 	INTEGER(memory_bytes, VALUE) /* wanted, taken or not */ \
-	REAL(rel_err, VALUE) REAL(sm_clock_mhz, VALUE) INTEGER(throttled, VALUE) \
+	REAL(rel_err, VALUE) REAL(sm_clock_mhz, VALUE) \
+	REAL(throttled, VALUE) /* share of the samples; empty: unknown */ \
+	TEXT(throttle_reasons, VALUE) REAL(power_w, VALUE) TEXT(duty, KEY) TEXT(data, KEY) \
 	TEXT(status, VALUE) TEXT(message, VALUE) \
 	TEXT(requested, KEY) /* --provider; empty: the fastest */ \
 	TEXT(providers, VALUE) /* every operation's, as it ran: "attention=cudnn ..." */ \
@@ -86,7 +95,7 @@ enum record_mode { RECORD_APPEND, RECORD_TRUNCATE, RECORD_RESUME };
  * Opens `path` for appending and makes its folders. An existing file must have our columns,
  * unless it is truncated. A cut last line is removed (append and resume). Resuming reads the
  * keys of the rows that need not be measured again: those of the commit `git_sha` whose status is
- * ok, unsupported, oom or skipped; run_id is that of the last of them. STATUS_IO or
+ * ok, noisy, unsupported, oom or skipped; run_id is that of the last of them. STATUS_IO or
  * STATUS_INVALID with the file's name.
  */
 enum status record_open(struct record_file *file, const char *path, enum record_mode mode,

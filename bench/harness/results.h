@@ -40,6 +40,7 @@ struct results {
 enum status results_add(struct results *results, const char *path);
 void results_release(struct results *results);
 
+/* Whether it was measured and verified: ok or noisy. */
 bool result_ok(const struct result *result);
 
 /* Whether two rows measure the same, wherever and by whichever kernels: those that were
