@@ -38,7 +38,7 @@ LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \
 	kernel_latency chunkwise report compare plotdata),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
-TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
+TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_% tests/fake_%,$(wildcard tests/*.c)))
 TEST_LIBRARY := $(BUILD)/libtests.a
 
 SM90A := -gencode arch=compute_90a,code=sm_90a
@@ -111,6 +111,12 @@ $(BUILD)/golden: $(GOLDEN_OBJECTS)
 $(BUILD)/golden: LDLIBS += -lcjson
 
 $(GPU_TESTS): $(GPU_TEST_SUPPORT)
+# Asks a management library of its own, in a build without CUDA too.
+$(BUILD)/tests/test_conditions: $(BUILD)/kernels/cuda/nvml.o | $(BUILD)/tests/libfake_nvml.so
+$(BUILD)/tests/test_conditions: LDLIBS += -ldl
+$(BUILD)/tests/libfake_%.so: tests/fake_%.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(CFLAGS) -fPIC -shared -o $@ $<
 # It lies about operations to see that it matters.
 $(BUILD)/tests/test_links: LDFLAGS += -Wl,--wrap=operation_describe
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)

@@ -2,6 +2,7 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "bench/harness/bench.h"
 #include "bench/stack_case.h"
@@ -12,6 +13,18 @@ struct block {
 	struct device *device;
 	struct stack stack;
 };
+
+/* Another, which holds no memory yet. */
+static void *clone(void *self)
+{
+	struct block *copy = calloc(1, sizeof *copy);
+
+	if (copy) {
+		copy->driver = ((struct block *)self)->driver;
+		copy->device = ((struct block *)self)->device;
+	}
+	return copy;
+}
 
 static void use(void *self, struct device *device)
 {
@@ -131,6 +144,7 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	static struct block block;
 	const struct subject subject = {
 	        .self = &block,
+	        .clone = clone,
 	        .use = use,
 	        .check = check,
 	        .configure = configure,

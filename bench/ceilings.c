@@ -59,14 +59,16 @@ static enum status measure_product(struct device *device, size_t i)
 static enum status measure_all(struct device *device)
 {
 	struct device_info info;
+	struct conditions conditions;
 	const struct ceilings *ceilings = &device->ceilings;
 
 	TRY(ceilings_measure(device));
 	TRY(device_info(device, &info));
+	device_conditions(device, &conditions);
 	printf("%s, driver %s, %s\n", info.name, info.driver, info.runtime);
 	printf("copy %.0f GB/s, read %.0f GB/s, products %.1f TFLOP/s, SM clock %.0f MHz%s\n",
 	       ceilings->copy_gb_per_s, ceilings->read_gb_per_s, ceilings->gemm_tflops,
-	       info.sm_clock_mhz, info.throttled ? ", throttled" : "");
+	       conditions.clock_mhz, conditions.throttle > 0 ? ", throttled" : "");
 	for (size_t i = 0; i < sizeof products / sizeof products[0]; i++)
 		TRY(measure_product(device, i));
 	return STATUS_OK;

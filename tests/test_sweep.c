@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "bench/harness/bench.h"
+#include "bench/harness/statistics.h"
 
 /* What a case does is in its sequence length; others are fine. */
 enum { T_UNSUPPORTED = 1002, T_TOO_LARGE, T_WRONG, T_NAN, T_DEVICE_ERROR, T_TOO_SLOW, T_MISTAKE };
@@ -23,7 +24,7 @@ struct log {
 };
 
 static struct log *journal;
-static char folder[] = "/tmp/test_sweep_XXXXXX", path[64];
+static char folder[] = "/tmp/test_sweep_XXXXXX", path[64], samples[64];
 
 static const struct driver driver = {
         .program = "test",
@@ -41,6 +42,9 @@ static void use(void *self, struct device *device)
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
 	snprintf(c->block, sizeof c->block, "fake");
+	/* The first chunk's is the pattern that ratios are relative to. */
+	snprintf(c->pattern, sizeof c->pattern, c->chunk == 1 ? "attention" : "fake");
+	c->is_baseline = c->chunk == 1;
 	c->batch = c->tokens = 1;
 	c->d_model = c->n_heads = NO_VALUE;
 	if (c->seq_len == T_MISTAKE)
@@ -107,9 +111,15 @@ static void release(void *self)
 {
 }
 
+static void *clone_fake(void *self)
+{
+	return calloc(1, 1);
+}
+
 static int fake_main(int argc, char **argv)
 {
 	static const struct subject subject = {
+	        .clone = clone_fake,
 	        .use = use,
 	        .configure = configure,
 	        .plan = plan,
@@ -127,9 +137,10 @@ static int fake_main(int argc, char **argv)
 /* Starts the program; the arguments end with NULL. */
 static pid_t start(const char *const *arguments)
 {
-	char *argv[24] = {(char *)"test", (char *)"--backend", (char *)"cpu", (char *)"--max-time",
-	                  (char *)"0.001"};
-	int argc = 5;
+	char *argv[24] = {(char *)"test",       (char *)"--backend", (char *)"cpu",
+	                  (char *)"--max-time", (char *)"0.001",     (char *)"--precision",
+	                  (char *)"0"};
+	int argc = 7;
 
 	while (*arguments)
 		argv[argc++] = (char *)*arguments++;
@@ -142,6 +153,7 @@ static int new_file(void **state)
 {
 	memset(journal, 0, sizeof *journal);
 	unlink(path);
+	unlink(samples);
 	return 0;
 }
 
@@ -188,7 +200,7 @@ TEST(gives_every_outcome_its_row)
 	expect_status(&csv, T_TOO_SLOW, "skipped", "--case-seconds");
 	int row = row_of(&csv, 1);
 	assert_true(csv_number(&csv, row, "rel_err") == 1e-7);
-	assert_true(csv_number(&csv, row, "samples") >= 3);
+	assert_true(csv_number(&csv, row, "samples") >= 10);
 	assert_true(csv_number(&csv, row, "latency_p20_ms") <=
 	            csv_number(&csv, row, "latency_p80_ms"));
 	assert_true(csv_number(&csv, row, "gemm_tflops") > 0);
@@ -205,12 +217,43 @@ TEST(alternates_samples_of_variants)
 	assert_int_equal(RUN("--out", path, "--seq-len", "1", "--samples", "3", "--provider", "cpu",
 	                     "--provider", "gelu=cpu,cpu"),
 	                 0);
-	/* The first sample of each is verified; from then on they take turns. */
-	assert_string_equal(journal->order, "121212");
+	/* The first sample of each is verified; from then on they take turns, in any order. */
+	assert_int_equal(strlen(journal->order), 6);
+	for (int i = 0; i < 6; i += 2)
+		assert_int_equal(journal->order[i] + journal->order[i + 1], '1' + '2');
 	assert_int_equal(journal->verified, 2);
-	read_rows(&csv, path, 2);
+	read_rows(&csv, path, 3);
 	assert_string_equal(csv_text(&csv, 0, "requested"), "cpu");
 	assert_string_equal(csv_text(&csv, 1, "requested"), "gelu=cpu,cpu");
+	assert_string_equal(csv_text(&csv, 2, "baseline"), "attention [cpu]");
+}
+
+/* The chunk stands for a pattern: the same lengths alternate, and have a ratio to the baseline. */
+TEST(compares_blocks_side_by_side)
+{
+	scoped_csv struct csv csv;
+
+	assert_int_equal(
+	        RUN("--out", path, "--seq-len", "1,2", "--chunk", "1,3,5", "--samples", "12"), 0);
+	read_rows(&csv, path, 10);
+	for (int row = 0; row < 10; row++) {
+		/* Of each length three latencies, then two ratios. */
+		const bool ratio = row % 5 > 2;
+
+		assert_int_equal((int)csv_number(&csv, row, "seq_len"), 1 + row / 5);
+		assert_int_equal(strlen(csv_text(&csv, row, "baseline")) > 0, ratio);
+		assert_int_equal(isnan(csv_number(&csv, row, "latency_ms")), ratio);
+		assert_int_equal((int)csv_number(&csv, row, "samples"), ratio ? 11 : 12);
+		if (!ratio)
+			continue;
+		assert_string_equal(csv_text(&csv, row, "baseline"), "attention");
+		assert_true(csv_number(&csv, row, "ratio_low") <= csv_number(&csv, row, "ratio"));
+		assert_true(csv_number(&csv, row, "ratio_high") >= csv_number(&csv, row, "ratio"));
+	}
+	assert_int_equal(
+	        RUN("--out", path, "--truncate", "--seq-len", "1", "--chunk", "1,3", "--apart"), 0);
+	csv_release(&csv);
+	read_rows(&csv, path, 2);
 }
 
 TEST(adds_unless_told_to_truncate)
@@ -260,6 +303,30 @@ static int kill_in_the_middle(void)
 	return whole_rows();
 }
 
+/* Every row has its samples, no sample lacks its row, and their median is the row's. */
+static void expect_samples(const struct csv *rows)
+{
+	struct csv csv;
+	int total = 0;
+
+	require_ok(csv_read(samples, &csv));
+	for (int row = 0; row < rows->n_rows; row++) {
+		double ms[MAX_SAMPLES];
+		int n = 0;
+
+		for (int i = 0; i < csv.n_rows; i++)
+			if (strcmp(csv_text(&csv, i, "case_id"), csv_text(rows, row, "case_id")) ==
+			    0)
+				ms[n++] = csv_number(&csv, i, "latency_ms");
+		assert_int_equal(n, (int)csv_number(rows, row, "samples"));
+		assert_true(fabs(median_of(ms, n) / csv_number(rows, row, "latency_ms") - 1) <
+		            1e-5);
+		total += n;
+	}
+	assert_int_equal(total, csv.n_rows);
+	csv_release(&csv);
+}
+
 TEST(resumes_after_sigkill)
 {
 	/* As the kill left the file; the last line cut; and cut down to a quote's inside. */
@@ -281,6 +348,7 @@ TEST(resumes_after_sigkill)
 		for (int t = 1; t <= 40; t++)
 			assert_string_equal(csv_text(&csv, row_of(&csv, t), "run_id"),
 			                    csv_text(&csv, 0, "run_id"));
+		expect_samples(&csv);
 		csv_release(&csv);
 	}
 }
@@ -348,6 +416,7 @@ static int set_up(void **state)
 	if (journal == MAP_FAILED || !mkdtemp(folder))
 		return -1;
 	snprintf(path, sizeof path, "%s/rows.csv", folder);
+	snprintf(samples, sizeof samples, "%s/rows.samples.csv", folder);
 	return 0;
 }
 

@@ -186,6 +186,20 @@ enum status ceilings_measure(struct device *device)
 	return status;
 }
 
+enum status ceilings_again(struct device *device)
+{
+	const struct ceilings before = device->ceilings;
+	struct ceilings *now = &device->ceilings;
+
+	*now = (struct ceilings){0};
+	const enum status status = ceilings_measure(device);
+
+	now->copy_gb_per_s = fmax(now->copy_gb_per_s, before.copy_gb_per_s);
+	now->read_gb_per_s = fmax(now->read_gb_per_s, before.read_gb_per_s);
+	now->gemm_tflops = fmax(now->gemm_tflops, before.gemm_tflops);
+	return status;
+}
+
 double ceilings_roofline_ms(const struct ceilings *ceilings, const struct kernel_plan *plan)
 {
 	double total = 0;

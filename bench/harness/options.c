@@ -77,12 +77,11 @@ static const struct option_spec specs[] = {
         {"threads", KIND_INTEGER, AT(threads), 0, false, "N", "0",
          "CPU threads (0: all, or OMP_NUM_THREADS)"},
         {"samples", KIND_INTEGER, AT(samples), 0, false, "N", "0",
-         "samples to take (0: until the noise has settled)"},
+         "samples to take of each (0: until they are precise, at least 10, or 5 of what takes a\n"
+         "second, or 3 of whole models)"},
         {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL, "least time of sampling"},
         {"max-time", KIND_REAL, AT(max_time), 0, false, "SECONDS", NULL,
-         "most time of sampling, cache flushes included; three samples are granted"},
-        {"noise", KIND_REAL, AT(noise), 0, false, "FRACTION", "0.005",
-         "standard error of the median, relative to it, at which sampling stops"},
+         "most time of sampling a variant, cache flushes included, beyond the least number"},
         {"precision", KIND_FRACTION, AT(precision), 0, false, "FRACTION", NULL,
          "half-width of the 95% interval, relative, that a row has to reach, such as 1%\n"
          "(0: none)"},

@@ -136,22 +136,21 @@ static bool columns_match(const struct csv *csv)
 	return true;
 }
 
-/* Writes all of `text` and forces it to the disk. */
-static enum status write_all(const struct record_file *file, const char *text, size_t length)
+enum status record_write_all(int descriptor, const char *path, const char *text, size_t length)
 {
 	while (length > 0) {
-		ssize_t written = write(file->descriptor, text, length);
+		ssize_t written = write(descriptor, text, length);
 
 		if (written < 0 && errno == EINTR)
 			continue;
 		if (written < 0)
-			return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+			return status_set(STATUS_IO, "%s: %s", path, strerror(errno));
 		text += written;
 		length -= (size_t)written;
 	}
 	/* A pipe or a terminal has no disk behind it. */
-	if (fsync(file->descriptor) != 0 && errno != EINVAL && errno != EROFS)
-		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
+	if (fsync(descriptor) != 0 && errno != EINVAL && errno != EROFS)
+		return status_set(STATUS_IO, "%s: %s", path, strerror(errno));
 	return STATUS_OK;
 }
 
@@ -176,24 +175,24 @@ void record_print(FILE *file, const struct record *record)
 }
 
 /*
- * Appends a row (NULL: the header) in one write: a reader never sees half of it, and a writer
- * that is killed cuts at most this line.
+ * Appends rows (NULL: the header) in one write: a reader never sees half of one, and a writer
+ * that is killed cuts at most one line.
  */
-static enum status append_line(const struct record_file *file, const struct record *record)
+static enum status append_lines(const struct record_file *file, const struct record *records, int n)
 {
 	char *line = NULL;
 	size_t length;
 	FILE *text = open_memstream(&line, &length);
 
 	if (!text)
-		return status_set(STATUS_OOM, "no memory for a row");
-	if (record)
-		record_print(text, record);
-	else
+		return status_set(STATUS_OOM, "no memory for rows");
+	if (!records)
 		record_print_header(text);
+	for (int i = 0; records && i < n; i++)
+		record_print(text, &records[i]);
 	if (fclose(text) != 0)
-		return status_set(STATUS_OOM, "no memory for a row");
-	enum status status = write_all(file, line, length);
+		return status_set(STATUS_OOM, "no memory for rows");
+	enum status status = record_write_all(file->descriptor, file->path, line, length);
 
 	free(line);
 	return status;
@@ -223,14 +222,14 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 	enum status status = STATUS_OK;
 
 	if (fstat(file->descriptor, &info) != 0 || !S_ISREG(info.st_mode))
-		return append_line(file, NULL);
+		return append_lines(file, NULL, 0);
 	if (mode == RECORD_TRUNCATE && ftruncate(file->descriptor, 0) != 0)
 		return status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
 	TRY(csv_read(file->path, &csv));
 	if (csv.cut && ftruncate(file->descriptor, (off_t)csv.whole_bytes) != 0)
 		status = status_set(STATUS_IO, "%s: %s", file->path, strerror(errno));
 	else if (csv.n_columns == 0)
-		status = append_line(file, NULL);
+		status = append_lines(file, NULL, 0);
 	else if (!columns_match(&csv))
 		status = status_set(STATUS_INVALID,
 		                    "--out: %s has other columns than this program writes "
@@ -282,7 +281,7 @@ bool record_done(const struct record_file *file, const struct record *record)
 	return found;
 }
 
-enum status record_append(struct record_file *file, const struct record *record)
+enum status record_append(struct record_file *file, const struct record *records, int n)
 {
-	return append_line(file, record);
+	return append_lines(file, records, n);
 }

@@ -105,7 +105,10 @@ void record_close(struct record_file *file);
 /* Whether a row with the key of `record` is finished. */
 bool record_done(const struct record_file *file, const struct record *record);
 
-/* Appends a row and forces it to the disk. */
-enum status record_append(struct record_file *file, const struct record *record);
+/* Appends n rows at once and forces them to the disk. */
+enum status record_append(struct record_file *file, const struct record *records, int n);
+
+/* Writes all of `text` to a file, whose name is for messages, and forces it to the disk. */
+enum status record_write_all(int descriptor, const char *path, const char *text, size_t length);
 
 #endif

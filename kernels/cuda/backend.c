@@ -31,7 +31,7 @@ enum {
 struct shared_memory {
 	int gate;
 	struct clock_sample clock;
-	unsigned long long found;
+	unsigned long long found; /* not finite */
 };
 
 /* Memory that somebody keeps with the device. */
@@ -53,8 +53,9 @@ struct cuda_state {
 	int ticket;                   /* value of shared->gate that lets the last held work run */
 	void *flush_buffer;
 	size_t flush_bytes;
+	struct clock_start *clock_starts; /* of each multiprocessor, on the device */
 	struct nvml *nvml;
-	bool throttled; /* in any sample since the last info() */
+	struct nvml_reading reading; /* while the last timed work ran */
 	struct kernel *kernels;
 	const struct kernel *const *more; /* as open() was given them */
 	struct slot *slots;               /* the newest first */
@@ -254,6 +255,7 @@ static enum status create_resources(struct cuda_state *state)
 	void *pinned;
 	CUDA_TRY(cudaMallocHost(&pinned, sizeof *state->shared));
 	state->shared = memset(pinned, 0, sizeof *state->shared);
+	CUDA_TRY(clock_starts_take(state->properties.multiProcessorCount, &state->clock_starts));
 	state->flush_bytes = 3 * (size_t)state->properties.l2CacheSize;
 	CUDA_TRY(cudaMalloc(&state->flush_buffer, state->flush_bytes));
 	CUDA_TRY(cudaMemsetAsync(state->flush_buffer, 0, state->flush_bytes, state->stream));
@@ -283,6 +285,7 @@ static void cuda_close(struct device *device)
 	release_slots(state);
 	nvml_close(state->nvml);
 	cudaFree(state->flush_buffer);
+	cudaFree(state->clock_starts);
 	cudaFreeHost(state->shared);
 	for (int i = 0; i < N_STAGING; i++) {
 		cudaFreeHost(state->staging[i]);
@@ -403,7 +406,6 @@ static enum status describe_runtime(const struct device *device, char *text, siz
 static enum status cuda_info(struct device *device, struct device_info *info)
 {
 	struct cuda_state *state = state_of(device);
-	const struct clock_sample *clock = &state->shared->clock;
 	int driver = 0;
 
 	*info = (struct device_info){0};
@@ -416,10 +418,6 @@ static enum status cuda_info(struct device *device, struct device_info *info)
 		snprintf(info->driver, sizeof info->driver, "CUDA %d.%d", driver / 1000,
 		         driver % 1000 / 10);
 	CUDA_TRY(cudaMemGetInfo(&info->memory_free, &info->memory_total));
-	if (clock->nanoseconds)
-		info->sm_clock_mhz = 1e3 * (double)clock->cycles / (double)clock->nanoseconds;
-	info->throttled = state->throttled;
-	state->throttled = false;
 	return describe_runtime(device, info->runtime, sizeof info->runtime);
 }
 
@@ -529,6 +527,7 @@ static enum status cuda_stopwatch_start(struct device *device)
 	ACTIVATE(device);
 	state->ticket++;
 	CUDA_TRY(submit_hold(device, &state->shared->gate, state->ticket, HOLD_LIMIT_NS));
+	CUDA_TRY(submit_clock_start(device, state->clock_starts));
 	CUDA_TRY(cudaEventRecord(state->start, state->stream));
 	return STATUS_OK;
 }
@@ -540,14 +539,26 @@ static enum status cuda_stopwatch_stop(struct device *device, double *millisecon
 
 	ACTIVATE(device);
 	CUDA_TRY(cudaEventRecord(state->stop, state->stream));
-	CUDA_TRY(submit_clock(device, CLOCK_NS, &state->shared->clock));
+	CUDA_TRY(submit_clock_stop(device, state->clock_starts, CLOCK_NS, &state->shared->clock));
 	__atomic_store_n(&state->shared->gate, state->ticket, __ATOMIC_RELEASE);
-	state->throttled |= nvml_throttled(state->nvml);
+	nvml_read(state->nvml, &state->reading);
 	CUDA_TRY(cudaStreamSynchronize(state->stream));
 	CUDA_TRY(cudaGetLastError());
 	CUDA_TRY(cudaEventElapsedTime(&elapsed, state->start, state->stop));
 	*milliseconds = elapsed;
 	return STATUS_OK;
+}
+
+static void cuda_conditions(struct device *device, struct conditions *conditions)
+{
+	const struct cuda_state *state = state_of(device);
+	const struct clock_sample *clock = &state->shared->clock;
+
+	*conditions = conditions_unknown();
+	if (clock->nanoseconds)
+		conditions->clock_mhz = 1e3 * (double)clock->cycles / (double)clock->nanoseconds;
+	conditions->throttle = state->reading.throttle;
+	conditions->power_w = state->reading.power_w;
 }
 
 static enum status cuda_flush_cache(struct device *device)
@@ -640,6 +651,7 @@ const struct backend cuda_backend = {
         .synchronize = cuda_synchronize,
         .stopwatch_start = cuda_stopwatch_start,
         .stopwatch_stop = cuda_stopwatch_stop,
+        .conditions = cuda_conditions,
         .flush_cache = cuda_flush_cache,
         .bandwidth = cuda_bandwidth,
         .normal_floats = cuda_normal_floats,
