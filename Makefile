@@ -162,13 +162,28 @@ $(BUILD)/flags: FORCE
 	@echo '$(CC) $(CPPFLAGS) $(CFLAGS) $(NVCC) $(NVCCFLAGS)' > $@.new
 	$(replace_if_changed)
 
-# The commit, and whether the tree differs from it anywhere but in results and pictures.
+# The commit; whether the tree differs from it anywhere but in rows and pictures; and what the build
+# depends on besides the commit. A tree inside somebody else's repository is of no known commit.
+OWN_FLAGS = $(if $(filter-out file,$(origin OPTIMIZE) $(origin CFLAGS) $(origin CPPFLAGS)), \
+	flags:$(firstword $(shell echo '$(CPPFLAGS) $(CFLAGS)' | cksum)))
+TRACKED := . ':!results' ':!plots/out' ':!runs'
 $(BUILD)/version.h: FORCE
 	@mkdir -p $(@D)
-	@{ echo "#define GIT_SHA \"$$(git rev-parse --verify -q HEAD 2>/dev/null || echo unknown)\""; \
-	   git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
-		|| echo unknown > $@.dirty; \
-	   test -s $@.dirty && echo "#define GIT_DIRTY 1" || echo "#define GIT_DIRTY 0"; } > $@.new
+	@if test -z "$$(git rev-parse --show-prefix 2>/dev/null || echo none)"; then \
+		sha=$$(git rev-parse --verify -q HEAD || echo unknown); \
+		changes=$$(git status --porcelain -- $(TRACKED)); \
+		if test -n "$$changes"; then \
+			digest=$$({ echo "$$changes"; git diff HEAD --binary -- $(TRACKED); \
+				git ls-files -z --others --exclude-standard -- $(TRACKED) \
+					| xargs -0r cat; } | sha256sum); fi; \
+	else \
+		sha=unknown; \
+		digest=$$(find kernels baselines layers bench -type f | LC_ALL=C sort | xargs cat \
+			| sha256sum); fi; \
+	build='$(MARCH)$(SAN:%= %)$(OWN_FLAGS)'; \
+	{ echo "#define GIT_SHA \"$$sha\""; \
+	  echo "#define GIT_DIRTY $$(test -n "$$digest" && echo 1 || echo 0)"; \
+	  echo "#define BUILD_ID \"$$build$${digest:+ dirty:$$(echo $$digest | cut -c 1-8)}\""; } > $@.new
 	$(replace_if_changed)
 
 $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h

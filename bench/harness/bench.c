@@ -13,8 +13,9 @@
 #include "bench/harness/environment.h"
 #include "bench/harness/measure.h"
 #include "bench/harness/progress.h"
-#include "bench/harness/record.h"
 #include "bench/harness/print.h"
+#include "bench/harness/record.h"
+#include "bench/harness/streams.h"
 
 /* Exit codes. */
 enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };
@@ -172,6 +173,7 @@ static void record_environment(const struct run *run, struct record *r)
 	r->run_id = e->run_id;
 	r->git_sha = e->git_sha;
 	r->git_dirty = e->git_dirty;
+	r->build = e->build;
 	r->host = e->host;
 	r->device = e->device.name;
 	r->driver = e->device.driver;
@@ -234,7 +236,7 @@ static void record_measurement(struct variant *v, const struct bench_case *c, st
 	r->peak_mem_mib = (double)v->plan.memory_bytes / (1 << 20);
 }
 
-/* The row of one variant, written and printed. */
+/* The row of one variant, saved and then printed: whoever reads that may have gone away. */
 static enum status write_row(struct run *run, const struct bench_case *c, struct variant *v,
                              const struct device_info *before)
 {
@@ -261,10 +263,11 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	r.message = v->message;
 	run->rows_by_status[v->status]++;
 	progress_clear(&run->progress);
+	TRY(record_append(&run->file, &r));
 	print_row(stdout, &r, run->options.format.word[0]);
 	if (run->subject->note)
 		run->subject->note(run->subject->self, c, &r);
-	return record_append(&run->file, &r);
+	return STATUS_OK;
 }
 
 /*
@@ -408,17 +411,20 @@ static bool any_failed(const struct run *run)
 
 /* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
  * which then gets nothing else. */
-static void name_output(struct run *run)
+static enum status name_output(struct run *run)
 {
 	struct options *o = &run->options;
 
 	if (!o->out[0])
-		snprintf(o->out, sizeof o->out, "results/%s/%s", run->environment.device_folder,
+		snprintf(o->out, sizeof o->out, "runs/%s/%s", run->environment.device_folder,
 		         run->driver->file);
 	if (strcmp(o->out, "-") == 0) {
+		if (stdout_was_closed())
+			return status_set(STATUS_IO, "--out: standard output is closed");
 		snprintf(o->out, sizeof o->out, "/dev/stdout");
 		snprintf(o->format.word[0], sizeof o->format.word[0], "none");
 	}
+	return STATUS_OK;
 }
 
 /* Options that need to know where the run takes place, and the sweep they make. */
@@ -441,8 +447,15 @@ static enum status make_sweep(struct run *run)
 		TRY(sweep_create(&run->sweep, &run->options, subject->configure, subject->self));
 	for (int i = 0; i < run->sweep.count; i++)
 		TRY(make_variants(run, &run->sweep.cases[i])); /* complains early */
-	name_output(run);
-	return STATUS_OK;
+	return name_output(run);
+}
+
+/* A case with a longer launch is skipped, whatever its verification takes. */
+static double longest_launch_ms(const struct options *o)
+{
+	const double launches = 1 + (o->samples > 0 ? (double)o->samples : MIN_SAMPLES);
+
+	return o->case_seconds > 0 ? 1e3 * o->case_seconds / launches : INFINITY;
 }
 
 static enum status open_file(struct run *run)
@@ -450,9 +463,19 @@ static enum status open_file(struct run *run)
 	enum record_mode mode = run->options.resume     ? RECORD_RESUME
 	                        : run->options.truncate ? RECORD_TRUNCATE
 	                                                : RECORD_APPEND;
+	const struct options *o = &run->options;
+	const struct environment *e = &run->environment;
+	const struct record_terms terms = {
+	        .git_sha = e->git_sha,
+	        .build = e->build,
+	        .compiler = e->compiler,
+	        .git_dirty = e->git_dirty,
+	        .launch_ms = longest_launch_ms(o),
+	        .memory_bytes = e->device.memory_free,
+	        .any_batch = run->driver->finds_batch,
+	};
 
-	TRY(record_open(&run->file, run->options.out, mode, run->environment.git_sha,
-	                run->driver->finds_batch));
+	TRY(record_open(&run->file, o->out, mode, &terms));
 	/* A resumed run is one run. */
 	if (run->file.run_id[0])
 		snprintf(run->environment.run_id, sizeof run->environment.run_id, "%s",
@@ -474,9 +497,10 @@ static enum status measure_sweep(struct run *run)
 		status = ceilings_measure(run->device);
 	if (status == STATUS_OK)
 		status = plan_all(run);
-	print_header(stdout, run->options.format.word[0]);
-	if (status == STATUS_OK)
+	if (status == STATUS_OK) {
+		print_header(stdout, run->options.format.word[0]);
 		status = run_all(run);
+	}
 	if (status == STATUS_OK && run->subject->finish &&
 	    strcmp(run->options.format.word[0], "table") == 0)
 		run->subject->finish(run->subject->self, stdout);
@@ -555,12 +579,13 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 {
 	static struct run run; /* with room for all samples of a case */
 
+	streams_open();
 	run = (struct run){.driver = driver, .subject = subject, .file = {.descriptor = -1}};
 	enum status status = options_parse(&run.options, driver, argc, argv);
 
 	if (status == STATUS_OK && run.options.help) {
 		options_print_help(stdout, driver);
-		return EXIT_OK;
+		return stdout_finish() == STATUS_OK ? EXIT_OK : complain(&run, STATUS_IO);
 	}
 	if (status == STATUS_OK)
 		status = open_backend(&run);
@@ -575,6 +600,9 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 		status = print_breakdowns(&run);
 	else if (status == STATUS_OK)
 		status = measure_sweep(&run);
+	/* Rows are in their file; a caller who closed standard output wants nothing else. */
+	if (status == STATUS_OK && !stdout_was_closed())
+		status = stdout_finish();
 	int code = status != STATUS_OK ? complain(&run, status)
 	           : any_failed(&run)  ? EXIT_CASES_FAILED
 	                               : EXIT_OK;

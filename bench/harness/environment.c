@@ -70,8 +70,10 @@ void device_folder_name(char *folder, size_t size, const char *backend, const ch
 enum status environment_read(struct environment *environment, struct device *device,
                              const char *run_id)
 {
-	*environment = (struct environment){
-	        .git_sha = GIT_SHA, .git_dirty = GIT_DIRTY, .compiler = compiler_version};
+	*environment = (struct environment){.git_sha = GIT_SHA,
+	                                    .git_dirty = GIT_DIRTY,
+	                                    .build = BUILD_ID,
+	                                    .compiler = compiler_version};
 	gethostname(environment->host, sizeof environment->host - 1);
 	name_run(environment->run_id, sizeof environment->run_id, run_id);
 	enum status status = device_info(device, &environment->device);

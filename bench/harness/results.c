@@ -7,8 +7,6 @@
 
 #include "bench/harness/case.h"
 
-enum { LAST_SCHEMA = 3 };
-
 /*
  * What the layers of a row have for an argument: "16", or "16|64" where they differ; "" if none
  * has it. The pattern says, or in old files the column of the argument.
@@ -95,17 +93,18 @@ static void add_row(struct results *results, int first, const struct result *res
 /* Whether it is a results file that we understand. */
 static enum status check_file(const char *path, const struct csv *csv)
 {
-	static const char *const needed[] = {"block", "pass", "seq_len", "status"};
+	static const char *const needed[] = {"schema", "block", "pass", "seq_len", "status"};
 
 	for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
 		if (csv_column(csv, needed[i]) < 0)
 			return status_set(STATUS_INVALID, "%s: no column '%s'", path, needed[i]);
 	for (int row = 0; row < csv->n_rows; row++) {
-		if (csv_number(csv, row, "schema") > LAST_SCHEMA)
+		if (!record_schema_known(csv, row))
 			return status_set(STATUS_INVALID,
-			                  "%s: schema %.32s is of a later program; schema %d is "
-			                  "the last that this one knows",
-			                  path, csv_text(csv, row, "schema"), LAST_SCHEMA);
+			                  "%s: row %d: schema '%.32s' is unknown; this program "
+			                  "reads schemas 1 to %d",
+			                  path, row + 1, csv_text(csv, row, "schema"),
+			                  RECORD_SCHEMA);
 		if (pass_find(csv_text(csv, row, "pass")) == PASS_COUNT)
 			return status_set(STATUS_INVALID, "%s: row %d: no pass is called '%.32s'",
 			                  path, row + 1, csv_text(csv, row, "pass"));
