@@ -3,7 +3,8 @@
 #
 #   bench/latency.sh BUILD FILE [options of the programs]
 #
-# Rows go to FILE in the device's folder of results/, unless --out says where.
+# Rows go to FILE in the device's folder of runs/, unless --out says where. They replace those of an
+# earlier run there, or with --resume an interrupted run goes on where it was.
 #
 # On a GPU attention is measured by several providers, their samples alternating: the fastest of
 # ours, cuDNN, FlashAttention-3 where it is built, and the portable kernels; --provider picks
@@ -11,8 +12,6 @@
 #
 # BLOCKS in the environment names other programs (make bench-family); CHUNKS names chunk lengths
 # that gla's prefill takes besides its own.
-#
-# With --resume an interrupted run goes on where it was.
 set -eu
 
 build=$1
@@ -24,9 +23,6 @@ export RUN_ID
 # The programs say where rows go, and complain about options, before anything is measured.
 list=$("$build/attention" --list "$@") || exit $?
 out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')
-case $out in
-results/*/latency.csv) out=${out%latency.csv}$file ;;
-esac
 first=--truncate
 measures=yes
 chunks=${CHUNKS:-}
@@ -38,21 +34,29 @@ flash3=
 if [ -e "${FLASH3_LIBRARY:-$build/libflash3.so}" ]; then
 	flash3='--provider attention=flash3,attention_step=flash3'
 fi
+named=
 before=
-for option in "$@"; do
+for option; do
+	shift
 	case $before$option in
 	--pass*prefill*) ;;
 	--pass?*) chunks= ;;
 	esac
 	before=
+	# Options may be shortened. The first program alone starts the file anew.
 	case $option in
 	--pass) before=--pass= ;;
-	--resume) first= ;;
-	--breakdown | --dry-run | --list | --help) measures= ;;
-	--provider | --provider=*) rivals= ;;
-	--chunk | --chunk=*) chunks= ;;
+	--tr*) continue ;;
+	--re*) first= ;;
+	--hel*) exec "$build/attention" --help ;;
+	--br* | --dr* | --l*) measures= ;;
+	--prov*) rivals= ;;
+	--ch*) chunks= ;;
+	--o*) named=yes ;;
 	esac
+	set -- "$@" "$option"
 done
+[ "$named" ] || out=$(dirname "$out")/$file
 
 failed=0
 for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
@@ -73,7 +77,7 @@ for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 	[ "$code" -lt 2 ] || exit "$code"
 	[ "$code" -eq 0 ] || failed=1
 done
-if [ "$measures" ]; then
-	plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+if [ "$measures" ] && [ -f "$out" ]; then
+	"$(dirname "$0")/../plots/draw.sh" "$out" || echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$failed"

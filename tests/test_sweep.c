@@ -596,7 +596,7 @@ TEST(saves_a_row_before_it_prints_it)
 	if (child == 0) {
 		close(ends[0]);
 		dup2(ends[1], STDOUT_FILENO);
-	signal(SIGPIPE, SIG_DFL);
+		signal(SIGPIPE, SIG_DFL);
 		setvbuf(stdout, NULL, _IOLBF, 0);
 		_exit(fake_main(COUNT_OF(words), (char **)words));
 	}

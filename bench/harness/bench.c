@@ -409,8 +409,8 @@ static bool any_failed(const struct run *run)
 	return false;
 }
 
-/* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
- * which then gets nothing else. */
+/* Where rows go: into the device's folder of runs/ unless the user says otherwise. "-" is standard
+ * output, which then gets nothing else. */
 static enum status name_output(struct run *run)
 {
 	struct options *o = &run->options;
@@ -418,7 +418,7 @@ static enum status name_output(struct run *run)
 	if (!o->out[0])
 		snprintf(o->out, sizeof o->out, "runs/%s/%s", run->environment.device_folder,
 		         run->driver->file);
-	if (strcmp(o->out, "-") == 0) {
+	if (strcmp(o->out, "-") == 0 || strcmp(o->out, "/dev/stdout") == 0) {
 		if (stdout_was_closed())
 			return status_set(STATUS_IO, "--out: standard output is closed");
 		snprintf(o->out, sizeof o->out, "/dev/stdout");
