@@ -78,6 +78,26 @@ static const char *field_text(const struct record *record, const struct column *
 	return number;
 }
 
+const char *record_text(const struct record *record, const char *column, char number[32])
+{
+	number[0] = '\0';
+	for (int i = 0; i < N_COLUMNS; i++)
+		if (strcmp(columns[i].name, column) == 0)
+			return field_text(record, &columns[i], number);
+	return number;
+}
+
+bool record_same_key(const struct record *a, const struct record *b, bool any_batch)
+{
+	char of_a[32], of_b[32];
+
+	for (int i = 0; i < N_COLUMNS; i++)
+		if (columns[i].key && !(any_batch && strcmp(columns[i].name, "batch") == 0) &&
+		    strcmp(field_text(a, &columns[i], of_a), field_text(b, &columns[i], of_b)) != 0)
+			return false;
+	return true;
+}
+
 /* The text that two rows of the same case have in common; to be freed. */
 static char *key_of_record(const struct record_file *file, const struct record *record)
 {

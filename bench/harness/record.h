@@ -76,6 +76,12 @@ struct record record_empty(void);
 /* A row of a file: columns that it does not have are empty, as are numbers that are none. */
 struct record record_read(const struct csv *csv, int row);
 
+/* A field by its column's name, as the CSV has it; number[] is room for it. */
+const char *record_text(const struct record *record, const char *column, char number[32]);
+
+/* Whether two rows have the same keys; any_batch: but for the batch. */
+bool record_same_key(const struct record *a, const struct record *b, bool any_batch);
+
 /* Whether the row's schema is this program's or that of an earlier one. */
 bool record_schema_known(const struct csv *csv, int row);
 
