@@ -36,7 +36,7 @@ FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2
 # Programs of one layer: build/hybrid by another name.
 LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \
-	kernel_latency chunkwise report compare plotdata),$(PROGRAMS))
+	kernel_latency chunkwise report compare plotdata publish),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
 TEST_LIBRARY := $(BUILD)/libtests.a
@@ -69,7 +69,7 @@ OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
 .PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 plots test test-gpu check asan fuzz golden clean run-latency FORCE
+	bench-chunkwise table2 plots publish test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -191,48 +191,61 @@ $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)
 
+# It looks for what the compiler that make calls will find.
+BOOTSTRAP = CC='$(CC)' scripts/bootstrap.sh
+
 # Targets a newcomer types. They fetch what is missing first, then build in parallel.
 PARALLEL := $(shell nproc 2>/dev/null || echo 1)
 SUBMAKE = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(PARALLEL))
 
 bench-latency:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) latency.csv $(ARGS)
 
 bench-generation:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) generation.csv --pass generation $(ARGS)
 
 bench-family:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@BLOCKS="attention $(FAMILY)" CHUNKS=16,32,128,256 \
 		bench/latency.sh $(BUILD) family.csv $(ARGS)
 
 bench-kernels:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@$(BUILD)/kernel_latency $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
 bench-chunkwise:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/chunkwise.sh $(BUILD) $(ARGS)
 
 table2:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@$(BUILD)/throughput $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
+# RESULTS: a file, or the folder of a run; otherwise that in runs/ with the newest file.
 plots:
-	@scripts/bootstrap.sh run
-	@$(SUBMAKE) drivers
-	@plots/draw.sh $${RESULTS:-$$($(BUILD)/attention --list | sed -n 's/^output: //p')}
+	@$(BOOTSTRAP) plots
+	@$(SUBMAKE) -s $(BUILD)/plotdata
+	@newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | grep -vE '[.](samples|old-[0-9]+)[.]' \
+		| head -n 1); \
+	test -n "$$RESULTS$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
+	BUILD='$(BUILD)' plots/draw.sh "$${RESULTS:-$${newest%/*}}"
+
+# RUN: runs/DEVICE[/NAME]
+publish:
+	@$(BOOTSTRAP) plots
+	@$(SUBMAKE) -s $(BUILD)/publish $(BUILD)/plotdata
+	@BUILD='$(BUILD)' scripts/publish.sh "$$RUN"
 
 test:
-	@scripts/bootstrap.sh test
+	@$(BOOTSTRAP) test
 	@$(SUBMAKE) tests programs
 	@tests/run.sh $(TESTS)
 
@@ -246,7 +259,7 @@ run-gpu-tests:
 	@$(BUILD)/golden --backend cuda --allow-unsupported tests/golden/*.safetensors
 
 asan:
-	@scripts/bootstrap.sh test
+	@$(BOOTSTRAP) test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/asan SAN=address,undefined test
 
 golden:
@@ -258,7 +271,7 @@ CPU_FILES = $(filter-out kernels/cuda/% kernels/portable/% kernels/hopper/% base
 	tests/gpu/% tests/fuzz/%,$(filter %.c,$(C_FILES)))
 
 check:
-	@scripts/bootstrap.sh check
+	@$(BOOTSTRAP) check
 	clang-format --dry-run -Werror $(C_FILES)
 	@$(MAKE) --no-print-directory $(BUILD)/version.h
 	clang-tidy --quiet $(CPU_FILES) -- -std=c11 -I. -I$(BUILD) -fopenmp
@@ -267,7 +280,7 @@ check:
 		--suppress=missingIncludeSystem --suppress=invalidPointerCast $(CPU_FILES)
 
 fuzz:
-	@scripts/bootstrap.sh check
+	@$(BOOTSTRAP) check
 	@tests/fuzz/run.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
 
 help:
@@ -278,7 +291,8 @@ help:
 	@echo 'make bench-kernels      single operations, every provider of each'
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'
-	@echo 'make plots              pictures of the results (RESULTS=file.csv picks another file)'
+	@echo 'make plots              pictures of the newest run (RESULTS=file.csv or a folder picks others)'
+	@echo 'make publish            copy one run of a clean commit into results/ (RUN=runs/DEVICE)'
 	@echo 'make test               every test that needs no GPU'
 	@echo 'make test-gpu           the tests of the CUDA backend'
 	@echo 'make golden             other projects'"'"' reference tensors, compared'

@@ -2,6 +2,7 @@
 # Draws every picture that a results file has rows for.
 #
 #   plots/draw.sh RESULTS.csv [FOLDER]
+#   plots/draw.sh RUN [FOLDER]            a folder of such files
 #
 # A picture shows rows of that file alone, beside published numbers of the same shapes. Pictures go to
 # FOLDER (plots/out of the checkout), as PNG and SVG. Those of files other than latency.csv,
@@ -10,8 +11,17 @@ set -eu
 # gnuplot cannot draw letters beyond ASCII in the locale of an empty environment.
 export LC_ALL=C.UTF-8
 
-[ $# -ge 1 ] || { echo "usage: plots/draw.sh RESULTS.csv [FOLDER]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: plots/draw.sh RESULTS.csv|RUN [FOLDER]" >&2; exit 2; }
 [ -r "$1" ] || { echo "plots/draw.sh: $1 cannot be read" >&2; exit 1; }
+if [ -d "$1" ]; then
+	for file in "${1%/}"/*.csv; do
+		case $file in
+		*.samples.csv | *.old-*.csv | */\*.csv) continue ;;
+		esac
+		"$0" "$file" ${2:+"$2"}
+	done
+	exit
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=$(realpath -- "$1")
 folder=${2:-$root/plots/out}
@@ -36,6 +46,8 @@ esac
 runs=$(sed 1d "$results" | cut -d , -f 2 | sort -u | wc -l)
 if [ "$runs" -gt 1 ]; then
 	echo "plots/draw.sh: $1 has rows of $runs runs; of each case the last counts" >&2
+else
+	echo "$1: run $(sed -n 2p "$results" | cut -d , -f 2)"
 fi
 
 # select NAME PASS X Y PUBLISHED: the data of a picture; false if there are none.
