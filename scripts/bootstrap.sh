@@ -34,6 +34,12 @@ has_library()
 		$compiler -x c - ${2:+-l"$2"} -o /dev/null >/dev/null 2>&1
 }
 
+# shellcheck disable=SC2086 # as above
+has_openmp()
+{
+	echo 'int main(void) { return 0; }' | $compiler -x c - -fopenmp -o /dev/null >/dev/null 2>&1
+}
+
 has_fonts()
 {
 	find /usr/share/fonts /usr/local/share/fonts "${HOME:-/}/.fonts" \
@@ -75,6 +81,7 @@ find_missing()
 	# Its first word is the program; what is not in a package of that name is the user's to find.
 	has_program "${compiler%% *}" || missing+=("$(compiler_package)")
 	has_program make || missing+=(make)
+	[[ $compiler != *clang* ]] || need libomp-dev has_openmp
 	# Without a compiler the libraries cannot be looked for: ask for them all.
 	need libopenblas-dev has_library cblas.h openblas
 	needed=${#missing[@]}
