@@ -6,7 +6,12 @@ BUILD ?= build
 CC := gcc
 MARCH ?= native
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-CUDA ?= $(if $(and $(NVCC),$(wildcard /dev/nvidia0 /dev/nvidiactl)),1,0)
+# Of WSL2 a GPU is /dev/dxg.
+GPU := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
+CUDA ?= $(if $(and $(NVCC),$(GPU)),1,0)
+ifeq ($(origin CUDA)$(MAKELEVEL),file0)
+$(if $(and $(GPU),$(if $(NVCC),,1)),$(warning a GPU but no nvcc: the build is without CUDA))
+endif
 SAN ?=
 FUZZ_SECONDS ?= 30
 ARGS ?=
@@ -57,7 +62,8 @@ SOURCES += $(foreach d,kernels/cuda kernels/portable kernels/hopper baselines/*,
 	$(wildcard $(d)/*.c $(d)/*.cu))
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
 GPU_TEST_SUPPORT := $(patsubst %,$(BUILD)/%.o,$(wildcard tests/gpu/*.cu))
-NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror
+HOST_FLAGS := $(shell scripts/nvcc_host.sh '$(NVCC)' $(if $(filter-out 0,$(MAKELEVEL)),2>/dev/null))
+NVCCFLAGS := $(HOST_FLAGS) -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror
 PTX80 := -gencode arch=compute_80,code=compute_80
 # What uses instructions of sm_90a itself is for no other device.
 ARCHITECTURES := $(SM90A) $(PTX80)
@@ -127,7 +133,7 @@ FLASH3_VERSION := $(if $(wildcard $(FLASH_ATTENTION)/.git),$(shell \
 	git -C $(FLASH_ATTENTION) rev-parse --short HEAD))
 FLASH3_KERNELS := $(foreach d,64 128,$(foreach k,bf16 bf16_split, \
 	$(BUILD)/flash3/flash_fwd_hdim$(d)_$(k)_sm90.o))
-FLASH3_FLAGS := -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
+FLASH3_FLAGS := $(HOST_FLAGS) -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
 	-Xcompiler -fPIC -DNDEBUG -DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED \
 	-DCUTLASS_ENABLE_GDC_FOR_SM90 -DCUTLASS_DEBUG_TRACE_LEVEL=0 \
 	$(addprefix -DFLASHATTENTION_DISABLE_,BACKWARD PAGEDKV APPENDKV SOFTCAP PACKGQA VARLEN FP16 \
