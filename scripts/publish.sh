@@ -3,7 +3,8 @@
 #
 #   scripts/publish.sh runs/DEVICE[/NAME] | FILE.csv
 #
-# Of a folder every file is published, each being one run. Nothing is copied unless all may be:
+# Of a folder the files are published that the targets of make write, each being one run; of another
+# file its name has to be given. Nothing is copied unless all may be:
 # build/publish --help says which. A file of samples (latency.samples.csv) goes with its rows.
 set -eu
 export LC_ALL=C.UTF-8
@@ -17,21 +18,17 @@ fail() {
 root=$(cd "$(dirname "$0")/.." && pwd)
 publish=$(realpath -m -- "${BUILD:-build}")/publish
 run=${1%/}
+set --
 if [ -d "$run" ]; then
-	set -- "$run"/*.csv
-else
+	for name in latency generation family kernels chunkwise table2; do
+		[ ! -f "$run/$name.csv" ] || set -- "$@" "$run/$name.csv"
+	done
+	[ $# -gt 0 ] || fail "$run has no files of rows"
+elif [ -f "$run" ]; then
 	set -- "$run"
+else
+	fail "$run is no file and no folder"
 fi
-# Neither samples nor files of earlier programs are rows to publish.
-for file; do
-	shift
-	case $file in
-	*.samples.csv | *.old-*.csv) continue ;;
-	esac
-	[ -f "$file" ] || fail "$file is no file"
-	set -- "$@" "$file"
-done
-[ $# -gt 0 ] || fail "$run has no files of rows"
 
 told=$("$publish" "$@") || exit 1
 device=$(printf '%s\n' "$told" | cut -d ' ' -f 1 | sort -u)
