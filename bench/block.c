@@ -142,6 +142,7 @@ static void release(void *self)
 int block_main(const struct driver *driver, int argc, char **argv)
 {
 	static struct block block;
+	static char file[MAX_WORD];
 	const struct subject subject = {
 	        .self = &block,
 	        .clone = clone,
@@ -158,7 +159,9 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	};
 
 	block.driver = *driver;
-	block.driver.file = "latency.csv";
+	/* Trials of one program do not mix with the run of all, which is latency.csv. */
+	snprintf(file, sizeof file, "%s.csv", driver->program);
+	block.driver.file = file;
 	block.driver.passes = "prefill,train,generation";
 	block.driver.axes = "pattern,seq-len,tokens,d-model," ARGUMENT_AXES;
 	block.driver.print_help = stack_case_help;

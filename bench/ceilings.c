@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "bench/harness/streams.h"
 #include "bench/harness/ceilings.h"
 
 static const char usage[] =
@@ -79,6 +80,7 @@ int main(int argc, char **argv)
 	const struct backend *backend = argc > 1 ? backend_find(argv[1]) : backends[0];
 	struct device *device;
 
+	streams_open();
 	if (argc > 3 || !backend) {
 		fputs(usage, stderr);
 		return 2;
@@ -88,6 +90,8 @@ int main(int argc, char **argv)
 		status = measure_all(device);
 		device_close(device);
 	}
+	if (status == STATUS_OK)
+		status = stdout_finish();
 	if (status != STATUS_OK)
 		fprintf(stderr, "ceilings: %s: %s\n", status_name(status), status_message());
 	return status == STATUS_OK ? 0 : 1;

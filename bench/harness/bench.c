@@ -17,6 +17,7 @@
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
 #include "bench/harness/samples.h"
+#include "bench/harness/streams.h"
 
 /* Exit codes. */
 enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };
@@ -98,11 +99,11 @@ static void list_providers(struct run *run, enum operation operation)
 
 /*
  * The variants of a case: each --provider, without any one
- * of the fastest; of a single operation each of its providers.
+ * of the fastest; of a single operation each of its providers; of the baseline each --rival, too.
  */
 static enum status make_variants(struct run *run, const struct bench_case *c)
 {
-	const struct words *wanted = &run->options.provider;
+	const struct words *wanted = &run->options.provider, *rivals = &run->options.rival;
 	const bool single = run->subject->operation != NULL;
 	const int operation = single ? (int)run->subject->operation(run->subject->self, c) : -1;
 	struct variants *list = &run->variants;
@@ -112,6 +113,8 @@ static enum status make_variants(struct run *run, const struct bench_case *c)
 		snprintf(list->of[i].requested, MAX_WORD, "%s", wanted->word[i]);
 	if (single && !options_given(&run->options, "provider"))
 		list_providers(run, (enum operation)operation);
+	for (int i = 0; c->is_baseline && i < rivals->count && list->count < MAX_VARIANTS; i++)
+		snprintf(list->of[list->count++].requested, MAX_WORD, "%s", rivals->word[i]);
 	for (int i = 0; i < list->count; i++) {
 		struct provider_choice *choice = &list->of[i].choice;
 
@@ -128,8 +131,9 @@ static enum status check_options(const struct options *options)
 {
 	if (options->samples > MAX_SAMPLES)
 		return status_set(STATUS_INVALID, "--samples: at most %d", MAX_SAMPLES);
-	if (options->provider.count > MAX_VARIANTS)
-		return status_set(STATUS_INVALID, "--provider: given more than %d times",
+	if (options->provider.count + options->rival.count > MAX_VARIANTS)
+		return status_set(STATUS_INVALID,
+		                  "--provider and --rival: given more than %d times",
 		                  MAX_VARIANTS);
 	if (options->threads > 1024)
 		return status_set(STATUS_INVALID, "--threads: at most 1024");
@@ -188,6 +192,7 @@ static void record_environment(const struct run *run, struct record *r)
 	r->run_id = e->run_id;
 	r->git_sha = e->git_sha;
 	r->git_dirty = e->git_dirty;
+	r->build = e->build;
 	r->host = e->host;
 	r->device = e->device.name;
 	r->driver = e->device.driver;
@@ -730,19 +735,22 @@ static bool any_failed(const struct run *run)
 	return false;
 }
 
-/* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
- * which then gets nothing else. */
-static void name_output(struct run *run)
+/* Where rows go: into the device's folder of runs/ unless the user says otherwise. "-" is standard
+ * output, which then gets nothing else. */
+static enum status name_output(struct run *run)
 {
 	struct options *o = &run->options;
 
 	if (!o->out[0])
-		snprintf(o->out, sizeof o->out, "results/%s/%s", run->environment.device_folder,
+		snprintf(o->out, sizeof o->out, "runs/%s/%s", run->environment.device_folder,
 		         run->driver->file);
-	if (strcmp(o->out, "-") == 0) {
+	if (strcmp(o->out, "-") == 0 || strcmp(o->out, "/dev/stdout") == 0) {
+		if (stdout_was_closed())
+			return status_set(STATUS_IO, "--out: standard output is closed");
 		snprintf(o->out, sizeof o->out, "/dev/stdout");
 		snprintf(o->format.word[0], sizeof o->format.word[0], "none");
 	}
+	return STATUS_OK;
 }
 
 /* Options that need to know where the run takes place, and the sweep they make. */
@@ -765,8 +773,18 @@ static enum status make_sweep(struct run *run)
 		TRY(sweep_create(&run->sweep, &run->options, subject->configure, subject->self));
 	for (int i = 0; i < run->sweep.count; i++)
 		TRY(make_variants(run, &run->sweep.cases[i])); /* complains early */
-	name_output(run);
-	return STATUS_OK;
+	return name_output(run);
+}
+
+/* A case with a longer launch is skipped, whatever its verification takes. */
+static double longest_launch_ms(const struct run *run)
+{
+	const struct options *o = &run->options;
+	const bool brief = o->case_seconds / (1 + SHORT_FLOOR) < 1;
+	const int floor = run->driver->finds_batch ? MODEL_FLOOR : brief ? SHORT_FLOOR : LONG_FLOOR;
+	const double launches = 1 + (o->samples > 0 ? (double)o->samples : floor);
+
+	return o->case_seconds > 0 ? 1e3 * o->case_seconds / launches : INFINITY;
 }
 
 static enum status open_file(struct run *run)
@@ -774,10 +792,20 @@ static enum status open_file(struct run *run)
 	enum record_mode mode = run->options.resume     ? RECORD_RESUME
 	                        : run->options.truncate ? RECORD_TRUNCATE
 	                                                : RECORD_APPEND;
+	const struct options *o = &run->options;
+	const struct environment *e = &run->environment;
+	const struct record_terms terms = {
+	        .git_sha = e->git_sha,
+	        .build = e->build,
+	        .compiler = e->compiler,
+	        .git_dirty = e->git_dirty,
+	        .launch_ms = longest_launch_ms(run),
+	        .memory_bytes = e->device.memory_free,
+	        .any_batch = run->driver->finds_batch,
+	};
 
-	TRY(record_open(&run->file, run->options.out, mode, run->environment.git_sha,
-	                run->driver->finds_batch));
-	TRY(samples_open(&run->samples, run->options.out, mode));
+	TRY(record_open(&run->file, o->out, mode, &terms));
+	TRY(samples_open(&run->samples, o->out, mode));
 	/* A resumed run is one run. */
 	if (run->file.run_id[0])
 		snprintf(run->environment.run_id, sizeof run->environment.run_id, "%s",
@@ -799,9 +827,10 @@ static enum status measure_sweep(struct run *run)
 		status = ceilings_measure(run->device);
 	if (status == STATUS_OK)
 		status = plan_all(run);
-	print_header(stdout, run->options.format.word[0]);
-	if (status == STATUS_OK)
+	if (status == STATUS_OK) {
+		print_header(stdout, run->options.format.word[0]);
 		status = run_all(run);
+	}
 	if (status == STATUS_OK && run->subject->finish &&
 	    strcmp(run->options.format.word[0], "table") == 0)
 		run->subject->finish(run->subject->self, stdout);
@@ -882,6 +911,7 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 {
 	static struct run run; /* with room for all samples of a case */
 
+	streams_open();
 	run = (struct run){.driver = driver,
 	                   .subject = subject,
 	                   .file = {.descriptor = -1},
@@ -890,7 +920,7 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 
 	if (status == STATUS_OK && run.options.help) {
 		options_print_help(stdout, driver);
-		return EXIT_OK;
+		return stdout_finish() == STATUS_OK ? EXIT_OK : complain(&run, STATUS_IO);
 	}
 	if (status == STATUS_OK)
 		status = open_backend(&run);
@@ -905,6 +935,9 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 		status = print_breakdowns(&run);
 	else if (status == STATUS_OK)
 		status = measure_sweep(&run);
+	/* Rows are in their file; a caller who closed standard output wants nothing else. */
+	if (status == STATUS_OK && !stdout_was_closed())
+		status = stdout_finish();
 	int code = status != STATUS_OK ? complain(&run, status)
 	           : any_failed(&run)  ? EXIT_CASES_FAILED
 	                               : EXIT_OK;

@@ -12,9 +12,6 @@
 
 #include "version.h" /* written by make */
 
-#ifndef BUILD_ID
-#define BUILD_ID ""
-#endif
 
 #ifdef __clang__
 static const char compiler_version[] = __VERSION__;

@@ -89,6 +89,9 @@ static const struct option_spec specs[] = {
          "whether the device may cool between samples"},
         {"baseline", KIND_TEXT, AT(baseline), MAX_WORD, false, "PATTERN", NULL,
          "what ratios compare with (default: attention where the sweep has it)"},
+        {"rival", KIND_WORDS, AT(rival), 0, false, "LIST", NULL,
+         "implementations, as --provider has them, that the baseline is measured with besides;\n"
+         "may be given several times"},
         {"apart", KIND_FLAG, AT(apart), 0, false, NULL, NULL,
          "measure each case by itself (default: samples of different blocks alternate)"},
         {"case-seconds", KIND_REAL, AT(case_seconds), 0, false, "SECONDS", "20",
@@ -333,7 +336,7 @@ static enum status parse_word_option(struct options *options, const struct drive
 		return parse_words(words, spec->name, text, ',', driver->passes);
 	if (words == &options->pattern)
 		return parse_patterns(words, driver, spec->name, text);
-	if (words != &options->provider)
+	if (words != &options->provider && words != &options->rival)
 		return parse_words(words, spec->name, text, ',', spec->argument);
 	return append_word(words, spec->name, text, strlen(text));
 }

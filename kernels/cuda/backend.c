@@ -167,31 +167,40 @@ static enum status check_machine(int *count)
 	return STATUS_OK;
 }
 
-/* "GPU-" and 32 digits in groups of 8, 4, 4, 4, 12. */
+/* 32 digits in groups of 8, 4, 4, 4, 12. */
 static void format_uuid(char text[48], const cudaUUID_t *uuid)
 {
-	int length = snprintf(text, 48, "GPU");
+	int length = 0;
 
 	for (int i = 0; i < 16; i++) {
-		const bool dash = i == 0 || i == 4 || i == 6 || i == 8 || i == 10;
+		const bool dash = i == 4 || i == 6 || i == 8 || i == 10;
 
 		length += snprintf(text + length, 48 - (size_t)length, "%s%02x", dash ? "-" : "",
 		                   (unsigned char)uuid->bytes[i]);
 	}
 }
 
+/* "GPU-..." or, of a part of one, "MIG-...". As in CUDA_VISIBLE_DEVICES the beginning will do, if
+ * only one has it. */
 static enum status find_uuid(const char *which, int count, int *index)
 {
 	struct cudaDeviceProp properties;
+	const char *digits = which + strlen("GPU-");
 	char uuid[48];
+	int n_found = 0;
 
-	for (*index = 0; *index < count; (*index)++) {
-		CUDA_TRY(cudaGetDeviceProperties(&properties, *index));
+	for (int i = 0; i < count; i++) {
+		CUDA_TRY(cudaGetDeviceProperties(&properties, i));
 		format_uuid(uuid, &properties.uuid);
-		if (strcasecmp(uuid, which) == 0)
-			return STATUS_OK;
+		if (strncasecmp(uuid, digits, strlen(digits)) != 0)
+			continue;
+		*index = i;
+		n_found++;
 	}
-	return status_set(STATUS_INVALID, "cuda: no GPU has the UUID %s", which);
+	if (n_found == 1)
+		return STATUS_OK;
+	return status_set(STATUS_INVALID, "cuda: %s GPU has the UUID %s",
+	                  n_found ? "more than one" : "no", which);
 }
 
 /* The index of the GPU that the user means. */
@@ -210,7 +219,7 @@ static enum status find_gpu(const char *which, int count, int *index)
 		*index = (int)number;
 		return STATUS_OK;
 	}
-	if (strncasecmp(which, "GPU-", 4) == 0)
+	if (strncasecmp(which, "GPU-", 4) == 0 || strncasecmp(which, "MIG-", 4) == 0)
 		return find_uuid(which, count, index);
 	if (cudaDeviceGetByPCIBusId(index, which) == cudaSuccess)
 		return STATUS_OK;
@@ -218,6 +227,26 @@ static enum status find_gpu(const char *which, int count, int *index)
 	return status_set(STATUS_INVALID,
 	                  "cuda: no GPU '%s': want an index, a UUID (GPU-...) or a PCI bus id",
 	                  which);
+}
+
+/* The driver compiles the code for other GPUs than Hopper's, and only what toolkits no newer than
+ * itself have made. */
+static enum status refuse_code(const struct cudaDeviceProp *properties)
+{
+	int driver = 0, runtime = 0;
+
+	cudaDriverGetVersion(&driver);
+	cudaRuntimeGetVersion(&runtime);
+	if (driver < runtime)
+		return status_set(STATUS_CUDA,
+		                  "cuda: the driver supports CUDA %d.%d, which is too old to "
+		                  "compile this build's code of CUDA %d.%d for %s: update it, or "
+		                  "build with an older toolkit",
+		                  driver / 1000, driver % 1000 / 10, runtime / 1000,
+		                  runtime % 1000 / 10, properties->name);
+	return status_set(STATUS_CUDA,
+	                  "cuda: this build has no code for %s (compute capability %d.%d)",
+	                  properties->name, properties->major, properties->minor);
 }
 
 /* Whether this build has code for the GPU. */
@@ -231,9 +260,7 @@ static enum status check_gpu(const struct cudaDeviceProp *properties)
 	if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
 	    error == cudaErrorUnsupportedPtxVersion) {
 		cudaGetLastError();
-		return status_set(STATUS_CUDA,
-		                  "cuda: this build has no code for %s (compute capability %d.%d)",
-		                  properties->name, properties->major, properties->minor);
+		return refuse_code(properties);
 	}
 	CUDA_TRY(error);
 	return STATUS_OK;
