@@ -78,6 +78,7 @@ for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
 	[ "$code" -eq 0 ] || failed=1
 done
 if [ "$measures" ] && [ -f "$out" ]; then
-	"$(dirname "$0")/../plots/draw.sh" "$out" || echo "plots/draw.sh could not draw $out" >&2
+	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||
+		echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$failed"
