@@ -20,6 +20,7 @@ code=0
 "$build/chunkwise" $first "$@" || code=$?
 [ "$code" -lt 2 ] || exit "$code"
 if [ "$measures" ] && [ -f "$out" ]; then
-	"$(dirname "$0")/../plots/draw.sh" "$out" || echo "plots/draw.sh could not draw $out" >&2
+	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||
+		echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$code"

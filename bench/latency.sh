@@ -90,6 +90,7 @@ fi
 [ -z "$stacks" ] || measure "$@" --pattern "$stacks" --baseline attention,swa
 [ -z "$chunks" ] || measure "$@" --pattern "gla(chunk=$chunks)" --pass prefill
 if [ "$measures" ] && [ -f "$out" ]; then
-	"$(dirname "$0")/../plots/draw.sh" "$out" || echo "plots/draw.sh could not draw $out" >&2
+	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||
+		echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$failed"

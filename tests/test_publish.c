@@ -7,28 +7,12 @@
 
 #include "bench/harness/record.h"
 
-/* A checkout with the scripts and one commit, and where the programs are. */
-static char checkout[] = "/tmp/test_publish_XXXXXX", programs[512], commit[64];
+/* A checkout with the scripts and one commit. */
+static char checkout[] = "/tmp/test_publish_XXXXXX", commit[64];
 
-/* What a line of the shell prints in the checkout, and its exit code; until the next one. */
-static const char *shell(int *code, const char *format, ...)
-{
-	static char output[1 << 14];
-	char line[1024], command[2048];
-	va_list list;
-
-	va_start(list, format);
-	vsnprintf(line, sizeof line, format, list);
-	va_end(list);
-	snprintf(command, sizeof command, "cd %s && { %s\n} 2>&1", checkout, line);
-	FILE *pipe = popen(command, "r");
-	assert_non_null(pipe);
-	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
-	const int status = pclose(pipe);
-	if (code)
-		*code = WEXITSTATUS(status);
-	return output;
-}
+/* The same as shell(), in the checkout. */
+#define in_checkout(code, format, ...)                                                             \
+	shell(code, "cd %s && { " format "\n}", checkout, ##__VA_ARGS__)
 
 /* A row as a clean run of the commit has it. */
 static struct record clean_row(int64_t seq_len)
@@ -60,7 +44,7 @@ static void write_rows(const char *name, const struct record *second)
 	char path[256];
 	const struct record first = clean_row(64), usual = clean_row(128);
 
-	shell(NULL, "mkdir -p \"$(dirname '%s')\"", name);
+	in_checkout(NULL, "mkdir -p \"$(dirname '%s')\"", name);
 	snprintf(path, sizeof path, "%s/%s", checkout, name);
 	FILE *file = fopen(path, "w");
 	assert_non_null(file);
@@ -73,7 +57,8 @@ static void write_rows(const char *name, const struct record *second)
 static const char *publish(int expected, const char *run)
 {
 	int code;
-	const char *output = shell(&code, "BUILD=%s scripts/publish.sh %s", programs, run);
+	const char *output =
+	        in_checkout(&code, "BUILD=%s scripts/publish.sh %s", programs_folder(), run);
 
 	if (code != expected)
 		fail_msg("exit code %d: %s", code, output);
@@ -86,7 +71,7 @@ static void expect_nothing_published(const char *hint)
 
 	if (!strstr(output, hint))
 		fail_msg("'%s' is missing from: %s", hint, output);
-	assert_string_equal(shell(NULL, "ls -A results"), "paper\n");
+	assert_string_equal(in_checkout(NULL, "ls -A results"), "paper\n");
 }
 
 TEST(copies_rows_samples_and_pictures)
@@ -94,21 +79,21 @@ TEST(copies_rows_samples_and_pictures)
 	int code;
 
 	write_rows("runs/some-gpu/try 1/latency.csv", NULL);
-	shell(NULL, "echo samples > 'runs/some-gpu/try 1/latency.samples.csv'");
+	in_checkout(NULL, "echo samples > 'runs/some-gpu/try 1/latency.samples.csv'");
 	write_rows("runs/some-gpu/try 1/latency.old-1.csv", NULL);
 	/* What an earlier run left is of that run. */
-	shell(NULL, "mkdir -p results/some-gpu; cd results/some-gpu; touch latency_train.png "
-	            "throughput.png table2.csv");
+	in_checkout(NULL, "mkdir -p results/some-gpu; cd results/some-gpu; touch latency_train.png "
+	                  "throughput.png table2.csv");
 	publish(0, "'runs/some-gpu/try 1/'");
-	assert_string_equal(shell(NULL, "ls results/some-gpu"),
+	assert_string_equal(in_checkout(NULL, "ls results/some-gpu"),
 	                    "latency.csv\nlatency.samples.csv\nlatency_prefill.png\ntable2.csv\n"
 	                    "throughput.png\n");
-	shell(&code, "cmp 'runs/some-gpu/try 1/latency.csv' results/some-gpu/latency.csv");
+	in_checkout(&code, "cmp 'runs/some-gpu/try 1/latency.csv' results/some-gpu/latency.csv");
 	assert_int_equal(code, 0);
 	/* A run without samples leaves none of another beside it. */
-	shell(NULL, "rm 'runs/some-gpu/try 1/latency.samples.csv'");
+	in_checkout(NULL, "rm 'runs/some-gpu/try 1/latency.samples.csv'");
 	publish(0, "'runs/some-gpu/try 1/latency.csv'");
-	shell(&code, "test -e results/some-gpu/latency.samples.csv");
+	in_checkout(&code, "test -e results/some-gpu/latency.samples.csv");
 	assert_int_equal(code, 1);
 }
 
@@ -158,14 +143,14 @@ TEST(refuses_rows_of_another_place)
 TEST(refuses_cut_files_and_large_samples)
 {
 	write_rows("runs/some-gpu/latency.csv", NULL);
-	shell(NULL, "truncate -s -1 runs/some-gpu/latency.csv");
+	in_checkout(NULL, "truncate -s -1 runs/some-gpu/latency.csv");
 	expect_nothing_published("cut");
 	write_rows("runs/some-gpu/latency.csv", NULL);
-	shell(NULL, "truncate -s 20000001 runs/some-gpu/latency.samples.csv");
+	in_checkout(NULL, "truncate -s 20000001 runs/some-gpu/latency.samples.csv");
 	expect_nothing_published("too many to publish");
-	shell(NULL, "truncate -s 20000000 runs/some-gpu/latency.samples.csv");
+	in_checkout(NULL, "truncate -s 20000000 runs/some-gpu/latency.samples.csv");
 	publish(0, "runs/some-gpu");
-	shell(NULL, "echo year,rain > runs/some-gpu/latency.csv; rm -r results/some-gpu");
+	in_checkout(NULL, "echo year,rain > runs/some-gpu/latency.csv; rm -r results/some-gpu");
 	expect_nothing_published("latency.csv");
 }
 
@@ -180,7 +165,7 @@ TEST(refuses_builds_of_another_kind)
 
 static int new_runs(void **state)
 {
-	shell(NULL, "rm -rf runs results/some-gpu");
+	in_checkout(NULL, "rm -rf runs results/some-gpu");
 	return 0;
 }
 
@@ -191,28 +176,19 @@ static int set_up(void **state)
 
 	if (!mkdtemp(checkout) || !getcwd(home, sizeof home))
 		return -1;
-	shell(&code,
-	      "cp -r %s/scripts %s/plots . && mkdir results && cp -r %s/results/paper results && "
-	      "git init -q . && git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
-	      home, home, home);
-	snprintf(commit, sizeof commit, "%.40s", shell(NULL, "git rev-parse HEAD"));
+	in_checkout(
+	        &code,
+	        "cp -r %s/scripts %s/plots . && mkdir results && cp -r %s/results/paper results && "
+	        "git init -q . && git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
+	        home, home, home);
+	snprintf(commit, sizeof commit, "%.40s", in_checkout(NULL, "git rev-parse HEAD"));
 	return code;
 }
 
 static int tear_down(void **state)
 {
-	shell(NULL, "rm -rf %s", checkout);
+	in_checkout(NULL, "rm -rf %s", checkout);
 	return 0;
 }
 
 FIXTURE(set_up, tear_down, new_runs)
-
-int main(int argc, char **argv)
-{
-	char self[512];
-	const ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
-
-	self[length > 0 ? length : 0] = '\0';
-	snprintf(programs, sizeof programs, "%.*s/..", (int)(strrchr(self, '/') - self), self);
-	return tests_run();
-}

@@ -1,13 +1,9 @@
 /* The programs report, compare and plotdata on small files of known content. */
 #include "tests/programs.h"
 
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "bench/harness/record.h"
-
-/* Where the programs are: beside the folder of this test. */
-static char programs[512];
 
 static const char header[] =
         "schema,git_sha,git_dirty,time_utc,device,driver,program,block,pattern,pass,dtype,batch,"
@@ -53,35 +49,15 @@ static void add_block(char *rows, const char *block, int chunk, const char *pass
 /* Runs a program with arguments, which must end with this code; its output, until the next run. */
 static const char *run(int code, const char *format, ...)
 {
-	static char output[1 << 16];
-	char arguments[512], command[1100];
+	char arguments[512];
 	va_list list;
+	int ended;
 
 	va_start(list, format);
 	vsnprintf(arguments, sizeof arguments, format, list);
 	va_end(list);
-	snprintf(command, sizeof command, "%s/%s 2>&1", programs, arguments);
-	FILE *pipe = popen(command, "r");
-	assert_non_null(pipe);
-	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
-	assert_int_equal(WEXITSTATUS(pclose(pipe)), code);
-	return output;
-}
-
-/* What a line of the shell prints, until the next one. */
-static const char *shell(const char *format, ...)
-{
-	static char output[1 << 16];
-	char command[2048];
-	va_list list;
-
-	va_start(list, format);
-	vsnprintf(command, sizeof command, format, list);
-	va_end(list);
-	FILE *pipe = popen(command, "r");
-	assert_non_null(pipe);
-	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
-	pclose(pipe);
+	const char *output = shell(&ended, "%s/%s", programs_folder(), arguments);
+	assert_int_equal(ended, code);
 	return output;
 }
 
@@ -545,22 +521,11 @@ TEST(test_report_outside_the_checkout)
 	add_block(rows, "attention", 0, "prefill", 4096, 20, "ok", "");
 	struct file file = write_file(rows);
 	/* The published numbers of its own checkout, wherever it runs. */
-	expect_text(shell("report=$(realpath %s/report) && cd / && $report %s 2>&1", programs,
-	                  file.path),
-	            "20.0 (38)");
+	expect_text(shell(NULL, "cd / && %s/report %s", programs_folder(), file.path), "20.0 (38)");
 	/* A copy of the program has none, and says so. */
-	const char *output = shell("cp %s/report %s.copy && cd / && %s.copy %s 2>&1; rm %s.copy",
-	                           programs, file.path, file.path, file.path, file.path);
+	const char *output = shell(NULL, "cp %s/report %s.copy && cd / && %s.copy %s; rm %s.copy",
+	                           programs_folder(), file.path, file.path, file.path, file.path);
 	expect_text(output, "no published numbers");
 	expect_text(output, "| 4096 |      20.0 |");
 	unlink(file.path);
-}
-
-int main(int argc, char **argv)
-{
-	const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
-
-	snprintf(programs, sizeof programs, "%.*s/..", slash ? (int)(slash - argv[0]) : 1,
-	         slash ? argv[0] : ".");
-	return tests_run();
 }
