@@ -36,14 +36,17 @@ struct options {
 	int64_t threads;                  /* 0: as OpenMP finds them */
 	int64_t samples;                  /* 0: until the noise has settled */
 	double min_time, max_time, noise; /* seconds, seconds, fraction of the median */
+	double precision;                 /* of the median, a fraction of it; 0: any */
 	double case_seconds;              /* 0: no limit */
 	int64_t rows, seed;               /* of verification */
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
-	bool breakdown;
+	bool breakdown, apart;
 	bool help;
 	char out[MAX_PATH], run_id[MAX_WORD];
-	uint64_t set;   /* which options have a value: one bit per line of the table */
-	uint64_t given; /* those that the command line gave */
+	char duty[MAX_WORD];     /* burst or sustained */
+	char baseline[MAX_WORD]; /* the pattern that ratios compare with; "": attention */
+	uint64_t set;            /* which options have a value: one bit per line of the table */
+	uint64_t given;          /* those that the command line gave */
 };
 
 /*
