@@ -162,16 +162,23 @@ $(BUILD)/flags: FORCE
 	@echo '$(CC) $(CPPFLAGS) $(CFLAGS) $(NVCC) $(NVCCFLAGS)' > $@.new
 	$(replace_if_changed)
 
-# The commit, and whether the tree differs from it anywhere but in results and pictures.
+# The commit, and whether the tree differs from it anywhere but in results and pictures. The
+# repository must be this tree's own, not one that the tree was unpacked in.
 $(BUILD)/version.h: FORCE
 	@mkdir -p $(@D)
-	@{ echo "#define GIT_SHA \"$$(git rev-parse --verify -q HEAD 2>/dev/null || echo unknown)\""; \
-	   git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
-		|| echo unknown > $@.dirty; \
+	@{ echo "#define VERSION \"$$(cat VERSION)\""; \
+	   if [ "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$$(pwd -P)" ]; then \
+		echo "#define GIT_SHA \"$$(git rev-parse --verify -q HEAD || echo unknown)\""; \
+		git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
+			|| echo unknown > $@.dirty; \
+	   else \
+		echo '#define GIT_SHA "unknown"'; \
+		echo unknown > $@.dirty; \
+	   fi; \
 	   test -s $@.dirty && echo "#define GIT_DIRTY 1" || echo "#define GIT_DIRTY 0"; } > $@.new
 	$(replace_if_changed)
 
-$(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
+$(BUILD)/bench/harness/environment.o $(BUILD)/bench/harness/about.o: $(BUILD)/version.h
 
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)

@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/ceilings.h"
 
 static const char usage[] =
@@ -77,6 +78,8 @@ int main(int argc, char **argv)
 	const struct backend *backend = argc > 1 ? backend_find(argv[1]) : backends[0];
 	struct device *device;
 
+	if (about_asked(argc, argv, "ceilings"))
+		return 0;
 	if (argc > 3 || !backend) {
 		fputs(usage, stderr);
 		return 2;

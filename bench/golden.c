@@ -4,6 +4,7 @@
 
 #include "baselines/baselines.h"
 #include "bench/golden_check.h"
+#include "bench/harness/about.h"
 
 static const char usage[] =
         "usage: golden [options] FILE...\n"
@@ -129,6 +130,8 @@ int main(int argc, char **argv)
 	struct arguments arguments = {.backend = "cpu", .device = "", .provider = ""};
 	int first_file;
 
+	if (about_asked(argc, argv, "golden"))
+		return EXIT_AGREES;
 	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
 		fputs(usage, stdout);
 		return EXIT_AGREES;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/results.h"
 
 static const char usage[] =
@@ -379,6 +380,8 @@ int main(int argc, char **argv)
 	int y = argc > 3 ? find_name(y_names, argv[3]) : -1;
 	enum status status;
 
+	if (about_asked(argc, argv, "plotdata"))
+		return 0;
 	if (argc < 6 || x < 0 || y < 0) {
 		fputs(usage, argc == 2 && strcmp(argv[1], "--help") == 0 ? stdout : stderr);
 		return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;

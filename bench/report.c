@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/results.h"
 
 static const char usage[] =
@@ -431,6 +432,8 @@ int main(int argc, char **argv)
 	struct results results = {0}, published = {0};
 	enum format format = FORMAT_MARKDOWN;
 
+	if (about_asked(argc, argv, "report"))
+		return 0;
 	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
 		fputs(usage, stdout);
 		return 0;

@@ -25,6 +25,14 @@ const struct backend *backend_find(const char *name)
 	return NULL;
 }
 
+bool elements_fit(int64_t a, int64_t b, int64_t c)
+{
+	int64_t product;
+
+	return !__builtin_mul_overflow(a, b, &product) &&
+	       !__builtin_mul_overflow(product, c, &product) && product <= INT64_C(1) << 42;
+}
+
 size_t dtype_size(enum dtype dtype)
 {
 	static const size_t sizes[] = {4, 2, 4, 8};

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "baselines/baselines.h"
+#include "bench/harness/about.h"
 #include "bench/harness/breakdown.h"
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
@@ -204,9 +205,10 @@ static void record_case(const struct bench_case *c, struct record *r)
 
 static void record_plan(const struct planned *plan, struct record *r)
 {
+	if (plan->memory_bytes > 0)
+		r->memory_bytes = (int64_t)plan->memory_bytes;
 	if (plan->status != STATUS_OK)
 		return;
-	r->memory_bytes = (int64_t)plan->memory_bytes;
 	r->flops = plan->flops;
 	r->bytes = plan->bytes_read + plan->bytes_written;
 	r->roofline_ms = plan->roofline_ms;
@@ -559,7 +561,11 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 	enum status status = options_parse(&run.options, driver, argc, argv);
 
 	if (status == STATUS_OK && run.options.help) {
-		options_print_help(stdout, driver);
+		options_print_help(stdout, driver, run.options.preset);
+		return EXIT_OK;
+	}
+	if (status == STATUS_OK && run.options.version) {
+		about_print(stdout, driver->program);
 		return EXIT_OK;
 	}
 	if (status == STATUS_OK)

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "bench/harness/json.h"
+
 static size_t append(char *text, size_t size, size_t length, const char *label, int64_t value)
 {
 	if (value == NO_VALUE || length >= size)
@@ -130,6 +132,8 @@ void print_row(FILE *file, const struct record *record, const char *format)
 {
 	if (strcmp(format, "csv") == 0)
 		record_print(file, record);
+	if (strcmp(format, "jsonl") == 0)
+		json_print_record(file, record);
 	if (strcmp(format, "table") == 0)
 		print_table_row(file, record);
 	fflush(file);
@@ -157,7 +161,7 @@ void print_list(FILE *file, const struct driver *driver, const struct options *o
 	fprintf(file, "passes: %s\n", driver->passes);
 	if (driver->patterns)
 		fprintf(file, "patterns: %s\n", driver->patterns);
-	options_print_presets(file);
+	options_print_presets(file, driver);
 	fprintf(file, "preset now: %s\nbackend now: %s\n", options->preset, options->backend);
 	for (int i = 0; backends[i]; i++)
 		fprintf(file, "backend %s (%s)\n", backends[i]->name,

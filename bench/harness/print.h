@@ -18,7 +18,7 @@ void describe_case(const struct bench_case *c, char *text, size_t size);
 void describe_providers(const struct context *ctx, char *mixing, size_t mixing_size, char *all,
                         size_t all_size);
 
-/* Rows of results; format is "table", "csv" or "none". */
+/* Rows of results; format is one of those of --format. */
 void print_header(FILE *file, const char *format);
 void print_row(FILE *file, const struct record *record, const char *format);
 

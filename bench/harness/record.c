@@ -14,7 +14,7 @@
 
 #include "bench/harness/case.h"
 
-static const char schema[] = "3";
+const char record_schema[] = "3";
 
 enum kind { KIND_TEXT, KIND_INTEGER, KIND_REAL };
 
@@ -167,7 +167,7 @@ void record_print(FILE *file, const struct record *record)
 {
 	char number[32];
 
-	fputs(schema, file);
+	fputs(record_schema, file);
 	for (int i = 0; i < N_COLUMNS; i++) {
 		fputc(',', file);
 		csv_write_field(file, field_text(record, &columns[i], number));
@@ -236,7 +236,7 @@ static enum status adopt_content(struct record_file *file, enum record_mode mode
 		                    "--out: %s has other columns than this program writes "
 		                    "(schema %s); move it away, name another file with --out, "
 		                    "or replace it with --truncate",
-		                    file->path, schema);
+		                    file->path, record_schema);
 	else if (mode == RECORD_RESUME)
 		status = read_done(file, &csv, git_sha);
 	csv_release(&csv);
