@@ -12,7 +12,7 @@ measures=yes
 for option in "$@"; do
 	case $option in
 	--resume) first= ;;
-	--dry-run | --list | --help) measures= ;;
+	--dry-run | --list | --help | --version) measures= ;;
 	esac
 done
 code=0

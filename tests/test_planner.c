@@ -2,6 +2,7 @@
 #include "tests/programs.h"
 
 #include <inttypes.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "bench/block.h"
@@ -370,6 +371,34 @@ TEST(defaults_give_way)
 		assert_string_equal(csv_text(&csv, 0, "pattern"), cases[i].pattern);
 	}
 }
+
+#ifndef __SANITIZE_ADDRESS__ /* whose shadow needs terabytes of addresses */
+/* Leaves room for plans, and for nothing that is measured. */
+static int limited_main(int argc, char **argv)
+{
+	FILE *file = fopen("/proc/self/statm", "r");
+	unsigned long pages = 0;
+
+	if (!file || fscanf(file, "%lu", &pages) != 1 || fclose(file) != 0)
+		return -1;
+	const rlim_t bytes = pages * (rlim_t)sysconf(_SC_PAGESIZE) + (32 << 20);
+	const struct rlimit limit = {bytes, bytes};
+
+	return setrlimit(RLIMIT_AS, &limit) == 0 ? attention_main(argc, argv) : -1;
+}
+
+/* Under `ulimit -v` too there is a row for what does not fit, and an end. */
+TEST(keeps_to_a_limit_of_addresses)
+{
+	double bytes;
+	int64_t batch;
+
+	assert_int_equal(
+	        run(limited_main, "--backend cpu --preset tiny --pass prefill --seq-len 64"), 0);
+	only_row("oom", &bytes, &batch);
+	assert_true(bytes > 1 << 19);
+}
+#endif
 
 static int layer_main(const char *layer, int argc, char **argv)
 {

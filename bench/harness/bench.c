@@ -13,6 +13,7 @@
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
 #include "bench/harness/measure.h"
+#include "bench/harness/plan_device.h"
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
 #include "bench/harness/print.h"
@@ -52,11 +53,15 @@ static enum status open_backend(struct run *run)
 	const struct backend *named = backend_find(o->backend);
 	enum status status = STATUS_INVALID;
 
-	if (o->backend[0])
-		return named ? open_device(run, named)
-		             : status_set(STATUS_INVALID,
-		                          "--backend: this build has no '%s'; --list shows",
-		                          o->backend);
+	if (o->plan_for[0])
+		return plan_device_open(o, &run->device);
+	if (o->backend[0]) {
+		status = named ? open_device(run, named)
+		               : status_set(STATUS_INVALID,
+		                            "--backend: this build has no '%s'; --list shows",
+		                            o->backend);
+		return plan_device_wanted(o, status) ? plan_device_open(o, &run->device) : status;
+	}
 	for (int i = 0; backends[i] && status != STATUS_OK; i++) {
 		status = open_device(run, backends[i]);
 		if (status == STATUS_OK)
@@ -490,14 +495,16 @@ static enum status measure_sweep(struct run *run)
 /* The plan of every case, without running any. */
 static enum status print_plans(struct run *run)
 {
+	plan_device_estimate(&run->device->ceilings, run->environment.device.name);
 	TRY(plan_all(run));
+	plan_device_print(stdout, run->device);
 	for (int i = 0; i < run->sweep.count; i++) {
 		char label[160];
 
 		describe_case(&run->sweep.cases[i], label, sizeof label);
 		TRY(make_variants(run, &run->sweep.cases[i]));
 		for (int v = 0; v < run->n_variants; v++)
-			print_plan(stdout, label, &run->plans[i][v],
+			print_plan(stdout, label, &run->sweep.cases[i], &run->plans[i][v],
 			           run->environment.device.memory_free);
 	}
 	return STATUS_OK;
