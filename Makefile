@@ -195,12 +195,13 @@ $(BUILD)/version.h: FORCE
 		digest=$$(find kernels baselines layers bench -type f | LC_ALL=C sort | xargs cat \
 			| sha256sum); fi; \
 	build='$(MARCH)$(SAN:%= %)$(OWN_FLAGS)'; \
-	{ echo "#define GIT_SHA \"$$sha\""; \
+	{ echo "#define VERSION \"$$(cat VERSION)\""; \
+	  echo "#define GIT_SHA \"$$sha\""; \
 	  echo "#define GIT_DIRTY $$(test -n "$$digest" && echo 1 || echo 0)"; \
 	  echo "#define BUILD_ID \"$$build$${digest:+ dirty:$$(echo $$digest | cut -c 1-8)}\""; } > $@.new
 	$(replace_if_changed)
 
-$(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
+$(BUILD)/bench/harness/environment.o $(BUILD)/bench/harness/about.o: $(BUILD)/version.h
 
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)

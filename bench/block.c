@@ -63,7 +63,7 @@ static enum status set_batch(const struct options *options, struct bench_case *c
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
 	struct block *block = self;
-	const struct stack_options given = stack_case_given(c, options);
+	const struct stack_options given = stack_case_given(c);
 	enum status batch = set_batch(options, c);
 	enum status status = stack_configure(&block->stack, block->device, &given);
 

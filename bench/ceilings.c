@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "bench/harness/streams.h"
+#include "bench/harness/about.h"
 #include "bench/harness/ceilings.h"
 
 static const char usage[] =
@@ -81,6 +82,8 @@ int main(int argc, char **argv)
 	struct device *device;
 
 	streams_open();
+	if (about_asked(argc, argv, "ceilings"))
+		return 0;
 	if (argc > 3 || !backend) {
 		fputs(usage, stderr);
 		return 2;

@@ -13,7 +13,7 @@ measures=yes
 for option in "$@"; do
 	case $option in
 	--re*) first= ;;
-	--br* | --dr* | --hel* | --l*) measures= ;;
+	--br* | --dr* | --hel* | --l* | --vers*) measures= ;;
 	esac
 done
 code=0

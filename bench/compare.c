@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/results.h"
 
 static const char usage[] =
@@ -115,6 +116,8 @@ int main(int argc, char **argv)
 	struct tally tally = {0};
 	int code = 2;
 
+	if (about_asked(argc, argv, "compare"))
+		return 0;
 	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
 		fputs(usage, stdout);
 		return 0;

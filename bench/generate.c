@@ -1,5 +1,6 @@
 #include "bench/generate.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,7 +11,8 @@
 
 enum {
 	MAX_PREFILL_TOKENS = 32768, /* prefilled at a time */
-	N_CHECKED = 2               /* sequences to verify: the first and the last */
+	N_CHECKED = 2,              /* sequences to verify: the first and the last */
+	MAX_MODELS = 8
 };
 
 struct generation {
@@ -18,9 +20,15 @@ struct generation {
 	struct device *device;
 	const struct model *models;
 	int n_models;
+	/* What rows call them: the name, and what options have changed, "1.3B/layers=12". */
+	char names[MAX_MODELS][64];
+	/* In place of a model's own; 0: none. */
+	int64_t layers, vocab, ffn;
 	size_t memory_limit;
 	uint64_t seed;
 	struct stack stack;
+	bool allocated, prefilled;
+	struct context largest; /* of the variant whose workspace all share */
 	/* Tokens of the checked sequences: the prompt, then what the last launch picked. */
 	int32_t *tokens[N_CHECKED];
 	int32_t *next, *first; /* [batch]; picked last, and after the prompt */
@@ -31,12 +39,44 @@ static void use(void *self, struct device *device)
 	((struct generation *)self)->device = device;
 }
 
-static const struct model *model_of(const struct generation *g, const struct bench_case *c)
+/* The index of a case's model. */
+static int model_of(const struct generation *g, const struct bench_case *c)
 {
-	for (int i = 0; i < g->n_models; i++)
-		if (strcmp(g->models[i].name, c->model) == 0)
-			return &g->models[i];
-	return NULL;
+	const size_t length = strcspn(c->model, "/");
+	int i = 0;
+
+	while (strlen(g->models[i].name) != length ||
+	       strncmp(g->models[i].name, c->model, length) != 0)
+		i++;
+	return i;
+}
+
+/* Names a case's model, with every size that is not its own. */
+static void name_model(struct generation *g, struct bench_case *c)
+{
+	const struct {
+		const char *name;
+		int64_t value, own;
+	} sizes[] = {
+	        {"layers", g->layers, g->models[model_of(g, c)].n_layers},
+	        {"vocab", g->vocab, g->models[model_of(g, c)].vocab},
+	        {"ffn", g->ffn, 4 * g->models[model_of(g, c)].d_model},
+	};
+	char *name = g->names[model_of(g, c)];
+	const size_t size = sizeof g->names[0];
+	char separator = '/';
+
+	snprintf(name, size, "%s", g->models[model_of(g, c)].name);
+	for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+		const size_t length = strlen(name);
+
+		if (sizes[i].value == 0 || sizes[i].value == sizes[i].own)
+			continue;
+		snprintf(name + length, size - length, "%c%s=%" PRId64, separator, sizes[i].name,
+		         sizes[i].value);
+		separator = ',';
+	}
+	c->model = name;
 }
 
 static enum status check(void *self, const struct options *options)
@@ -47,11 +87,12 @@ static enum status check(void *self, const struct options *options)
 static enum status configure_model(struct generation *g, const struct bench_case *c,
                                    struct stack_options options)
 {
-	const struct model *model = model_of(g, c);
+	const struct model *model = &g->models[model_of(g, c)];
 
-	options.n_layers = model->n_layers;
+	options.n_layers = g->layers ? g->layers : model->n_layers;
 	options.ffn = true;
-	options.vocab = model->vocab;
+	options.ffn_width = g->ffn;
+	options.vocab = g->vocab ? g->vocab : model->vocab;
 	return stack_configure(&g->stack, g->device, &options);
 }
 
@@ -63,7 +104,6 @@ static enum status configure_stack(struct generation *g, const struct bench_case
 static enum status configure(void *self, const struct options *options, struct bench_case *c)
 {
 	struct generation *g = self;
-	const struct model *model = model_of(g, c);
 
 	c->prompt = options->prompt;
 	c->generate = options->generate;
@@ -72,11 +112,15 @@ static enum status configure(void *self, const struct options *options, struct b
 	if (c->generate < 2)
 		return status_set(STATUS_INVALID, "--generate: at least 2 tokens, of which prefill "
 		                                  "picks the first");
-	c->d_model = model->d_model;
-	c->n_layers = model->n_layers;
+	g->layers = options->layers;
+	g->vocab = options->vocab;
+	g->ffn = options->ffn;
+	c->d_model = g->models[model_of(g, c)].d_model;
+	c->n_layers = g->layers ? g->layers : g->models[model_of(g, c)].n_layers;
+	name_model(g, c);
 	g->memory_limit = (size_t)options->memory << 20;
 	g->seed = (uint64_t)options->seed;
-	enum status status = configure_model(g, c, stack_case_given(c, options));
+	enum status status = configure_model(g, c, stack_case_given(c));
 
 	stack_case_describe(&g->stack, status == STATUS_OK, c);
 	/* "rat,swa" is called rat-swa. */
@@ -121,7 +165,7 @@ static enum status try_size(struct generation *g, const struct context *ctx,
 	*size = value;
 	enum status status = bytes_for(g, ctx, c, &bytes);
 	*fits = status == STATUS_OK && bytes <= available;
-	return status;
+	return status == STATUS_OOM ? STATUS_OK : status;
 }
 
 /* Sets c->batch to the largest that fits into `available` bytes; 1 if none does. */
@@ -203,13 +247,10 @@ static size_t available_memory(const struct generation *g, size_t memory_free)
 static enum status plan_steps(struct generation *g, const struct context *ctx,
                               const struct bench_case *c, struct kernel_plan *work)
 {
-	struct layer_shape step = {.pass = PASS_GENERATION,
-	                           .batch = c->batch,
-	                           .seq_len = 1,
-	                           .capacity = c->prompt + c->generate / 2};
-	struct memory_plan ignored;
-	double steps = (double)(c->generate - 1);
-	enum status status = stack_plan(&g->stack, ctx, &step, &ignored, work);
+	const struct layer_shape shape = shape_of(c);
+	const double steps = (double)(c->generate - 1);
+	enum status status =
+	        stack_plan_step(&g->stack, ctx, &shape, c->prompt + c->generate / 2 - 1, work);
 
 	for (int i = 0; i < work->n_operations; i++)
 		work->operations[i].count *= c->generate - 1;
@@ -219,22 +260,31 @@ static enum status plan_steps(struct generation *g, const struct context *ctx,
 	return status;
 }
 
+/* --memory is a promise: what needs more is not run, though the device may have it. */
+static enum status check_memory(const struct generation *g, const struct bench_case *c,
+                                size_t bytes)
+{
+	if (g->memory_limit == 0 || bytes <= g->memory_limit)
+		return STATUS_OK;
+	return status_set(STATUS_OOM,
+	                  "%" PRId64
+	                  " sequences need %zu bytes (%.1f MiB), --memory allows %zu MiB",
+	                  c->batch, bytes, (double)bytes / (1 << 20), g->memory_limit >> 20);
+}
+
 static enum status plan(void *self, const struct context *ctx, struct bench_case *c,
                         size_t memory_free, size_t *bytes, struct kernel_plan *work)
 {
 	struct generation *g = self;
-	enum status status = configure_stack(g, c);
 
 	c->micro_batch = 1;
-	if (status == STATUS_OK)
-		status = (c->batch == NO_VALUE ? choose_batches : choose_micro_batch)(
-		        g, ctx, c, available_memory(g, memory_free));
-	if (status == STATUS_OK)
-		status = bytes_for(g, ctx, c, bytes);
-	if (status == STATUS_OK)
-		status = plan_steps(g, ctx, c, work);
+	TRY(configure_stack(g, c));
+	TRY((c->batch == NO_VALUE ? choose_batches : choose_micro_batch)(
+	        g, ctx, c, available_memory(g, memory_free)));
+	TRY(bytes_for(g, ctx, c, bytes));
+	TRY(plan_steps(g, ctx, c, work));
 	c->tokens = c->batch * (c->generate - 1);
-	return status;
+	return check_memory(g, c, *bytes);
 }
 
 static void release(void *self)
@@ -242,6 +292,7 @@ static void release(void *self)
 	struct generation *g = self;
 
 	stack_release(&g->stack);
+	g->allocated = false;
 	for (int i = 0; i < N_CHECKED; i++) {
 		free(g->tokens[i]);
 		g->tokens[i] = NULL;
@@ -254,9 +305,25 @@ static void release(void *self)
 static enum status take_stack(struct generation *g, struct context *ctx, const struct bench_case *c,
                               const struct layer_shape *shape)
 {
+	g->allocated = g->prefilled = false;
 	TRY(configure_stack(g, c));
 	TRY(stack_allocate(&g->stack, ctx, shape));
 	TRY(stack_initialize(&g->stack, g->seed));
+	g->allocated = true;
+	return STATUS_OK;
+}
+
+/* Takes the stack that generates unless it is there: verification has put another in its place.
+ * Either way a variant gets the workspace that all share. */
+static enum status require_stack(struct generation *g, struct context *ctx,
+                                 const struct bench_case *c)
+{
+	const struct layer_shape shape = shape_of(c);
+
+	if (!g->allocated)
+		TRY(take_stack(g, &g->largest, c, &shape));
+	ctx->workspace = g->largest.workspace;
+	ctx->workspace_bytes = g->largest.workspace_bytes;
 	return STATUS_OK;
 }
 
@@ -264,10 +331,10 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
                            uint64_t seed)
 {
 	struct generation *g = self;
-	struct layer_shape shape = shape_of(c);
 	bool enough = true;
 
 	g->seed = seed;
+	g->largest = *ctx;
 	for (int i = 0; i < N_CHECKED; i++) {
 		g->tokens[i] = malloc((size_t)c->seq_len * sizeof *g->tokens[i]);
 		enough = enough && g->tokens[i];
@@ -277,7 +344,7 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 	if (!enough || !g->next || !g->first)
 		return status_set(STATUS_OOM, "no memory for the tokens of %d sequences",
 		                  N_CHECKED);
-	return take_stack(g, ctx, c, &shape);
+	return require_stack(g, ctx, c);
 }
 
 /* Index in the batch of a checked sequence. */
@@ -302,6 +369,7 @@ static enum status warm_up(void *self, struct context *ctx, const struct bench_c
 {
 	struct generation *g = self;
 
+	TRY(require_stack(g, ctx, c));
 	TRY(stack_set_position(&g->stack, c->prompt));
 	for (int64_t i = 0; i < smaller(2, c->generate - 1); i++)
 		TRY(stack_step(&g->stack, ctx, c->prompt + i));
@@ -315,11 +383,12 @@ static enum status rewind_prompt(void *self, struct context *ctx, const struct b
 	struct generation *g = self;
 	size_t bytes = (size_t)c->prompt * sizeof *g->tokens[0];
 
-	if (!to_verify && stack_remembers(&g->stack, c->prompt)) {
+	if (!to_verify && g->prefilled && stack_remembers(&g->stack, c->prompt)) {
 		TRY(stack_set_position(&g->stack, c->prompt));
 		return device_upload(g->device, g->stack.next, g->first,
 		                     (size_t)c->batch * sizeof *g->first);
 	}
+	TRY(require_stack(g, ctx, c));
 	if (to_verify)
 		TRY(stack_poison(&g->stack));
 	for (int i = 0; i < N_CHECKED; i++)
@@ -330,6 +399,7 @@ static enum status rewind_prompt(void *self, struct context *ctx, const struct b
 	TRY(device_stopwatch_stop(g->device, prefill_ms));
 	TRY(read_next(g, c, c->prompt));
 	memcpy(g->first, g->next, (size_t)c->batch * sizeof *g->first);
+	g->prefilled = true;
 	return STATUS_OK;
 }
 
@@ -394,7 +464,7 @@ static enum status forward_afresh(struct generation *g, struct context *ctx,
 /*
  * The logits of the last generated tokens against a fresh forward pass of the
  * same model over the whole sequences. It takes the place of the stack that
- * generated, which has all the memory.
+ * generated, which has all the memory; the next rewind brings that back.
  */
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
@@ -412,6 +482,7 @@ static enum status verify(void *self, struct context *ctx, const struct bench_ca
 	if (status == STATUS_OK)
 		status = forward_afresh(g, &apart, c, fresh);
 	stack_release(&g->stack);
+	g->allocated = false;
 	*rel_err = 0;
 	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
 		*rel_err = fmax(*rel_err,

@@ -12,7 +12,8 @@ struct model {
 	int64_t n_layers, d_model, vocab;
 };
 
-/* The main() of a program that measures models[n_models]. */
+/* The main() of a program that measures models[n_models], at most eight; --layers, --vocab and
+ * --ffn take the place of their own sizes. */
 int generate_main(const struct driver *driver, const struct model *models, int n_models, int argc,
                   char **argv);
 

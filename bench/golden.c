@@ -5,6 +5,7 @@
 #include "bench/harness/streams.h"
 #include "baselines/baselines.h"
 #include "bench/golden_check.h"
+#include "bench/harness/about.h"
 
 static const char usage[] =
         "usage: golden [options] FILE...\n"
@@ -137,6 +138,8 @@ int main(int argc, char **argv)
 	int first_file;
 
 	streams_open();
+	if (about_asked(argc, argv, "golden"))
+		return EXIT_AGREES;
 	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
 		fputs(usage, stdout);
 		return finish(EXIT_AGREES);

@@ -160,29 +160,47 @@ static bool wanted(const struct options *o, const char *block)
 	return o->pattern.count == 0;
 }
 
-/* Completes a case and adds it, once. */
-static enum status add_case(const struct options *o, const struct case_row *row,
-                            const struct form *form, struct bench_case *c, struct sweep *sweep)
+/* Sizes that follow from others. */
+static enum status complete_case(const struct options *o, const struct case_row *row,
+                                 const struct form *form, struct bench_case *c)
 {
 	const bool half = form->variant->half_keys && !row->wide_keys;
 	const int64_t keys = half ? c->d_model / 2 : c->d_model;
 	const int64_t widening = form->variant->widening;
 
-	c->status = STATUS_OK;
-	if (c->d_model % (2 * c->n_heads) != 0)
-		return status_set(STATUS_INVALID, "--heads: %lld heads do not divide width %lld",
+	if (c->n_heads < 1 || c->d_model % (2 * c->n_heads) != 0)
+		return status_set(STATUS_INVALID,
+		                  "--heads: %lld (allowed: a number that divides half the width of "
+		                  "%lld)",
 		                  (long long)c->n_heads, (long long)c->d_model);
 	c->d_head = c->d_model / c->n_heads;
 	c->d_k = widening ? c->d_model : keys / c->n_heads;
 	c->d_v = widening ? widening * c->d_model : c->d_head;
-	if (is_step(form))
+	if (is_step(form)) {
 		c->batch = row->batch && !options_given(o, "batch") ? row->batch : o->batch;
-	else
-		c->batch = (row->batch ? row->batch : o->tokens) / c->seq_len;
-	c->tokens = is_step(form) ? c->batch : c->batch * c->seq_len;
-	if (c->batch == 0)
-		return status_set(STATUS_INVALID, "--seq-len: %lld is more than --tokens %lld",
-		                  (long long)c->seq_len, (long long)o->tokens);
+		c->tokens = c->batch;
+		return c->batch > 0 ? STATUS_OK
+		                    : status_set(STATUS_INVALID,
+		                                 "--batch: a step needs at least 1 sequence");
+	}
+	c->batch = (row->batch ? row->batch : o->tokens) / c->seq_len;
+	c->tokens = c->batch * c->seq_len;
+	return c->batch > 0
+	               ? STATUS_OK
+	               : status_set(STATUS_INVALID, "--seq-len: %lld is more than --tokens %lld",
+	                            (long long)c->seq_len,
+	                            (long long)(row->batch ? row->batch : o->tokens));
+}
+
+/* Completes a case and adds it, once; an impossible one with the reason. */
+static enum status add_case(const struct options *o, const struct case_row *row,
+                            const struct form *form, struct bench_case *c, struct sweep *sweep)
+{
+	c->status = complete_case(o, row, form, c);
+	if (c->status != STATUS_OK) {
+		c->status = STATUS_UNSUPPORTED;
+		snprintf(c->message, sizeof c->message, "%s", status_message());
+	}
 	for (int i = 0; i < sweep->count; i++)
 		if (same_case(&sweep->cases[i], c))
 			return STATUS_OK;
@@ -312,7 +330,9 @@ static enum status make_sweep(void *self, const struct options *o, struct sweep 
 	if (!sweep->cases)
 		return status_set(STATUS_OOM, "no memory for a sweep");
 	TRY(add_rows_of(o, rows, sweep));
-	return bench->all ? add_others(o, rows, full, sweep) : STATUS_OK;
+	if (bench->all)
+		TRY(add_others(o, rows, full, sweep));
+	return sweep_expect_possible(sweep);
 }
 
 static enum operation operation_of(void *self, const struct bench_case *c)
@@ -348,12 +368,31 @@ static void plan_problem(struct problem *p, struct device *device, const struct 
 	problem_plan(p, device, form.operation, &how, memory);
 }
 
+/* As stacks of layers do it: before a product of sizes is formed that no memory holds. */
+static enum status check_sizes(const struct bench_case *c)
+{
+	const int64_t widest = c->d_v > c->d_model ? c->d_v : c->d_model;
+
+	if (c->seq_len > INT32_MAX || c->batch > INT32_MAX)
+		return status_set(STATUS_UNSUPPORTED,
+		                  "batch %lld, sequence of %lld: both are counted in 32 bits",
+		                  (long long)c->batch, (long long)c->seq_len);
+	if (elements_fit(c->batch, c->seq_len, widest) && elements_fit(c->batch, c->d_k, widest) &&
+	    elements_fit(1, widest, c->d_model))
+		return STATUS_OK;
+	return status_set(
+	        STATUS_OOM,
+	        "batch %lld, sequence of %lld, D = %lld: a tensor would be larger than any memory",
+	        (long long)c->batch, (long long)c->seq_len, (long long)c->d_model);
+}
+
 static enum status plan(void *self, const struct context *ctx, struct bench_case *c,
                         size_t memory_free, size_t *bytes, struct kernel_plan *work)
 {
 	struct problem p;
 	struct context planning = *ctx;
 
+	TRY(check_sizes(c));
 	plan_problem(&p, ctx->device, c, 0, NULL);
 	planning.plan = work;
 	enum status status = kernel_run(&planning, p.operation, &p.args);

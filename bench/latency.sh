@@ -21,6 +21,12 @@ shift 2
 RUN_ID=${RUN_ID:-$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$}
 export RUN_ID
 
+for option in "$@"; do
+	case $option in
+	--help | --version) exec "$build/attention" "$option" ;;
+	esac
+done
+
 # The programs say where rows go, and complain about options, before anything is measured.
 list=$("$build/hybrid" --list "$@") || exit $?
 out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/results.h"
 #include "bench/harness/streams.h"
 
@@ -502,6 +503,8 @@ int main(int argc, char **argv)
 	bool nothing = false;
 
 	streams_open();
+	if (about_asked(argc, argv, "plotdata"))
+		return 0;
 	if (argc < 6 || x < 0 || y < 0) {
 		fputs(usage, help ? stdout : stderr);
 		return help && stdout_finish() == STATUS_OK ? 0 : 2;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/about.h"
 #include "bench/harness/results.h"
 #include "bench/harness/streams.h"
 
@@ -531,6 +532,8 @@ int main(int argc, char **argv)
 	enum format format = FORMAT_MARKDOWN;
 
 	streams_open();
+	if (about_asked(argc, argv, "report"))
+		return 0;
 	const bool help = argc == 2 && strcmp(argv[1], "--help") == 0;
 	int code = help ? 0 : read_arguments(argc, argv, &format, &results, &published);
 	if (help)

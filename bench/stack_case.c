@@ -5,36 +5,40 @@
 
 #include "layers/pattern.h"
 
-/* Options of the command line, and the argument of the same name. */
-static const char *const argument_options[] = {"chunk", "window",   "groups",
-                                               "heads", "position", NULL};
+/* Options of the command line, and the argument that each sets. */
+static const struct {
+	const char *option, *argument;
+} settings[] = {{"chunk", "chunk"}, {"window", "window"},     {"groups", "groups"},
+                {"heads", "heads"}, {"kv-heads", "kv_heads"}, {"position", "position"}};
+
+enum { N_SETTINGS = sizeof settings / sizeof settings[0] };
 
 /* The argument of an item that an option would set, or NULL. */
-static const struct layer_argument *set_by(const struct pattern_item *item, const char *option)
+static const struct layer_argument *set_by(const struct pattern_item *item, int setting)
 {
-	int i = argument_find(item->class, option);
+	int i = argument_find(item->class, settings[setting].argument);
 
 	return i >= 0 && !item->given[i] ? &item->class->arguments[i] : NULL;
 }
 
 /* Whether an option means something to a pattern; STATUS_INVALID if it means two things. */
-static enum status check_option(const struct pattern *pattern, const char *option, bool *matters)
+static enum status check_option(const struct pattern *pattern, int setting, bool *matters)
 {
 	const struct pattern_item *first = NULL;
 
 	for (int i = 0; i < pattern->count; i++) {
 		const struct pattern_item *item = &pattern->item[i];
-		const struct layer_argument *argument = set_by(item, option);
+		const struct layer_argument *argument = set_by(item, setting);
 
 		if (!argument)
 			continue;
-		if (first && strcmp(set_by(first, option)->help, argument->help) != 0)
+		if (first && strcmp(set_by(first, setting)->help, argument->help) != 0)
 			return status_set(STATUS_INVALID,
 			                  "--%s: %s's is the %s, %s's the %s; say which, as in "
 			                  "%s(%s=64)",
-			                  option, first->class->name, set_by(first, option)->help,
-			                  item->class->name, argument->help, item->class->name,
-			                  option);
+			                  settings[setting].option, first->class->name,
+			                  set_by(first, setting)->help, item->class->name,
+			                  argument->help, item->class->name, argument->name);
 		first = item;
 		*matters = true;
 	}
@@ -54,7 +58,7 @@ static bool named(const char *list, const char *name)
 
 enum status stack_case_check(const struct driver *driver, const struct options *options)
 {
-	bool matters[sizeof argument_options / sizeof argument_options[0]] = {false};
+	bool matters[N_SETTINGS] = {false};
 
 	for (int p = 0; p < options->pattern.count; p++) {
 		struct pattern pattern;
@@ -66,14 +70,14 @@ enum status stack_case_check(const struct driver *driver, const struct options *
 			                  "--pattern: '%s' is for build/hybrid (allowed: one of "
 			                  "%s, with arguments)",
 			                  options->pattern.word[p], driver->layers);
-		for (int i = 0; argument_options[i]; i++)
-			if (options_given(options, argument_options[i]))
-				TRY(check_option(&pattern, argument_options[i], &matters[i]));
+		for (int i = 0; i < N_SETTINGS; i++)
+			if (options_given(options, settings[i].option))
+				TRY(check_option(&pattern, i, &matters[i]));
 	}
-	for (int i = 0; argument_options[i]; i++)
-		if (options_given(options, argument_options[i]) && !matters[i])
+	for (int i = 0; i < N_SETTINGS; i++)
+		if (options_given(options, settings[i].option) && !matters[i])
 			fprintf(stderr, "%s: --%s means nothing here\n", driver->program,
-			        argument_options[i]);
+			        settings[i].option);
 	return STATUS_OK;
 }
 
@@ -84,6 +88,7 @@ struct stack_options stack_case_options(const struct bench_case *c)
 	        .d_model = c->d_model,
 	        .train_len = c->seq_len,
 	        .n_heads = NO_VALUE,
+	        .kv_heads = NO_VALUE,
 	        .chunk = NO_VALUE,
 	        .window = NO_VALUE,
 	        .groups = NO_VALUE,
@@ -94,13 +99,12 @@ struct stack_options stack_case_options(const struct bench_case *c)
 	};
 }
 
-struct stack_options stack_case_given(const struct bench_case *c, const struct options *options)
+struct stack_options stack_case_given(const struct bench_case *c)
 {
 	struct stack_options stack = stack_case_options(c);
 
-	/* A preset's heads are not those of layers. */
-	if (options_given(options, "heads"))
-		stack.n_heads = c->n_heads;
+	stack.n_heads = c->n_heads;
+	stack.kv_heads = c->kv_heads;
 	stack.chunk = c->chunk;
 	stack.window = c->window;
 	stack.groups = c->groups;
@@ -128,6 +132,8 @@ void stack_case_describe(const struct stack *stack, bool possible, struct bench_
 	if (!possible)
 		return;
 	c->parameters = stack_parameters(stack);
+	if (c->seq_len > INT32_MAX) /* no stack runs it */
+		return;
 	c->state_bytes_per_sequence =
 	        stack_state_bytes(stack, c->seq_len, &c->state_bytes_per_token);
 }

@@ -8,7 +8,7 @@
 #include "layers/stack.h"
 
 /* The options that set arguments of layers: of every such program's axes. */
-#define ARGUMENT_AXES "chunk,window,groups,heads,position"
+#define ARGUMENT_AXES "chunk,window,groups,heads,kv-heads,position"
 
 /* STATUS_INVALID for patterns that the program does not measure, or an option that two layers
  * of a pattern would understand differently. Says which options mean nothing to any pattern. */
@@ -17,7 +17,7 @@ enum status stack_case_check(const struct driver *driver, const struct options *
 /* The stack of a case that has been configured. */
 struct stack_options stack_case_options(const struct bench_case *c);
 /* The same before: the options' arguments go to the layers that do not say them. */
-struct stack_options stack_case_given(const struct bench_case *c, const struct options *options);
+struct stack_options stack_case_given(const struct bench_case *c);
 
 /* Fills in the columns of a stack, whose sequences have c->seq_len tokens. possible: it could be
  * configured. */

@@ -12,7 +12,7 @@ int main(int argc, char **argv)
 	        .summary = "tokens per second of whole models at the largest batch",
 	        .file = "table2.csv",
 	        .passes = "throughput",
-	        .axes = "pattern,model,prompt,generate,memory," ARGUMENT_AXES,
+	        .axes = "pattern,model,layers,vocab,ffn,prompt,generate,memory," ARGUMENT_AXES,
 	        .print_help = stack_case_help,
 	        .defaults = {{"pattern", "rat/attention/rat,swa/attention,swa"},
 	                     {"batch", "0"},

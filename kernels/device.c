@@ -34,6 +34,14 @@ struct conditions conditions_unknown(void)
 	                           .others = -1};
 }
 
+bool elements_fit(int64_t a, int64_t b, int64_t c)
+{
+	int64_t product;
+
+	return !__builtin_mul_overflow(a, b, &product) &&
+	       !__builtin_mul_overflow(product, c, &product) && product <= INT64_C(1) << 42;
+}
+
 size_t dtype_size(enum dtype dtype)
 {
 	static const size_t sizes[] = {4, 2, 4, 8};

@@ -259,6 +259,12 @@ enum status device_upload_doubles(struct device *device, enum dtype dtype, void 
 enum status device_download_doubles(struct device *device, enum dtype dtype, double *host,
                                     const void *from, size_t count);
 
+/*
+ * Whether a tensor of a b c elements could be in anybody's memory: whether it has at most 2^42. A
+ * plan asks before it forms larger products, which then fit into 64 bits.
+ */
+bool elements_fit(int64_t a, int64_t b, int64_t c);
+
 /* Gathers into memory of the device. */
 enum status device_gather(struct device *device, const struct gather *gather, void *to);
 /* The same by the host, for backends whose memory it can reach. */

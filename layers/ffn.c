@@ -5,7 +5,7 @@
 
 static int64_t hidden_width(const struct layer_config *config)
 {
-	return 4 * config->d_model;
+	return config->ffn_width ? config->ffn_width : 4 * config->d_model;
 }
 
 static int ffn_parameters(const struct layer_config *config, struct tensor_spec *specs)

@@ -95,6 +95,7 @@ struct layer_config {
 	int64_t groups;  /* RAT: groups that share q and k */
 	int64_t rope;    /* 1: rotary positions */
 
+	int64_t ffn_width;      /* hidden width of an ffn; 0: 4 D */
 	int64_t train_len;      /* L of the recurrence's gate-bias initialisation */
 	bool prenorm, residual; /* true except for golden files of a mixer alone */
 	float norm_eps;         /* of the pre-norm: 1e-6 */

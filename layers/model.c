@@ -48,15 +48,25 @@ enum status model_head(const struct stack *stack, struct context *ctx, int64_t n
 	return run_norm_linear(ctx, &args);
 }
 
+/* Columns of a head in which a row is moved: any that divide it, and no wider than kernels take. */
+static int64_t column_group(int64_t width)
+{
+	int64_t group = 128;
+
+	while (width % group != 0)
+		group /= 2;
+	return group;
+}
+
 /* A gather of strided rows is what OP_ROTATE does when it does not rotate. */
 enum status model_take_last(const struct stack *stack, struct context *ctx, int64_t n_seq,
                             int64_t seq_len)
 {
-	int64_t d = stack->d_model, d_head = d / stack->layers[0].n_heads;
+	int64_t d = stack->d_model, d_head = column_group(d);
 	const struct rotate_args args = {
 	        .batch = n_seq,
 	        .seq_len = 1,
-	        .n_heads = stack->layers[0].n_heads,
+	        .n_heads = d / d_head,
 	        .d_head = d_head,
 	        .kv_slots = 1,
 	        .q = {mixing_column(ctx, stack->y, (seq_len - 1) * d), seq_len * d, d, d_head},

@@ -61,7 +61,8 @@ enum status argument_check(const struct layer_class *class, const struct layer_a
 {
 	if ((value == 0 && argument->automatic) || (value >= argument->least && value <= INT32_MAX))
 		return STATUS_OK;
-	return status_set(STATUS_INVALID, "%s: %s=%" PRId64 " (allowed: %" PRId64 " to %d%s)",
+	return status_set(STATUS_INVALID,
+	                  "--pattern: %s: %s=%" PRId64 " (allowed: %" PRId64 " to %d%s)",
 	                  class->name, argument->name, value, argument->least, INT32_MAX,
 	                  argument->automatic ? ", 0: automatic" : "");
 }

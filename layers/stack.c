@@ -7,7 +7,10 @@
 #include "layers/model.h"
 #include "layers/pattern.h"
 
-enum { ALIGNMENT = 256 };
+enum {
+	ALIGNMENT = 256,
+	MAX_WIDTH = 1 << 24 /* beyond any model; its square still counts parameters */
+};
 
 /* ---- configuration ---- */
 
@@ -21,7 +24,7 @@ static int64_t default_heads(const struct layer_class *class, int64_t d_model)
 	return d_model % width == 0 ? d_model / width : 1;
 }
 
-/* The value that the options have for an argument. */
+/* The value that the options have for an argument; -1: none. */
 static int64_t general_value(const struct stack_options *options,
                              const struct layer_argument *argument)
 {
@@ -29,16 +32,40 @@ static int64_t general_value(const struct stack_options *options,
 		const char *name;
 		int64_t value;
 	} values[] = {
-	        {"heads", options->n_heads}, {"chunk", options->chunk},
-	        {"window", options->window}, {"groups", options->groups},
-	        {"position", options->rope},
+	        {"heads", options->n_heads}, {"kv_heads", options->kv_heads},
+	        {"chunk", options->chunk},   {"window", options->window},
+	        {"groups", options->groups}, {"position", options->rope},
 	};
 
 	for (size_t i = 0; i < sizeof values / sizeof values[0]; i++)
 		if (strcmp(values[i].name, argument->name) == 0 && values[i].value >= 0 &&
 		    (values[i].value > 0 || argument->least == 0))
 			return values[i].value;
-	return argument->fallback;
+	return -1;
+}
+
+/* What an item, or else the options, say of its argument i; -1: nothing. */
+static int64_t said_value(const struct stack_options *options, const struct pattern_item *item,
+                          int i)
+{
+	return item->given[i] ? item->value[i] : general_value(options, &item->class->arguments[i]);
+}
+
+/* Defaults give way to sizes: a chunk is no longer than the sequence, and groups divide heads. */
+static void adapt_defaults(struct layer_config *config, const struct stack_options *options,
+                           const struct pattern_item *item)
+{
+	for (int i = 0; item->class->arguments[i].name; i++) {
+		const char *name = item->class->arguments[i].name;
+
+		if (said_value(options, item, i) >= 0)
+			continue;
+		if (strcmp(name, "chunk") == 0 && config->train_len > 0 &&
+		    config->chunk > config->train_len)
+			config->chunk = config->train_len;
+		if (strcmp(name, "groups") == 0 && config->n_heads % config->groups != 0)
+			config->groups = 1;
+	}
 }
 
 static void configure_layer(struct layer_config *config, const struct stack_options *options,
@@ -50,46 +77,65 @@ static void configure_layer(struct layer_config *config, const struct stack_opti
 	        .class = item->class,
 	        .d_model = options->d_model,
 	        .n_heads = 1,
+	        .ffn_width = options->ffn_width,
 	        .train_len = options->train_len,
 	        .prenorm = options->prenorm,
 	        .residual = options->residual,
 	        .norm_eps = options->norm_eps,
 	};
-	for (int i = 0; arguments[i].name; i++)
-		*argument_of(config, &arguments[i]) =
-		        item->given[i] ? item->value[i] : general_value(options, &arguments[i]);
+	for (int i = 0; arguments[i].name; i++) {
+		const int64_t said = said_value(options, item, i);
+
+		*argument_of(config, &arguments[i]) = said >= 0 ? said : arguments[i].fallback;
+	}
 	if (config->n_heads == 0)
 		config->n_heads = default_heads(config->class, options->d_model);
+	adapt_defaults(config, options, item);
+}
+
+/* Most layers that mix tokens. */
+static int64_t most_layers(const struct stack_options *options)
+{
+	return MAX_LAYERS / (options->ffn ? 2 : 1);
+}
+
+/* Layers 0 .. n - 1, each with its ffn where there are any. */
+static void configure_layers(struct stack *stack, const struct stack_options *options,
+                             const struct pattern *pattern, int64_t n)
+{
+	for (int64_t i = 0; i < n; i++) {
+		struct layer_config *config = &stack->layers[stack->n_layers++];
+
+		configure_layer(config, options, &pattern->item[i % pattern->count]);
+		if (options->ffn) {
+			stack->layers[stack->n_layers] = *config;
+			stack->layers[stack->n_layers++].class = &ffn_layer;
+		}
+		if (i < pattern->count)
+			stack->period = stack->n_layers;
+	}
 }
 
 enum status stack_configure(struct stack *stack, struct device *device,
                             const struct stack_options *options)
 {
+	const int64_t most = most_layers(options);
 	struct pattern pattern;
 
 	memset(stack, 0, sizeof *stack);
 	TRY(pattern_parse(&pattern, options->pattern));
-	int64_t n = options->n_layers ? options->n_layers : pattern.count;
+	const int64_t n = options->n_layers ? options->n_layers : pattern.count;
 	stack->device = device;
 	stack->vocab = options->vocab;
 	stack->d_model = options->d_model;
-	if (options->d_model < 1)
-		return status_set(STATUS_INVALID, "--d-model %lld (allowed: 1 or more)",
-		                  (long long)options->d_model);
-	if (n < 1 || n * (options->ffn ? 2 : 1) > MAX_LAYERS)
-		return status_set(STATUS_INVALID, "%lld layers (allowed: 1 to %d)", (long long)n,
-		                  MAX_LAYERS / (options->ffn ? 2 : 1));
-	for (int64_t i = 0; i < n; i++) {
-		struct layer_config *config = &stack->layers[stack->n_layers++];
-
-		configure_layer(config, options, &pattern.item[i % pattern.count]);
-		if (options->ffn) {
-			stack->layers[stack->n_layers] = *config;
-			stack->layers[stack->n_layers++].class = &ffn_layer;
-		}
-		if (i < pattern.count)
-			stack->period = stack->n_layers;
-	}
+	configure_layers(stack, options, &pattern, n < most ? n : most);
+	if (options->d_model < 1 || options->d_model > MAX_WIDTH)
+		return status_set(STATUS_INVALID, "--d-model: %lld (allowed: 1 to %d)",
+		                  (long long)options->d_model, MAX_WIDTH);
+	if (n < 1 || n > most)
+		return status_set(STATUS_INVALID, "%s%lld layers (allowed: 1 to %lld)",
+		                  options->n_layers ? "--layers: " : "", (long long)n,
+		                  (long long)most);
 	for (int i = 0; i < stack->period; i++)
 		if (stack->layers[i].class->check)
 			TRY(stack->layers[i].class->check(&stack->layers[i]));
@@ -491,9 +537,48 @@ static void lay_out(struct stack *stack, const struct layer_shape *shape, void *
 
 /* ---- plans ---- */
 
+/* Tokens of the longest sequence. */
+static int64_t longest_of(const struct layer_shape *shape)
+{
+	return shape->seq_len > shape->capacity ? shape->seq_len : shape->capacity;
+}
+
+/* A step takes no notice of the chunks that the family's forms are computed in. What is shorter
+ * than the sequence that the stack is made for may be a part of it. */
+static bool chunk_is_too_long(const struct layer_config *config, const struct layer_shape *shape)
+{
+	const int64_t longest = longest_of(shape);
+
+	if (config->class->family && shape->pass == PASS_GENERATION)
+		return false;
+	return config->chunk > longest && config->chunk > config->train_len;
+}
+
+/* STATUS_OOM where a tensor of this shape would be larger than any memory, before somebody forms
+ * the product: columns of every token, a matrix of every sequence, and weights. */
+static enum status check_elements(const struct stack *stack, const struct layer_shape *shape)
+{
+	const int64_t d = stack->d_model, longest = longest_of(shape);
+	int64_t widest = shape->pass == PASS_TRAIN && stack->vocab > d ? stack->vocab : d;
+
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+		const int64_t columns = config->class->proj_width(config);
+
+		widest = columns > widest ? columns : widest;
+	}
+	if (elements_fit(shape->batch, longest, widest) && elements_fit(shape->batch, d, widest) &&
+	    elements_fit(1, d, stack->vocab > widest ? stack->vocab : widest))
+		return STATUS_OK;
+	return status_set(
+	        STATUS_OOM,
+	        "batch %lld, sequence of %lld, D = %lld: a tensor would be larger than any memory",
+	        (long long)shape->batch, (long long)longest, (long long)d);
+}
+
 static enum status check_shape(const struct stack *stack, const struct layer_shape *shape)
 {
-	int64_t longest = shape->seq_len > shape->capacity ? shape->seq_len : shape->capacity;
+	const int64_t longest = longest_of(shape);
 
 	if (shape->batch < 1 || shape->seq_len < 1 || shape->capacity < 0)
 		return status_set(STATUS_INVALID,
@@ -513,13 +598,17 @@ static enum status check_shape(const struct stack *stack, const struct layer_sha
 	if (shape->pass == PASS_GENERATION && (shape->seq_len != 1 || shape->capacity == 0))
 		return status_set(STATUS_INVALID,
 		                  "generation needs a cache, and takes one token at a time");
+	if (longest > INT32_MAX || shape->batch > INT32_MAX)
+		return status_set(STATUS_UNSUPPORTED,
+		                  "batch %lld, sequence of %lld: both are counted in 32 bits",
+		                  (long long)shape->batch, (long long)longest);
 	for (int i = 0; i < stack->n_layers; i++)
-		if (stack->layers[i].chunk > longest)
+		if (chunk_is_too_long(&stack->layers[i], shape))
 			return status_set(STATUS_UNSUPPORTED,
 			                  "%s: a chunk of %lld is longer than the sequence of %lld",
 			                  stack->layers[i].class->name,
 			                  (long long)stack->layers[i].chunk, (long long)longest);
-	return STATUS_OK;
+	return check_elements(stack, shape);
 }
 
 static enum status plan_add_repeated(struct kernel_plan *plan, const struct kernel_plan *more,
@@ -549,6 +638,7 @@ static enum status plan_step(struct stack *stack, const struct context *ctx, int
 	struct context planning = *ctx;
 
 	planning.plan = work;
+	planning.ranges = false;
 	return stack_step(stack, &planning, position);
 }
 
@@ -609,6 +699,26 @@ enum status stack_plan(const struct stack *stack, const struct context *ctx,
 	}
 	if (status == STATUS_OK)
 		lay_out(copy, shape, made_up_address(), work->workspace_bytes, plan);
+	free(copy);
+	return status;
+}
+
+enum status stack_plan_step(const struct stack *stack, const struct context *ctx,
+                            const struct layer_shape *shape, int64_t position,
+                            struct kernel_plan *work)
+{
+	struct stack *copy = malloc(sizeof *copy);
+	struct memory_plan ignored;
+
+	if (!copy)
+		return status_set(STATUS_OOM, "no memory to plan with");
+	enum status status = check_shape(stack, shape);
+	if (status == STATUS_OK) {
+		*copy = *stack;
+		memset(work, 0, sizeof *work);
+		lay_out(copy, shape, made_up_address(), 0, &ignored);
+		status = plan_step(copy, ctx, position, work);
+	}
 	free(copy);
 	return status;
 }

@@ -17,14 +17,16 @@
 struct stack_options {
 	/* layers/pattern.h; layer i is item i mod count. */
 	const char *pattern;
-	int64_t n_layers; /* 0: as many as the pattern names; an ffn does not count */
-	bool ffn;         /* an ffn after each layer (models) */
-	int64_t vocab;    /* > 0: a model with embedding and head */
+	int64_t n_layers;  /* 0: as many as the pattern names; an ffn does not count */
+	bool ffn;          /* an ffn after each layer (models) */
+	int64_t ffn_width; /* of its hidden layer; 0: 4 D */
+	int64_t vocab;     /* > 0: a model with embedding and head */
 	int64_t d_model, train_len;
 	/* Of layers that have such an argument and whose item does not say it. Negative, or 0 where
-	 * that is not allowed: the class's default. Automatic heads: GLA 4, Mamba-2 heads of 64,
+	 * that is not allowed: the class's default, a chunk being no longer than train_len and
+	 * groups 1 where they do not divide the heads. Automatic heads: GLA 4, Mamba-2 heads of 64,
 	 * others of 128 (64 where D < 1024 or no multiple of 128, 32 where D < 128). */
-	int64_t n_heads, chunk, window, groups, rope;
+	int64_t n_heads, kv_heads, chunk, window, groups, rope;
 	bool prenorm, residual;
 	float norm_eps;
 };
@@ -90,10 +92,16 @@ int64_t stack_parameters(const struct stack *stack);
 int64_t stack_state_bytes(const struct stack *stack, int64_t capacity, double *per_token);
 
 /* Bytes the stack needs for `shape` and the work of one run of shape.pass; takes nothing.
- * STATUS_UNSUPPORTED if a layer or an operation cannot do it. `work` may be NULL. */
+ * STATUS_UNSUPPORTED if a layer or an operation cannot do it, STATUS_OOM if no memory could hold
+ * it. `work` may be NULL. */
 enum status stack_plan(const struct stack *stack, const struct context *ctx,
                        const struct layer_shape *shape, struct memory_plan *plan,
                        struct kernel_plan *work);
+
+/* The work of one step at `position` of a stack laid out for `shape`. */
+enum status stack_plan_step(const struct stack *stack, const struct context *ctx,
+                            const struct layer_shape *shape, int64_t position,
+                            struct kernel_plan *work);
 
 /* Whether layer i's input and saved tensors outlive a run: all layers' in training and of a stack
  * that is no model, else only the last temporal-mixing layer's; the others share their memory. */

@@ -10,7 +10,7 @@ static const struct driver driver = {
         .file = "test.csv",
         .passes = "prefill,train",
         .patterns = "rat/attention",
-        .axes = "pattern,seq-len,tokens,chunk,window,groups,heads,d-model,position",
+        .axes = "pattern,seq-len,tokens,chunk,window,groups,heads,kv-heads,d-model,position",
         .defaults = {{"pattern", "rat"}, {"chunk", "16,64"}},
 };
 
@@ -105,10 +105,15 @@ TEST(names_the_option_that_is_wrong)
 	        {"--pattern rnn", "--pattern", "rat/attention"},
 	        {"--position alibi", "--position", "rope,none"},
 	        {"--preset huge", "--preset", "paper,small,tiny"},
-	        {"--format xml", "--format", "table,csv,none"},
+	        {"--format xml", "--format", "table,csv,jsonl,none"},
 	        {"--max-time -1", "--max-time", "from 0"},
 	        {"--max-time nan", "--max-time", "from 0"},
 	        {"--max-time 1s", "--max-time", "from 0"},
+	        {"--kv-heads 2147483648", "--kv-heads", "between 0 and 2147483647"},
+	        {"--heads 4294967296", "--heads", "between 0 and 2147483647"},
+	        {"--layers 0", "--layers", "between 1 and"},
+	        {"--ffn 1,2", "--ffn", "whole number"},
+	        {"--plan-for h20", "--plan-for", "h200,h100,a100,rtx4090"},
 	        {"--rows 0", "--rows", "between 1 and"},
 	        {"--precision 1", "--precision", "1%"},
 	        {"--precision 100%", "--precision", "1%"},
@@ -131,7 +136,8 @@ TEST(prefers_user_to_driver_to_preset)
 
 	assert_int_equal(options.d_model.count, 1);
 	assert_int_equal(options.d_model.value[0], 512);
-	assert_int_equal(options.heads.value[0], 16);
+	/* Layers have heads of their own. */
+	assert_int_equal(options.heads.count, 0);
 	assert_int_equal(options.tokens, 262144);
 	assert_int_equal(options.seq_len.count, 7);
 	assert_int_equal(options.chunk.count, 2);
@@ -186,18 +192,59 @@ TEST(keeps_every_provider)
 	assert_string_equal(options.provider.word[0], "");
 }
 
+/* What a function prints; to be freed. */
+static char *help_of(const char *preset)
+{
+	char *text = NULL;
+	size_t length;
+	FILE *file = open_memstream(&text, &length);
+
+	options_print_help(file, &driver, preset);
+	fclose(file);
+	return text;
+}
+
 TEST(helps_with_every_option)
+{
+	scoped char *text = help_of("");
+
+	assert_non_null(strstr(text, "--seq-len"));
+	assert_non_null(strstr(text, "what to measure [prefill,train]"));
+	assert_non_null(strstr(text, "preset paper"));
+	assert_null(strstr(text, "--model"));
+}
+
+TEST(helps_with_defaults)
+{
+	scoped char *any = help_of("");
+	scoped char *tiny = help_of("tiny");
+
+	/* The driver's, which no preset changes; the presets'; the built-in one. */
+	assert_non_null(strstr(any, "do not say it [16,64]\n"));
+	assert_non_null(strstr(any, "model width D\n                               [paper: 2048, "
+	                            "small: 128, tiny: 64]\n"));
+	assert_non_null(strstr(
+	        any,
+	        "(0: none)\n                               [paper: 20, small: 60, tiny: 20]\n"));
+	assert_non_null(strstr(any, "of the random data [1]\n"));
+	assert_non_null(strstr(tiny, "model width D [64]\n"));
+	assert_non_null(strstr(tiny, "do not say it [16,64]\n"));
+}
+
+TEST(spells_out_presets)
 {
 	scoped char *text = NULL;
 	size_t length;
 	FILE *file = open_memstream(&text, &length);
 
-	options_print_help(file, &driver);
+	options_print_presets(file, &driver);
 	fclose(file);
-	assert_non_null(strstr(text, "--seq-len"));
-	assert_non_null(strstr(text, "what to measure: prefill,train"));
-	assert_non_null(strstr(text, "preset paper"));
-	assert_null(strstr(text, "--model"));
+	assert_non_null(strstr(text, "preset small"));
+	assert_non_null(strstr(text, "--d-model 128 --tokens 8192"));
+	assert_non_null(strstr(text, "--seq-len 4096..262144*2"));
+	assert_non_null(strstr(text, "--case-seconds 60"));
+	/* Options of other programs. */
+	assert_null(strstr(text, "--generate"));
 }
 
 TEST(writes_out_lists_of_arguments)
@@ -259,6 +306,14 @@ TEST(sweeps_every_combination_once)
 	assert_int_equal(sweep.cases[1].seq_len, 64);
 	assert_true(case_same_series(&sweep.cases[0], &sweep.cases[1]));
 	assert_false(case_same_series(&sweep.cases[1], &sweep.cases[2]));
+	sweep_release(&sweep);
+	options = completed("--pattern attention --seq-len 32 --chunk 1 --pass train --kv-heads "
+	                    "1,2",
+	                    "tiny");
+	require_ok(sweep_create(&sweep, &options, configure, &calls));
+	assert_int_equal(sweep.count, 2);
+	assert_int_equal(sweep.cases[1].kv_heads, 2);
+	assert_false(case_same_series(&sweep.cases[0], &sweep.cases[1]));
 	sweep_release(&sweep);
 }
 

@@ -2,6 +2,7 @@
 #include "tests/programs.h"
 
 #include <inttypes.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "bench/block.h"
@@ -40,13 +41,13 @@ static int throughput_main(int argc, char **argv)
 	        .summary = "for the tests",
 	        .file = "table2.csv",
 	        .passes = "throughput",
-	        .axes = "pattern,model,prompt,generate,memory," ARGUMENT_AXES,
+	        .axes = "pattern,model,layers,vocab,ffn,prompt,generate,memory," ARGUMENT_AXES,
 	        .defaults = {{"batch", "0"}, {"samples", "1"}},
 	        .finds_batch = true,
 	};
-	static const struct model models[] = {{"tiny", 2, 64, 256}};
+	static const struct model models[] = {{"tiny", 2, 64, 256}, {"other", 1, 64, 256}};
 
-	return generate_main(&driver, models, 1, argc, argv);
+	return generate_main(&driver, models, 2, argc, argv);
 }
 
 /* Runs a program on one fresh file; its exit code. */
@@ -183,13 +184,12 @@ TEST(goes_on_after_what_is_impossible)
 }
 
 /* Memory and batch of the only row. */
-static void only_row(double *bytes, int64_t *batch)
+static void only_row(const char *status, double *bytes, int64_t *batch)
 {
 	scoped_csv struct csv csv;
 
 	read_rows(&csv, path, 1);
-	assert_string_equal(csv_text(&csv, 0, "status"), "ok");
-	assert_true(csv_number(&csv, 0, "rel_err") < 1e-4);
+	assert_string_equal(csv_text(&csv, 0, "status"), status);
 	*bytes = csv_number(&csv, 0, "memory_bytes");
 	*batch = (int64_t)csv_number(&csv, 0, "batch");
 }
@@ -210,16 +210,245 @@ TEST(finds_the_largest_batch)
 		         "--pattern %s",
 		         patterns[i]);
 		assert_int_equal(run(throughput_main, line), 0);
-		only_row(&bytes, &batch);
+		only_row("ok", &bytes, &batch);
 		assert_true(bytes <= limit);
 		/* A hundredth may be given up for prefilling several sequences at a time. */
 		int64_t larger = batch + batch / 99 + 2;
 		snprintf(line + strlen(line), sizeof line - strlen(line), " --batch %" PRId64,
 		         larger);
 		assert_int_equal(run(throughput_main, line), 0);
-		only_row(&more, &found);
+		/* More than --memory allows is not run, whoever chose the batch. */
+		only_row("oom", &more, &found);
 		assert_int_equal(found, larger);
 		assert_true(more > limit);
+	}
+}
+
+/* A line of whole models that is right. */
+#define MODELS "--backend cpu --preset tiny --prompt 12 --generate 4 --memory 4 "
+
+TEST(measures_every_provider_of_a_model)
+{
+	scoped_csv struct csv csv;
+
+	/* Verification takes the stack away, and the next variant begins with none. */
+	assert_int_equal(run(throughput_main, MODELS "--pattern attention --provider cpu "
+	                                             "--provider attention=cpu --provider cpu"),
+	                 0);
+	read_rows(&csv, path, 3);
+	for (int row = 0; row < 3; row++) {
+		assert_string_equal(csv_text(&csv, row, "status"), "ok");
+		assert_true(csv_number(&csv, row, "rel_err") < 1e-4);
+	}
+}
+
+TEST(keeps_to_the_memory_allowed)
+{
+	double bytes;
+	int64_t batch;
+
+	assert_int_equal(run(throughput_main, "--backend cpu --preset tiny --memory 1 --layers 4 "
+	                                      "--vocab 2000 --pattern attention"),
+	                 0);
+	only_row("oom", &bytes, &batch);
+	assert_int_equal(batch, 1);
+	assert_true(bytes > 1 << 20);
+}
+
+TEST(takes_chunks_as_long_as_the_text)
+{
+	scoped_csv struct csv csv;
+
+	/* Prompt and answer are 16 tokens, and verification reads 15 of them again. */
+	assert_int_equal(run(throughput_main, MODELS "--pattern rat --chunk 15,16,17"), 0);
+	read_rows(&csv, path, 3);
+	assert_string_equal(csv_text(&csv, 0, "status"), "ok");
+	assert_string_equal(csv_text(&csv, 1, "status"), "ok");
+	assert_string_equal(csv_text(&csv, 2, "status"), "unsupported");
+	assert_non_null(strstr(csv_text(&csv, 2, "message"), "chunk of 17"));
+}
+
+TEST(changes_the_sizes_of_a_model)
+{
+	static const struct {
+		const char *line, *model;
+		double layers, parameters;
+	} cases[] = {
+	        {"", "tiny", 2, 2 * (4 * 64 * 64 + 64 + 8 * 64 * 64 + 64) + 2 * 256 * 64 + 64},
+	        {"--layers 3", "tiny/layers=3", 3,
+	         3 * (4 * 64 * 64 + 64 + 8 * 64 * 64 + 64) + 2 * 256 * 64 + 64},
+	        {"--layers 1 --vocab 100 --ffn 32", "tiny/layers=1,vocab=100,ffn=32", 1,
+	         4 * 64 * 64 + 64 + 2 * 64 * 32 + 64 + 2 * 100 * 64 + 64},
+	        /* What a model has anyway does not change its name. */
+	        {"--layers 2 --vocab 256 --ffn 256", "tiny", 2,
+	         2 * (4 * 64 * 64 + 64 + 8 * 64 * 64 + 64) + 2 * 256 * 64 + 64},
+	};
+
+	for (size_t i = 0; i < COUNT_OF(cases); i++) {
+		char line[256];
+		scoped_csv struct csv csv;
+
+		snprintf(line, sizeof line, MODELS "--pattern attention %s", cases[i].line);
+		assert_int_equal(run(throughput_main, line), 0);
+		read_rows(&csv, path, 1);
+		assert_string_equal(csv_text(&csv, 0, "status"), "ok");
+		assert_string_equal(csv_text(&csv, 0, "model"), cases[i].model);
+		assert_true(csv_number(&csv, 0, "n_layers") == cases[i].layers);
+		assert_true(csv_number(&csv, 0, "parameters") == cases[i].parameters);
+	}
+	assert_int_equal(run(throughput_main, MODELS "--pattern attention --layers 65"), 2);
+}
+
+TEST(refuses_sizes_that_overflow)
+{
+	static const struct {
+		const char *line, *status, *hint;
+	} cases[] = {
+	        {"--pass generation --batch 262144 --seq-len 1099511627776,8 --d-model 8",
+	         "unsupported", "32 bits"},
+	        {"--pass generation --batch 4294967296 --seq-len 8", "unsupported", "32 bits"},
+	        {"--pass generation --batch 1 --seq-len 2147483648,8", "unsupported", "32 bits"},
+	        {"--pass generation --batch 2147483647 --seq-len 2147483647 --d-model 8", "oom",
+	         "any memory"},
+	        {"--pass prefill --tokens 1099511627776 --seq-len 1024 --d-model 16777216", "oom",
+	         "any memory"},
+	        {"--pass train --tokens 1099511627776 --seq-len 1073741824 --d-model 64", "oom",
+	         "any memory"},
+	        {"--pass prefill --d-model 16777216 --seq-len 64 --tokens 64", "oom", "any memory"},
+	};
+
+	for (size_t i = 0; i < COUNT_OF(cases); i++) {
+		char line[256];
+		scoped_csv struct csv csv;
+
+		snprintf(line, sizeof line, "--backend cpu --preset tiny --max-time 0 %s",
+		         cases[i].line);
+		assert_int_equal(run(attention_main, line), 0);
+		require_ok(csv_read(path, &csv));
+		if (strcmp(csv_text(&csv, 0, "status"), cases[i].status) != 0 ||
+		    !strstr(csv_text(&csv, 0, "message"), cases[i].hint))
+			fail_msg("%s: %s: %s", cases[i].line, csv_text(&csv, 0, "status"),
+			         csv_text(&csv, 0, "message"));
+	}
+	assert_int_equal(run(attention_main,
+	                     "--backend cpu --preset tiny --d-model 2147483647 --seq-len 64"),
+	                 2);
+}
+
+/* What a layer chooses by itself fits the sequence and the heads; what the user says stands. */
+TEST(defaults_give_way)
+{
+	static const struct {
+		const char *line, *status, *pattern;
+	} cases[] = {
+	        {"--pattern rat --seq-len 8", "ok", "rat(chunk=8,groups=2,heads=2,position=rope)"},
+	        {"--pattern rat --seq-len 64 --heads 1", "ok",
+	         "rat(chunk=16,groups=1,heads=1,position=rope)"},
+	        {"--pattern rat --seq-len 64 --heads 1 --groups 2", NULL, NULL},
+	        {"--pattern rat:16 --seq-len 8", "unsupported",
+	         "rat(chunk=16,groups=2,heads=2,position=rope)"},
+	        {"--pattern gla --seq-len 8", "ok", "gla(heads=4)"},
+	        {"--pattern gla --seq-len 8 --pass generation", "ok", "gla(heads=4)"},
+	        {"--pattern gla:16 --seq-len 8 --pass generation", "ok", "gla(chunk=16,heads=4)"},
+	        {"--pattern gla:16 --seq-len 8", "unsupported", "gla(chunk=16,heads=4)"},
+	        {"--pattern rat --seq-len 8 --pass generation", "ok",
+	         "rat(chunk=8,groups=2,heads=2,position=rope)"},
+	};
+
+	for (size_t i = 0; i < COUNT_OF(cases); i++) {
+		char line[256];
+		scoped_csv struct csv csv = {0};
+
+		snprintf(line, sizeof line,
+		         "--backend cpu --preset tiny --max-time 0 --pass prefill %s",
+		         cases[i].line);
+		assert_int_equal(run(hybrid_main, line), cases[i].status ? 0 : 2);
+		if (!cases[i].status)
+			continue;
+		read_rows(&csv, path, 1);
+		if (strcmp(csv_text(&csv, 0, "status"), cases[i].status) != 0)
+			fail_msg("%s: %s", cases[i].line, csv_text(&csv, 0, "message"));
+		assert_string_equal(csv_text(&csv, 0, "pattern"), cases[i].pattern);
+	}
+}
+
+#ifndef __SANITIZE_ADDRESS__ /* whose shadow needs terabytes of addresses */
+/* Leaves room for plans, and for nothing that is measured. */
+static int limited_main(int argc, char **argv)
+{
+	FILE *file = fopen("/proc/self/statm", "r");
+	unsigned long pages = 0;
+
+	if (!file || fscanf(file, "%lu", &pages) != 1 || fclose(file) != 0)
+		return -1;
+	const rlim_t bytes = pages * (rlim_t)sysconf(_SC_PAGESIZE) + (32 << 20);
+	const struct rlimit limit = {bytes, bytes};
+
+	return setrlimit(RLIMIT_AS, &limit) == 0 ? attention_main(argc, argv) : -1;
+}
+
+/* Under `ulimit -v` too there is a row for what does not fit, and an end. */
+TEST(keeps_to_a_limit_of_addresses)
+{
+	double bytes;
+	int64_t batch;
+
+	assert_int_equal(
+	        run(limited_main, "--backend cpu --preset tiny --pass prefill --seq-len 64"), 0);
+	only_row("oom", &bytes, &batch);
+	assert_true(bytes > 1 << 19);
+}
+#endif
+
+static int layer_main(const char *layer, int argc, char **argv)
+{
+	const struct driver driver = {
+	        .program = layer,
+	        .summary = "for the tests",
+	        .layers = layer,
+	        .defaults = {{"pattern", layer}},
+	};
+
+	return block_main(&driver, argc, argv);
+}
+
+static int gla_main(int argc, char **argv)
+{
+	return layer_main("gla", argc, argv);
+}
+
+static int retnet_main(int argc, char **argv)
+{
+	return layer_main("retnet", argc, argv);
+}
+
+/* A layer's own program measures the same as build/hybrid does under its name. */
+TEST(a_layer_is_the_same_in_every_program)
+{
+	static const struct {
+		int (*program)(int, char **);
+		const char *name;
+	} layers[] = {{gla_main, "gla"}, {retnet_main, "retnet"}};
+	static const char line[] =
+	        "--backend cpu --preset tiny --max-time 0 --seq-len 64 --pass prefill,generation";
+	static const char *const same[] = {"block",   "pattern",      "batch",     "chunk",
+	                                   "n_heads", "d_k",          "d_v",       "flops",
+	                                   "bytes",   "memory_bytes", "parameters"};
+
+	for (size_t i = 0; i < COUNT_OF(layers); i++) {
+		char full[256];
+		scoped_csv struct csv own;
+		scoped_csv struct csv hybrid;
+
+		assert_int_equal(run(layers[i].program, line), 0);
+		read_rows(&own, path, 2);
+		snprintf(full, sizeof full, "%s --pattern %s", line, layers[i].name);
+		assert_int_equal(run(hybrid_main, full), 0);
+		read_rows(&hybrid, path, 2);
+		for (int row = 0; row < 2; row++)
+			for (size_t s = 0; s < COUNT_OF(same); s++)
+				assert_string_equal(csv_text(&own, row, same[s]),
+				                    csv_text(&hybrid, row, same[s]));
 	}
 }
 

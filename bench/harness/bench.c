@@ -8,12 +8,14 @@
 #include <string.h>
 
 #include "baselines/baselines.h"
+#include "bench/harness/about.h"
 #include "bench/harness/breakdown.h"
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
 #include "bench/harness/measure.h"
 #include "bench/harness/noise.h"
 #include "bench/harness/print.h"
+#include "bench/harness/plan_device.h"
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
 #include "bench/harness/samples.h"
@@ -67,11 +69,15 @@ static enum status open_backend(struct run *run)
 	const struct backend *named = backend_find(o->backend);
 	enum status status = STATUS_INVALID;
 
-	if (o->backend[0])
-		return named ? open_device(run, named)
-		             : status_set(STATUS_INVALID,
-		                          "--backend: this build has no '%s'; --list shows",
-		                          o->backend);
+	if (o->plan_for[0])
+		return plan_device_open(o, &run->device);
+	if (o->backend[0]) {
+		status = named ? open_device(run, named)
+		               : status_set(STATUS_INVALID,
+		                            "--backend: this build has no '%s'; --list shows",
+		                            o->backend);
+		return plan_device_wanted(o, status) ? plan_device_open(o, &run->device) : status;
+	}
 	for (int i = 0; backends[i] && status != STATUS_OK; i++) {
 		status = open_device(run, backends[i]);
 		if (status == STATUS_OK)
@@ -228,9 +234,10 @@ static void record_case(const struct bench_case *c, struct record *r)
 
 static void record_plan(const struct planned *plan, struct record *r)
 {
+	if (plan->memory_bytes > 0)
+		r->memory_bytes = (int64_t)plan->memory_bytes;
 	if (plan->status != STATUS_OK)
 		return;
-	r->memory_bytes = (int64_t)plan->memory_bytes;
 	r->flops = plan->flops;
 	r->bytes = plan->bytes_read + plan->bytes_written;
 	r->roofline_ms = plan->roofline_ms;
@@ -842,14 +849,16 @@ static enum status measure_sweep(struct run *run)
 /* The plan of every case, without running any. */
 static enum status print_plans(struct run *run)
 {
+	plan_device_estimate(&run->device->ceilings, run->environment.device.name);
 	TRY(plan_all(run));
+	plan_device_print(stdout, run->device);
 	for (int i = 0; i < run->sweep.count; i++) {
 		char label[160];
 
 		describe_case(&run->sweep.cases[i], label, sizeof label);
 		TRY(make_variants(run, &run->sweep.cases[i]));
 		for (int v = 0; v < run->variants.count; v++)
-			print_plan(stdout, label, &run->plans[i][v],
+			print_plan(stdout, label, &run->sweep.cases[i], &run->plans[i][v],
 			           run->environment.device.memory_free);
 	}
 	return STATUS_OK;
@@ -919,7 +928,11 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 	enum status status = options_parse(&run.options, driver, argc, argv);
 
 	if (status == STATUS_OK && run.options.help) {
-		options_print_help(stdout, driver);
+		options_print_help(stdout, driver, run.options.preset);
+		return stdout_finish() == STATUS_OK ? EXIT_OK : complain(&run, STATUS_IO);
+	}
+	if (status == STATUS_OK && run.options.version) {
+		about_print(stdout, driver->program);
 		return stdout_finish() == STATUS_OK ? EXIT_OK : complain(&run, STATUS_IO);
 	}
 	if (status == STATUS_OK)

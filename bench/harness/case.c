@@ -50,6 +50,7 @@ static struct bench_case case_at(const struct options *o, int64_t n)
 	c.window = next_value(&o->window, &n);
 	c.position = next_word(&o->position, &n);
 	c.groups = next_value(&o->groups, &n);
+	c.kv_heads = next_value(&o->kv_heads, &n);
 	c.n_heads = next_value(&o->heads, &n);
 	c.d_model = next_value(&o->d_model, &n);
 	c.pass = pass_find(next_word(&o->pass, &n));
@@ -61,9 +62,10 @@ static struct bench_case case_at(const struct options *o, int64_t n)
 /* How many cases there are; more than MAX_CASES: too many. */
 static int64_t count_cases(const struct options *o)
 {
-	const int counts[] = {o->seq_len.count, o->chunk.count, o->window.count,  o->position.count,
-	                      o->groups.count,  o->heads.count, o->d_model.count, o->pass.count,
-	                      o->pattern.count, o->model.count};
+	const int counts[] = {o->seq_len.count,  o->chunk.count,   o->window.count,
+	                      o->position.count, o->groups.count,  o->kv_heads.count,
+	                      o->heads.count,    o->d_model.count, o->pass.count,
+	                      o->pattern.count,  o->model.count};
 	int64_t product = 1;
 
 	for (size_t i = 0; i < sizeof counts / sizeof *counts && product <= MAX_CASES; i++)
@@ -90,8 +92,8 @@ bool case_same_series(const struct bench_case *a, const struct bench_case *b)
 	return a->pass == b->pass && strcmp(a->pattern, b->pattern) == 0 &&
 	       strcmp(a->position, b->position) == 0 && strcmp(a->model, b->model) == 0 &&
 	       strcmp(a->block, b->block) == 0 && a->chunk == b->chunk && a->window == b->window &&
-	       a->groups == b->groups && a->d_model == b->d_model && a->n_heads == b->n_heads &&
-	       a->prompt == b->prompt && a->generate == b->generate;
+	       a->groups == b->groups && a->kv_heads == b->kv_heads && a->d_model == b->d_model &&
+	       a->n_heads == b->n_heads && a->prompt == b->prompt && a->generate == b->generate;
 }
 
 static bool sweep_has(const struct sweep *sweep, const struct bench_case *c)
@@ -123,13 +125,13 @@ static enum status sweep_append(struct sweep *sweep, const struct options *optio
 	return STATUS_OK;
 }
 
-/* STATUS_INVALID if no case is possible, for the reason of the first. */
-static enum status expect_possible(const struct sweep *sweep)
+enum status sweep_expect_possible(const struct sweep *sweep)
 {
 	for (int i = 0; i < sweep->count; i++)
 		if (sweep->cases[i].status == STATUS_OK)
 			return STATUS_OK;
-	return status_set(STATUS_INVALID, "%s", sweep->cases[0].message);
+	return status_set(STATUS_INVALID, "%s",
+	                  sweep->count ? sweep->cases[0].message : "the sweep has no cases");
 }
 
 enum status sweep_create(struct sweep *sweep, const struct options *options,
@@ -148,7 +150,7 @@ enum status sweep_create(struct sweep *sweep, const struct options *options,
 	for (int64_t n = 0; status == STATUS_OK && n < count; n++)
 		status = sweep_append(sweep, options, n, configure, self);
 	if (status == STATUS_OK)
-		status = expect_possible(sweep);
+		status = sweep_expect_possible(sweep);
 	if (status != STATUS_OK)
 		sweep_release(sweep);
 	return status;

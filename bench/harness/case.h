@@ -20,8 +20,8 @@ enum { MAX_MESSAGE = 512, MAX_PATTERN_TEXT = 2560 };
  * configure makes of that; micro_batch: sequences of a model that are prefilled at a time. */
 /* clang-format off */
 #define CASE_SIZES(X) \
-	X(batch) X(seq_len) X(chunk) X(window) X(groups) X(d_model) X(n_heads) X(prompt) X(generate) \
-	X(d_head) X(n_layers) X(kv_heads) X(d_k) X(d_v) X(parameters) X(state_bytes_per_sequence) \
+	X(batch) X(seq_len) X(chunk) X(window) X(groups) X(kv_heads) X(d_model) X(n_heads) X(prompt) \
+	X(generate) X(d_head) X(n_layers) X(d_k) X(d_v) X(parameters) X(state_bytes_per_sequence) \
 	X(micro_batch)
 /* clang-format on */
 
@@ -67,6 +67,8 @@ typedef enum status (*configure_case)(void *self, const struct options *options,
  */
 enum status sweep_create(struct sweep *sweep, const struct options *options,
                          configure_case configure, void *self);
+/* STATUS_INVALID if no case of a sweep is possible, for the reason of the first. */
+enum status sweep_expect_possible(const struct sweep *sweep);
 void sweep_release(struct sweep *sweep);
 
 /* A pattern without arguments in parentheses: "rat(chunk=16),swa" is "rat,swa"; `separator`

@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,7 +11,9 @@ enum {
 	BLOCK_BYTES = 1 << 16,
 	RANDOM_BLOCK = 1 << 16,
 	SMALLEST_GEMM = 1024,
-	LARGEST_GEMM = 8192
+	LARGEST_GEMM = 8192,
+	/* The smallest product's tensors are 12 MiB in fp32. */
+	LEAST_MEMORY = 32 << 20
 };
 
 /* A product that takes this long is large enough to show the device's rate. */
@@ -161,30 +164,56 @@ static enum status measure_host_bandwidth(struct device *device, struct ceilings
 	return status;
 }
 
-enum status ceilings_measure(struct device *device)
+static enum status measure_bandwidth(struct device *device)
 {
 	struct ceilings *ceilings = &device->ceilings;
-	enum status status;
 
-	if (ceilings->gemm_tflops > 0)
-		return STATUS_OK;
 	if (device->backend->bandwidth)
-		status = device->backend->bandwidth(device, &ceilings->copy_gb_per_s,
-		                                    &ceilings->read_gb_per_s);
-	else
-		status = measure_host_bandwidth(device, ceilings);
-	for (int64_t size = SMALLEST_GEMM; status == STATUS_OK && size <= LARGEST_GEMM; size *= 2) {
+		return device->backend->bandwidth(device, &ceilings->copy_gb_per_s,
+		                                  &ceilings->read_gb_per_s);
+	return measure_host_bandwidth(device, ceilings);
+}
+
+/* Of larger and larger products until one is large enough. */
+static enum status measure_products(struct device *device)
+{
+	struct ceilings *ceilings = &device->ceilings;
+
+	for (int64_t size = SMALLEST_GEMM; size <= LARGEST_GEMM; size *= 2) {
 		double ms;
 
-		status = measure_gemm(device, size, &ms);
-		if (status != STATUS_OK)
-			break;
+		TRY(measure_gemm(device, size, &ms));
 		ceilings->gemm_tflops =
 		        fmax(ceilings->gemm_tflops, 2e-9 * pow((double)size, 3) / ms);
 		if (ms >= LONG_ENOUGH_MS)
 			break;
 	}
-	return status;
+	return STATUS_OK;
+}
+
+enum status ceilings_measure(struct device *device)
+{
+	struct ceilings *ceilings = &device->ceilings;
+	struct device_info info;
+	enum status status;
+
+	if (ceilings->gemm_tflops > 0)
+		return STATUS_OK;
+	TRY(device_info(device, &info));
+	if (info.memory_free < LEAST_MEMORY) {
+		status = status_set(STATUS_OOM, "%.1f MiB are free",
+		                    (double)info.memory_free / (1 << 20));
+	} else {
+		status = measure_bandwidth(device);
+		if (status == STATUS_OK)
+			status = measure_products(device);
+	}
+	if (status != STATUS_OOM)
+		return status;
+	/* The cases say themselves what does not fit. */
+	fprintf(stderr, "no memory to measure what the device can do at best: %s\n",
+	        status_message());
+	return STATUS_OK;
 }
 
 enum status ceilings_again(struct device *device)

@@ -18,7 +18,8 @@ void product_release(struct product *p);
 /* The shortest time of several runs; cold: none finds its tensors in a cache. */
 enum status product_time(struct product *p, int repeats, bool cold, double *best_ms);
 
-/* Measures device->ceilings for less than a second, once. Takes and returns device memory. */
+/* Measures device->ceilings for less than a second, once. Takes and returns device memory; what
+ * there is no memory to measure remains 0, and standard error says so. */
 enum status ceilings_measure(struct device *device);
 /* Measures them once more and keeps the better of both. */
 enum status ceilings_again(struct device *device);

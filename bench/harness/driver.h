@@ -25,7 +25,7 @@ struct driver {
 	/* Adds to --help and --list; or NULL. */
 	void (*print_help)(FILE *file);
 	/* Optional options that matter here: of "pattern,seq-len,tokens,chunk,window,groups,heads,
-	 * d-model,position,model,prompt,generate". */
+	 * kv-heads,d-model,position,model,layers,vocab,ffn,prompt,generate,memory". */
 	const char *axes;
 	/* Before the preset's. */
 	struct option_default defaults[MAX_DEFAULTS];

@@ -19,6 +19,8 @@ enum kind {
 	KIND_WORDS,
 	KIND_INTEGER,
 	KIND_INTEGERS,
+	KIND_COUNT, /* an integer that kernels keep in 32 bits */
+	KIND_COUNTS,
 	KIND_REAL,
 	KIND_FRACTION, /* 0.01, or 1% */
 };
@@ -44,13 +46,19 @@ static const struct option_spec specs[] = {
          "which device of the backend (default: its first)"},
         {"preset", KIND_TEXT, AT(preset), MAX_WORD, false, "NAME", NULL,
          "sizes to start from (default: paper on a GPU, small on a CPU)"},
-        {"pass", KIND_WORDS, AT(pass), 0, false, "LIST", NULL, "what to measure: "},
+        {"pass", KIND_WORDS, AT(pass), 0, false, "LIST", NULL, "what to measure"},
         {"pattern", KIND_WORDS, AT(pattern), 0, true, "P/P...", NULL,
          "layers or stacks of layers, such as rat,swa/attention,swa; with arguments:\n"
          "rat(chunk=16,groups=2),swa(window=256), the first alone: rat:16,swa:256; lists\n"
          "of values: rat(chunk=16|64)"},
         {"model", KIND_WORDS, AT(model), 0, true, "1.3B,7B,13B,tiny", NULL,
          "models: 24, 32, 40 and 4 layers of D = 2048, 4096, 5120 and 256"},
+        {"layers", KIND_COUNT, AT(layers), 1, true, "N", NULL,
+         "mixing layers, in place of the model's"},
+        {"vocab", KIND_COUNT, AT(vocab), 1, true, "N", NULL,
+         "words of the vocabulary, in place of the model's"},
+        {"ffn", KIND_COUNT, AT(ffn), 1, true, "N", NULL,
+         "width of the feed-forward layers, in place of 4 D"},
         {"seq-len", KIND_INTEGERS, AT(seq_len), 1, true, "LIST", NULL, "sequence lengths T"},
         {"tokens", KIND_INTEGER, AT(tokens), 1, true, "N", NULL,
          "tokens of a prefill or training step: the batch is N / T"},
@@ -61,14 +69,15 @@ static const struct option_spec specs[] = {
          "memory that the batch may fill (0: all that is free)"},
         {"batch", KIND_INTEGER, AT(batch), 0, false, "N", NULL,
          "sequences that generate at once (throughput: 0, the most that fit)"},
-        {"chunk", KIND_INTEGERS, AT(chunk), 1, true, "LIST", NULL,
+        {"chunk", KIND_COUNTS, AT(chunk), 1, true, "LIST", NULL,
          "the argument chunk of layers that have one and do not say it"},
-        {"window", KIND_INTEGERS, AT(window), 0, true, "LIST", NULL,
-         "the argument window, likewise"},
-        {"groups", KIND_INTEGERS, AT(groups), 1, true, "LIST", NULL,
-         "the argument groups, likewise"},
-        {"heads", KIND_INTEGERS, AT(heads), 0, true, "LIST", NULL, "the argument heads, likewise"},
-        {"d-model", KIND_INTEGERS, AT(d_model), 1, true, "LIST", NULL, "model width D"},
+        {"window", KIND_COUNTS, AT(window), 0, true, "LIST", NULL, "the argument window, likewise"},
+        {"groups", KIND_COUNTS, AT(groups), 1, true, "LIST", NULL, "the argument groups, likewise"},
+        {"heads", KIND_COUNTS, AT(heads), 0, true, "LIST", NULL,
+         "the argument heads, likewise (0: as many as the layer has by itself)"},
+        {"kv-heads", KIND_COUNTS, AT(kv_heads), 0, true, "LIST", NULL,
+         "the argument kv_heads, likewise"},
+        {"d-model", KIND_COUNTS, AT(d_model), 1, true, "LIST", NULL, "model width D"},
         {"position", KIND_WORDS, AT(position), 0, true, "rope,none", NULL,
          "the argument position, likewise"},
         {"provider", KIND_WORDS, AT(provider), 0, false, "LIST", "",
@@ -109,16 +118,21 @@ static const struct option_spec specs[] = {
          "start the file anew (default: add to it)"},
         {"out", KIND_TEXT, AT(out), MAX_PATH, false, "FILE", NULL,
          "CSV to write to; - is standard output"},
-        {"format", KIND_WORDS, AT(format), 0, false, "table,csv,none", "table",
+        {"format", KIND_WORDS, AT(format), 0, false, "table,csv,jsonl,none", "table",
          "what to print on standard output"},
         {"run-id", KIND_TEXT, AT(run_id), MAX_WORD, false, "ID", NULL,
          "name of the run in each row (default: $RUN_ID, or time and chance)"},
         {"list", KIND_FLAG, AT(list), 0, false, NULL, NULL,
          "list backends, presets and implementations, and stop"},
         {"dry-run", KIND_FLAG, AT(dry_run), 0, false, NULL, NULL,
-         "list the cases with their bytes and FLOPs, run nothing"},
+         "list the cases with their bytes, FLOPs and least time, run nothing"},
+        {"plan-for", KIND_CHOICE, AT(plan_for), MAX_WORD, false, "h200,h100,a100,rtx4090", NULL,
+         "the GPU that --dry-run plans for; it need not be here (default: the one that is\n"
+         "here; of --backend cuda without any: h200)"},
         {"breakdown", KIND_FLAG, AT(breakdown), 0, false, NULL, NULL,
          "time each operation of a case by itself and print tables, write no rows"},
+        {"version", KIND_FLAG, AT(version), 0, false, NULL, NULL,
+         "the program's version, commit and compiler"},
         {"help", KIND_FLAG, AT(help), 0, false, NULL, NULL, "this text"},
 };
 
@@ -136,25 +150,28 @@ static const struct {
         {"tiny", "everything once, for tests of the programs themselves; seconds"},
 };
 
-/* What each of them sets. Heads are those of single operations: layers have their own. */
+/* What each of them sets, of programs with these passes alone if it names any: layers have heads of
+ * their own. */
 static const struct {
-	const char *option, *value[N_PRESETS];
+	const char *passes, *option, *value[N_PRESETS];
 } preset_values[] = {
-        {"d-model", {"2048", "128", "64"}},
-        {"heads", {"16", "2", "2"}},
-        {"tokens", {"262144", "8192", "512"}},
-        {"seq-len", {"4096..262144*2", "512..8192*2", "64..256*2"}},
-        {"batch", {"512", "8", "2"}},
-        {"window", {"1024", "128", "16"}},
-        {"min-time", {"0.05", "0.05", "0"}},
-        {"max-time", {"0.5", "0.3", "0.02"}},
-        {"precision", {"1%", "2%", "0"}},
-        {"case-seconds", {NULL, "60", NULL}},
-        {"model", {"1.3B", "tiny", "tiny"}},
-        {"prompt", {"3072", "384", "20"}},
-        {"generate", {"1024", "128", "4"}},
-        {"memory", {"0", "128", "32"}},
+        {NULL, "d-model", {"2048", "128", "64"}},
+        {"kernel", "heads", {"16", "2", "2"}},
+        {NULL, "tokens", {"262144", "8192", "512"}},
+        {NULL, "seq-len", {"4096..262144*2", "512..8192*2", "64..256*2"}},
+        {NULL, "batch", {"512", "8", "2"}},
+        {NULL, "window", {"1024", "128", "16"}},
+        {NULL, "min-time", {"0.05", "0.05", "0"}},
+        {NULL, "max-time", {"0.5", "0.3", "0.02"}},
+        {NULL, "precision", {"1%", "2%", "0"}},
+        {NULL, "case-seconds", {NULL, "60", NULL}},
+        {NULL, "model", {"1.3B", "tiny", "tiny"}},
+        {NULL, "prompt", {"3072", "384", "20"}},
+        {NULL, "generate", {"1024", "128", "4"}},
+        {NULL, "memory", {"0", "128", "32"}},
 };
+
+enum { N_PRESET_VALUES = sizeof preset_values / sizeof preset_values[0] };
 
 /* Whether `word` of `length` is one of the words of `list`, which `separator` separates. */
 static bool list_has(const char *list, char separator, const char *word, size_t length)
@@ -395,6 +412,8 @@ static enum status set_option(struct options *options, const struct driver *driv
 {
 	const struct option_spec *spec = &specs[index];
 	void *field = (char *)options + spec->offset;
+	const bool counts = spec->kind == KIND_COUNT || spec->kind == KIND_COUNTS;
+	const int64_t most = counts ? INT32_MAX : LARGEST;
 	const char *rest = text;
 
 	options->set |= UINT64_C(1) << index;
@@ -409,13 +428,15 @@ static enum status set_option(struct options *options, const struct driver *driv
 	case KIND_WORDS:
 		return parse_word_option(options, driver, spec, text);
 	case KIND_INTEGERS:
-		return values_parse(field, spec->name, text, spec->limit, LARGEST);
+	case KIND_COUNTS:
+		return values_parse(field, spec->name, text, spec->limit, most);
 	case KIND_REAL:
 		return parse_real(spec->name, text, field);
 	case KIND_FRACTION:
 		return parse_fraction(spec->name, text, field);
 	case KIND_INTEGER:
-		TRY(parse_integer(spec->name, &rest, spec->limit, LARGEST, field));
+	case KIND_COUNT:
+		TRY(parse_integer(spec->name, &rest, spec->limit, most, field));
 		if (*rest)
 			return status_set(STATUS_INVALID, "--%s: '%s' is not a whole number",
 			                  spec->name, text);
@@ -470,47 +491,113 @@ bool options_given(const struct options *options, const char *name)
 	return index >= 0 && (options->given >> index & 1);
 }
 
-/* Gives option number `index` a value unless it has one. */
-static enum status set_default(struct options *options, const struct driver *driver, int index,
-                               const char *value)
+/* The value of an option under a preset; NULL: it has none. */
+static const char *preset_value(const struct driver *driver, const struct option_spec *spec,
+                                int preset)
 {
-	return options->set >> index & 1 ? STATUS_OK : set_option(options, driver, index, value);
+	for (size_t i = 0; i < N_PRESET_VALUES; i++) {
+		const char *passes = preset_values[i].passes;
+
+		if (strcmp(preset_values[i].option, spec->name) == 0 &&
+		    (!passes || strcmp(passes, driver->passes) == 0))
+			return preset_values[i].value[preset];
+	}
+	return NULL;
+}
+
+/* The value of an option where nobody gives one: the driver's, the preset's or the built-in one;
+ * NULL: none. */
+static const char *default_of(const struct driver *driver, const struct option_spec *spec,
+                              int preset)
+{
+	const struct option_default *own = driver->defaults;
+	const char *value = preset_value(driver, spec, preset);
+
+	for (int i = 0; i < MAX_DEFAULTS && own[i].name; i++)
+		if (strcmp(own[i].name, spec->name) == 0)
+			return own[i].value;
+	if (value)
+		return value;
+	return spec->offset == AT(pass) ? driver->passes : spec->fallback;
+}
+
+/* N_PRESETS: there is none of that name. */
+static int preset_find(const char *name)
+{
+	int preset = 0;
+
+	while (preset < N_PRESETS && strcmp(presets[preset].name, name) != 0)
+		preset++;
+	return preset;
 }
 
 enum status options_complete(struct options *options, const struct driver *driver,
                              const char *preset_name)
 {
-	const struct option_default *own = driver->defaults;
-	int preset = 0;
-
 	if (!options->preset[0])
 		snprintf(options->preset, sizeof options->preset, "%s", preset_name);
-	while (preset < N_PRESETS && strcmp(presets[preset].name, options->preset) != 0)
-		preset++;
+	const int preset = preset_find(options->preset);
 	if (preset == N_PRESETS)
 		return status_set(STATUS_INVALID, "--preset: '%s' is not one of paper,small,tiny",
 		                  options->preset);
-	for (int i = 0; i < MAX_DEFAULTS && own[i].name; i++)
-		TRY(set_default(options, driver, spec_find(own[i].name), own[i].value));
-	for (size_t i = 0; i < sizeof preset_values / sizeof preset_values[0]; i++)
-		if (preset_values[i].value[preset])
-			TRY(set_default(options, driver, spec_find(preset_values[i].option),
-			                preset_values[i].value[preset]));
-	if (options->pass.count == 0)
-		TRY(set_option(options, driver, spec_find("pass"), driver->passes));
-	for (int i = 0; i < N_SPECS; i++)
-		if (specs[i].fallback)
-			TRY(set_default(options, driver, i, specs[i].fallback));
+	for (int i = 0; i < N_SPECS; i++) {
+		const char *value = default_of(driver, &specs[i], preset);
+
+		if (value && !(options->set >> i & 1))
+			TRY(set_option(options, driver, i, value));
+	}
 	return STATUS_OK;
 }
 
-void options_print_presets(FILE *file)
+void options_print_presets(FILE *file, const struct driver *driver)
 {
-	for (int i = 0; i < N_PRESETS; i++)
-		fprintf(file, "preset %-8s %s\n", presets[i].name, presets[i].summary);
+	for (int p = 0; p < N_PRESETS; p++) {
+		fprintf(file, "preset %-8s %s\n%15s", presets[p].name, presets[p].summary, "");
+		for (size_t i = 0; i < N_PRESET_VALUES; i++) {
+			const struct option_spec *spec = &specs[spec_find(preset_values[i].option)];
+			const char *value = default_of(driver, spec, p);
+
+			if (value && driver_has(driver, spec))
+				fprintf(file, " --%s %s", spec->name, value);
+		}
+		fputc('\n', file);
+	}
 }
 
-void options_print_help(FILE *file, const struct driver *driver)
+/* A text behind the column of options, in which its lines begin. */
+static void print_indented(FILE *file, const char *text)
+{
+	for (; *text; text++) {
+		fputc(*text, file);
+		if (*text == '\n')
+			fprintf(file, "%31s", "");
+	}
+}
+
+/* What an option is by itself, in brackets: under the preset, or under each where that makes a
+ * difference. */
+static void print_default(FILE *file, const struct driver *driver, const struct option_spec *spec,
+                          int preset)
+{
+	const char *value = default_of(driver, spec, preset == N_PRESETS ? 0 : preset);
+	bool same = true;
+
+	for (int p = 0; p < N_PRESETS && preset == N_PRESETS; p++) {
+		const char *other = default_of(driver, spec, p);
+
+		same = same && (other == value || (other && value && strcmp(other, value) == 0));
+	}
+	if (same && value && value[0])
+		fprintf(file, " [%s]", value);
+	for (int p = 0; p < N_PRESETS && !same; p++) {
+		print_indented(file, p ? ", " : "\n[");
+		value = default_of(driver, spec, p);
+		fprintf(file, "%s: %s%s", presets[p].name, value ? value : "none",
+		        p + 1 < N_PRESETS ? "" : "]");
+	}
+}
+
+void options_print_help(FILE *file, const struct driver *driver, const char *preset)
 {
 	fprintf(file, "%s: %s\n\n", driver->program, driver->summary);
 	for (int i = 0; i < N_SPECS; i++) {
@@ -522,20 +609,16 @@ void options_print_help(FILE *file, const struct driver *driver)
 		snprintf(left, sizeof left, "--%s %s", spec->name,
 		         spec->argument ? spec->argument : "");
 		fprintf(file, "  %-28s ", left);
-		for (const char *c = spec->help; *c; c++) {
-			fputc(*c, file);
-			if (*c == '\n')
-				fprintf(file, "%31s", "");
-		}
-		if (spec->offset == AT(pass))
-			fputs(driver->passes, file);
-		if (spec->fallback && spec->fallback[0])
-			fprintf(file, " [%s]", spec->fallback);
+		if (strlen(left) > 28)
+			print_indented(file, "\n");
+		print_indented(file, spec->help);
+		print_default(file, driver, spec, preset_find(preset));
 		fputc('\n', file);
 	}
 	fputs("\nLISTs are comma separated; numbers may be ranges: 512..8192*2, 512..2048+512.\n\n",
 	      file);
-	options_print_presets(file);
+	for (int i = 0; i < N_PRESETS; i++)
+		fprintf(file, "preset %-8s %s\n", presets[i].name, presets[i].summary);
 	if (driver->print_help)
 		driver->print_help(file);
 }

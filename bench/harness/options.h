@@ -29,20 +29,22 @@ struct options {
 	struct words pass;    /* layers/pass.h */
 	struct words pattern; /* lists of arguments, a(b=1|2), written out */
 	struct words position, provider, rival, model, format;
-	struct values seq_len, chunk, window, groups, heads, d_model;
+	struct values seq_len, chunk, window, groups, heads, kv_heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
-	int64_t memory;            /* MiB to use at most; 0: all that is free */
-	int64_t threads;           /* 0: as OpenMP finds them */
-	int64_t samples;           /* 0: until they are precise */
-	double min_time, max_time; /* seconds */
-	double precision;          /* of the median, a fraction of it; 0: any */
-	double case_seconds;       /* 0: no limit */
-	int64_t rows, seed;        /* of verification */
+	int64_t layers, vocab, ffn;       /* 0: the model's */
+	int64_t memory;                   /* MiB to use at most; 0: all that is free */
+	int64_t threads;                  /* 0: as OpenMP finds them */
+	int64_t samples;                  /* 0: until they are precise */
+	double min_time, max_time;        /* seconds */
+	double precision;                 /* of the median, a fraction of it; 0: any */
+	double case_seconds;              /* 0: no limit */
+	int64_t rows, seed;               /* of verification */
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
 	bool breakdown, apart;
-	bool help;
+	bool help, version;
 	char out[MAX_PATH], run_id[MAX_WORD];
+	char plan_for[MAX_WORD]; /* bench/harness/plan_device.h; "": the device that is here */
 	char duty[MAX_WORD];     /* burst or sustained */
 	char baseline[MAX_WORD]; /* the pattern that ratios compare with; "": attention */
 	uint64_t set;            /* which options have a value: one bit per line of the table */
@@ -71,9 +73,9 @@ enum status options_complete(struct options *options, const struct driver *drive
 enum status values_parse(struct values *values, const char *name, const char *text, int64_t minimum,
                          int64_t maximum);
 
-/* The text of --help. */
-void options_print_help(FILE *file, const struct driver *driver);
-/* The presets, one per line. */
-void options_print_presets(FILE *file);
+/* The text of --help, with the defaults of a preset; "": those of every one. */
+void options_print_help(FILE *file, const struct driver *driver, const char *preset);
+/* The presets, with all that they set. */
+void options_print_presets(FILE *file, const struct driver *driver);
 
 #endif

@@ -4,6 +4,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "bench/harness/json.h"
+#include "bench/harness/plan_device.h"
+
 static size_t append(char *text, size_t size, size_t length, const char *label, int64_t value)
 {
 	if (value == NO_VALUE || length >= size)
@@ -157,21 +160,37 @@ void print_row(FILE *file, const struct record *record, const char *format)
 {
 	if (strcmp(format, "csv") == 0)
 		record_print(file, record);
+	if (strcmp(format, "jsonl") == 0)
+		json_print_record(file, record);
 	if (strcmp(format, "table") == 0)
 		print_table_row(file, record);
 	fflush(file);
 }
 
-void print_plan(FILE *file, const char *label, const struct planned *plan, size_t memory_free)
+/* The least time of a plan, and what blocks need on a GPU. */
+static void print_time(FILE *file, const struct bench_case *c, double roofline_ms)
+{
+	const double ms = roofline_ms / plan_device_share(c->pass);
+
+	if (!isfinite(roofline_ms) || roofline_ms <= 0)
+		return;
+	fprintf(file, "  least %9.4g ms", roofline_ms);
+	if (isfinite(ms))
+		fprintf(file, "  about %9.4g ms %9.4g tokens/s", ms, 1e3 * (double)c->tokens / ms);
+}
+
+void print_plan(FILE *file, const char *label, const struct bench_case *c,
+                const struct planned *plan, size_t memory_free)
 {
 	if (plan->status != STATUS_OK) {
 		fprintf(file, "%-52s %s: %s\n", label, status_name(plan->status), plan->message);
 		return;
 	}
-	fprintf(file, "%-52s memory %10.1f MiB  %10.4g GFLOP  read %9.4g MB  written %9.4g MB%s\n",
+	fprintf(file, "%-52s memory %10.1f MiB  %10.4g GFLOP  read %9.4g MB  written %9.4g MB",
 	        label, (double)plan->memory_bytes / (1 << 20), 1e-9 * plan->flops,
-	        1e-6 * plan->bytes_read, 1e-6 * plan->bytes_written,
-	        plan->memory_bytes > memory_free ? "  oom" : "");
+	        1e-6 * plan->bytes_read, 1e-6 * plan->bytes_written);
+	print_time(file, c, plan->roofline_ms);
+	fprintf(file, "%s\n", plan->memory_bytes > memory_free ? "  oom" : "");
 }
 
 void print_list(FILE *file, const struct driver *driver, const struct options *options,
@@ -184,7 +203,7 @@ void print_list(FILE *file, const struct driver *driver, const struct options *o
 	fprintf(file, "passes: %s\n", driver->passes);
 	if (driver->patterns)
 		fprintf(file, "patterns: %s\n", driver->patterns);
-	options_print_presets(file);
+	options_print_presets(file, driver);
 	fprintf(file, "preset now: %s\nbackend now: %s\n", options->preset, options->backend);
 	for (int i = 0; backends[i]; i++)
 		fprintf(file, "backend %s (%s)\n", backends[i]->name,

@@ -18,12 +18,14 @@ void describe_case(const struct bench_case *c, char *text, size_t size);
 void describe_providers(const struct context *ctx, char *mixing, size_t mixing_size, char *all,
                         size_t all_size);
 
-/* Rows of results; format is "table", "csv" or "none". */
+/* Rows of results; format is one of those of --format. */
 void print_header(FILE *file, const char *format);
 void print_row(FILE *file, const struct record *record, const char *format);
 
-/* One line of --dry-run; memory_free is what the device has, in bytes. */
-void print_plan(FILE *file, const char *label, const struct planned *plan, size_t memory_free);
+/* One line of --dry-run: memory, work, and where the device's rates are known the least time, that
+ * to expect, and what it makes a second. memory_free is what the device has, in bytes. */
+void print_plan(FILE *file, const char *label, const struct bench_case *c,
+                const struct planned *plan, size_t memory_free);
 
 /* --list: backends, presets, passes, the device's providers of each operation, and where rows go.
  */

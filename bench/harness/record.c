@@ -15,7 +15,7 @@
 
 #include "bench/harness/case.h"
 
-static const char schema[] = "3"; /* RECORD_SCHEMA */
+const char record_schema[] = "3";
 
 enum kind { KIND_TEXT, KIND_INTEGER, KIND_REAL };
 
@@ -224,7 +224,7 @@ void record_print(FILE *file, const struct record *record)
 {
 	char number[32];
 
-	fputs(schema, file);
+	fputs(record_schema, file);
 	for (int i = 0; i < N_COLUMNS; i++) {
 		fputc(',', file);
 		csv_write_field(file, field_text(record, &columns[i], number));
@@ -322,9 +322,9 @@ static bool is_cut_header(const char *bytes, size_t length)
 /* Whether what follows the last whole line is the beginning of a row of ours. */
 static bool is_cut_row(const char *bytes, size_t length)
 {
-	const size_t n = strlen(schema);
+	const size_t n = strlen(record_schema);
 
-	return length == 0 || ((length < n || memcmp(bytes, schema, n) == 0) &&
+	return length == 0 || ((length < n || memcmp(bytes, record_schema, n) == 0) &&
 	                       (length <= n || bytes[n] == ',') && !memchr(bytes, '\n', length));
 }
 
@@ -375,7 +375,7 @@ static enum status use_content(struct record_file *file, enum content content,
 		                  "--out: %s has other columns than this program writes "
 		                  "(schema %s); move it away, name another file with --out, "
 		                  "or replace it with --truncate",
-		                  file->path, schema);
+		                  file->path, record_schema);
 	if (content != CONTENT_CURRENT || mode == RECORD_TRUNCATE) {
 		TRY(cut_file(file, 0));
 		return append_lines(file, NULL, 0);

@@ -64,6 +64,9 @@ enum { RECORD_SCHEMA = 3 };
 #define RECORD_REAL(name, key)    double name;
 #define RECORD_FIELDS             RECORD_COLUMNS(RECORD_TEXT, RECORD_INTEGER, RECORD_REAL)
 
+/* The version of these columns, a number: what the column `schema` before them says. */
+extern const char record_schema[];
+
 /* One row. Strings are borrowed. Not a number, a negative integer and an empty string are empty
  * fields. */
 struct record {

@@ -13,11 +13,17 @@
 #include <sys/resource.h>
 #include <sys/utsname.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "kernels/cpu/kernels_cpu.h"
 #include "kernels/reference/reference.h"
 
-enum { PAGE_BYTES = 4096, HUGE_PAGE_BYTES = 2 << 20, LINE_BYTES = 64 };
+enum {
+	PAGE_BYTES = 4096,
+	HUGE_PAGE_BYTES = 2 << 20,
+	LINE_BYTES = 64,
+	BLAS_BUFFER_BYTES = 128 << 20
+};
 
 /* A handle: the device, and its other face, the reference's. */
 struct cpu_device {
@@ -136,6 +142,42 @@ static void apply_group_limits(const char *root, const char *path, const char *l
 	}
 }
 
+/*
+ * Bytes of address space that are left under `ulimit -v`; SIZE_MAX without one. OpenBLAS maps a
+ * buffer for every thread that multiplies, sooner or later, and waits for ever if it cannot; which
+ * it already has nobody knows.
+ */
+static size_t address_space_left(void)
+{
+	const size_t buffers = (size_t)omp_get_max_threads() * BLAS_BUFFER_BYTES;
+	struct rlimit limit;
+	uint64_t pages = 0;
+
+	if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY ||
+	    !read_number("/proc/self/statm", "", &pages))
+		return SIZE_MAX;
+	const size_t used = (size_t)pages * PAGE_BYTES + buffers;
+
+	return used < limit.rlim_cur ? (size_t)limit.rlim_cur - used : 0;
+}
+
+/*
+ * The threads that OpenBLAS starts map their buffers at once, and try again until they can. Under
+ * a limit that leaves no room they never end, and exit() would wait for them: the last handler to
+ * be registered, which is the first to run, ends the process.
+ */
+static void leave_without_waiting(int code, void *unused)
+{
+	fflush(NULL);
+	_exit(code);
+}
+
+__attribute__((constructor)) static void prepare_exit(void)
+{
+	if (address_space_left() != SIZE_MAX)
+		on_exit(leave_without_waiting, NULL);
+}
+
 /* Memory that can be taken without the kernel killing somebody for it. */
 static void memory_sizes(size_t *total, size_t *available)
 {
@@ -163,6 +205,8 @@ static void memory_sizes(size_t *total, size_t *available)
 	}
 	if (groups)
 		fclose(groups);
+	const size_t left = address_space_left();
+	*available = left < *available ? left : *available;
 }
 
 static void cpu_model(char *name, size_t size)
