@@ -400,15 +400,13 @@ static enum status print_ratios(const struct table *table, enum format format)
 static enum status report_table(const struct results *results, const struct results *published,
                                 const struct result *example, enum format format)
 {
-	const struct result **room = calloc(2 * (size_t)results->count, sizeof *room);
-	struct table table = {.example = example,
-	                      .results = results,
-	                      .published = published,
-	                      .line = room,
-	                      .point = room + results->count};
+	const struct result **room = calloc(2 * (size_t)results->count, sizeof(void *));
+	struct table table = {.example = example, .results = results, .published = published};
 
 	if (!room)
 		return status_set(STATUS_OOM, "no memory for a table");
+	table.line = room;
+	table.point = room + results->count;
 	for (int i = 0; i < results->count; i++)
 		if (result_same_table(&results->row[i], example)) {
 			add_line(&table, &results->row[i]);

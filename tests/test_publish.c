@@ -133,10 +133,10 @@ TEST(refuses_rows_of_another_place)
 	assert_non_null(strstr(publish(1, "runs/nowhere"), "no file"));
 	publish(2, "");
 	/* A commit that this repository has never seen. */
-	strcpy(usual, commit);
-	strcpy(commit, "0123456789012345678901234567890123456789");
+	memcpy(usual, commit, sizeof usual);
+	snprintf(commit, sizeof commit, "0123456789012345678901234567890123456789");
 	write_rows("runs/some-gpu/latency.csv", NULL);
-	strcpy(commit, usual);
+	memcpy(commit, usual, sizeof commit);
 	expect_nothing_published("does not know the commit");
 }
 

@@ -413,9 +413,9 @@ static enum status move_aside(const struct record_file *file)
 static enum status adopt_content(struct record_file *file, enum record_mode mode,
                                  const struct record_terms *terms, off_t size, bool *moved)
 {
-	struct csv csv;
-	char *bytes;
-	size_t length;
+	struct csv csv = {0};
+	char *bytes = NULL;
+	size_t length = 0;
 
 	TRY(read_content(file, size, &bytes, &length));
 	/* What is no CSV at all is nobody's results. */
