@@ -87,6 +87,7 @@ struct stack_options stack_case_options(const struct bench_case *c)
 	        .chunk = NO_VALUE,
 	        .window = NO_VALUE,
 	        .groups = NO_VALUE,
+	        .kv_heads = NO_VALUE,
 	        .rope = NO_VALUE,
 	        .prenorm = true,
 	        .residual = true,

@@ -31,7 +31,7 @@ static int64_t general_value(const struct stack_options *options,
 	} values[] = {
 	        {"heads", options->n_heads}, {"chunk", options->chunk},
 	        {"window", options->window}, {"groups", options->groups},
-	        {"position", options->rope},
+	        {"position", options->rope}, {"kv_heads", options->kv_heads},
 	};
 
 	for (size_t i = 0; i < sizeof values / sizeof values[0]; i++)
@@ -60,6 +60,9 @@ static void configure_layer(struct layer_config *config, const struct stack_opti
 		        item->given[i] ? item->value[i] : general_value(options, &arguments[i]);
 	if (config->n_heads == 0)
 		config->n_heads = default_heads(config->class, options->d_model);
+	/* One pattern for what is the same. */
+	if (config->kv_heads == config->n_heads)
+		config->kv_heads = 0;
 }
 
 enum status stack_configure(struct stack *stack, struct device *device,

@@ -24,7 +24,7 @@ struct stack_options {
 	/* Of layers that have such an argument and whose item does not say it. Negative, or 0 where
 	 * that is not allowed: the class's default. Automatic heads: GLA 4, Mamba-2 heads of 64,
 	 * others of 128 (64 where D < 1024 or no multiple of 128, 32 where D < 128). */
-	int64_t n_heads, chunk, window, groups, rope;
+	int64_t n_heads, chunk, window, groups, kv_heads, rope;
 	bool prenorm, residual;
 	float norm_eps;
 };

@@ -43,6 +43,9 @@ const char *cudnn_attention_unsupported(const struct device *device, const void 
 
 	if (why)
 		return why;
+	if (((const struct attention_args *)args)->kv_heads !=
+	    ((const struct attention_args *)args)->n_heads)
+		return "no grouped keys";
 	const struct sdpa_shape shape = shape_of(args);
 	return sdpa_plan(device, &shape, &why) ? NULL : why;
 }
@@ -100,6 +103,8 @@ const char *cudnn_attention_backward_unsupported(const struct device *device, co
 
 	if (why)
 		return why;
+	if (a->forward.kv_heads != a->forward.n_heads)
+		return "no grouped keys";
 	const struct sdpa_shape shape = backward_shape_of(a);
 	if (!sdpa_plan(device, &shape, &why))
 		return why;

@@ -54,6 +54,8 @@ const char *cudnn_attention_step_unsupported(const struct device *device, const 
 	const struct attention_step_args *a = args;
 	const char *why;
 
+	if (a->kv_heads != a->n_heads)
+		return "no grouped keys";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->window >= 0 && a->window != a->kv_slots - 1)

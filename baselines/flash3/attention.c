@@ -41,6 +41,8 @@ const char *flash3_attention_unsupported(const struct device *device, const void
 	why = check_plain_attention(a);
 	if (why)
 		return why;
+	if (a->kv_heads != a->n_heads)
+		return "no grouped keys";
 	if (a->lse)
 		return "only its forward is built, which leaves training out";
 	if (a->d_head != 64 && a->d_head != 128)

@@ -69,6 +69,8 @@ const char *flash3_attention_step_unsupported(const struct device *device, const
 		return why;
 	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
+	if (a->kv_heads != a->n_heads)
+		return "no grouped keys";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->position_hint < 0)

@@ -91,7 +91,7 @@ bool case_same_series(const struct bench_case *a, const struct bench_case *b)
 	       strcmp(a->position, b->position) == 0 && strcmp(a->model, b->model) == 0 &&
 	       strcmp(a->block, b->block) == 0 && a->chunk == b->chunk && a->window == b->window &&
 	       a->groups == b->groups && a->d_model == b->d_model && a->n_heads == b->n_heads &&
-	       a->prompt == b->prompt && a->generate == b->generate;
+	       a->kv_heads == b->kv_heads && a->prompt == b->prompt && a->generate == b->generate;
 }
 
 static bool sweep_has(const struct sweep *sweep, const struct bench_case *c)

@@ -27,6 +27,8 @@ void describe_case(const struct bench_case *c, char *text, size_t size)
 	length = append(text, size, length, "B", c->batch);
 	length = append(text, size, length, "D", c->d_model);
 	length = append(text, size, length, "H", c->n_heads);
+	length = append(text, size, length, "KV",
+	                c->kv_heads == c->n_heads ? NO_VALUE : c->kv_heads);
 	length = append(text, size, length, "L", c->chunk);
 	length = append(text, size, length, "W", c->window);
 	length = append(text, size, length, "G", c->groups);

@@ -818,6 +818,8 @@ extern "C" const char *hopper_attention_step_unsupported(const struct device *de
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
 
+	if (a->kv_heads != a->n_heads)
+		return "no grouped keys";
 	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->out))
 		return "views must be 16-byte aligned";
 	return unsupported_shape(device, a->d_head, &a->k_cache, &a->v_cache);
