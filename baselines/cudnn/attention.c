@@ -14,6 +14,7 @@ static struct sdpa_shape shape_of(const struct attention_args *a)
 	memset(&s, 0, sizeof s);
 	s.batch = a->batch;
 	s.n_heads = a->n_heads;
+	s.kv_heads = a->kv_heads;
 	s.d_head = a->d_head;
 	s.seq_len = a->seq_len;
 	s.kv_len = a->kv_len;
@@ -43,9 +44,6 @@ const char *cudnn_attention_unsupported(const struct device *device, const void 
 
 	if (why)
 		return why;
-	if (((const struct attention_args *)args)->kv_heads !=
-	    ((const struct attention_args *)args)->n_heads)
-		return "no grouped keys";
 	const struct sdpa_shape shape = shape_of(args);
 	return sdpa_plan(device, &shape, &why) ? NULL : why;
 }
@@ -103,8 +101,6 @@ const char *cudnn_attention_backward_unsupported(const struct device *device, co
 
 	if (why)
 		return why;
-	if (a->forward.kv_heads != a->forward.n_heads)
-		return "no grouped keys";
 	const struct sdpa_shape shape = backward_shape_of(a);
 	if (!sdpa_plan(device, &shape, &why))
 		return why;

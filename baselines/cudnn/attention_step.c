@@ -35,6 +35,7 @@ static struct sdpa_shape shape_of(const struct attention_step_args *a)
 	memset(&s, 0, sizeof s);
 	s.batch = a->batch;
 	s.n_heads = a->n_heads;
+	s.kv_heads = a->kv_heads;
 	s.d_head = a->d_head;
 	s.seq_len = 1;
 	s.kv_len = a->kv_slots;
@@ -54,8 +55,6 @@ const char *cudnn_attention_step_unsupported(const struct device *device, const 
 	const struct attention_step_args *a = args;
 	const char *why;
 
-	if (a->kv_heads != a->n_heads)
-		return "no grouped keys";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->window >= 0 && a->window != a->kv_slots - 1)

@@ -16,6 +16,7 @@ static struct flash3_problem problem_of(const struct device *device, const struc
 {
 	return (struct flash3_problem){.batch = (int)a->batch,
 	                               .n_heads = (int)a->n_heads,
+	                               .kv_heads = (int)a->kv_heads,
 	                               .d_head = (int)a->d_head,
 	                               .seq_len = (int)a->seq_len,
 	                               .kv_len = (int)a->kv_len,
@@ -41,8 +42,6 @@ const char *flash3_attention_unsupported(const struct device *device, const void
 	why = check_plain_attention(a);
 	if (why)
 		return why;
-	if (a->kv_heads != a->n_heads)
-		return "no grouped keys";
 	if (a->lse)
 		return "only its forward is built, which leaves training out";
 	if (a->d_head != 64 && a->d_head != 128)

@@ -47,6 +47,7 @@ static struct flash3_problem problem_of(const struct device *device,
 	return (struct flash3_problem){
 	        .batch = (int)a->batch,
 	        .n_heads = (int)a->n_heads,
+	        .kv_heads = (int)a->kv_heads,
 	        .d_head = (int)a->d_head,
 	        .seq_len = 1,
 	        .kv_len = (int)slots.count,
@@ -69,8 +70,6 @@ const char *flash3_attention_step_unsupported(const struct device *device, const
 		return why;
 	if (!cuda_is_hopper(device))
 		return "needs compute capability 9.0";
-	if (a->kv_heads != a->n_heads)
-		return "no grouped keys";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->position_hint < 0)
