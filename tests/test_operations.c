@@ -107,7 +107,6 @@ static struct sizes any_sizes(struct dice *dice, bool narrow)
 	s.seq_len = is_long ? dice_integer(dice, 500, 4200) : any_length(dice, 200);
 	s.n_heads = is_long ? 1 : dice_integer(dice, 1, 4);
 	s.groups = any_divisor(dice, s.n_heads);
-	s.kv_heads = any_divisor(dice, s.n_heads);
 	s.d_head = is_long ? 64 : any_head(dice, narrow);
 	s.d_k = narrow ? any_head(dice, narrow) : any_width(dice, narrow, is_long ? 20 : 70);
 	s.d_v = narrow ? any_head(dice, narrow) : any_width(dice, narrow, is_long ? 20 : 140);
@@ -124,6 +123,7 @@ static struct sizes any_sizes(struct dice *dice, bool narrow)
 		s.chunk = narrow ? any_of(dice, chunks, 5) : s.chunk;
 	s.window = dice_integer(dice, 0, dice_bits(dice) & 1 ? 20 : 2 * s.seq_len);
 	s.vocab = dice_integer(dice, 2, 300);
+	s.kv_heads = any_divisor(dice, s.n_heads);
 	return s;
 }
 

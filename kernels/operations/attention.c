@@ -289,6 +289,9 @@ static void size_attention_step(void *args, const struct sizes *s, const struct 
 	a->batch = s->batch;
 	a->n_heads = s->n_heads;
 	a->kv_heads = s->kv_heads;
+	/* Now and then many heads that read the same keys. */
+	if (s->any && s->bits & 8)
+		a->n_heads = s->kv_heads * (1 + (int64_t)((s->bits >> 4) % 40));
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
 	a->scale = key_scale(s->d_head);
