@@ -108,7 +108,7 @@ static struct form form_of_case(const struct bench_case *c)
 /* Whether a sequence's length makes a difference: the operation mixes tokens, or has a cache. */
 static bool has_length(const struct form *form)
 {
-	const struct sizes small = {1, 2, 2, 1, 4, 4, 4, 8, 8, 8, 2, 2, 1, 4, false, 0};
+	const struct sizes small = {1, 2, 2, 1, 1, 4, 4, 4, 8, 8, 8, 2, 2, 1, 4, false, 0};
 	union any_args args = {0};
 	struct operand_list list;
 
@@ -173,6 +173,11 @@ static enum status complete_case(const struct options *o, const struct case_row 
 		                  "--heads: %lld (allowed: a number that divides half the width of "
 		                  "%lld)",
 		                  (long long)c->n_heads, (long long)c->d_model);
+	if (c->kv_heads != NO_VALUE && c->n_heads % c->kv_heads != 0) {
+		c->status = STATUS_UNSUPPORTED;
+		snprintf(c->message, sizeof c->message, "%lld heads of keys for %lld of queries",
+		         (long long)c->kv_heads, (long long)c->n_heads);
+	}
 	c->d_head = c->d_model / c->n_heads;
 	c->d_k = widening ? c->d_model : keys / c->n_heads;
 	c->d_v = widening ? widening * c->d_model : c->d_head;
@@ -242,6 +247,7 @@ static enum status add_row(const struct options *o, const struct case_row *row,
 	c.pass = PASS_KERNEL;
 	c.position = c.model = "";
 	c.groups = form->variant->chunks ? DEFAULT_GROUPS : NO_VALUE;
+	c.kv_heads = row->kv_heads ? row->kv_heads : NO_VALUE;
 	if (row->window)
 		c.window = options_given(o, "window") ? o->window.value[0] : row->window;
 	snprintf(c.block, sizeof c.block, "%s", row->block);
@@ -352,6 +358,7 @@ static void plan_problem(struct problem *p, struct device *device, const struct 
 	                  .seq_len = c->seq_len,
 	                  .n_heads = c->n_heads,
 	                  .groups = c->groups == NO_VALUE ? c->n_heads : c->groups,
+	                  .kv_heads = c->kv_heads == NO_VALUE ? c->n_heads : c->kv_heads,
 	                  .d_head = c->d_head,
 	                  .d_k = c->d_k,
 	                  .d_v = c->d_v,

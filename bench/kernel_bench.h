@@ -14,6 +14,7 @@ struct case_row {
 	const char *block;            /* form_name(); NULL ends a list */
 	int64_t seq_len[MAX_LENGTHS]; /* none: those of --seq-len, where a length matters */
 	int64_t n_heads;              /* 0: --heads */
+	int64_t kv_heads;             /* of keys and values; 0: as many as n_heads */
 	bool wide_keys;               /* keys as wide as values, whatever the form */
 	int64_t batch;                /* of steps, else tokens; 0: --batch, --tokens */
 	int64_t window, chunk;        /* 0: none */

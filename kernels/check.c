@@ -165,7 +165,7 @@ static bool is_judged(const struct check *c, int i)
 /* Sorts the outputs into groups that are cut alike; all are one where nothing is cut. */
 static void make_groups(struct check *c, bool whole)
 {
-	const unsigned apart = c->list.apart;
+	const unsigned apart = c->list.apart, groups = ALONG(AXIS_GROUP) | ALONG(AXIS_KV_HEAD);
 
 	for (int i = 0; i < c->list.count; i++) {
 		const struct operand *o = &c->list.operand[i];
@@ -180,9 +180,9 @@ static void make_groups(struct check *c, bool whole)
 			/* Rows that are looked at are looked at as a whole. */
 			if (!(apart & ALONG(AXIS_ROW)) || g.sums_rows)
 				g.apart = o->apart & ~ALONG(AXIS_SEQUENCE);
-			/* Heads and their group are cut together. */
-			if (g.apart & ALONG(AXIS_GROUP))
-				g.apart |= ALONG(AXIS_HEAD);
+			/* Heads and what they belong to are cut together. */
+			if (g.apart & groups)
+				g.apart = (g.apart & ~groups) | ALONG(AXIS_HEAD);
 		}
 		while (j < c->n_groups &&
 		       (c->groups[j].apart != g.apart || c->groups[j].sums != g.sums ||
@@ -195,14 +195,25 @@ static void make_groups(struct check *c, bool whole)
 	}
 }
 
+/* Sets of heads that outputs are sums over: those of a group or, where there are fewer, of a key
+ * head; else every head is one. */
+static int64_t head_sets(const struct check *c)
+{
+	const int64_t *n = c->extent;
+	int64_t sets = n[AXIS_HEAD];
+
+	for (enum axis a = AXIS_GROUP; a <= AXIS_KV_HEAD && c->list.sums_groups; a++)
+		sets = n[a] > 0 ? smaller(n[a], sets) : sets;
+	return sets;
+}
+
 /* Slices along the cut axes other than SEQUENCE and ROW: how many there are. */
 static int64_t slices_of(const struct check *c, const struct group *g)
 {
-	const bool by_group = c->list.sums_groups && c->extent[AXIS_GROUP] > 0;
 	int64_t slices = 1;
 
 	if (g->apart & ALONG(AXIS_HEAD))
-		slices *= by_group ? c->extent[AXIS_GROUP] : c->extent[AXIS_HEAD];
+		slices *= head_sets(c);
 	for (enum axis a = AXIS_CHANNEL; a <= AXIS_OUT; a++)
 		if (g->apart & ALONG(a))
 			slices *= (c->extent[a] + SLICE - 1) / SLICE;
@@ -217,19 +228,31 @@ static void cut(struct part *p, enum axis axis, int64_t first, int64_t count, in
 	p->step[axis] = step;
 }
 
+/* Set number `set` of heads, its group or groups and its key heads. */
+static void cut_head_set(const struct check *c, int64_t set, struct part *p)
+{
+	const int64_t heads = c->extent[AXIS_HEAD], groups = c->extent[AXIS_GROUP];
+	const int64_t kv_heads = c->extent[AXIS_KV_HEAD], sets = head_sets(c), n = heads / sets;
+	const bool side_by_side = sets == kv_heads;
+	const int64_t first = side_by_side ? set * n : set, step = side_by_side ? 1 : sets;
+
+	cut(p, AXIS_HEAD, first, n, step);
+	if (groups == heads)
+		cut(p, AXIS_GROUP, first, n, step);
+	else if (groups > 0)
+		cut(p, AXIS_GROUP, first % groups, 1, 1);
+	if (kv_heads == heads)
+		cut(p, AXIS_KV_HEAD, first, n, step);
+	else if (kv_heads > 0)
+		cut(p, AXIS_KV_HEAD, first / (heads / kv_heads), 1, 1);
+}
+
 /* Slice number `slice` of slices_of(). */
 static void cut_slice(const struct check *c, const struct group *g, int64_t slice, struct part *p)
 {
-	const int64_t heads = c->extent[AXIS_HEAD], groups = c->extent[AXIS_GROUP];
-
 	if (g->apart & ALONG(AXIS_HEAD)) {
-		const bool by_group = c->list.sums_groups && groups > 0;
-		const int64_t n = by_group ? groups : heads, h = slice % n;
-
-		cut(p, AXIS_HEAD, h, by_group ? heads / groups : 1, by_group ? groups : 1);
-		if (groups > 0)
-			cut(p, AXIS_GROUP, h % groups, 1, 1);
-		slice /= n;
+		cut_head_set(c, slice % head_sets(c), p);
+		slice /= head_sets(c);
 	}
 	for (enum axis a = AXIS_CHANNEL; a <= AXIS_OUT; a++) {
 		const int64_t n = (c->extent[a] + SLICE - 1) / SLICE, i = n > 0 ? slice % n : 0;

@@ -170,10 +170,10 @@ static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t
  * Outputs may alias inputs. rope false: a copy (skipped where aliased).
  */
 struct rotate_args {
-	int64_t batch, seq_len, n_heads, d_head;
+	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
 	int64_t first_kv, kv_slots;      /* 0 and seq_len, or a ring's tail and its size */
-	struct view q, k, v;             /* [B, T, H, d] */
+	struct view q, k, v;             /* [B, T, H, d]; k, v of kv_heads heads */
 	struct view q_out, k_out, v_out; /* v_out.data NULL: v is left where it is;
 	                                    likewise q_out.data NULL: q, k_out.data NULL: k */
 };
@@ -181,10 +181,10 @@ struct rotate_args {
 /* Gradients of q and k from those of the rotated ones, dq_out and dk_out: rotated back. Outputs may
  * alias inputs. rope false: a copy (skipped where aliased). */
 struct rotate_backward_args {
-	int64_t batch, seq_len, n_heads, d_head;
+	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
-	struct view dq_out, dk_out; /* [B, T, H, d] */
-	struct view dq, dk;         /* out [B, T, H, d] */
+	struct view dq_out, dk_out; /* [B, T, H, d]; dk of kv_heads heads */
+	struct view dq, dk;         /* out, likewise */
 };
 
 enum mask {
@@ -202,18 +202,19 @@ const char *mask_name(enum mask mask);
  *   o_t = sum_s p_ts v_s, p_t = softmax(scale * q_t.k_s over visible s,
  *         and own_score[t] where given, whose value is own_value[t]);
  *   out_t = sigmoid(gate_t) * o_t where a gate is given, else o_t.
- * Query head h reads column group h % q_heads of q (RAT shares q over groups;
- * q_heads = n_heads otherwise). MASK_CHUNK requires own_score (chunk 0 sees
- * no key).
+ * Head h reads column group h % q_heads of q (RAT shares q over groups) and key and
+ * value head h / (n_heads / kv_heads) (grouped keys, arXiv 2305.13245). Both divide
+ * n_heads, and at least one is n_heads. MASK_CHUNK requires own_score (chunk 0 sees no
+ * key).
  */
 struct attention_args {
-	int64_t batch, n_heads, q_heads, d_head;
+	int64_t batch, n_heads, q_heads, kv_heads, d_head;
 	int64_t seq_len, kv_len; /* queries, keys per sequence */
 	enum mask mask;
 	int64_t window, chunk; /* of MASK_WINDOW, MASK_CHUNK */
 	float scale;
 	struct view q;           /* [B, T, q_heads, d] */
-	struct view k, v;        /* [B, kv_len, H, d] */
+	struct view k, v;        /* [B, kv_len, kv_heads, d] */
 	const float *own_score;  /* [B, T, H], already scaled; or NULL */
 	struct view own_value;   /* [B, T, H, d]; used iff own_score */
 	struct view gate;        /* [B, T, H, d] logits; data NULL: none */
@@ -233,7 +234,7 @@ struct attention_backward_args {
 	                                  gate, out) hold the forward's results */
 	struct view dout;              /* [B, T, H, d] */
 	struct view dq;         /* out [B, T, q_heads, d], summed over the heads of a group */
-	struct view dk, dv;     /* out [B, kv_len, H, d] */
+	struct view dk, dv;     /* out [B, kv_len, kv_heads, d], likewise */
 	struct view dgate;      /* out [B, T, H, d] iff gate */
 	float *down_score;      /* out [B, T, H] iff own_score */
 	struct view down_value; /* out [B, T, H, d] iff own_score */
@@ -246,14 +247,14 @@ struct attention_backward_args {
  * least window + 1, or the largest position + 1.
  */
 struct attention_step_args {
-	int64_t batch, n_heads, d_head;
+	int64_t batch, n_heads, kv_heads, d_head;
 	int64_t kv_slots, window;
 	bool rope;
 	float scale;
 	const int32_t *position;      /* one, in device memory, the same for all sequences */
 	int64_t position_hint;        /* its value where the host knows it, for cost(); else -1 */
-	struct view q, k, v;          /* [B, 1, H, d] of the projection */
-	struct view k_cache, v_cache; /* [B, kv_slots, H, d] */
+	struct view q, k, v;          /* [B, 1, H, d] of the projection; k, v of kv_heads heads */
+	struct view k_cache, v_cache; /* [B, kv_slots, kv_heads, d] */
 	struct view out;              /* out [B, 1, H, d] */
 };
 

@@ -31,8 +31,9 @@ enum axis {
 	AXIS_SEQUENCE,
 	AXIS_TOKEN,
 	AXIS_HEAD,
-	AXIS_GROUP, /* of heads: head h belongs to group h % groups */
-	AXIS_ROW,   /* tokens of all sequences, for operations that do not mix them */
+	AXIS_GROUP,   /* of heads: head h belongs to group h % groups */
+	AXIS_KV_HEAD, /* head h belongs to number h / (heads / kv_heads) */
+	AXIS_ROW,     /* tokens of all sequences, for operations that do not mix them */
 	AXIS_CHANNEL,
 	AXIS_IN,  /* columns of a product's input */
 	AXIS_OUT, /* columns of its output */
@@ -87,14 +88,14 @@ struct operand_list {
 	/* Axes along which outputs can be cut, unless they say otherwise. What lacks one of
 	 * SEQUENCE and ROW is a sum over it. */
 	unsigned apart;
-	bool sums_groups; /* outputs of a group are sums over its heads */
+	bool sums_groups; /* outputs of a group, or of a key head, are sums over its heads */
 	/* The first head's number, for what counts heads; NULL: nothing does. */
 	int64_t *first_head;
 };
 
 /* Sizes to choose from; an operation takes those it has. */
 struct sizes {
-	int64_t batch, seq_len, n_heads, groups, d_head;
+	int64_t batch, seq_len, n_heads, groups, kv_heads, d_head;
 	int64_t d_k, d_v, width;   /* of keys and values of a head; of all channels */
 	int64_t d_in, d_out, rank; /* of products */
 	int64_t chunk, window, vocab;
@@ -179,6 +180,7 @@ struct dimension {
 #define TOKENS(n)    ((struct dimension){AXIS_TOKEN, n})
 #define HEADS(n)     ((struct dimension){AXIS_HEAD, n})
 #define GROUPS(n)    ((struct dimension){AXIS_GROUP, n})
+#define KV_HEADS(n)  ((struct dimension){AXIS_KV_HEAD, n})
 #define ROWS(n)      ((struct dimension){AXIS_ROW, n})
 #define CHANNELS(n)  ((struct dimension){AXIS_CHANNEL, n})
 #define INS(n)       ((struct dimension){AXIS_IN, n})
@@ -222,6 +224,14 @@ static inline void cut_heads(struct operand_list *list, int64_t *batch, int64_t 
 	cut_along(list, AXIS_HEAD, heads);
 	if (groups)
 		cut_along(list, AXIS_GROUP, groups);
+}
+
+/* The same of attention, whose keys and values have heads of their own. */
+static inline void cut_kv_heads(struct operand_list *list, int64_t *batch, int64_t *heads,
+                                int64_t *groups, int64_t *kv_heads)
+{
+	cut_heads(list, batch, heads, groups);
+	cut_along(list, AXIS_KV_HEAD, kv_heads);
 }
 
 /* Drawn from 0 .. scale. */

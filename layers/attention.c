@@ -1,6 +1,7 @@
 /*
  * Causal softmax attention, and sliding-window attention: the same layer with
- * a window. InProj's columns are v, q, k.
+ * a window. InProj's columns are v, q, k; of v and k there may be fewer heads than
+ * of q, each read by several of them (grouped keys, arXiv 2305.13245).
  */
 #include <math.h>
 
@@ -11,6 +12,7 @@ enum { STATE_K, STATE_V, N_STATES };
 enum { SAVED_LSE = SAVED_OTHER, SAVED_Q, SAVED_K, N_SAVED };
 /* Gradients of the rotated ones. */
 enum { SCRATCH_DQ = SCRATCH_OTHER, SCRATCH_DK, N_SCRATCH };
+/* Column blocks of InProj's output, in order. */
 enum block { BLOCK_V, BLOCK_Q, BLOCK_K };
 
 extern const struct layer_class swa_layer;
@@ -18,6 +20,39 @@ extern const struct layer_class swa_layer;
 static int64_t head_width(const struct layer_config *config)
 {
 	return config->d_model / config->n_heads;
+}
+
+static int64_t kv_heads(const struct layer_config *config)
+{
+	return config->kv_heads > 0 ? config->kv_heads : config->n_heads;
+}
+
+/* Columns of k, and of v. */
+static int64_t kv_width(const struct layer_config *config)
+{
+	return kv_heads(config) * head_width(config);
+}
+
+static int64_t proj_width(const struct layer_config *config)
+{
+	return config->d_model + 2 * kv_width(config);
+}
+
+static struct layer_widths attention_widths(const struct layer_config *config)
+{
+	const int64_t d = head_width(config);
+
+	return (struct layer_widths){config->n_heads, kv_heads(config), d, d};
+}
+
+static enum status attention_check(const struct layer_config *config)
+{
+	if (config->n_heads % kv_heads(config) != 0)
+		return status_set(STATUS_INVALID,
+		                  "%s: kv_heads=%lld (allowed: a divisor of %lld heads)",
+		                  config->class->name, (long long)config->kv_heads,
+		                  (long long)config->n_heads);
+	return mixing_check(config);
 }
 
 static bool has_window(const struct layer_config *config)
@@ -36,7 +71,7 @@ static int64_t cache_slots(const struct layer_config *config, const struct layer
 static int attention_state(const struct layer_config *config, const struct layer_shape *shape,
                            struct tensor_spec *specs)
 {
-	int64_t h = config->n_heads, slots = cache_slots(config, shape), d = head_width(config);
+	int64_t h = kv_heads(config), slots = cache_slots(config, shape), d = head_width(config);
 
 	specs[STATE_K] = (struct tensor_spec){
 	        "k_cache", STORAGE_ACTIVATION, 4, {shape->batch, h, slots, d}, INIT_ZEROS};
@@ -62,7 +97,7 @@ static int attention_saved(const struct layer_config *config, const struct layer
 	specs[SAVED_LSE] = tensor_rows("lse", STORAGE_FP32, shape->pass == PASS_TRAIN ? n : 0,
 	                               config->n_heads);
 	specs[SAVED_Q] = tensor_rows("q", STORAGE_ACTIVATION, rotated, d);
-	specs[SAVED_K] = tensor_rows("k", STORAGE_ACTIVATION, keys, d);
+	specs[SAVED_K] = tensor_rows("k", STORAGE_ACTIVATION, keys, kv_width(config));
 	return N_SAVED;
 }
 
@@ -73,24 +108,39 @@ static int attention_scratch(const struct layer_config *config, const struct lay
 
 	mixing_scratch(config, shape, specs);
 	specs[SCRATCH_DQ] = tensor_rows("dq", STORAGE_ACTIVATION, n, config->d_model);
-	specs[SCRATCH_DK] = tensor_rows("dk", STORAGE_ACTIVATION, n, config->d_model);
+	specs[SCRATCH_DK] = tensor_rows("dk", STORAGE_ACTIVATION, n, kv_width(config));
 	return N_SCRATCH;
 }
 
-/* A whole tensor [N, D], or block i of InProj's output, as heads. */
+/* A whole tensor [N, D], or [N, kv_width], as heads. */
 static struct view whole(const struct layer_run *run, void *tensor)
 {
 	return mixing_heads(run, tensor, run->config->d_model);
 }
 
-static struct view proj_block(const struct layer_run *run, enum block i)
+static struct view whole_keys(const struct layer_run *run, void *tensor)
 {
-	return mixing_block(run, run->memory->saved[SAVED_PROJ], i);
+	return mixing_columns(run, tensor, kv_width(run->config), 0, head_width(run->config));
+}
+
+/* A block of InProj's output or its gradient. */
+static struct view column_block(const struct layer_run *run, void *proj, enum block block)
+{
+	const struct layer_config *config = run->config;
+	const int64_t first[] = {0, kv_width(config), kv_width(config) + config->d_model};
+
+	return mixing_columns(run, proj, proj_width(config), first[block], head_width(config));
+}
+
+static struct view proj_block(const struct layer_run *run, enum block block)
+{
+	return column_block(run, run->memory->saved[SAVED_PROJ], block);
 }
 
 static struct view cache_view(const struct layer_run *run, int state)
 {
-	return mixing_slots(run, run->memory->state[state], cache_slots(run->config, run->shape));
+	return mixing_slots(run, run->memory->state[state], kv_heads(run->config),
+	                    cache_slots(run->config, run->shape));
 }
 
 /* Where attention finds its keys and, in *v, its values. */
@@ -101,7 +151,7 @@ static struct view keys(const struct layer_run *run, struct view *v)
 		return cache_view(run, STATE_K);
 	}
 	*v = proj_block(run, BLOCK_V);
-	return run->config->rope ? whole(run, run->memory->saved[SAVED_K])
+	return run->config->rope ? whole_keys(run, run->memory->saved[SAVED_K])
 	                         : proj_block(run, BLOCK_K);
 }
 
@@ -118,6 +168,7 @@ static struct attention_args attention_args(const struct layer_run *run)
 	        .batch = run->shape->batch,
 	        .n_heads = config->n_heads,
 	        .q_heads = config->n_heads,
+	        .kv_heads = kv_heads(config),
 	        .d_head = head_width(config),
 	        .seq_len = run->shape->seq_len,
 	        .kv_len = run->shape->seq_len,
@@ -142,6 +193,7 @@ static enum status rotate(const struct layer_run *run)
 	        .batch = run->shape->batch,
 	        .seq_len = run->shape->seq_len,
 	        .n_heads = config->n_heads,
+	        .kv_heads = kv_heads(config),
 	        .d_head = head_width(config),
 	        .rope = config->rope,
 	        .kv_slots = cached ? cache_slots(config, run->shape) : run->shape->seq_len,
@@ -168,6 +220,7 @@ static enum status fill_ring(const struct layer_run *run)
 	        .batch = run->shape->batch,
 	        .seq_len = run->shape->seq_len,
 	        .n_heads = config->n_heads,
+	        .kv_heads = kv_heads(config),
 	        .d_head = head_width(config),
 	        .first_kv = run->shape->seq_len - cache_slots(config, run->shape),
 	        .kv_slots = cache_slots(config, run->shape),
@@ -198,17 +251,18 @@ static enum status attention_backward(const struct layer_run *run)
 	        .batch = run->shape->batch,
 	        .seq_len = run->shape->seq_len,
 	        .n_heads = config->n_heads,
+	        .kv_heads = kv_heads(config),
 	        .d_head = head_width(config),
 	        .rope = true,
 	        .dq_out = whole(run, scratch[SCRATCH_DQ]),
-	        .dk_out = whole(run, scratch[SCRATCH_DK]),
-	        .dq = mixing_block(run, scratch[SCRATCH_DPROJ], BLOCK_Q),
-	        .dk = mixing_block(run, scratch[SCRATCH_DPROJ], BLOCK_K),
+	        .dk_out = whole_keys(run, scratch[SCRATCH_DK]),
+	        .dq = column_block(run, scratch[SCRATCH_DPROJ], BLOCK_Q),
+	        .dk = column_block(run, scratch[SCRATCH_DPROJ], BLOCK_K),
 	};
 	const struct attention_backward_args args = {
 	        .forward = attention_args(run),
 	        .dout = whole(run, scratch[SCRATCH_DMIX]),
-	        .dv = mixing_block(run, scratch[SCRATCH_DPROJ], BLOCK_V),
+	        .dv = column_block(run, scratch[SCRATCH_DPROJ], BLOCK_V),
 	        .dq = config->rope ? rotate_args.dq_out : rotate_args.dq,
 	        .dk = config->rope ? rotate_args.dk_out : rotate_args.dk,
 	};
@@ -223,6 +277,7 @@ static enum status attention_step(const struct layer_run *run)
 	const struct attention_step_args args = {
 	        .batch = run->shape->batch,
 	        .n_heads = config->n_heads,
+	        .kv_heads = kv_heads(config),
 	        .d_head = head_width(config),
 	        .kv_slots = cache_slots(config, run->shape),
 	        .window = has_window(config) ? config->window : -1,
@@ -242,10 +297,13 @@ static enum status attention_step(const struct layer_run *run)
 }
 
 /* What attention and swa have in common. */
+#define ARGUMENT_KV_HEADS                                                                          \
+	ARGUMENT("kv_heads", kv_heads, .least = 1, .automatic = true,                              \
+	         .help = "heads of keys and values, a divisor of H")
 #define ATTENTION_FUNCTIONS                                                                        \
-	.mixes = true, .check = mixing_check, .proj_width = mixing_three_widths,                   \
-	.parameters = mixing_parameters, .state = attention_state, .saved = attention_saved,       \
-	.scratch = attention_scratch, .forward = attention_forward,                                \
+	.mixes = true, .check = attention_check, .widths = attention_widths,                       \
+	.proj_width = proj_width, .parameters = mixing_parameters, .state = attention_state,       \
+	.saved = attention_saved, .scratch = attention_scratch, .forward = attention_forward,      \
 	.backward = attention_backward, .step = attention_step,                                    \
 	.golden_names = mixing_golden_names
 
@@ -258,7 +316,9 @@ static bool attention_remembers(const struct layer_config *config, int64_t posit
 const struct layer_class attention_layer = {
         .name = "attention",
         .summary = "softmax attention over all tokens before",
-        .arguments = (const struct layer_argument[]){ARGUMENT_HEADS, ARGUMENT_POSITION, {0}},
+        .arguments =
+                (const struct layer_argument[]){
+                        ARGUMENT_HEADS, ARGUMENT_KV_HEADS, ARGUMENT_POSITION, {0}},
         .remembers = attention_remembers,
         ATTENTION_FUNCTIONS,
 };
@@ -266,6 +326,7 @@ const struct layer_class attention_layer = {
 static const struct layer_argument swa_arguments[] = {
         ARGUMENT("window", window, .fallback = 1024, .help = "window W: W + 1 keys are seen"),
         ARGUMENT_HEADS,
+        ARGUMENT_KV_HEADS,
         ARGUMENT_POSITION,
         {0}};
 

@@ -93,7 +93,9 @@ struct layer_config {
 	int64_t chunk;   /* RAT: L; the family: of the chunkwise form; 0: the kernel picks */
 	int64_t window;  /* swa: W (W+1 keys) */
 	int64_t groups;  /* RAT: groups that share q and k */
-	int64_t rope;    /* 1: rotary positions */
+	/* attention, swa: heads of keys and values, fewer than of queries; 0: as many. */
+	int64_t kv_heads;
+	int64_t rope; /* 1: rotary positions */
 
 	int64_t ffn_width;      /* hidden width of an ffn; 0: 4 D */
 	int64_t train_len;      /* L of the recurrence's gate-bias initialisation */

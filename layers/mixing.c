@@ -121,9 +121,9 @@ struct view mixing_block(const struct layer_run *run, void *proj, int64_t i)
 	                      config->d_model / config->n_heads);
 }
 
-struct view mixing_slots(const struct layer_run *run, void *cache, int64_t slots)
+struct view mixing_slots(const struct layer_run *run, void *cache, int64_t n_heads, int64_t slots)
 {
-	int64_t h = run->config->n_heads, d = run->config->d_model / h;
+	int64_t d = run->config->d_model / run->config->n_heads;
 
-	return (struct view){cache, h * slots * d, d, slots * d};
+	return (struct view){cache, n_heads * slots * d, d, slots * d};
 }

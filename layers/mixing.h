@@ -41,7 +41,7 @@ struct view mixing_heads(const struct layer_run *run, void *memory, int64_t widt
 struct view mixing_block(const struct layer_run *run, void *proj, int64_t i);
 /* The place of a column as a plain pointer. */
 void *mixing_column(const struct context *ctx, void *memory, int64_t first);
-/* A cache [B, H, slots, D/H] as a view [B, slots, H, D/H]. */
-struct view mixing_slots(const struct layer_run *run, void *cache, int64_t slots);
+/* A cache [B, n_heads, slots, D/H] as a view [B, slots, n_heads, D/H]. */
+struct view mixing_slots(const struct layer_run *run, void *cache, int64_t n_heads, int64_t slots);
 
 #endif

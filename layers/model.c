@@ -67,6 +67,7 @@ enum status model_take_last(const struct stack *stack, struct context *ctx, int6
 	        .batch = n_seq,
 	        .seq_len = 1,
 	        .n_heads = d / d_head,
+	        .kv_heads = d / d_head,
 	        .d_head = d_head,
 	        .kv_slots = 1,
 	        .q = {mixing_column(ctx, stack->y, (seq_len - 1) * d), seq_len * d, d, d_head},

@@ -137,7 +137,7 @@ static struct view grouped(const struct layer_run *run, void *tensor)
 static struct view chunk_view(const struct layer_run *run, void *cache, void *saved)
 {
 	return mixing_slots(
-	        run, cache ? cache : saved,
+	        run, cache ? cache : saved, run->config->n_heads,
 	        chunks_of(run->config, cache ? run->shape->capacity : run->shape->seq_len));
 }
 
@@ -180,6 +180,7 @@ static struct attention_args attention_args(const struct layer_run *run,
 	        .batch = scan->batch,
 	        .n_heads = scan->n_heads,
 	        .q_heads = scan->groups,
+	        .kv_heads = scan->n_heads,
 	        .d_head = scan->d_head,
 	        .seq_len = scan->seq_len,
 	        .kv_len = chunks_of(run->config, scan->seq_len),

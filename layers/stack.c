@@ -91,6 +91,9 @@ static void configure_layer(struct layer_config *config, const struct stack_opti
 	if (config->n_heads == 0)
 		config->n_heads = default_heads(config->class, options->d_model);
 	adapt_defaults(config, options, item);
+	/* One pattern for what is the same. */
+	if (config->kv_heads == config->n_heads)
+		config->kv_heads = 0;
 }
 
 /* Most layers that mix tokens. */

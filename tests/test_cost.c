@@ -145,7 +145,7 @@ static void check_attention(const struct attention_args *a)
 	             own = a->own_score != NULL;
 	const double out = rows * (double)a->d_head;
 	const double q = (double)(a->batch * a->seq_len * a->q_heads * a->d_head);
-	const double kv = (double)(2 * a->batch * a->kv_len * a->n_heads * a->d_head);
+	const double kv = (double)(2 * a->batch * a->kv_len * a->kv_heads * a->d_head);
 	const double inputs = q + kv + own * out + (a->gate.data ? out : 0);
 	struct attention_backward_args back = {.forward = *a};
 
@@ -162,6 +162,7 @@ TEST(attention_costs)
 	struct attention_args a = {.batch = 2,
 	                           .n_heads = 4,
 	                           .q_heads = 4,
+	                           .kv_heads = 4,
 	                           .d_head = 3,
 	                           .seq_len = 13,
 	                           .kv_len = 13,
@@ -171,6 +172,9 @@ TEST(attention_costs)
 	a.mask = MASK_WINDOW;
 	for (a.window = 0; a.window < 16; a.window += 5)
 		check_attention(&a);
+	a.kv_heads = 2;
+	check_attention(&a);
+	a.kv_heads = 4;
 	a.lse = &nowhere;
 	a.gate = a.out_ungated = some_view;
 	a.mask = MASK_FULL;
@@ -186,11 +190,12 @@ TEST(attention_costs)
 	}
 }
 
-static void check_attention_step(int64_t window, int64_t slots, int64_t position)
+static void check_attention_step(int64_t kv_heads, int64_t window, int64_t slots, int64_t position)
 {
-	enum { B = 2, H = 3, D = 4 };
+	enum { B = 2, H = 6, D = 4 };
 	struct attention_step_args a = {.batch = B,
 	                                .n_heads = H,
+	                                .kv_heads = kv_heads,
 	                                .d_head = D,
 	                                .kv_slots = slots,
 	                                .window = window,
@@ -201,10 +206,13 @@ static void check_attention_step(int64_t window, int64_t slots, int64_t position
 		for (int64_t s = 0; s <= position; s++) {
 			if (window >= 0 && position - s > window)
 				continue;
-			c.flops += 2 * 2 * D;            /* q k^T and p v */
-			c.read += 2 * D;                 /* its own k, v come from the projection */
-			c.read += s == position ? D : 0; /* q */
-			c.written += s == position ? 3 * D : 0; /* k, v stored; out */
+			c.flops += 2 * 2 * D;               /* q k^T and p v */
+			c.read += s == position ? D : 0;    /* q */
+			c.written += s == position ? D : 0; /* out */
+			if (row % H >= kv_heads)
+				continue;
+			c.read += 2 * D; /* its own k, v come from the projection */
+			c.written += s == position ? 2 * D : 0; /* k, v stored */
 		}
 	check(OP_ATTENTION_STEP, &a, c.flops, c.read, c.read_wide, c.written, c.written_wide);
 }
@@ -212,20 +220,23 @@ static void check_attention_step(int64_t window, int64_t slots, int64_t position
 TEST(attention_step_costs)
 {
 	for (int64_t position = 0; position < 9; position++) {
-		check_attention_step(-1, 12, position);
-		check_attention_step(0, 1, position);
-		check_attention_step(3, 4, position);
-		check_attention_step(100, 101, position);
+		check_attention_step(6, -1, 12, position);
+		check_attention_step(2, -1, 12, position);
+		check_attention_step(6, 0, 1, position);
+		check_attention_step(1, 3, 4, position);
+		check_attention_step(6, 100, 101, position);
 	}
 }
 
 TEST(rotate_costs)
 {
 	enum { B = 2, T = 9, H = 3, D = 4 };
-	const double whole = B * T * H * D, tail = B * 5 * H * D;
+	enum { KV = 1 };
+	const double whole = B * T * H * D, whole_k = B * T * KV * D, tail = B * 5 * KV * D;
 	struct rotate_args a = {.batch = B,
 	                        .seq_len = T,
 	                        .n_heads = H,
+	                        .kv_heads = KV,
 	                        .d_head = D,
 	                        .rope = true,
 	                        .first_kv = 4,
@@ -236,8 +247,8 @@ TEST(rotate_costs)
 	                        .q_out = some_view,
 	                        .k_out = some_view,
 	                        .v_out = some_view};
-	struct rotate_backward_args back = {B,         T,         H,         D,        true,
-	                                    some_view, some_view, some_view, some_view};
+	struct rotate_backward_args back = {B,    T,         H,         KV,        D,
+	                                    true, some_view, some_view, some_view, some_view};
 
 	/* Two multiplications and an addition for each element of q and of the cached k. */
 	check(OP_ROTATE, &a, 3 * (whole + tail), whole + 2 * tail, 0, whole + 2 * tail, 0);
@@ -247,7 +258,8 @@ TEST(rotate_costs)
 	a.rope = false;
 	a.v_out = some_view;
 	check(OP_ROTATE, &a, 0, tail, 0, tail, 0);
-	check(OP_ROTATE_BACKWARD, &back, 3 * 2 * whole, 2 * whole, 0, 2 * whole, 0);
+	check(OP_ROTATE_BACKWARD, &back, 3 * (whole + whole_k), whole + whole_k, 0, whole + whole_k,
+	      0);
 	back.rope = false;
 	check(OP_ROTATE_BACKWARD, &back, 0, 0, 0, 0, 0);
 }

@@ -18,6 +18,8 @@ static const char *const more[] = {"swa:0",
                                    "rat:38",
                                    "rat:5,swa:3",
                                    "attention,recurrence,rat:8,gla:4",
+                                   "attention(kv_heads=1)",
+                                   "attention(kv_heads=2),swa(window=5,kv_heads=1)",
                                    NULL};
 
 /* Token t of every sequence of [B, T, D]. */
@@ -223,6 +225,7 @@ TEST(test_models_generate)
 	generate_text("rat:6,swa:7", 0);
 	generate_text("recurrence", 0);
 	generate_text("gla", 0);
+	generate_text("attention(kv_heads=1),swa(kv_heads=2)", 2);
 }
 
 /* Prompts taken a few sequences at a time fill the same caches. */

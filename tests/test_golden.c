@@ -205,8 +205,6 @@ TEST(test_what_does_not_exist)
 {
 	expect_unsupported(delta, "\"delta_rule\"", "\"delta_roll\"", "no operation 'delta_roll'");
 	expect_unsupported(swa, "local_attention", "focal_attention", "no block 'focal_attention'");
-	expect_unsupported(swa, "\"norm_eps\":\"1e-06\"", "\"n_kv_heads\" : \"1\"",
-	                   "fewer key heads");
 }
 
 /* A file of a forward pass alone is no training. */

@@ -37,13 +37,15 @@ static int64_t choose(struct problem *p, int64_t lo, int64_t hi)
 
 static struct sizes choose_sizes(struct problem *p)
 {
-	const int64_t heads = choose(p, 1, 2) * 2, groups = choose(p, 0, 2);
+	const int64_t heads = choose(p, 1, 2) * 2, groups = choose(p, 0, 2),
+	              kv_heads = choose(p, 0, 2);
 
 	return (struct sizes){
 	        .batch = choose(p, 1, 2),
 	        .seq_len = choose(p, 1, 13),
 	        .n_heads = heads,
 	        .groups = groups == 0 ? heads : groups,
+	        .kv_heads = kv_heads == 0 ? heads : kv_heads,
 	        .d_head = 2 * choose(p, 2, 3),
 	        .d_k = choose(p, 1, 4),
 	        .d_v = choose(p, 1, 5),
@@ -401,6 +403,7 @@ TEST(test_rotation_inverts)
 	const struct rotate_args rotate = {.batch = B,
 	                                   .seq_len = T,
 	                                   .n_heads = H,
+	                                   .kv_heads = H,
 	                                   .d_head = D,
 	                                   .rope = true,
 	                                   .kv_slots = T,
@@ -408,7 +411,7 @@ TEST(test_rotation_inverts)
 	                                   .k = from,
 	                                   .q_out = to,
 	                                   .k_out = to};
-	const struct rotate_backward_args unrotate = {B, T, H, D, true, to, to, again, again};
+	const struct rotate_backward_args unrotate = {B, T, H, H, D, true, to, to, again, again};
 
 	noise_normal(24, 0, 0, N, 1, noise);
 	for (int i = 0; i < N; i++)

@@ -7,8 +7,16 @@
 static const double allowed = 2e-5, allowed_row = 1e-4;
 
 /* Beside each registered layer. */
-static const char *const more[] = {
-        "rat:1", "rat:64", "swa:0", "gla:1", "rat:5,swa:3", "attention,rat,recurrence", NULL};
+static const char *const more[] = {"rat:1",
+                                   "rat:64",
+                                   "swa:0",
+                                   "gla:1",
+                                   "rat:5,swa:3",
+                                   "attention,rat,recurrence",
+                                   "attention(kv_heads=2)",
+                                   "attention(kv_heads=1,position=none)",
+                                   "swa(kv_heads=1)",
+                                   NULL};
 
 /* The same stack on the device and on its fp64 reference. */
 struct pair {
@@ -250,6 +258,7 @@ static void scale_by_gates(const double *proj, const float *bias, double *z, dou
 	const struct rotate_args rotate = {.batch = ONE_B,
 	                                   .seq_len = ONE_T,
 	                                   .n_heads = ONE_H,
+	                                   .kv_heads = ONE_H,
 	                                   .d_head = ONE_DH,
 	                                   .rope = true,
 	                                   .kv_slots = ONE_T,
@@ -286,6 +295,7 @@ TEST(test_rat_of_chunk_1_is_attention)
 	        .batch = ONE_B,
 	        .n_heads = ONE_H,
 	        .q_heads = ONE_H,
+	        .kv_heads = ONE_H,
 	        .d_head = ONE_DH,
 	        .seq_len = ONE_T,
 	        .kv_len = ONE_T,
@@ -510,6 +520,49 @@ TEST(test_groups_are_tiled)
 	}
 }
 
+/* Attention with fewer heads of keys is attention whose heads of v and k repeat: head h reads
+ * number h / (heads / kv_heads). */
+TEST(test_keys_are_grouped_side_by_side)
+{
+	enum { B = 2, T = 26, D = 48, H = 4, DH = D / H };
+	static const char *const patterns[] = {"attention", "swa"};
+
+	for (int i = 0; i < 4; i++) {
+		const int64_t kv = 1 + i / 2;
+		struct stack_options options = small_options(patterns[i % 2]);
+
+		options.kv_heads = kv;
+		scoped_fixture struct fixture *shared =
+		        fixture_open(NULL, &options, shape_of(PASS_PREFILL, B, T), 51);
+		options.kv_heads = H;
+		scoped_fixture struct fixture *full =
+		        fixture_open(NULL, &options, shape_of(PASS_PREFILL, B, T), 51);
+		const int64_t columns = kv * DH, rows = D + 2 * columns;
+		scoped float *from = malloc((size_t)(rows * D) * sizeof *from);
+		scoped float *to = malloc((size_t)(3 * D * D) * sizeof *to);
+
+		assert_int_equal(stack_parameter_count(&shared->stack, 0, PARAM_IN_PROJ), rows * D);
+		assert_int_equal(stack_parameter_count(&full->stack, 0, PARAM_IN_PROJ), 3 * D * D);
+		copy_parameters(shared, 0, shared, 0);
+		require_ok(stack_get_parameter(&shared->stack, 0, PARAM_IN_PROJ, from));
+		for (int64_t row = 0; row < 3 * D; row++) {
+			const int64_t block = row / D, h = row % D / DH;
+			const int64_t grouped = h / (H / kv) * DH + row % DH;
+			const int64_t source = block == 0   ? grouped
+			                       : block == 1 ? columns + row % D
+			                                    : columns + D + grouped;
+
+			memcpy(to + row * D, from + source * D, sizeof(float) * D);
+		}
+		require_ok(stack_set_parameter(&full->stack, 0, PARAM_IN_PROJ, to));
+		fixture_run(shared);
+		fixture_run(full);
+		scoped float *a = read_floats(shared, shared->stack.y, 0, B * T * D);
+		scoped float *b = read_floats(full, full->stack.y, 0, B * T * D);
+		assert_true(float_error(B * T * D, a, b) < allowed);
+	}
+}
+
 /* ---- the memory plan ---- */
 
 /* A stack of which nothing is allocated; to be freed. */
@@ -640,6 +693,8 @@ TEST(test_sizes_of_caches)
 	        {"attention", 2 * T * D * 4},
 	        {"swa:7", 2 * (W + 1) * D * 4},
 	        {"swa:100", 2 * T * D * 4},
+	        {"attention(kv_heads=1)", 2 * T * (D / H) * 4},
+	        {"swa(window=7,kv_heads=2)", 2 * (W + 1) * 2 * (D / H) * 4},
 	        {"rat:16", 2 * (T / L) * D * 4 + 2 * D * 4},
 	        {"recurrence", D * 4},
 	        {"gla", H * (D / 2 / H) * (D / H) * 4},

@@ -77,6 +77,7 @@ static void expect_caught(const struct kernel *kernels, const char *path, const 
 	}
 
 static const char layer_attention[] = "tests/golden/layer_attention.safetensors";
+static const char layer_gqa[] = "tests/golden/layer_attention_gqa.safetensors";
 static const char layer_swa[] = "tests/golden/layer_swa.safetensors";
 static const char layer_rat[] = "tests/golden/layer_rat_L16.safetensors";
 static const char model_rat[] = "tests/golden/model_rat.safetensors";
@@ -184,25 +185,31 @@ static enum status scan_grouped(struct device *device, const struct rat_scan_arg
 	return status;
 }
 
-/* Attention with q spread over the heads first. */
+/* Attention with q, k and v spread over the heads first. */
 static enum status attend_grouped(struct device *device, const struct attention_args *args,
-                                  group_of *group)
+                                  group_of *group, group_of *kv)
 {
 	struct attention_args a = *args;
+	int64_t B = a.batch, H = a.n_heads, d = a.d_head;
 
-	a.q_heads = a.n_heads;
-	a.q = spread(&args->q, group, args->q_heads, a.batch, a.seq_len, a.n_heads, a.d_head);
+	a.q_heads = a.kv_heads = H;
+	a.q = spread(&args->q, group, args->q_heads, B, a.seq_len, H, d);
+	a.k = spread(&args->k, kv, args->kv_heads, B, a.kv_len, H, d);
+	a.v = spread(&args->v, kv, args->kv_heads, B, a.kv_len, H, d);
 	float *workspace = new_floats((int64_t)cpu_attention_workspace(device, &a) / 4 + 64);
 	enum status status = cpu_attention(device, &a, workspace);
 	free(workspace);
 	free(a.q.data);
+	free(a.k.data);
+	free(a.v.data);
 	return status;
 }
 
 KERNEL(rat_scan_tiled, return scan_grouped(device, args, tiled))
 KERNEL(rat_scan_by_block, return scan_grouped(device, args, by_block))
-KERNEL(attention_tiled, return attend_grouped(device, args, tiled))
-KERNEL(attention_by_block, return attend_grouped(device, args, by_block))
+KERNEL(attention_tiled, return attend_grouped(device, args, tiled, by_block))
+KERNEL(attention_by_block, return attend_grouped(device, args, by_block, by_block))
+KERNEL(attention_keys_tiled, return attend_grouped(device, args, tiled, tiled))
 
 TEST(test_heads_grouped_by_block)
 {
@@ -220,6 +227,18 @@ TEST(test_heads_grouped_by_block)
 	expect_pass(right, layer_rat, "y - x");
 	expect_pass(right, layer_rat, "dx - dy");
 	expect_caught(wrong, layer_rat, "y - x");
+}
+
+/* Heads of keys are the other way round: read by heads side by side (0 0 1 1). */
+TEST(test_keys_grouped_by_tiling)
+{
+	const struct kernel *right = MUTANT(OP_ATTENTION, NULL, attention_tiled);
+	const struct kernel *wrong = MUTANT(OP_ATTENTION, NULL, attention_keys_tiled);
+
+	expect_pass(right, layer_gqa, "y - x");
+	expect_pass(right, layer_gqa, "dx - dy");
+	expect_caught(wrong, layer_gqa, "y - x");
+	expect_pass(wrong, layer_attention, "y - x");
 }
 
 /* -------- the gated delta rule's decay after the correction -------- */

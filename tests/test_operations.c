@@ -123,6 +123,7 @@ static struct sizes any_sizes(struct dice *dice, bool narrow)
 		s.chunk = narrow ? any_of(dice, chunks, 5) : s.chunk;
 	s.window = dice_integer(dice, 0, dice_bits(dice) & 1 ? 20 : 2 * s.seq_len);
 	s.vocab = dice_integer(dice, 2, 300);
+	s.kv_heads = any_divisor(dice, s.n_heads);
 	return s;
 }
 
@@ -153,12 +154,13 @@ static void make_problem(struct subject *s, uint64_t seed)
 	omp_set_num_threads((int)dice_integer(&dice, 1, MAX_THREADS));
 	problem_plan(&s->problem, s->device, s->operation, &form, NULL);
 	snprintf(s->label, sizeof s->label,
-	         "%s, seed %llu: B %ld, T %ld, H %ld (%ld), d %ld, %ld x %ld, width %ld, %ld to "
+	         "%s, seed %llu: B %ld, T %ld, H %ld (%ld, %ld), d %ld, %ld x %ld, width %ld, %ld "
+	         "to "
 	         "%ld, chunk %ld, window %ld%s",
 	         form.variant ? form.variant->name : "", (unsigned long long)seed, (long)z->batch,
-	         (long)z->seq_len, (long)z->n_heads, (long)z->groups, (long)z->d_head, (long)z->d_k,
-	         (long)z->d_v, (long)z->width, (long)z->d_in, (long)z->d_out, (long)z->chunk,
-	         (long)z->window, s->problem.hard ? ", hard" : "");
+	         (long)z->seq_len, (long)z->n_heads, (long)z->groups, (long)z->kv_heads,
+	         (long)z->d_head, (long)z->d_k, (long)z->d_v, (long)z->width, (long)z->d_in,
+	         (long)z->d_out, (long)z->chunk, (long)z->window, s->problem.hard ? ", hard" : "");
 }
 
 /* Runs with exactly the workspace that is asked for, poisoned and guarded. */

@@ -27,6 +27,9 @@ TEST(spells_patterns_out)
 	        {"rat(position=none,groups=1)", "rat(chunk=16,groups=1,heads=2,position=none)"},
 	        {"swa", "swa(window=1024,heads=2,position=rope)"},
 	        {"attention:4", "attention(heads=4,position=rope)"},
+	        {"attention(heads=4,kv_heads=2)", "attention(heads=4,kv_heads=2,position=rope)"},
+	        {"attention(kv_heads=2)", "attention(heads=2,position=rope)"},
+	        {"swa(kv_heads=1)", "swa(window=1024,heads=2,kv_heads=1,position=rope)"},
 	        {"gla,gla:64", "gla(heads=4),gla(chunk=64,heads=4)"},
 	        {"gla(chunk=0,heads=0)", "gla(heads=4)"},
 	        {"mamba2", "mamba2(heads=4)"},
@@ -71,6 +74,9 @@ TEST(refuses_what_it_cannot_read)
 	        {"attention(heads=3)", "attention: heads=3 (allowed: a divisor of D = 128)"},
 	        {"attention(heads=128)", "position=none"},
 	        {"gla(heads=128)", "gla: heads=128"},
+	        {"attention(kv_heads=3)", "attention: kv_heads=3 (allowed: a divisor of 2 heads)"},
+	        {"swa(kv_heads=4)", "swa: kv_heads=4 (allowed: a divisor of 2 heads)"},
+	        {"rat(kv_heads=1)", "rat has no argument 'kv_heads'"},
 	        {"rat(groups=3)", "rat: groups=3 (allowed: a divisor of 2 heads)"},
 	};
 	scoped struct stack *stack = calloc(1, sizeof *stack);

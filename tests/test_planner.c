@@ -121,6 +121,14 @@ TEST(rows_carry_what_ran)
 	                                           {"state_bytes_per_sequence", "32768"},
 	                                           {"state_bytes_per_token", "512"},
 	                                           {NULL, NULL}};
+	static const char *const grouped[][2] = {
+	        {"pattern", "attention(heads=2,kv_heads=1,position=rope)"},
+	        {"n_heads", "2"},
+	        {"kv_heads", "1"},
+	        {"parameters", "12352"},
+	        {"state_bytes_per_sequence", "16384"},
+	        {"state_bytes_per_token", "256"},
+	        {NULL, NULL}};
 	static const char *const gla[][2] = {{"pattern", "gla(heads=4)"},
 	                                     {"n_heads", "4"},
 	                                     {"d_k", "8"},
@@ -149,6 +157,7 @@ TEST(rows_carry_what_ran)
 	        {"pattern", ""}, {"n_heads", ""}, {"d_head", ""}, {"d_k", ""}, {NULL, NULL}};
 
 	expect_row("--pattern attention", attention);
+	expect_row("--pattern attention(kv_heads=1)", grouped);
 	expect_row("--pattern gla", gla);
 	expect_row("--pattern gla --chunk 8 --heads 2", gla8);
 	expect_row("--pattern rat:8,swa(heads=1),recurrence --heads 2 --groups 1 --window 3 "

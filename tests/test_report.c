@@ -257,11 +257,14 @@ TEST(test_schemas)
 	        "heads=2,position=none)\",prefill,bf16,1,8192,16,8,1,none,64,2,,,,8,8,8,9,,,ok,,\n"
 	        "2,,,,GPU,,hybrid,recurrence,,prefill,bf16,1,8192,,,,,64,,,,,8,8,8,9,,,ok,,\n"
 	        "2,,,,GPU,,hybrid,hybrid,\"rat(chunk=16,groups=2),rat(chunk=64,groups=2)\",prefill,"
-	        "bf16,1,8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n";
+	        "bf16,1,8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n"
+	        "2,,,,GPU,,hybrid,attention,\"attention(heads=2,kv_heads=1)\",prefill,bf16,1,8192,,"
+	        ",,rope,64,2,,,,8,8,8,9,,,ok,,\n";
 	const char *output = compare(0, old, new);
+	expect_text(output, "attention KV=1");
 	expect_text(output, "rat-swa L=16 W=8 G=1 NoPE");
 	expect_text(output, "rat-rat L=16|64");
-	expect_text(output, "3 faster, 0 slower, 0 overlap, 1 without a verdict");
+	expect_text(output, "3 faster, 0 slower, 0 overlap, 2 without a verdict");
 	output = report(
 	        2, "4,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n",
 	        "");

@@ -14,6 +14,7 @@ static struct sdpa_shape shape_of(const struct attention_args *a)
 	memset(&s, 0, sizeof s);
 	s.batch = a->batch;
 	s.n_heads = a->n_heads;
+	s.kv_heads = a->kv_heads;
 	s.d_head = a->d_head;
 	s.seq_len = a->seq_len;
 	s.kv_len = a->kv_len;

@@ -112,8 +112,7 @@ struct graph_tensor graph_scalar(struct graph *graph, enum cudnn_data type, int6
 	return make_tensor(graph, type, ones, ones, id, BY_VALUE);
 }
 
-static struct graph_tensor make_virtual(struct graph *graph, enum cudnn_data type,
-                                        const int64_t dims[4])
+struct graph_tensor graph_virtual(struct graph *graph, enum cudnn_data type, const int64_t dims[4])
 {
 	const int64_t strides[4] = {dims[1] * dims[2] * dims[3], dims[2] * dims[3], dims[3], 1};
 
@@ -150,7 +149,7 @@ struct graph_tensor graph_product(struct graph *graph, const struct graph_tensor
                                   const struct graph_tensor *n)
 {
 	const int64_t dims[4] = {a->dims[0], a->dims[1], a->dims[2], b->dims[3]};
-	struct graph_tensor c = make_virtual(graph, CUDNN_DATA_FLOAT, dims);
+	struct graph_tensor c = graph_virtual(graph, CUDNN_DATA_FLOAT, dims);
 
 	graph_matmul(graph, a, b, &c, m, n, NULL);
 	return c;
@@ -186,17 +185,15 @@ struct graph_tensor graph_pointwise(struct graph *graph, enum cudnn_pointwise mo
                                     const struct graph_tensor *x, const struct graph_tensor *b,
                                     const struct graph_tensor *t)
 {
-	struct graph_tensor y = make_virtual(graph, type, x->dims);
+	struct graph_tensor y = graph_virtual(graph, type, x->dims);
 
 	graph_pointwise_into(graph, mode, compute, axis, x, b, t, &y);
 	return y;
 }
 
-struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction operator,
-                                 const struct graph_tensor * x)
+void graph_reduce_into(struct graph *graph, enum cudnn_reduction operator,
+                       const struct graph_tensor * x, const struct graph_tensor *y)
 {
-	const int64_t dims[4] = {x->dims[0], x->dims[1], x->dims[2], 1};
-	struct graph_tensor y = make_virtual(graph, CUDNN_DATA_FLOAT, dims);
 	void *reduction = create(graph, CUDNN_BACKEND_REDUCTION);
 	void *operation = create(graph, CUDNN_BACKEND_OPERATION_REDUCTION);
 	const int operator_value = (int)operator;
@@ -207,8 +204,17 @@ struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction opera
 	finalize(graph, reduction);
 	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_REDUCTION_DESC, reduction);
 	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x->descriptor);
-	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y.descriptor);
+	set_descriptor(graph, operation, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y->descriptor);
 	add_operation(graph, operation);
+}
+
+struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction operator,
+                                 const struct graph_tensor * x)
+{
+	const int64_t dims[4] = {x->dims[0], x->dims[1], x->dims[2], 1};
+	struct graph_tensor y = graph_virtual(graph, CUDNN_DATA_FLOAT, dims);
+
+	graph_reduce_into(graph, operator, x, &y);
 	return y;
 }
 

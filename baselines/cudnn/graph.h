@@ -51,10 +51,13 @@ struct graph_tensor graph_scalar(struct graph *graph, enum cudnn_data type, int6
 void graph_matmul(struct graph *graph, const struct graph_tensor *a, const struct graph_tensor *b,
                   const struct graph_tensor *c, const struct graph_tensor *m,
                   const struct graph_tensor *n, const struct graph_tensor *k);
-/* The same into a new fp32 tensor that is never stored. */
+/* The same into a new fp32 tensor that is never stored, with the batches and heads of a. */
 struct graph_tensor graph_product(struct graph *graph, const struct graph_tensor *a,
                                   const struct graph_tensor *b, const struct graph_tensor *m,
                                   const struct graph_tensor *n);
+
+/* A dense tensor that is never stored. */
+struct graph_tensor graph_virtual(struct graph *graph, enum cudnn_data type, const int64_t dims[4]);
 
 /* y = mode(x, b, t), element by element; b and t may be NULL. `axis` is GEN_INDEX's. */
 void graph_pointwise_into(struct graph *graph, enum cudnn_pointwise mode, enum cudnn_data compute,
@@ -66,6 +69,10 @@ struct graph_tensor graph_pointwise(struct graph *graph, enum cudnn_pointwise mo
                                     const struct graph_tensor *x, const struct graph_tensor *b,
                                     const struct graph_tensor *t);
 
+/* The reduction of x along those dimensions of which y has fewer: each of y's is made of several
+ * that lie side by side. */
+void graph_reduce_into(struct graph *graph, enum cudnn_reduction operator,
+                       const struct graph_tensor * x, const struct graph_tensor *y);
 /* The reduction of x's last dimension, fp32, never stored. */
 struct graph_tensor graph_reduce(struct graph *graph, enum cudnn_reduction operator,
                                  const struct graph_tensor * x);

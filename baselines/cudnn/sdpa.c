@@ -53,21 +53,33 @@ void sdpa_strides(int64_t strides[3], const struct view *view)
 	strides[2] = view->head;
 }
 
-/* [B, H, T, d] of a view. */
-static struct graph_tensor tensor_of(struct graph *g, const struct sdpa_shape *s, int64_t tokens,
-                                     const int64_t strides[3], int64_t id)
+/* [B, heads, T, d] of a view. */
+static struct graph_tensor tensor_of(struct graph *g, const struct sdpa_shape *s, int64_t heads,
+                                     int64_t tokens, const int64_t strides[3], int64_t id)
 {
-	const int64_t dims[4] = {s->batch, s->n_heads, tokens, s->d_head};
+	const int64_t dims[4] = {s->batch, heads, tokens, s->d_head};
 	const int64_t steps[4] = {strides[0], strides[2], strides[1], 1};
 
 	return graph_tensor(g, CUDNN_DATA_BFLOAT16, dims, steps, id);
 }
 
-/* [B, H, d, T]: keys, or values, as a product's right operand. */
+static struct graph_tensor queries(struct graph *g, const struct sdpa_shape *s,
+                                   const int64_t strides[3], int64_t id)
+{
+	return tensor_of(g, s, s->n_heads, s->seq_len, strides, id);
+}
+
+static struct graph_tensor keys(struct graph *g, const struct sdpa_shape *s,
+                                const int64_t strides[3], int64_t id)
+{
+	return tensor_of(g, s, s->kv_heads, s->kv_len, strides, id);
+}
+
+/* [B, kv_heads, d, T]: keys, or values, as a product's right operand. */
 static struct graph_tensor transposed(struct graph *g, const struct sdpa_shape *s,
                                       const int64_t strides[3], int64_t id)
 {
-	const int64_t dims[4] = {s->batch, s->n_heads, s->d_head, s->kv_len};
+	const int64_t dims[4] = {s->batch, s->kv_heads, s->d_head, s->kv_len};
 	const int64_t steps[4] = {strides[0], strides[2], 1, strides[1]};
 
 	return graph_tensor(g, CUDNN_DATA_BFLOAT16, dims, steps, id);
@@ -172,10 +184,10 @@ static struct graph_tensor softmax(struct graph *g, const struct sdpa_shape *s,
 
 static void build_forward(struct graph *g, const struct sdpa_shape *s)
 {
-	struct graph_tensor q = tensor_of(g, s, s->seq_len, s->q, ID_Q);
+	struct graph_tensor q = queries(g, s, s->q, ID_Q);
 	struct graph_tensor k = transposed(g, s, s->k, ID_K);
-	struct graph_tensor v = tensor_of(g, s, s->kv_len, s->v, ID_V);
-	struct graph_tensor out = tensor_of(g, s, s->seq_len, s->out, ID_OUT);
+	struct graph_tensor v = keys(g, s, s->v, ID_V);
+	struct graph_tensor out = queries(g, s, s->out, ID_OUT);
 	struct graph_tensor scale = graph_scalar(g, CUDNN_DATA_FLOAT, ID_SCALE);
 	struct graph_tensor query_lengths, key_lengths, *rows = NULL, *columns = NULL;
 
@@ -212,7 +224,7 @@ static struct graph_tensor row_sums(struct graph *g, const struct sdpa_shape *s,
                                     const struct graph_tensor *dout)
 {
 	const enum cudnn_data f = CUDNN_DATA_FLOAT;
-	struct graph_tensor out = tensor_of(g, s, s->seq_len, s->out, ID_OUT);
+	struct graph_tensor out = queries(g, s, s->out, ID_OUT);
 	struct graph_tensor one = graph_scalar(g, f, ID_ONE);
 	struct graph_tensor delta = per_query(g, s, ID_DELTA);
 	struct graph_tensor product =
@@ -223,7 +235,8 @@ static struct graph_tensor row_sums(struct graph *g, const struct sdpa_shape *s,
 	return delta;
 }
 
-/* x^T right, where x [B, H, T, keys] is never stored; into `to`. */
+/* x^T right, where x [B, H, T, keys] is never stored; into `to`, summed over the heads that read
+ * the same keys. */
 static void multiply_transposed(struct graph *g, const struct sdpa_shape *s,
                                 const struct graph_tensor *x, const struct graph_tensor *right,
                                 const struct graph_tensor *to)
@@ -233,25 +246,32 @@ static void multiply_transposed(struct graph *g, const struct sdpa_shape *s,
 	const int64_t steps[4] = {s->n_heads * area, area, 1, s->kv_len};
 	struct graph_tensor left = graph_reshape(g, CUDNN_DATA_BFLOAT16, x, dims, steps);
 
-	graph_matmul(g, &left, right, to, NULL, NULL, NULL);
+	if (s->kv_heads == s->n_heads) {
+		graph_matmul(g, &left, right, to, NULL, NULL, NULL);
+		return;
+	}
+	const int64_t all[4] = {s->batch, s->n_heads, s->kv_len, s->d_head};
+	struct graph_tensor apart = graph_virtual(g, CUDNN_DATA_BFLOAT16, all);
+	graph_matmul(g, &left, right, &apart, NULL, NULL, NULL);
+	graph_reduce_into(g, CUDNN_REDUCE_ADD, &apart, to);
 }
 
 /* The gradients, in the order of operations that cuDNN recognizes. */
 static void build_backward(struct graph *g, const struct sdpa_shape *s)
 {
 	const enum cudnn_data f = CUDNN_DATA_FLOAT;
-	const int64_t key_dims[4] = {s->batch, s->n_heads, s->kv_len, s->d_head};
+	const int64_t key_dims[4] = {s->batch, s->kv_heads, s->kv_len, s->d_head};
 	const int64_t key_steps[4] = {s->k[0], s->k[2], s->k[1], 1};
 	const int64_t dense[3] = {s->n_heads * s->seq_len * s->d_head, s->d_head,
 	                          s->seq_len * s->d_head};
 	const int64_t sum_dims[4] = {s->batch, s->n_heads, s->seq_len, s->d_head};
 	const int64_t sum_steps[4] = {dense[0], dense[2], dense[1], 1};
-	struct graph_tensor q = tensor_of(g, s, s->seq_len, s->q, ID_Q);
+	struct graph_tensor q = queries(g, s, s->q, ID_Q);
 	struct graph_tensor k = transposed(g, s, s->k, ID_K), v = transposed(g, s, s->v, ID_V);
-	struct graph_tensor dout = tensor_of(g, s, s->seq_len, s->dout, ID_DOUT);
-	struct graph_tensor dq = tensor_of(g, s, s->seq_len, s->dq, ID_DQ);
-	struct graph_tensor dk = tensor_of(g, s, s->kv_len, s->dk, ID_DK);
-	struct graph_tensor dv = tensor_of(g, s, s->kv_len, s->dv, ID_DV);
+	struct graph_tensor dout = queries(g, s, s->dout, ID_DOUT);
+	struct graph_tensor dq = queries(g, s, s->dq, ID_DQ);
+	struct graph_tensor dk = keys(g, s, s->dk, ID_DK);
+	struct graph_tensor dv = keys(g, s, s->dv, ID_DV);
 	struct graph_tensor scale = graph_scalar(g, f, ID_SCALE);
 	struct graph_tensor lse = per_query(g, s, ID_LSE);
 	struct graph_tensor delta = row_sums(g, s, &dout);
@@ -270,9 +290,9 @@ static void build_backward(struct graph *g, const struct sdpa_shape *s)
 	x = graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, &x, &p, NULL);
 	x = graph_pointwise(g, CUDNN_POINTWISE_MUL, f, f, -1, &x, &scale, NULL);
 	multiply_transposed(g, s, &x, &q, &dk);
-	struct graph_tensor keys = graph_reshape(g, CUDNN_DATA_BFLOAT16, &k, key_dims, key_steps);
+	struct graph_tensor k_rows = graph_reshape(g, CUDNN_DATA_BFLOAT16, &k, key_dims, key_steps);
 	struct graph_tensor sum = graph_tensor(g, f, sum_dims, sum_steps, ID_DQ_SUM);
-	graph_matmul(g, &x, &keys, &sum, NULL, NULL, NULL);
+	graph_matmul(g, &x, &k_rows, &sum, NULL, NULL, NULL);
 	graph_pointwise_into(g, CUDNN_POINTWISE_IDENTITY, f, -1, &sum, NULL, NULL, &dq);
 }
 

@@ -8,7 +8,7 @@
 /* What distinguishes one plan from another. Clear it with memset before filling: plans are found by
  * its bytes. */
 struct sdpa_shape {
-	int64_t batch, n_heads, d_head, seq_len, kv_len;
+	int64_t batch, n_heads, kv_heads, d_head, seq_len, kv_len;
 	int64_t mask;                         /* enum mask, CHUNK excepted */
 	int64_t window;                       /* of MASK_WINDOW */
 	int64_t stats;                        /* whether lse is stored */

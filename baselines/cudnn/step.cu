@@ -4,7 +4,8 @@
 
 enum { THREADS = 128 };
 
-/* d / 8 neighbouring lanes take one head of one sequence. */
+/* d / 8 neighbouring lanes take one head of one sequence, and its key and value if it is the first
+ * that reads them. */
 template <int D>
 static __global__ void __launch_bounds__(THREADS)
         cudnn_step_kernel(const __grid_constant__ struct attention_step_args a,
@@ -15,12 +16,13 @@ static __global__ void __launch_bounds__(THREADS)
 	const bool valid = row < a.batch * a.n_heads;
 	const int64_t b = valid ? row / a.n_heads : 0, h = valid ? row % a.n_heads : 0;
 	const int64_t position = *a.position, slot = position % a.kv_slots;
+	const int64_t readers = a.n_heads / a.kv_heads, kv = h / readers;
 	const int lane = threadIdx.x % (D / 8);
 	float q[8], k[8], v[8];
 
 	load8(q, at(a.q, b, 0, h) + 8 * lane);
-	load8(k, at(a.k, b, 0, h) + 8 * lane);
-	load8(v, at(a.v, b, 0, h) + 8 * lane);
+	load8(k, at(a.k, b, 0, kv) + 8 * lane);
+	load8(v, at(a.v, b, 0, kv) + 8 * lane);
 	if (a.rope) {
 		rope_lanes(q, table, lane, D / 8, position);
 		rope_lanes(k, table, lane, D / 8, position);
@@ -28,8 +30,10 @@ static __global__ void __launch_bounds__(THREADS)
 	if (!valid)
 		return;
 	store8(q_out + row * D + 8 * lane, q);
-	store8(at(a.k_cache, b, slot, h) + 8 * lane, k);
-	store8(at(a.v_cache, b, slot, h) + 8 * lane, v);
+	if (h % readers == 0) {
+		store8(at(a.k_cache, b, slot, kv) + 8 * lane, k);
+		store8(at(a.v_cache, b, slot, kv) + 8 * lane, v);
+	}
 	if (lane == 0 && h == 0 && key_lengths) {
 		query_lengths[b] = 1;
 		key_lengths[b] = (int32_t)(a.window < 0 ? position : min(position, a.window)) + 1;

@@ -16,6 +16,7 @@ static struct flash3_problem problem_of(const struct device *device, const struc
 {
 	return (struct flash3_problem){.batch = (int)a->batch,
 	                               .n_heads = (int)a->n_heads,
+	                               .kv_heads = (int)a->kv_heads,
 	                               .d_head = (int)a->d_head,
 	                               .seq_len = (int)a->seq_len,
 	                               .kv_len = (int)a->kv_len,

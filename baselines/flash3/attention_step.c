@@ -47,6 +47,7 @@ static struct flash3_problem problem_of(const struct device *device,
 	return (struct flash3_problem){
 	        .batch = (int)a->batch,
 	        .n_heads = (int)a->n_heads,
+	        .kv_heads = (int)a->kv_heads,
 	        .d_head = (int)a->d_head,
 	        .seq_len = 1,
 	        .kv_len = (int)slots.count,

@@ -30,6 +30,8 @@ void describe_case(const struct bench_case *c, char *text, size_t size)
 	length = append(text, size, length, "B", c->batch);
 	length = append(text, size, length, "D", c->d_model);
 	length = append(text, size, length, "H", c->n_heads);
+	length = append(text, size, length, "KV",
+	                c->kv_heads == c->n_heads ? NO_VALUE : c->kv_heads);
 	length = append(text, size, length, "L", c->chunk);
 	length = append(text, size, length, "W", c->window);
 	length = append(text, size, length, "G", c->groups);
@@ -109,7 +111,10 @@ static void name_of(const struct record *r, char *name, size_t size)
 
 	pattern_names(r->pattern, ',', names, sizeof names);
 	const char *more = r->model[0] ? r->model : strcmp(names, r->block) ? names : "";
-	snprintf(name, size, "%s%s%s", r->block, more[0] ? " " : "", more);
+	const int length = snprintf(name, size, "%s%s%s", r->block, more[0] ? " " : "", more);
+
+	if (r->kv_heads >= 0 && r->kv_heads != r->n_heads)
+		snprintf(name + length, size - (size_t)length, " KV=%" PRId64, r->kv_heads);
 }
 
 static void print_ratio_row(FILE *file, const struct record *r)

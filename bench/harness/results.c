@@ -47,7 +47,8 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 		const char *argument, *label, *usual; /* usual: a value that goes without saying */
 	} told[] = {{"chunk", "L=", ""},
 	            {"window", "W=", ""},
-	            {"groups", "G=", "2"}, /* of q and k of a RAT */
+	            {"groups", "G=", "2"},   /* of q and k of a RAT */
+	            {"kv_heads", "KV=", ""}, /* fewer than heads, or it is not told */
 	            {"position", "", "rope"}};
 	const char *pattern = csv_text(csv, row, "pattern");
 	char *series = result->series, value[64];

@@ -94,12 +94,12 @@ static void pack_value(float *to, const float *v, int64_t d)
 static void load_keys(const struct attention_args *a, const struct tile *tile, int64_t first,
                       int64_t n, struct scratch *s)
 {
-	int64_t d = a->d_head;
+	int64_t d = a->d_head, kv = tile->h / (a->n_heads / a->kv_heads);
 
 	for (int64_t j = 0; j < n; j++) {
-		memcpy(s->k + j * d, view_at(&a->k, tile->b, first + j, tile->h),
+		memcpy(s->k + j * d, view_at(&a->k, tile->b, first + j, kv),
 		       (size_t)d * sizeof(float));
-		pack_value(s->v + j * ROWS, view_at(&a->v, tile->b, first + j, tile->h), d);
+		pack_value(s->v + j * ROWS, view_at(&a->v, tile->b, first + j, kv), d);
 	}
 	memset(s->k + n * d, 0, (size_t)((round_up(n, ROWS) - n) * d) * sizeof(float));
 }

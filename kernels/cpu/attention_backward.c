@@ -2,8 +2,9 @@
  * Backward of softmax attention on the CPU: tiled, the probabilities recomputed
  * from the logarithm of the denominator (FlashAttention-2, arXiv 2307.08691).
  *
- * A thread takes one head and walks over tiles of KEYS keys, kept transposed as
- * panels (keys in the lanes); for each it walks over the queries that see it:
+ * A thread takes one head of keys and walks over tiles of KEYS keys, kept transposed
+ * as panels (keys in the lanes); for each it walks over the queries that see it, of
+ * one head that reads these keys after the other:
  *   S = Q K^T, dP = dO V^T     query rows broadcast, contraction over d;
  *   P = exp(S - lse), dS = P (dP - delta);
  *   dV^T += dO^T P, dK^T += Q^T dS   contraction over the queries;
@@ -39,16 +40,18 @@ struct scratch {
 struct plan {
 	const struct attention_backward_args *args;
 	int64_t d, d_pad, padded_len; /* queries rounded up to ROWS */
-	int64_t splits, items;        /* items = batch * n_heads * splits */
+	int64_t readers;              /* heads that read a head of keys */
+	int64_t splits, items;        /* items = batch * kv_heads * splits */
 	float *delta;                 /* [B, H, T] rowsum(do * o) */
-	float *dq;                    /* [items][d_pad / PANEL][padded_len][PANEL] */
+	float *dq;                    /* [items][readers][d_pad / PANEL][padded_len][PANEL] */
 	float *scratch;               /* [threads][scratch_size] */
 	size_t scratch_size, size;    /* floats */
 };
 
-/* What one thread works on: keys first .. first+n-1 of head h, sequence b; its share of dq. */
+/* What one thread works on: keys first .. first+n-1 of head kv, sequence b; queries of head h, and
+ * this item's share of their dq. */
 struct tile {
-	int64_t b, h, first, n;
+	int64_t b, h, kv, first, n;
 	float *dq;
 };
 
@@ -72,17 +75,18 @@ static size_t scratch_carve(struct scratch *s, float *base, int64_t d)
 static struct plan make_plan(const struct attention_backward_args *args, float *base)
 {
 	const struct attention_args *a = &args->forward;
-	int64_t heads = a->batch * a->n_heads, threads = omp_get_max_threads();
+	int64_t heads = a->batch * a->kv_heads, threads = omp_get_max_threads();
 	int64_t tiles = max_i64((a->kv_len + KEYS - 1) / KEYS, 1);
 	struct plan p = {.args = args, .d = a->d_head, .d_pad = round_up(a->d_head, PANEL)};
 	struct scratch unused;
 
+	p.readers = a->n_heads / a->kv_heads;
 	p.padded_len = round_up(a->seq_len, ROWS);
 	p.splits = heads >= 2 * threads ? 1 : min_i64((4 * threads + heads - 1) / heads, tiles);
 	p.items = heads * p.splits;
 	p.scratch_size = scratch_carve(&unused, NULL, p.d);
-	size_t delta_size = (size_t)round_up(heads * a->seq_len, 64);
-	size_t dq_size = (size_t)round_up(p.items * p.padded_len * p.d_pad, 64);
+	size_t delta_size = (size_t)round_up(a->batch * a->n_heads * a->seq_len, 64);
+	size_t dq_size = (size_t)round_up(p.items * p.readers * p.padded_len * p.d_pad, 64);
 	p.size = delta_size + dq_size + (size_t)threads * p.scratch_size;
 	if (base) {
 		p.delta = base;
@@ -150,17 +154,17 @@ static void load_keys(const struct attention_args *a, const struct tile *tile, s
 		int64_t lanes = min_i64(n - p, PANEL);
 
 		pack_transposed(s->k_lanes + p * d,
-		                view_at(&a->k, tile->b, tile->first + p, tile->h), a->k.token,
+		                view_at(&a->k, tile->b, tile->first + p, tile->kv), a->k.token,
 		                lanes, d, a->scale * LOG2_E);
 		pack_transposed(s->v_lanes + p * d,
-		                view_at(&a->v, tile->b, tile->first + p, tile->h), a->v.token,
+		                view_at(&a->v, tile->b, tile->first + p, tile->kv), a->v.token,
 		                lanes, d, 1.0f);
 	}
 	memset(s->k, 0, (size_t)(KEYS * d_pad) * sizeof(float));
 	for (int64_t j = 0; j < n; j++)
 		for (int64_t i = 0; i < d; i += PANEL)
 			memcpy(s->k + i * KEYS + j * PANEL,
-			       view_at(&a->k, tile->b, tile->first + j, tile->h) + i,
+			       view_at(&a->k, tile->b, tile->first + j, tile->kv) + i,
 			       (size_t)min_i64(PANEL, d - i) * sizeof(float));
 	memset(s->dk, 0, (size_t)(padded * d_pad) * sizeof(float));
 	memset(s->dv, 0, (size_t)(padded * d_pad) * sizeof(float));
@@ -313,8 +317,8 @@ static void store_keys(const struct plan *p, const struct tile *tile, const stru
 
 	for (int64_t j = 0; j < tile->n; j++) {
 		int64_t lane = j / PANEL * PANEL * p->d_pad + j % PANEL;
-		float *dk = view_at(&p->args->dk, tile->b, tile->first + j, tile->h);
-		float *dv = view_at(&p->args->dv, tile->b, tile->first + j, tile->h);
+		float *dk = view_at(&p->args->dk, tile->b, tile->first + j, tile->kv);
+		float *dv = view_at(&p->args->dv, tile->b, tile->first + j, tile->kv);
 
 		for (int64_t i = 0; i < p->d; i++)
 			dk[i] = s->dk[lane + i * PANEL] * a->scale;
@@ -323,21 +327,27 @@ static void store_keys(const struct plan *p, const struct tile *tile, const stru
 	}
 }
 
-/* One head's tiles split, split + splits, ...: dk and dv of their keys, dq into the item's buffer.
- */
+/* Tiles split, split + splits, ... of a head of keys: their dk and dv, and dq of all its readers
+ * into the item's buffer. */
 static void differentiate_item(const struct plan *p, int64_t item, struct scratch *s)
 {
 	const struct attention_args *a = &p->args->forward;
-	int64_t heads = a->batch * a->n_heads, head = item % heads, split = item / heads;
-	struct tile tile = {.b = head / a->n_heads, .h = head % a->n_heads};
+	int64_t heads = a->batch * a->kv_heads, head = item % heads, split = item / heads;
+	int64_t dq_size = p->padded_len * p->d_pad;
+	float *dq = p->dq + item * p->readers * dq_size;
+	struct tile tile = {.b = head / a->kv_heads, .kv = head % a->kv_heads};
 
-	tile.dq = p->dq + item * p->padded_len * p->d_pad;
-	memset(tile.dq, 0, (size_t)(p->padded_len * p->d_pad) * sizeof(float));
+	memset(dq, 0, (size_t)(p->readers * dq_size) * sizeof(float));
 	for (tile.first = split * KEYS; tile.first < a->kv_len; tile.first += p->splits * KEYS) {
 		tile.n = min_i64(KEYS, a->kv_len - tile.first);
 		load_keys(a, &tile, s);
-		for (int64_t t = 0; t < a->seq_len; t += QUERIES)
-			differentiate_queries(p, &tile, t, min_i64(QUERIES, a->seq_len - t), s);
+		for (int64_t reader = 0; reader < p->readers; reader++) {
+			tile.h = tile.kv * p->readers + reader;
+			tile.dq = dq + reader * dq_size;
+			for (int64_t t = 0; t < a->seq_len; t += QUERIES)
+				differentiate_queries(p, &tile, t, min_i64(QUERIES, a->seq_len - t),
+				                      s);
+		}
 		store_keys(p, &tile, s);
 	}
 }
@@ -346,7 +356,7 @@ static void differentiate_item(const struct plan *p, int64_t item, struct scratc
 static void sum_dq(const struct plan *p, int64_t b, int64_t t)
 {
 	const struct attention_args *a = &p->args->forward;
-	int64_t heads = a->batch * a->n_heads;
+	int64_t heads = a->batch * a->kv_heads;
 
 	for (int64_t g = 0; g < a->q_heads; g++) {
 		float *dq = view_at(&p->args->dq, b, t, g);
@@ -354,8 +364,9 @@ static void sum_dq(const struct plan *p, int64_t b, int64_t t)
 		memset(dq, 0, (size_t)p->d * sizeof(float));
 		for (int64_t h = g; h < a->n_heads; h += a->q_heads)
 			for (int64_t split = 0; split < p->splits; split++) {
-				int64_t item = split * heads + b * a->n_heads + h;
-				const float *part = p->dq + item * p->padded_len * p->d_pad;
+				int64_t item = split * heads + b * a->kv_heads + h / p->readers;
+				const float *part = p->dq + (item * p->readers + h % p->readers) *
+				                                    p->padded_len * p->d_pad;
 #pragma omp simd
 				for (int64_t i = 0; i < p->d; i++)
 					dq[i] += a->scale * part[i / PANEL * PANEL * p->padded_len +

@@ -139,7 +139,7 @@ static void rotate_block(const struct rotate_args *a, float sign, const double *
 		if (a->q_out.data)
 			rotate_token(&a->q_out, t, &a->q, b, t, a->n_heads, half, angles, sign);
 		if (a->k_out.data && t >= a->first_kv)
-			rotate_token(&a->k_out, t % a->kv_slots, &a->k, b, t, a->n_heads, half,
+			rotate_token(&a->k_out, t % a->kv_slots, &a->k, b, t, a->kv_heads, half,
 			             angles, sign);
 	}
 }
@@ -171,7 +171,7 @@ static bool same_place(const struct view *a, const struct view *b)
 
 /* Tokens from `first` on, each to its slot, as they are. */
 static void copy_tokens(const struct rotate_args *a, const struct view *to, const struct view *from,
-                        int64_t first, int64_t slots)
+                        int64_t n_heads, int64_t first, int64_t slots)
 {
 	int64_t count = a->seq_len - first;
 
@@ -180,7 +180,7 @@ static void copy_tokens(const struct rotate_args *a, const struct view *to, cons
 #pragma omp parallel for schedule(static)
 	for (int64_t i = 0; i < a->batch * count; i++)
 		copy_token(to, (first + i % count) % slots, from, i / count, first + i % count,
-		           a->n_heads, a->d_head);
+		           n_heads, a->d_head);
 }
 
 static const char *rotation_unsupported(bool rope, int64_t d_head)
@@ -209,10 +209,10 @@ enum status cpu_rotate(struct device *device, const void *args, void *workspace)
 	if (a->rope) {
 		rotate_q_and_k(a, 1, workspace);
 	} else {
-		copy_tokens(a, &a->q_out, &a->q, 0, a->seq_len);
-		copy_tokens(a, &a->k_out, &a->k, a->first_kv, a->kv_slots);
+		copy_tokens(a, &a->q_out, &a->q, a->n_heads, 0, a->seq_len);
+		copy_tokens(a, &a->k_out, &a->k, a->kv_heads, a->first_kv, a->kv_slots);
 	}
-	copy_tokens(a, &a->v_out, &a->v, a->first_kv, a->kv_slots);
+	copy_tokens(a, &a->v_out, &a->v, a->kv_heads, a->first_kv, a->kv_slots);
 	return STATUS_OK;
 }
 
@@ -237,6 +237,7 @@ enum status cpu_rotate_backward(struct device *device, const void *args, void *w
 	        .batch = a->batch,
 	        .seq_len = a->seq_len,
 	        .n_heads = a->n_heads,
+	        .kv_heads = a->kv_heads,
 	        .d_head = a->d_head,
 	        .kv_slots = a->seq_len,
 	        .q = a->dq_out,
@@ -248,8 +249,8 @@ enum status cpu_rotate_backward(struct device *device, const void *args, void *w
 	if (a->rope) {
 		rotate_q_and_k(&back, -1, workspace);
 	} else {
-		copy_tokens(&back, &a->dq, &a->dq_out, 0, a->seq_len);
-		copy_tokens(&back, &a->dk, &a->dk_out, 0, a->seq_len);
+		copy_tokens(&back, &a->dq, &a->dq_out, a->n_heads, 0, a->seq_len);
+		copy_tokens(&back, &a->dk, &a->dk_out, a->kv_heads, 0, a->seq_len);
 	}
 	return STATUS_OK;
 }

@@ -129,6 +129,7 @@ static __global__ void __launch_bounds__(THREADS)
 {
 	const struct place p(rows, a.n_heads);
 	const int warp = threadIdx.x / 32, i = threadIdx.x;
+	const int64_t kv = attention_kv_head(&a, p.h);
 	struct softmax s = {-INFINITY, 0, {}};
 	int64_t lo, hi;
 
@@ -139,8 +140,8 @@ static __global__ void __launch_bounds__(THREADS)
 	for (int64_t key = lo + warp; key < hi; key += WARPS)
 		s.add(a.d_head,
 		      a.scale * dot(a.d_head, at(&a.q, p.b, p.row, p.h % a.q_heads),
-		                    at(&a.k, p.b, key, p.h)),
-		      at(&a.v, p.b, key, p.h));
+		                    at(&a.k, p.b, key, kv)),
+		      at(&a.v, p.b, key, kv));
 	merge(&s);
 	const double o = channel_sum(s.o) / s.sum;
 	if (a.lse && i == 0)
@@ -229,8 +230,9 @@ static __device__ double differentiate(const struct backward &w, int64_t b, int6
                                        int64_t s, double *ds)
 {
 	const struct attention_args &a = w.a.forward;
-	const double product = dot(a.d_head, at(&a.q, b, t, h % a.q_heads), at(&a.k, b, s, h));
-	const double dp = dot(a.d_head, at(&w.d_o, b, t, h), at(&a.v, b, s, h));
+	const int64_t kv = attention_kv_head(&a, h);
+	const double product = dot(a.d_head, at(&a.q, b, t, h % a.q_heads), at(&a.k, b, s, kv));
+	const double dp = dot(a.d_head, at(&w.d_o, b, t, h), at(&a.v, b, s, kv));
 	const double p = exp(a.scale * product - doubles(a.lse)[statistic(a, b, t, h)]);
 
 	*ds = a.scale * p * (dp - w.delta[statistic(a, b, t, h)]);
@@ -253,7 +255,7 @@ static __global__ void __launch_bounds__(THREADS)
 			own_gradients(w, p.b, p.row, h);
 		for (int64_t s = lo + warp; s < hi; s += WARPS) {
 			differentiate(w, p.b, h, p.row, s, &ds);
-			add_scaled(a.d_head, ds, at(&a.k, p.b, s, h), dq);
+			add_scaled(a.d_head, ds, at(&a.k, p.b, s, attention_kv_head(&a, h)), dq);
 		}
 	}
 	const double sum = channel_sum(dq);
@@ -261,20 +263,23 @@ static __global__ void __launch_bounds__(THREADS)
 		at(&w.a.dq, p.b, p.row, p.h)[threadIdx.x] = sum;
 }
 
+/* The place's head is one of the keys'. */
 static __global__ void __launch_bounds__(THREADS) keys_kernel(struct backward w, struct list keys)
 {
 	const struct attention_args &a = w.a.forward;
-	const struct place key(keys, a.n_heads);
+	const struct place key(keys, a.kv_heads);
+	const int64_t readers = a.n_heads / a.kv_heads;
 	double dk[LANE_CHANNELS] = {}, dv[LANE_CHANNELS] = {}, ds;
 	int64_t lo, hi;
 
 	seeing_queries(&a, key.row, &lo, &hi);
-	for (int64_t t = lo + threadIdx.x / 32; t < hi; t += WARPS) {
-		const double p = differentiate(w, key.b, key.h, t, key.row, &ds);
+	for (int64_t h = key.h * readers; h < (key.h + 1) * readers; h++)
+		for (int64_t t = lo + threadIdx.x / 32; t < hi; t += WARPS) {
+			const double p = differentiate(w, key.b, h, t, key.row, &ds);
 
-		add_scaled(a.d_head, ds, at(&a.q, key.b, t, key.h % a.q_heads), dk);
-		add_scaled(a.d_head, p, at(&w.d_o, key.b, t, key.h), dv);
-	}
+			add_scaled(a.d_head, ds, at(&a.q, key.b, t, h % a.q_heads), dk);
+			add_scaled(a.d_head, p, at(&w.d_o, key.b, t, h), dv);
+		}
 	const double k_sum = channel_sum(dk), v_sum = channel_sum(dv);
 	if (threadIdx.x >= a.d_head)
 		return;
@@ -306,5 +311,5 @@ REFERENCE(attention_backward)
 	}
 	TRY(launch(device, delta_kernel, quotient_up(n_rows, WARPS), 0, w));
 	TRY(launch(device, queries_kernel, f->batch * f->q_heads * rows.count, 0, w, rows));
-	return launch(device, keys_kernel, f->batch * f->n_heads * keys.count, 0, w, keys);
+	return launch(device, keys_kernel, f->batch * f->kv_heads * keys.count, 0, w, keys);
 }

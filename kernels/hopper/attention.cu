@@ -16,7 +16,8 @@
  * interval cuts are masked. RESIDENT: keys that fit in the ring stay there for a unit. The softmax
  * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^40
  * are its scores formed again (by mma, which a warp can do alone) and the maximum moved: nothing
- * waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2.
+ * waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2; those that
+ * read the same keys side by side.
  *
  * Limit: the tensor pipe, busy 94% of its cycles at d = 128, T = 131072 (692 TFLOP/s at 1.43 GHz);
  * at T = 4096 (623 TFLOP/s) the start and the end of a query tile. docs/kernels/attention.md.
@@ -60,6 +61,7 @@ template <int D> struct shape {
 struct parameters {
 	CUtensorMap q, k, v, own_value, gate, out, ungated;
 	int seq_len, kv_len, n_heads, q_heads, pairs; /* pairs: batch * n_heads */
+	int readers;                                  /* heads that read a head of keys */
 	int window;
 	uint32_t chunk_magic, chunk_shift; /* t / chunk = t * magic >> shift */
 	enum mask mask;
@@ -260,7 +262,7 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 		const int number = gridDim.x + atomicAdd(p.ticket, 1);
 		const unit next = number < n_units ? locate(p, number) : end;
 		const span n = key_tiles<D>(p, u.m);
-		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+		const int b = u.pair / p.n_heads, h = (u.pair - b * p.n_heads) / p.readers;
 
 		units.put(next);
 		if (RESIDENT) {
@@ -1043,8 +1045,8 @@ enum status fill_parameters(const struct device *device, parameters &p,
 	};
 
 	encode(&p.q, &a->q, a->seq_len, a->q_heads, 64);
-	encode(&p.k, &a->k, a->kv_len, a->n_heads, TILE_N);
-	encode(&p.v, &a->v, a->kv_len, a->n_heads, TILE_N);
+	encode(&p.k, &a->k, a->kv_len, a->kv_heads, TILE_N);
+	encode(&p.v, &a->v, a->kv_len, a->kv_heads, TILE_N);
 	encode(&p.out, &a->out, a->seq_len, a->n_heads, 64);
 	if (a->own_score)
 		encode(&p.own_value, &a->own_value, a->seq_len, a->n_heads, 64);
@@ -1057,6 +1059,7 @@ enum status fill_parameters(const struct device *device, parameters &p,
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->q_heads);
 	p.pairs = static_cast<int>(a->batch * a->n_heads);
+	p.readers = static_cast<int>(a->n_heads / a->kv_heads);
 	p.window = static_cast<int>(a->window);
 	set_chunk(p, a->mask == MASK_CHUNK ? a->chunk : 1);
 	p.mask = a->mask;
@@ -1071,7 +1074,7 @@ enum status fill_parameters(const struct device *device, parameters &p,
 	p.tiles_per_unit = (p.m_tiles + p.units_per_pair - 1) / p.units_per_pair;
 	p.units_per_pair = (p.m_tiles + p.tiles_per_unit - 1) / p.tiles_per_unit;
 	const int64_t pair_bytes = a->kv_len * a->d_head * 4;
-	const int64_t fit = pair_bytes ? L2_BUDGET / pair_bytes : p.pairs;
+	const int64_t fit = pair_bytes ? L2_BUDGET * p.readers / pair_bytes : p.pairs;
 	const int64_t wave = (cuda_sm_count(device) + p.units_per_pair - 1) / p.units_per_pair;
 	const int64_t group = !resident && wave < fit ? wave : fit;
 	p.heads_per_group = static_cast<int>(group < 1 ? 1 : group < p.pairs ? group : p.pairs);

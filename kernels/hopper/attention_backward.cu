@@ -3,7 +3,8 @@
  *   prepare    takes the gate from the gradient of the output, forms delta and all gradients that
  *              need one query alone, pads the queries' statistics to whole tiles
  *   backward   persistent: 128 keys of one head at a time, whose dK and dV it holds, and the
- *              queries that see them in tiles of 64 (d = 64: 128)
+ *              queries that see them in tiles of 64 (d = 64: 128), of one head that reads
+ *              these keys after the other
  *   finish     turns the sums of dQ into bf16
  * Roles in the second:
  *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, queries, gradients of outputs
@@ -53,8 +54,9 @@ template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
 
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
-	int seq_len, n_heads, q_heads, pairs; /* pairs: batch * n_heads */
-	int seen_keys;                        /* no query sees the keys after these */
+	int seq_len, n_heads, q_heads, kv_heads, pairs; /* pairs: batch * kv_heads */
+	int readers;                                    /* heads that read a head of keys */
+	int seen_keys;                                  /* no query sees the keys after these */
 	int window, chunk;
 	enum mask mask;
 	float scale, scale_log2;  /* scale * log2(e) */
@@ -62,7 +64,7 @@ struct parameters {
 	const float *lse, *delta; /* [pairs][padded_len], lse in base 2 */
 	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][DQ_FLOATS], as accumulators lie */
 	int key_tiles;
-	int heads_per_group; /* batch*head pairs that share L2 */
+	int heads_per_group; /* pairs that share L2 */
 	int *ticket;
 };
 
@@ -107,7 +109,7 @@ template <int D> struct shared_layout {
 
 static_assert(shared_layout<64>::BYTES <= 227 * 1024 && shared_layout<128>::BYTES <= 227 * 1024);
 
-/* What one ticket stands for: tile n of the keys of a sequence and head; n < 0: no more. */
+/* What one ticket stands for: tile n of the keys of a sequence and head of keys; n < 0: no more. */
 struct unit {
 	static constexpr int BYTES = 8; /* in shared memory */
 
@@ -192,9 +194,10 @@ template <int D> struct producer {
 		return shared + layout::BARRIERS + which * 8;
 	}
 
-	__device__ void load_rows(int m, int pair, int b, int h)
+	__device__ void load_rows(int m, int b, int h)
 	{
-		const int64_t at = static_cast<int64_t>(pair) * p.padded_len + m * QUERIES<D>;
+		const int64_t at =
+		        (static_cast<int64_t>(b) * p.n_heads + h) * p.padded_len + m * QUERIES<D>;
 		const uint32_t q_full = barrier(BAR_Q_FULL + rows.slot);
 		const uint32_t do_full = barrier(BAR_DO_FULL + rows.slot);
 
@@ -241,19 +244,22 @@ template <int D> struct producer {
 		units.put(u);
 		while (u.n >= 0) {
 			const span m = query_tiles<D>(p, u.n);
-			const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+			const int b = u.pair / p.kv_heads, kv = u.pair - b * p.kv_heads;
+			const int h = kv * p.readers;
 
 			if (m.first < m.end) {
-				load_keys(u.n, b, h);
-				load_rows(m.first, u.pair, b, h);
-				load_values(u.n, b, h);
+				load_keys(u.n, b, kv);
+				load_rows(m.first, b, h);
+				load_values(u.n, b, kv);
 			}
 			const int number = gridDim.x + atomicAdd(p.ticket, 1);
 			const unit next = number < n_units ? locate(p, number) : end;
 			units.put(next);
 #pragma unroll 1
-			for (int i = m.first + 1; i < m.end; i++)
-				load_rows(i, u.pair, b, h);
+			for (int reader = 0; reader < p.readers; reader++)
+#pragma unroll 1
+				for (int i = m.first + (reader == 0); i < m.end; i++)
+					load_rows(i, b, h + reader);
 			u = next;
 		}
 	}
@@ -275,32 +281,34 @@ template <int D> __device__ __forceinline__ void send(const parameters &p, uint3
 
 	while (units.get(u)) {
 		const span m = query_tiles<D>(p, u.n);
-		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
-		float *to =
-		        p.dq +
-		        ((static_cast<int64_t>(b) * p.q_heads + h % p.q_heads) * tiles + m.first) *
-		                WARPGROUPS * DQ_FLOATS +
-		        w * DQ_FLOATS;
+		const int b = u.pair / p.kv_heads, kv = u.pair - b * p.kv_heads;
 
 		if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
-			for (int i = m.first; i < m.end; i++) {
-				barrier_wait(full, parity);
-				parity ^= 1;
-				bulk_add(to, out, layout::OUT_BYTES);
-				store_commit();
-				store_wait_read();
-				barrier_arrive(empty);
-				to += WARPGROUPS * DQ_FLOATS;
+			for (int reader = 0; reader < p.readers; reader++) {
+				const int h = (kv * p.readers + reader) % p.q_heads;
+				const int64_t tile =
+				        (static_cast<int64_t>(b) * p.q_heads + h) * tiles;
+				float *to = p.dq + ((tile + m.first) * WARPGROUPS + w) * DQ_FLOATS;
+#pragma unroll 1
+				for (int i = m.first; i < m.end; i++) {
+					barrier_wait(full, parity);
+					parity ^= 1;
+					bulk_add(to, out, layout::OUT_BYTES);
+					store_commit();
+					store_wait_read();
+					barrier_arrive(empty);
+					to += WARPGROUPS * DQ_FLOATS;
+				}
 			}
 			barrier_wait(full, parity);
 			parity ^= 1;
 #pragma unroll
 			for (int panel = 0; panel < D / 64; panel++) {
 				tensor_store(&p.dk, dk + panel * PANEL_BYTES, panel * 64,
-				             u.n * KEYS + w * 64, h, b);
+				             u.n * KEYS + w * 64, kv, b);
 				tensor_store(&p.dv, out + panel * PANEL_BYTES, panel * 64,
-				             u.n * KEYS + w * 64, h, b);
+				             u.n * KEYS + w * 64, kv, b);
 			}
 			store_commit();
 			store_wait_read();
@@ -637,14 +645,20 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 		                rows_operand(layout::Q, 16));
 		barrier_wait(barrier(BAR_V_FULL), v_parity);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
-		if (tiles.first == tiles.end - 1) {
-			step<true, true>(tiles.first, key, s, dk, dv);
+		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
+
+		if (left == 0) {
+			step<true, true>(m, key, s, dk, dv);
 		} else {
-			step<true, false>(tiles.first, key, s, dk, dv);
+			step<true, false>(m, key, s, dk, dv);
 #pragma unroll 1
-			for (int m = tiles.first + 1; m < tiles.end - 1; m++)
+			while (true) {
+				m = m + 1 < tiles.end ? m + 1 : tiles.first;
+				if (--left == 0)
+					break;
 				step<false, false>(m, key, s, dk, dv);
-			step<false, true>(tiles.end - 1, key, s, dk, dv);
+			}
+			step<false, true>(m, key, s, dk, dv);
 		}
 		issue_dq(dq, before);
 		wgmma_wait<0>();
@@ -962,14 +976,16 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 
 	encode(&p.q, &a->q, a->seq_len, a->q_heads, QUERIES<D>);
 	encode(&p.dout, a->gate.data ? &gated : &args->dout, a->seq_len, a->n_heads, QUERIES<D>);
-	encode(&p.k, &a->k, a->kv_len, a->n_heads, KEYS);
-	encode(&p.v, &a->v, a->kv_len, a->n_heads, KEYS);
-	encode(&p.dk, &args->dk, a->kv_len, a->n_heads, 64);
-	encode(&p.dv, &args->dv, a->kv_len, a->n_heads, 64);
+	encode(&p.k, &a->k, a->kv_len, a->kv_heads, KEYS);
+	encode(&p.v, &a->v, a->kv_len, a->kv_heads, KEYS);
+	encode(&p.dk, &args->dk, a->kv_len, a->kv_heads, 64);
+	encode(&p.dv, &args->dv, a->kv_len, a->kv_heads, 64);
 	p.seq_len = static_cast<int>(a->seq_len);
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->q_heads);
-	p.pairs = static_cast<int>(a->batch * a->n_heads);
+	p.kv_heads = static_cast<int>(a->kv_heads);
+	p.readers = static_cast<int>(a->n_heads / a->kv_heads);
+	p.pairs = static_cast<int>(a->batch * a->kv_heads);
 	p.window = static_cast<int>(a->window < a->seq_len ? a->window : a->seq_len);
 	p.chunk = static_cast<int>(a->chunk < a->seq_len ? a->chunk : a->seq_len);
 	p.mask = a->mask;
@@ -983,7 +999,7 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	p.delta = reinterpret_cast<float *>(base + plan.delta);
 	p.dq = reinterpret_cast<float *>(base + plan.dq);
 	p.key_tiles = static_cast<int>((a->kv_len + KEYS - 1) / KEYS);
-	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8);
+	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8 * p.readers);
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
 	p.ticket = reinterpret_cast<int *>(base + plan.ticket);
 	return status;
@@ -1000,7 +1016,7 @@ enum status launch(struct device *device, const struct attention_backward_args *
 	parameters p;
 	enum status status = fill_parameters<D>(p, args, plan, base);
 	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
-	const int64_t prepare = p.pairs * (plan.padded_len / PREPARED_ROWS);
+	const int64_t prepare = a->batch * a->n_heads * (plan.padded_len / PREPARED_ROWS);
 	const int64_t finish = a->batch * a->q_heads * (plan.padded_len / QUERIES<D>);
 
 	if (status != STATUS_OK)

@@ -5,6 +5,7 @@
  * hopper_attention, hopper_attention_backward: d = 64 or 128, every mask, own token and gate. The
  *   backward sums dq in an order that differs from run to run.
  * hopper_attention_step, hopper_rat_step: d = 64 or 128, each head's cache contiguous.
+ * hopper_grouped_step: the attention_step of heads that share keys, or of any cache; d = 64 or 128.
  * hopper_rat_scan: d = 64 or 128.
  * hopper_recurrence: any width that is a multiple of 8.
  * hopper_scalar_decay: the plain rule, decays that channels share; d_k up to 256. The form picked
@@ -29,6 +30,7 @@
 	X(ATTENTION, "hopper", hopper_attention, checked, workspace)                               \
 	X(ATTENTION_BACKWARD, "hopper", hopper_attention_backward, checked, workspace)             \
 	X(ATTENTION_STEP, "hopper", hopper_attention_step, checked, workspace)                     \
+	X(ATTENTION_STEP, "hopper", hopper_grouped_step, checked, workspace)                       \
 	X(RAT_SCAN, "hopper", hopper_rat_scan, checked, workspace)                                 \
 	X(RAT_STEP, "hopper", hopper_rat_step, checked, workspace)                                 \
 	X(RECURRENCE, "hopper", hopper_recurrence, checked, workspace)                             \

@@ -218,6 +218,17 @@ __device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap *
 	             : "memory");
 }
 
+/* The same under an L2 policy. */
+__device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap *map,
+                                            uint32_t barrier, int c0, int c1, int c2, int c3,
+                                            uint64_t policy)
+{
+	asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+	             ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
+	             "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+	             : "memory");
+}
+
 /* Box of a 4-D tensor from shared memory; what lies after the tensor's end is not written.
  * Negative coordinates, which a load takes, are an illegal instruction here. */
 __device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int c0,
@@ -363,6 +374,15 @@ __device__ __forceinline__ void load_transposed_x4(uint32_t shared, uint32_t *r)
 	             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
 	             : "r"(shared)
 	             : "memory");
+}
+
+/* A warp's 8 x 8 matrix, row lane/4 and columns 2(lane%4) and the next in each lane, transposed. */
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x)
+{
+	uint32_t y;
+
+	asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+	return y;
 }
 
 __device__ __forceinline__ void store_transposed_x4(uint32_t shared, uint32_t a, uint32_t b,

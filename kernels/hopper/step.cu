@@ -20,7 +20,6 @@
  * ends of kernels, which wait for all loads in flight on the multiprocessor, those of the next
  * kernel too: a RAT block at T = 131072 takes 35.7 us, its bytes 22.6. docs/kernels/step.md.
  */
-#include <algorithm>
 #include <cuda_runtime.h>
 #include <math.h>
 
@@ -29,6 +28,7 @@
 #include "kernels/hopper/launch.cuh"
 #include "kernels/hopper/ptx.cuh"
 #include "kernels/hopper/ring.cuh"
+#include "kernels/hopper/step.cuh"
 #include "kernels/kernels.h"
 
 using namespace hopper;
@@ -36,30 +36,8 @@ using namespace hopper;
 namespace
 {
 
-constexpr int TILE = 64, STAGES = 2, HEADERS = 2, BLOCKS_PER_SM = 3;
-/*
- * Of few pairs: fewer blocks, beside which a projection fits (linear.cu), with one piece each; and
- * the tiles of each that are loaded ahead of the wait.
- */
-constexpr int FEW_BLOCKS_PER_SM = 2, EARLY = 1;
+constexpr int STAGES = 2, HEADERS = 2, BLOCKS_PER_SM = 3;
 constexpr int CONSUMER_WARPS = 4, CONSUMERS = CONSUMER_WARPS * 32, THREADS = CONSUMERS + 32;
-/*
- * Where there is a pair for every block, the last ones are cut into TAIL_PIECES so that all blocks
- * end together. Fewer pairs are all cut: each block gets up to ROUNDS pieces, of at least SHORTEST
- * tiles where one round would do, and no pair more than MAX_PIECES.
- */
-constexpr int TAIL_PIECES = 8, ROUNDS = 32, SHORTEST = 8, MAX_PIECES = 64;
-constexpr int MAX_BLOCKS = 1024;
-
-struct bf16_view {
-	__nv_bfloat16 *data;
-	int64_t batch, head;
-	__device__ __nv_bfloat16 *at(int b, int h) const
-	{
-		return data + b * batch + h * head;
-	}
-};
-
 /* What both operations share; RAT's fields are unused otherwise. */
 struct parameters {
 	int n_heads, q_heads, pairs, slots, window, chunk;
@@ -82,11 +60,6 @@ struct parameters {
  */
 __device__ unsigned int ticket, pieces_done[MAX_BLOCKS];
 
-/* The keys of earlier tokens: `count` of them, in slots first, first + 1, ... modulo slots. */
-struct history {
-	int count, first, tiles; /* tiles per pair, at least one */
-};
-
 template <bool RAT> __device__ history history_at(const parameters &p, int position)
 {
 	history h;
@@ -100,39 +73,6 @@ template <bool RAT> __device__ history history_at(const parameters &p, int posit
 	}
 	h.tiles = max((h.count + TILE - 1) / TILE, 1);
 	return h;
-}
-
-/* Chunks of work, drawn in this order: `whole` pairs, then the pieces, `length` tiles each, of the
- * rest. */
-struct schedule {
-	int whole, pieces, length, chunks;
-};
-
-__device__ __forceinline__ schedule schedule_of(const parameters &p, const history &past)
-{
-	schedule s;
-
-	s.whole = p.pairs - p.cut;
-	s.length = max((past.tiles + p.pieces - 1) / p.pieces,
-	               min((past.tiles + p.round - 1) / p.round, SHORTEST));
-	s.pieces = (past.tiles + s.length - 1) / s.length;
-	s.chunks = s.whole + p.cut * s.pieces;
-	return s;
-}
-
-/* Tiles [first, end) of one pair; a negative pair: no more work. */
-struct work {
-	int pair, first, end;
-};
-
-__device__ __forceinline__ work chunk_at(const schedule &s, const history &past, int chunk)
-{
-	if (chunk < s.whole)
-		return {chunk, 0, past.tiles};
-	const int cut = (chunk - s.whole) / s.pieces;
-	const int first = (chunk - s.whole - cut * s.pieces) * s.length;
-
-	return {s.whole + cut, first, min(first + s.length, past.tiles)};
 }
 
 /*
@@ -329,11 +269,6 @@ __device__ __forceinline__ void load_eight_floats(float (&x)[8], uint32_t shared
 		             : "r"(shared + i * 4));
 }
 
-__device__ __forceinline__ void store_eight(__nv_bfloat16 *target, const float (&x)[8])
-{
-	*reinterpret_cast<uint4 *>(target) = pack_bf16(x);
-}
-
 /* Sum over the lanes that share a key. */
 template <int LANES> __device__ __forceinline__ float sum_lanes(float x)
 {
@@ -364,23 +299,6 @@ __device__ __forceinline__ void rotate(float (&x)[8], const float *table, int ch
 
 		x[i] = x[i] * cosine[i] + (second ? other : -other) * sine[i];
 	}
-}
-
-/* An online softmax over some keys: o is unnormalized, base-2 maximum. */
-struct partial {
-	float max, sum, o[8];
-};
-
-__device__ __forceinline__ void merge(partial &a, float max, float sum, const float (&o)[8])
-{
-	const float top = fmaxf(a.max, max), safe = top == -INFINITY ? 0.0f : top;
-	const float ours = exp2_approx(a.max - safe), theirs = exp2_approx(max - safe);
-
-	a.max = top;
-	a.sum = a.sum * ours + sum * theirs;
-#pragma unroll
-	for (int i = 0; i < 8; i++)
-		a.o[i] = a.o[i] * ours + o[i] * theirs;
 }
 
 /* RAT's running pair after this token: g*old + (1-g)*x, old zero before a chunk's first token. */
@@ -488,14 +406,6 @@ __device__ __forceinline__ void fold_tile(partial &mine, const float (&q)[8], ui
 				mine.o[i] = fmaf(weight, v[i], mine.o[i]);
 		}
 	}
-}
-
-__device__ __forceinline__ void unpack_four(float *x, const float4 &four)
-{
-	x[0] = four.x;
-	x[1] = four.y;
-	x[2] = four.z;
-	x[3] = four.w;
 }
 
 /* The warps' partials into every lane group of warp 0; others return with nothing. */
@@ -665,21 +575,6 @@ __device__ __forceinline__ void consume(const parameters &p, const history &past
 	}
 }
 
-/* cos and sin of the rotation at `position`; the angle in double, for it grows with the position.
- */
-template <int D> __device__ __forceinline__ void fill_table(float *table, int position)
-{
-	if (threadIdx.x < D / 2) {
-		const double angle = position * exp2(threadIdx.x * (-2.0 / D) * 13.287712379549449);
-		const double turns = angle * 0.15915494309189535;
-		float sine, cosine;
-
-		sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &sine, &cosine);
-		table[threadIdx.x] = cosine;
-		table[D / 2 + threadIdx.x] = sine;
-	}
-}
-
 template <int D, bool RAT>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         step_kernel(const __grid_constant__ parameters p)
@@ -719,52 +614,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	consume<D, RAT>(p, past, s, position, shared, table, scratch);
 }
 
-/* How many blocks, how many pairs are cut, and into how many pieces (see parameters). */
-struct split {
-	int blocks, cut, pieces, round;
-};
-
-split split_of(const struct device *device, int64_t pairs)
-{
-	split s;
-
-	const bool few = 2 * pairs <= cuda_sm_count(device);
-
-	s.blocks = std::min((few ? FEW_BLOCKS_PER_SM : BLOCKS_PER_SM) * cuda_sm_count(device),
-	                    MAX_BLOCKS);
-	s.cut = static_cast<int>(std::min<int64_t>(pairs, s.blocks));
-	s.round = s.blocks / s.cut;
-	s.pieces = TAIL_PIECES;
-	if (few) {
-		s.pieces = s.round = std::min(s.round, MAX_PIECES);
-	} else if (pairs < s.blocks) {
-		const int rounds = std::min(MAX_PIECES * s.cut / s.blocks, ROUNDS);
-
-		s.pieces = std::max(rounds * s.blocks / s.cut, std::min(s.round, MAX_PIECES));
-		s.round = std::min(s.round, s.pieces);
-	}
-	return s;
-}
-
 template <int D, bool RAT> enum status launch(struct device *device, const parameters &p)
 {
-	return launch_early(device, step_kernel<D, RAT>, split_of(device, p.pairs).blocks, THREADS,
+	return launch_early(device, step_kernel<D, RAT>,
+	                    split_of(device, p.pairs, BLOCKS_PER_SM).blocks, THREADS,
 	                    shared_layout<D>::BYTES, p);
-}
-
-bf16_view of(const struct view &v)
-{
-	return {static_cast<__nv_bfloat16 *>(v.data), v.batch, v.head};
-}
-
-bool aligned(const void *data)
-{
-	return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-}
-
-bool aligned(const struct view &v)
-{
-	return aligned(v.data) && v.batch % 8 == 0 && v.head % 8 == 0;
 }
 
 const char *unsupported_shape(const struct device *device, int64_t d_head,
@@ -783,7 +637,7 @@ const char *unsupported_shape(const struct device *device, int64_t d_head,
 
 size_t workspace_bytes(const struct device *device, int64_t pairs, int64_t d_head)
 {
-	const split s = split_of(device, pairs);
+	const split s = split_of(device, pairs, BLOCKS_PER_SM);
 
 	return static_cast<size_t>(s.cut) * s.pieces * (d_head + 4) * sizeof(float);
 }
@@ -803,7 +657,7 @@ parameters parameters_of(const struct device *device, const Args *a, void *works
 	p.k = of(a->k);
 	p.v = of(a->v);
 	p.out = of(a->out);
-	const split s = split_of(device, p.pairs);
+	const split s = split_of(device, p.pairs, BLOCKS_PER_SM);
 	p.cut = s.cut;
 	p.pieces = s.pieces;
 	p.round = s.round;
@@ -818,6 +672,8 @@ extern "C" const char *hopper_attention_step_unsupported(const struct device *de
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
 
+	if (a->kv_heads != a->n_heads)
+		return "heads that share keys have a kernel of their own";
 	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->out))
 		return "views must be 16-byte aligned";
 	return unsupported_shape(device, a->d_head, &a->k_cache, &a->v_cache);

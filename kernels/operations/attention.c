@@ -20,6 +20,7 @@ static void size_rotate(void *args, const struct sizes *s, const struct operatio
 	a->batch = s->batch;
 	a->seq_len = s->seq_len;
 	a->n_heads = s->n_heads;
+	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
 	a->kv_slots = s->seq_len;
@@ -29,20 +30,21 @@ static void size_rotate(void *args, const struct sizes *s, const struct operatio
 	a->first_kv = a->kv_slots < a->seq_len ? a->seq_len - a->kv_slots : 0;
 }
 
-/* An input and where it goes: `count` tokens of it, which need not move if they are there. */
+/* An input and where it goes: `count` tokens of it, which need not move if they are there. Of keys
+ * and values, which may go to a cache, or of queries. */
 static void add_moved(struct operand_list *l, const char *name, struct view *from, const char *out,
                       struct view *to, const struct rotate_args *a, bool rotated, bool cached)
 {
+	const struct dimension heads = cached ? KV_HEADS(a->kv_heads) : HEADS(a->n_heads);
 	const int64_t count = cached ? a->seq_len - a->first_kv : a->seq_len;
-	const double width = (double)(a->batch * a->n_heads * a->d_head);
+	const double width = (double)(a->batch * heads.size * a->d_head);
 	const double moved = to->data && (rotated || !same_place(from, to)) ? width : 0;
 	struct operand *o = add_view(l, ROLE_INPUT, name, from, SEQUENCES(a->batch),
-	                             TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+	                             TOKENS(a->seq_len), heads, INNER(a->d_head));
 
 	o->read = moved * (double)count;
 	o = add_view(l, cached ? ROLE_STATE : ROLE_OUTPUT, out, to, SEQUENCES(a->batch),
-	             cached ? KEYS(a->kv_slots) : TOKENS(a->seq_len), HEADS(a->n_heads),
-	             INNER(a->d_head));
+	             cached ? KEYS(a->kv_slots) : TOKENS(a->seq_len), heads, INNER(a->d_head));
 	o->optional = true;
 	o->read = 0;
 	o->written = moved * (double)count;
@@ -56,7 +58,7 @@ static void describe_rotate(void *args, struct operand_list *l)
 {
 	struct rotate_args *a = args;
 
-	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	add_moved(l, "q", &a->q, "q_out", &a->q_out, a, a->rope, false);
 	add_moved(l, "k", &a->k, "k_out", &a->k_out, a, a->rope, true);
 	add_moved(l, "v", &a->v, "v_out", &a->v_out, a, false, true);
@@ -65,9 +67,9 @@ static void describe_rotate(void *args, struct operand_list *l)
 static double rotate_flops(const void *args)
 {
 	const struct rotate_args *a = args;
-	const double width = (double)(a->batch * a->n_heads * a->d_head);
-	const double q = a->q_out.data ? (double)a->seq_len : 0;
-	const double k = a->k_out.data ? (double)(a->seq_len - a->first_kv) : 0;
+	const double width = (double)(a->batch * a->d_head);
+	const double q = a->q_out.data ? (double)(a->n_heads * a->seq_len) : 0;
+	const double k = a->k_out.data ? (double)(a->kv_heads * (a->seq_len - a->first_kv)) : 0;
 
 	return a->rope ? ROTATE_FLOPS * width * (q + k) : 0;
 }
@@ -81,6 +83,7 @@ static void size_rotate_backward(void *args, const struct sizes *s, const struct
 	a->batch = s->batch;
 	a->seq_len = s->seq_len;
 	a->n_heads = s->n_heads;
+	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
 }
@@ -91,17 +94,18 @@ static void describe_rotate_backward(void *args, struct operand_list *l)
 	struct view *const from[] = {&a->dq_out, &a->dk_out}, *const to[] = {&a->dq, &a->dk};
 	static const char *const from_names[] = {"dq_out", "dk_out"}, *const to_names[] = {"dq",
 	                                                                                   "dk"};
+	const struct dimension heads[] = {HEADS(a->n_heads), KV_HEADS(a->kv_heads)};
 
-	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	for (int i = 0; i < 2; i++) {
 		const bool moves = a->rope || !same_place(from[i], to[i]);
 		struct operand *o =
 		        add_view(l, ROLE_INPUT, from_names[i], from[i], SEQUENCES(a->batch),
-		                 TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+		                 TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 
 		o->read = moves ? o->read : 0;
 		o = add_view(l, ROLE_OUTPUT, to_names[i], to[i], SEQUENCES(a->batch),
-		             TOKENS(a->seq_len), HEADS(a->n_heads), INNER(a->d_head));
+		             TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 		o->alias = from_names[i];
 		o->written = moves ? o->written : 0;
 	}
@@ -111,7 +115,9 @@ static double rotate_backward_flops(const void *args)
 {
 	const struct rotate_backward_args *a = args;
 
-	return a->rope ? ROTATE_FLOPS * 2 * (double)(a->batch * a->seq_len * a->n_heads * a->d_head)
+	const double tokens = (double)(a->batch * a->seq_len);
+
+	return a->rope ? ROTATE_FLOPS * tokens * (double)((a->n_heads + a->kv_heads) * a->d_head)
 	               : 0;
 }
 
@@ -159,6 +165,7 @@ static void size_attention(void *args, const struct sizes *s, const struct opera
 	a->batch = s->batch;
 	a->n_heads = s->n_heads;
 	a->q_heads = v->mask == MASK_CHUNK ? s->groups : s->n_heads;
+	a->kv_heads = v->mask == MASK_CHUNK ? s->n_heads : s->kv_heads;
 	a->d_head = s->d_head;
 	a->seq_len = a->kv_len = s->seq_len;
 	a->mask = v->mask;
@@ -176,12 +183,13 @@ static void describe_attention(void *args, struct operand_list *l)
 	struct attention_args *a = args;
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension h = HEADS(a->n_heads), d = INNER(a->d_head), s = KEYS(a->kv_len);
+	const struct dimension kv = KV_HEADS(a->kv_heads);
 	struct operand *o;
 
-	cut_heads(l, &a->batch, &a->n_heads, &a->q_heads);
+	cut_kv_heads(l, &a->batch, &a->n_heads, &a->q_heads, &a->kv_heads);
 	add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d)->draw = DRAW_SCORES;
-	add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d);
-	add_view(l, ROLE_INPUT, "v", &a->v, b, s, h, d);
+	add_view(l, ROLE_INPUT, "k", &a->k, b, s, kv, d);
+	add_view(l, ROLE_INPUT, "v", &a->v, b, s, kv, d);
 	/* Chunk 0 sees no key: it needs the token's own. */
 	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
 	o->optional = a->mask != MASK_CHUNK;
@@ -252,6 +260,7 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	struct attention_args *a = &x->forward;
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension h = HEADS(a->n_heads), d = INNER(a->d_head), s = KEYS(a->kv_len);
+	const struct dimension kv = KV_HEADS(a->kv_heads);
 
 	describe_attention(a, l);
 	forward_ends(l, a->gate.data ? "lse|out_ungated" : "lse|out");
@@ -259,8 +268,8 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
 	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
 	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, h, d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, kv, d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, kv, d), "dout", 0.1);
 	if (a->gate.data)
 		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
 	if (a->own_score) {
@@ -279,6 +288,10 @@ static void size_attention_step(void *args, const struct sizes *s, const struct 
 
 	a->batch = s->batch;
 	a->n_heads = s->n_heads;
+	a->kv_heads = s->kv_heads;
+	/* Now and then many heads that read the same keys. */
+	if (s->any && s->bits & 8)
+		a->n_heads = s->kv_heads * (1 + (int64_t)((s->bits >> 4) % 40));
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
 	a->scale = key_scale(s->d_head);
@@ -305,17 +318,18 @@ static void describe_attention_step(void *args, struct operand_list *l)
 {
 	struct attention_step_args *a = args;
 	const struct dimension b = SEQUENCES(a->batch), h = HEADS(a->n_heads), d = INNER(a->d_head);
-	const double width = (double)(a->batch * a->n_heads * a->d_head);
+	const struct dimension kv = KV_HEADS(a->kv_heads);
+	const double width = (double)(a->batch * a->kv_heads * a->d_head);
 	struct view *const caches[] = {&a->k_cache, &a->v_cache};
 
-	cut_heads(l, &a->batch, &a->n_heads, NULL);
+	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	add_position(l, &a->position, step_position(a->position_hint, a->kv_slots) + 1);
 	add_view(l, ROLE_INPUT, "q", &a->q, b, TOKENS(1), h, d)->draw = DRAW_SCORES;
-	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), h, d);
-	add_view(l, ROLE_INPUT, "v", &a->v, b, TOKENS(1), h, d);
+	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), kv, d);
+	add_view(l, ROLE_INPUT, "v", &a->v, b, TOKENS(1), kv, d);
 	for (int i = 0; i < 2; i++) {
 		struct operand *o = add_view(l, ROLE_STATE, i == 0 ? "k_cache" : "v_cache",
-		                             caches[i], b, KEYS(a->kv_slots), h, d);
+		                             caches[i], b, KEYS(a->kv_slots), kv, d);
 
 		o->read = width * (double)others_seen(a);
 		o->written = width;

@@ -233,7 +233,7 @@ template <int D>
 static __global__ void __launch_bounds__(THREADS, 2)
         attention_kernel(const __grid_constant__ struct attention_args a)
 {
-	const int64_t h = blockIdx.y, b = blockIdx.z;
+	const int64_t h = blockIdx.y, b = blockIdx.z, kv = h / readers(a);
 	/* The last queries see the most keys: they start first. */
 	const int64_t block_first = (int64_t)(gridDim.x - 1 - blockIdx.x) * QUERIES;
 	const int64_t last = min(block_first + QUERIES, a.seq_len) - 1;
@@ -248,8 +248,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	float s[M_TILES][KEY_TILES][4];
 
 	load_tile<D, QUERIES, THREADS>(q, a.q, b, h % a.q_heads, block_first, a.seq_len);
-	load_tile<D, KEYS, THREADS>(k, a.k, b, h, begin, end);
-	load_tile<D, KEYS, THREADS>(v, a.v, b, h, begin, end);
+	load_tile<D, KEYS, THREADS>(k, a.k, b, kv, begin, end);
+	load_tile<D, KEYS, THREADS>(v, a.v, b, kv, begin, end);
 	copy_commit();
 	seed(acc, a, b, h, first);
 	for (int key = begin; key < end; key += KEYS) {
@@ -258,9 +258,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		copy_wait<0>();
 		__syncthreads();
 		if (key + KEYS < end) {
-			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, h, key + KEYS,
+			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, kv, key + KEYS,
 			                            end);
-			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, h, key + KEYS,
+			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, kv, key + KEYS,
 			                            end);
 			copy_commit();
 		}

@@ -3,7 +3,8 @@
  * capability 8.0, without atomics, so that they are the same in every run:
  *   1. what needs one query only: delta, the gate's and the own token's
  *      gradients, and do = dout sigmoid(gate) where there is a gate;
- *   2. dk, dv: a block holds 64 keys and walks the queries that see them,
+ *   2. dk, dv: a block holds 64 keys and walks the queries that see them, of
+ *      one head that reads these keys after the other,
  *        S^T = K Q^T, dP^T = V dO^T, P = exp(S - lse), dS = P (dP - delta),
  *        dV += P^T dO, dK += dS^T Q;
  *   3. dq: a block holds 64 queries and walks the keys they see, for every
@@ -211,12 +212,24 @@ static __device__ __forceinline__ void load_statistics(float *statistics, const 
 		statistics[TILE + i] = valid ? p.delta[row + i] : 0.0f;
 }
 
+/* Queries from token t on of head h: q, dout, and their statistics. */
+template <int D>
+static __device__ __forceinline__ void load_queries(const struct problem &p, bf16 *q, bf16 *dout,
+                                                    float *statistics, int64_t b, int64_t h, int t)
+{
+	const struct attention_args &f = p.a.forward;
+
+	load_tile<D, TILE, THREADS>(q, f.q, b, h % f.q_heads, t, f.seq_len);
+	load_tile<D, TILE, THREADS>(dout, p.dout, b, h, t, f.seq_len);
+	load_statistics(statistics, p, b, h, t);
+}
+
 template <int D>
 static __global__ void __launch_bounds__(THREADS, 2)
         keys_kernel(const __grid_constant__ struct problem p)
 {
 	const struct attention_args &f = p.a.forward;
-	const int64_t h = blockIdx.y, b = blockIdx.z, first = (int64_t)blockIdx.x * TILE;
+	const int64_t kv = blockIdx.y, b = blockIdx.z, first = (int64_t)blockIdx.x * TILE;
 	const int64_t end = min(first + TILE, f.kv_len);
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 	const struct interval queries = viewers(f, first, end);
@@ -228,27 +241,25 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	const float scale = f.scale * LOG2E;
 	float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[N_TILES][4], dp[N_TILES][4];
 
-	load_tile<D, TILE, THREADS>(k, f.k, b, h, first, end);
-	load_tile<D, TILE, THREADS>(v, f.v, b, h, first, end);
-	if (queries.first < queries.end) {
-		load_tile<D, TILE, THREADS>(q, f.q, b, h % f.q_heads, queries.first, f.seq_len);
-		load_tile<D, TILE, THREADS>(dout, p.dout, b, h, queries.first, f.seq_len);
-		load_statistics(statistics, p, b, h, queries.first);
-	}
+	load_tile<D, TILE, THREADS>(k, f.k, b, kv, first, end);
+	load_tile<D, TILE, THREADS>(v, f.v, b, kv, first, end);
+	int t = queries.first, buffer = 0;
+	int64_t h = kv * readers(f), end_head = t < queries.end ? h + readers(f) : h;
+	if (h < end_head)
+		load_queries<D>(p, q, dout, statistics, b, h, t);
 	copy_commit();
-	for (int t = queries.first, buffer = 0; t < queries.end; t += TILE, buffer ^= 1) {
+	for (int next; h < end_head; t = next, buffer ^= 1) {
 		const float *lse = statistics + buffer * 2 * TILE, *delta = lse + TILE;
+		const int64_t next_head = t + TILE < queries.end ? h : h + 1;
 
+		next = next_head == h ? t + TILE : queries.first;
 		copy_wait<0>();
 		__syncthreads();
-		if (t + TILE < queries.end) {
-			const int other = (buffer ^ 1) * TILE * D;
+		if (next_head < end_head) {
+			const int other = buffer ^ 1;
 
-			load_tile<D, TILE, THREADS>(q + other, f.q, b, h % f.q_heads, t + TILE,
-			                            f.seq_len);
-			load_tile<D, TILE, THREADS>(dout + other, p.dout, b, h, t + TILE,
-			                            f.seq_len);
-			load_statistics(statistics + (buffer ^ 1) * 2 * TILE, p, b, h, t + TILE);
+			load_queries<D>(p, q + other * TILE * D, dout + other * TILE * D,
+			                statistics + other * 2 * TILE, b, next_head, next);
 			copy_commit();
 		}
 		const bool all = all_visible(f, t, t + TILE, keys);
@@ -274,11 +285,12 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		}
 		add_weighted<D>(dv, s, dout + buffer * TILE * D);
 		add_weighted<D>(dk, dp, q + buffer * TILE * D);
+		h = next_head;
 	}
 	copy_wait<0>();
 	__syncthreads();
-	store_rows<D>(p.a.dk, b, h, first + warp * 16, end, dk, f.scale, my_k);
-	store_rows<D>(p.a.dv, b, h, first + warp * 16, end, dv, 1.0f, my_v);
+	store_rows<D>(p.a.dk, b, kv, first + warp * 16, end, dk, f.scale, my_k);
+	store_rows<D>(p.a.dv, b, kv, first + warp * 16, end, dv, 1.0f, my_v);
 }
 
 /* ---- dq ---- */
@@ -304,6 +316,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	load_tile<D, TILE, THREADS>(q, f.q, b, group, first, end);
 	copy_commit();
 	for (int64_t h = group; h < f.n_heads && keys.first < keys.end; h += f.q_heads) {
+		const int64_t kv = h / readers(f);
 		float lse[2], delta[2];
 
 #pragma unroll
@@ -316,8 +329,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		}
 		__syncthreads();
 		load_tile<D, TILE, THREADS>(dout, p.dout, b, h, first, end);
-		load_tile<D, TILE, THREADS>(k, f.k, b, h, keys.first, keys.end);
-		load_tile<D, TILE, THREADS>(v, f.v, b, h, keys.first, keys.end);
+		load_tile<D, TILE, THREADS>(k, f.k, b, kv, keys.first, keys.end);
+		load_tile<D, TILE, THREADS>(v, f.v, b, kv, keys.first, keys.end);
 		copy_commit();
 		for (int key = keys.first, buffer = 0; key < keys.end; key += TILE, buffer ^= 1) {
 			copy_wait<0>();
@@ -325,9 +338,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			if (key + TILE < keys.end) {
 				const int other = (buffer ^ 1) * TILE * D;
 
-				load_tile<D, TILE, THREADS>(k + other, f.k, b, h, key + TILE,
+				load_tile<D, TILE, THREADS>(k + other, f.k, b, kv, key + TILE,
 				                            keys.end);
-				load_tile<D, TILE, THREADS>(v + other, f.v, b, h, key + TILE,
+				load_tile<D, TILE, THREADS>(v + other, f.v, b, kv, key + TILE,
 				                            keys.end);
 				copy_commit();
 			}
@@ -382,7 +395,7 @@ template <int D> static enum status run(struct device *device, const struct prob
 	const struct attention_args *f = &p.a.forward;
 	const int64_t threads = f->batch * f->seq_len * f->n_heads * (D / 8);
 	const size_t shared = 6 * TILE * D * sizeof(bf16);
-	const dim3 keys((unsigned)divide_up(f->kv_len, TILE), (unsigned)f->n_heads,
+	const dim3 keys((unsigned)divide_up(f->kv_len, TILE), (unsigned)f->kv_heads,
 	                (unsigned)f->batch);
 	const dim3 queries((unsigned)divide_up(f->seq_len, TILE), (unsigned)f->q_heads,
 	                   (unsigned)f->batch);

@@ -3,17 +3,19 @@
 #include "kernels/portable/kernels.h"
 #include "kernels/portable/rope.cuh"
 
-/* Split 0 takes the new token itself, from its registers, and stores it in the cache. */
+/* Split 0 takes the new token itself, from its registers; that of the first head that reads the
+ * key stores it in the cache. */
 template <int D>
 static __device__ __forceinline__ void
 take_own_token(softmax_state &state, const float (&q)[8], const struct attention_step_args &a,
                const struct rope_table &table, int64_t b, int64_t h, int64_t position)
 {
 	const int lane = threadIdx.x % (D / 8);
-	const vector8 value = load8(at(a.v, b, 0, h) + 8 * lane);
+	const int64_t readers = a.n_heads / a.kv_heads, kv = h / readers;
+	const vector8 value = load8(at(a.v, b, 0, kv) + 8 * lane);
 	float k[8], dot = 0.0f;
 
-	load8(k, at(a.k, b, 0, h) + 8 * lane);
+	load8(k, at(a.k, b, 0, kv) + 8 * lane);
 	if (a.rope)
 		rope_lanes(k, table, lane, D / 8, position);
 	const vector8 key = pack8(k);
@@ -24,9 +26,12 @@ take_own_token(softmax_state &state, const float (&q)[8], const struct attention
 	dot = group_sum(dot, D / 8);
 	if (threadIdx.x >= D / 8)
 		return;
-	const int64_t slot = position % a.kv_slots;
-	*reinterpret_cast<vector8 *>(at(a.k_cache, b, slot, h) + 8 * lane) = key;
-	*reinterpret_cast<vector8 *>(at(a.v_cache, b, slot, h) + 8 * lane) = value;
+	if (h % readers == 0) {
+		const int64_t slot = position % a.kv_slots;
+
+		*reinterpret_cast<vector8 *>(at(a.k_cache, b, slot, kv) + 8 * lane) = key;
+		*reinterpret_cast<vector8 *>(at(a.v_cache, b, slot, kv) + 8 * lane) = value;
+	}
 	state.maximum = dot;
 	state.sum = 1.0f;
 	unpack8(state.o, value);
@@ -39,6 +44,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS)
                               const __grid_constant__ struct decode_target target)
 {
 	const int64_t h = blockIdx.y, b = blockIdx.z, position = *a.position;
+	const int64_t kv = h / (a.n_heads / a.kv_heads);
 	const int64_t cached = a.window < 0 ? position : min(position, a.window);
 	const int64_t part = divide_up(cached, target.splits), oldest = position - cached;
 	const int64_t first = oldest + min(part * (int64_t)blockIdx.x, cached);
@@ -55,8 +61,9 @@ static __global__ void __launch_bounds__(DECODE_THREADS)
 		q[i] *= a.scale * LOG2E;
 	if (blockIdx.x == 0)
 		take_own_token<D>(state, q, a, table, b, h, position);
-	decode_range<D>(state, q, at(a.k_cache, b, 0, h) + 8 * lane, a.k_cache.token,
-	                at(a.v_cache, b, 0, h) + 8 * lane, a.v_cache.token, first, end, a.kv_slots);
+	decode_range<D>(state, q, at(a.k_cache, b, 0, kv) + 8 * lane, a.k_cache.token,
+	                at(a.v_cache, b, 0, kv) + 8 * lane, a.v_cache.token, first, end,
+	                a.kv_slots);
 	decode_finish<D>(target, state, a.n_heads, b, h, blockIdx.x);
 }
 

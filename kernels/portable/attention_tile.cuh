@@ -8,6 +8,12 @@ struct interval {
 	int first, end;
 };
 
+/* Heads that read one head of keys: head h reads number h / readers. */
+static __host__ __device__ __forceinline__ int64_t readers(const struct attention_args &a)
+{
+	return a.n_heads / a.kv_heads;
+}
+
 /* The keys that query t sees. */
 static __device__ __forceinline__ struct interval visible(const struct attention_args &a, int64_t t)
 {

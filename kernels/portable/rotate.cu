@@ -78,6 +78,7 @@ extern "C" enum status portable_rotate(struct device *device, const void *args, 
 	struct rotation r = rotation_of(a->batch, a->seq_len, a->n_heads, a->d_head, a->rope);
 	enum status status = rotate_tensor(device, "rotate", r, a->q, a->q_out);
 
+	r.n_heads = a->kv_heads;
 	r.first = a->first_kv;
 	r.slots = a->kv_slots;
 	if (status == STATUS_OK)
@@ -101,6 +102,7 @@ extern "C" enum status portable_rotate_backward(struct device *device, const voi
 
 	r.inverse = true;
 	enum status status = rotate_tensor(device, "rotate_backward", r, a->dq_out, a->dq);
+	r.n_heads = a->kv_heads;
 	return status == STATUS_OK ? rotate_tensor(device, "rotate_backward", r, a->dk_out, a->dk)
 	                           : status;
 }

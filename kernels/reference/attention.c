@@ -72,9 +72,9 @@ static int64_t transposed(const struct attention_args *a, int64_t b, int64_t h, 
 static void attend(const struct attention_args *a, int64_t b, int64_t h, const struct block *block,
                    double *p, double *lse, double *o)
 {
-	int64_t d = a->d_head, ld = a->kv_len;
+	int64_t d = a->d_head, ld = a->kv_len, kv = attention_kv_head(a, h);
 
-	products(block, d, at(&a->q, b, 0, h % a->q_heads), a->q.token, at(&a->k, b, 0, h),
+	products(block, d, at(&a->q, b, 0, h % a->q_heads), a->q.token, at(&a->k, b, 0, kv),
 	         a->k.token, ld, p);
 	zero(block->n * d, o);
 	for (int r = 0; r < block->n; r++) {
@@ -86,7 +86,7 @@ static void attend(const struct attention_args *a, int64_t b, int64_t h, const s
 		if (score)
 			add_scaled(d, own_p, at(&a->own_value, b, t, h), o + r * d);
 	}
-	weighted_sums(block, d, p, ld, at(&a->v, b, 0, h), a->v.token, o);
+	weighted_sums(block, d, p, ld, at(&a->v, b, 0, kv), a->v.token, o);
 }
 
 /* Attends with the queries of one block and writes what is wanted of the result. */
@@ -198,11 +198,11 @@ static void backward_queries(const struct backward *w, int64_t b, int64_t h,
                              const struct block *block, double *scratch)
 {
 	const struct attention_args *f = &w->a->forward;
-	int64_t d = f->d_head, ld = f->kv_len, g = h % f->q_heads;
+	int64_t d = f->d_head, ld = f->kv_len, g = h % f->q_heads, kv = attention_kv_head(f, h);
 	double *p = scratch, *ds = p + BLOCK_ROWS * ld, *dq = ds + BLOCK_ROWS * ld;
 
-	products(block, d, at(&f->q, b, 0, g), f->q.token, at(&f->k, b, 0, h), f->k.token, ld, p);
-	products(block, d, at(&w->d_o, b, 0, h), w->d_o.token, at(&f->v, b, 0, h), f->v.token, ld,
+	products(block, d, at(&f->q, b, 0, g), f->q.token, at(&f->k, b, 0, kv), f->k.token, ld, p);
+	products(block, d, at(&w->d_o, b, 0, h), w->d_o.token, at(&f->v, b, 0, kv), f->v.token, ld,
 	         ds);
 	for (int r = 0; r < block->n; r++) {
 		backward_row(w, b, block->index[r], h);
@@ -211,32 +211,44 @@ static void backward_queries(const struct backward *w, int64_t b, int64_t h,
 			              &ds[r * ld + s]);
 	}
 	zero(block->n * d, dq);
-	weighted_sums(block, d, ds, ld, at(&f->k, b, 0, h), f->k.token, dq);
+	weighted_sums(block, d, ds, ld, at(&f->k, b, 0, kv), f->k.token, dq);
 	for (int r = 0; r < block->n; r++)
 		add_scaled(d, 1, dq + r * d, at(&w->a->dq, b, block->index[r], g));
 }
 
-/* dk and dv of a block of keys of one head, from all queries that see them. */
-static void backward_keys(const struct backward *w, int64_t b, int64_t h, const struct block *block,
-                          double *scratch)
+/* Adds to acc, dk and dv of a block of keys, what the queries of head h give that see them. */
+static void add_keys(const struct backward *w, int64_t b, int64_t h, const struct block *block,
+                     double *scratch, double *acc)
 {
 	const struct attention_args *f = &w->a->forward;
 	const double *q = at(&f->q, b, 0, h % f->q_heads), *d_o = at(&w->d_o, b, 0, h);
-	int64_t d = f->d_head, ld = f->seq_len;
-	double *p = scratch, *ds = p + BLOCK_ROWS * ld, *acc = ds + BLOCK_ROWS * ld;
+	int64_t d = f->d_head, ld = f->seq_len, kv = attention_kv_head(f, h);
+	double *p = scratch, *ds = p + BLOCK_ROWS * ld;
 
-	products(block, d, at(&f->k, b, 0, h), f->k.token, q, f->q.token, ld, p);
-	products(block, d, at(&f->v, b, 0, h), f->v.token, d_o, w->d_o.token, ld, ds);
+	products(block, d, at(&f->k, b, 0, kv), f->k.token, q, f->q.token, ld, p);
+	products(block, d, at(&f->v, b, 0, kv), f->v.token, d_o, w->d_o.token, ld, ds);
 	for (int r = 0; r < block->n; r++)
 		for (int64_t t = block->lo[r]; t < block->hi[r]; t++)
 			backward_pair(w, transposed(f, b, h, t), &p[r * ld + t], &ds[r * ld + t]);
-	zero(2 * BLOCK_ROWS * d, acc);
 	weighted_sums(block, d, ds, ld, q, f->q.token, acc);
 	weighted_sums(block, d, p, ld, d_o, w->d_o.token, acc + BLOCK_ROWS * d);
+}
+
+/* dk and dv of a block of keys of one key head, from all heads that read it. */
+static void backward_keys(const struct backward *w, int64_t b, int64_t kv,
+                          const struct block *block, double *scratch)
+{
+	const struct attention_args *f = &w->a->forward;
+	int64_t d = f->d_head, readers = f->n_heads / f->kv_heads;
+	double *acc = scratch + 2 * BLOCK_ROWS * f->seq_len;
+
+	zero(2 * BLOCK_ROWS * d, acc);
+	for (int64_t h = kv * readers; h < (kv + 1) * readers; h++)
+		add_keys(w, b, h, block, scratch, acc);
 	for (int r = 0; r < block->n; r++)
 		for (int64_t i = 0; i < d; i++) {
-			at(&w->a->dk, b, block->index[r], h)[i] = acc[r * d + i];
-			at(&w->a->dv, b, block->index[r], h)[i] = acc[(BLOCK_ROWS + r) * d + i];
+			at(&w->a->dk, b, block->index[r], kv)[i] = acc[r * d + i];
+			at(&w->a->dv, b, block->index[r], kv)[i] = acc[(BLOCK_ROWS + r) * d + i];
 		}
 }
 
@@ -268,11 +280,11 @@ static void all_keys(const struct backward *w, const struct row_list *keys, doub
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
 	for (int64_t b = 0; b < f->batch; b++)
-		for (int64_t h = 0; h < f->n_heads; h++)
+		for (int64_t kv = 0; kv < f->kv_heads; kv++)
 			for (int64_t i = 0; i < keys->count; i += BLOCK_ROWS) {
 				struct block block = take_block(f, keys, i, seeing_queries);
 
-				backward_keys(w, b, h, &block,
+				backward_keys(w, b, kv, &block,
 				              scratch + per_thread * omp_get_thread_num());
 			}
 }
@@ -320,15 +332,15 @@ enum status reference_attention_backward(struct device *device, const void *args
 static void step_head(const struct attention_step_args *a, int64_t b, int64_t h, int64_t count,
                       const double *q, double *w)
 {
-	int64_t first = *a->position + 1 - count;
+	int64_t first = *a->position + 1 - count, kv = h / (a->n_heads / a->kv_heads);
 	double none, *out = at(&a->out, b, 0, h);
 
 	for (int64_t i = 0; i < count; i++)
-		w[i] = dot(a->d_head, q, at(&a->k_cache, b, (first + i) % a->kv_slots, h));
+		w[i] = dot(a->d_head, q, at(&a->k_cache, b, (first + i) % a->kv_slots, kv));
 	softmax(a->scale, w, 0, count, NULL, &none);
 	zero(a->d_head, out);
 	for (int64_t i = 0; i < count; i++)
-		add_scaled(a->d_head, w[i], at(&a->v_cache, b, (first + i) % a->kv_slots, h), out);
+		add_scaled(a->d_head, w[i], at(&a->v_cache, b, (first + i) % a->kv_slots, kv), out);
 }
 
 enum status reference_attention_step(struct device *device, const void *args, void *workspace)
@@ -339,13 +351,14 @@ enum status reference_attention_step(struct device *device, const void *args, vo
 	int64_t n_q = a->batch * a->n_heads * a->d_head;
 	double *q = take_doubles(n_q + count * omp_get_max_threads());
 	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
 	const struct view rotated = contiguous(q, 1, a->n_heads, a->d_head);
 
 	if (!q)
 		return STATUS_OOM;
 	rotate_token(&turn, position, &a->q, 0, &rotated, 0);
-	rotate_token(&turn, position, &a->k, 0, &a->k_cache, slot);
+	rotate_token(&turn_key, position, &a->k, 0, &a->k_cache, slot);
 	rotate_token(&copy, position, &a->v, 0, &a->v_cache, slot);
 #pragma omp parallel for collapse(2)
 	for (int64_t b = 0; b < a->batch; b++)
@@ -360,14 +373,15 @@ enum status reference_rotate(struct device *device, const void *args, void *work
 {
 	const struct rotate_args *a = args;
 	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
 		if (a->q_out.data)
 			rotate_token(&turn, t, &a->q, t, &a->q_out, t);
 		if (a->k_out.data && t >= a->first_kv)
-			rotate_token(&turn, t, &a->k, t, &a->k_out, t % a->kv_slots);
+			rotate_token(&turn_key, t, &a->k, t, &a->k_out, t % a->kv_slots);
 		if (a->v_out.data && t >= a->first_kv)
 			rotate_token(&copy, t, &a->v, t, &a->v_out, t % a->kv_slots);
 	}
@@ -378,11 +392,12 @@ enum status reference_rotate_backward(struct device *device, const void *args, v
 {
 	const struct rotate_backward_args *a = args;
 	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1};
+	const struct rotation back_key = {a->batch, a->kv_heads, a->d_head, a->rope, -1};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
 		rotate_token(&back, t, &a->dq_out, t, &a->dq, t);
-		rotate_token(&back, t, &a->dk_out, t, &a->dk, t);
+		rotate_token(&back_key, t, &a->dk_out, t, &a->dk, t);
 	}
 	return STATUS_OK;
 }

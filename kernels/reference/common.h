@@ -43,6 +43,12 @@ REFERENCE_FUNCTION int64_t larger(int64_t a, int64_t b)
 	return a > b ? a : b;
 }
 
+/* The key and value head that head h reads. */
+REFERENCE_FUNCTION int64_t attention_kv_head(const struct attention_args *a, int64_t h)
+{
+	return h / (a->n_heads / a->kv_heads);
+}
+
 /* The keys lo .. hi that query t sees. */
 REFERENCE_FUNCTION void visible_keys(const struct attention_args *a, int64_t t, int64_t *lo,
                                      int64_t *hi)

@@ -12,8 +12,9 @@ enum { BATCH = 3, SEQ_LEN = 2999, D_MODEL = 512, HEADS = 4, MIN_ROWS = 300 };
 
 static const double allowed = 1.5e-2;
 
-static const char *const patterns[] = {"attention", "swa:200",    "rat:16",
-                                       "rat:100",   "recurrence", "rat:16,attention"};
+static const char *const patterns[] = {
+        "attention",  "attention(kv_heads=1)", "swa:200", "rat:16", "rat:100",
+        "recurrence", "rat:16,attention"};
 
 static struct fixture *trained(const char *pattern)
 {

@@ -5,7 +5,8 @@
  * compiled as they are and linked to this one.
  *
  * Defaults are those of its Python functions: a forward is never split
- * (flash_attn_func), a decode by num_splits_heuristic (flash_attn_with_kvcache).
+ * (flash_attn_func), a decode by num_splits_heuristic (flash_attn_with_kvcache). Heads that read
+ * the same keys are packed into one tile of queries where should_pack_gqa says so, and when split.
  * Decoding attends to the filled part of a cache as to a tensor, which spares it
  * the kernel that reads lengths from memory.
  */
@@ -67,8 +68,15 @@ static int splits_of(const Flash_fwd_params &f)
 {
 	const int tile = std::get<1>(tile_size_fwd_sm90(f.d, f.dv, false, false));
 
-	return num_splits_heuristic(f.b * f.h, f.num_sm, (f.seqlen_k + tile - 1) / tile, 1,
+	return num_splits_heuristic(f.b * f.h_k, f.num_sm, (f.seqlen_k + tile - 1) / tile, 1,
 	                            f.seqlen_k * (f.d + f.dv) * 2, false, MAX_SPLITS);
+}
+
+static bool packs(const Flash_fwd_params &f)
+{
+	const int tile = std::get<0>(tile_size_fwd_sm90(f.d, f.dv, f.is_causal, f.is_local));
+
+	return should_pack_gqa(false, f.seqlen_q, f.h / f.h_k, tile);
 }
 
 /* What these kernels read of the parameters. */
@@ -94,7 +102,8 @@ static Flash_fwd_params params_of(const struct flash3_problem *p)
 	f.o_head_stride = p->out.head;
 	f.v_dim_stride = 1;
 	f.b = p->batch;
-	f.h = f.h_k = p->n_heads;
+	f.h = p->n_heads;
+	f.h_k = p->kv_heads;
 	f.seqlen_q = p->seq_len;
 	f.seqlen_k = p->kv_len;
 	f.total_q = p->batch * p->seq_len;
@@ -104,7 +113,7 @@ static Flash_fwd_params params_of(const struct flash3_problem *p)
 	f.num_sm = p->n_sm;
 	set_mask(&f, p);
 	f.num_splits = p->may_split ? splits_of(f) : 1;
-	f.pack_gqa = f.num_splits > 1;
+	f.pack_gqa = f.num_splits > 1 || packs(f);
 	return f;
 }
 
@@ -131,11 +140,13 @@ static void set_workspace(Flash_fwd_params *f, const struct flash3_problem *p, v
 	f->lseaccum_split_stride = rows;
 }
 
-/* A split forward always packs the heads of a group, of which there is one here. */
+/* A split forward always packs the heads that read the same keys. */
 template <int D> static void run(Flash_fwd_params &f, cudaStream_t stream)
 {
 	using bf16 = cutlass::bfloat16_t;
 
+	if (f.num_splits == 1 && f.pack_gqa)
+		return run_mha_fwd_<90, bf16, D, D, false, false, false, true>(f, stream);
 	if (f.num_splits == 1)
 		return run_mha_fwd_<90, bf16, D, D, false, false, false, false>(f, stream);
 	run_mha_fwd_<90, bf16, D, D, true, false, false, true>(f, stream);
@@ -144,7 +155,9 @@ template <int D> static void run(Flash_fwd_params &f, cudaStream_t stream)
 
 extern "C" size_t flash3_workspace(const struct flash3_problem *p)
 {
-	return parts_of(p, p->may_split && rows_of(p) <= p->n_sm ? MAX_SPLITS : 1).end;
+	const bool few = (int64_t)p->batch * p->kv_heads <= p->n_sm;
+
+	return parts_of(p, p->may_split && few ? MAX_SPLITS : 1).end;
 }
 
 extern "C" cudaError_t flash3_forward(const struct flash3_problem *p, void *workspace,

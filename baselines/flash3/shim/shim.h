@@ -22,6 +22,7 @@ struct flash3_tensor {
 
 struct flash3_problem {
 	int batch, n_heads, d_head; /* d 64 or 128 */
+	int kv_heads;               /* of k and v; head h reads number h / (n_heads / kv_heads) */
 	int seq_len, kv_len;        /* queries, keys per sequence */
 	bool causal;                /* the last query sees the last key */
 	int window;     /* keys that a causal query sees before its own; negative: all */
