@@ -113,7 +113,7 @@ static enum status check_file(const char *path, const struct csv *csv)
 	return STATUS_OK;
 }
 
-enum status results_add(struct results *results, const char *path)
+static enum status add_file(struct results *results, const char *path, bool all)
 {
 	struct csv csv;
 
@@ -139,9 +139,20 @@ enum status results_add(struct results *results, const char *path)
 	for (int i = 0; i < csv.n_rows; i++) {
 		struct result result = read_row(&csv, i);
 
-		add_row(results, first, &result);
+		/* None of the rows before the end is an earlier one of the same case. */
+		add_row(results, all ? results->count : first, &result);
 	}
 	return STATUS_OK;
+}
+
+enum status results_add(struct results *results, const char *path)
+{
+	return add_file(results, path, false);
+}
+
+enum status results_add_all(struct results *results, const char *path)
+{
+	return add_file(results, path, true);
 }
 
 void results_release(struct results *results)
@@ -165,20 +176,40 @@ static bool same_if_known(int64_t a, int64_t b)
 	return a == b || a < 0 || b < 0;
 }
 
-static bool same_pattern(const struct result *a, const struct result *b)
+/* Heads of keys and values; files that do not tell are older than grouped heads. */
+static int64_t kv_heads(const struct result *r)
 {
-	return !a->pattern[0] || !b->pattern[0] || strcmp(a->pattern, b->pattern) == 0;
+	return r->kv_heads < 0 ? r->n_heads : r->kv_heads;
+}
+
+/* The data of files that do not tell were normal. */
+static const char *data_of(const struct result *r)
+{
+	return r->data[0] ? r->data : "normal";
+}
+
+static bool same_text_if_known(const char *a, const char *b)
+{
+	return !*a || !*b || strcmp(a, b) == 0;
+}
+
+static bool same_sizes(const struct result *a, const struct result *b)
+{
+	return (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
+	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
+	       same_if_known(kv_heads(a), kv_heads(b)) && same_if_known(a->d_k, b->d_k) &&
+	       same_if_known(a->d_v, b->d_v) && a->prompt == b->prompt &&
+	       a->generate == b->generate;
 }
 
 bool result_same_case(const struct result *a, const struct result *b)
 {
-	return strcmp(a->series, b->series) == 0 && same_pattern(a, b) && a->kind == b->kind &&
-	       strcmp(a->dtype, b->dtype) == 0 && strcmp(a->model, b->model) == 0 &&
-	       strcmp(a->requested, b->requested) == 0 &&
-	       (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
-	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
-	       a->prompt == b->prompt && a->generate == b->generate && a->warm == b->warm &&
-	       a->threads == b->threads;
+	return strcmp(a->series, b->series) == 0 && same_text_if_known(a->pattern, b->pattern) &&
+	       a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 &&
+	       strcmp(a->model, b->model) == 0 && strcmp(a->requested, b->requested) == 0 &&
+	       same_sizes(a, b) && strcmp(data_of(a), data_of(b)) == 0 &&
+	       same_text_if_known(a->duty, b->duty) && strcmp(a->baseline, b->baseline) == 0 &&
+	       a->warm == b->warm && a->threads == b->threads;
 }
 
 bool result_same_table(const struct result *a, const struct result *b)

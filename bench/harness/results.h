@@ -38,13 +38,17 @@ struct results {
  * program), STATUS_OOM.
  */
 enum status results_add(struct results *results, const char *path);
+
+/* The same, but every row stays, for those who tell the runs of a file apart. */
+enum status results_add_all(struct results *results, const char *path);
 void results_release(struct results *results);
 
 /* Whether it was measured and verified: ok or noisy. */
 bool result_ok(const struct result *result);
 
 /* Whether two rows measure the same, wherever and by whichever kernels: those that were
- * asked for count, not those that ran. Whole models find their own batch. */
+ * asked for count, not those that ran. Whole models find their own batch. What the columns of an
+ * old file do not tell is what its program did: as many key heads as heads, normal data. */
 bool result_same_case(const struct result *a, const struct result *b);
 
 /*
