@@ -49,7 +49,8 @@ static const char usage[] =
         "  --same PERCENT         largest change that is called none [3]\n"
         "  --deviation PERCENT    of the runs of one program, where it is assumed [12]\n"
         "  --width PERCENT        half the interval at which a case needs no more pairs [2]\n"
-        "  --count-wide           print how many cases need more pairs, and nothing else\n"
+        "  --wide                 print the block and the pass of cases that need more pairs, a\n"
+        "                         line each, and nothing else\n"
         "  --help                 this text\n"
         "\n"
         "Exit code 0: no case became slower, failed or is unclear; 1: one did; 2: the options\n"
@@ -68,7 +69,7 @@ struct comparison {
 	struct verdict_rule rule;
 	struct allowed allowed;
 	size_t statistic; /* where in a row the number of its run is */
-	bool cycles, allow_unclear, count_wide;
+	bool cycles, allow_unclear, list_wide;
 	bool alternated;
 	int tally[OUTCOME_COUNT]; /* by enum verdict or enum outcome */
 	int n_timed;              /* with --cycles: cases without a clock */
@@ -459,18 +460,17 @@ static void print_all(struct comparison *c, double *work, char (*name)[NAME_SIZE
 	print_notes(c, assumed);
 }
 
-/* Prints how many cases need more pairs. */
+/* Lists the cases that need more pairs: layers, as in "rat-swa", and pass. */
 static void print_wide(struct comparison *c, double *work)
 {
-	int n_wide = 0;
-
 	for (int i = 0; i < c->sides.n_cases; i++) {
 		const struct finding finding = judge(c, i, work);
+		const struct result *r = c->sides.example[i];
 
-		n_wide += finding.outcome < VERDICT_COUNT &&
-		          !ratio_is_narrow(&finding.ratio, &c->rule);
+		if (finding.outcome < VERDICT_COUNT && !ratio_is_narrow(&finding.ratio, &c->rule))
+			printf("%.*s %s\n", (int)strcspn(r->series, " "), r->series,
+			       pass_name(r->kind));
 	}
-	printf("%d\n", n_wide);
 }
 
 static enum status compare(struct comparison *c)
@@ -483,7 +483,7 @@ static enum status compare(struct comparison *c)
 	c->alternated = sides_alternated(&c->sides);
 	if (!work || !name)
 		status = status_set(STATUS_OOM, "no memory for %zu cases", n_cases);
-	else if (c->count_wide)
+	else if (c->list_wide)
 		print_wide(c, work);
 	else
 		print_all(c, work, name);
@@ -542,7 +542,7 @@ enum {
 	OF,
 	CYCLES,
 	UNCLEAR,
-	COUNT,
+	WIDE,
 	HELP,
 	MARGIN,
 	SAME,
@@ -557,7 +557,7 @@ static const struct option options[] = {
         {"of", required_argument, NULL, OF},
         {"cycles", no_argument, NULL, CYCLES},
         {"allow-unclear", no_argument, NULL, UNCLEAR},
-        {"count-wide", no_argument, NULL, COUNT},
+        {"wide", no_argument, NULL, WIDE},
         {"help", no_argument, NULL, HELP},
         {"margin", required_argument, NULL, MARGIN},
         {"same", required_argument, NULL, SAME},
@@ -579,8 +579,8 @@ static enum status set_option(struct comparison *c, int code, const char *value)
 	case UNCLEAR:
 		c->allow_unclear = true;
 		break;
-	case COUNT:
-		c->count_wide = true;
+	case WIDE:
+		c->list_wide = true;
 		break;
 	case MARGIN:
 		return parse_percent("margin", value, &c->rule.margin);
@@ -629,7 +629,7 @@ static enum status parse(struct comparison *c, int argc, char **argv, bool *help
 
 static int exit_code(const struct comparison *c)
 {
-	if (c->count_wide)
+	if (c->list_wide)
 		return 0;
 	if (c->n_both == 0) {
 		fputs("compare: the two sides have no case in common\n", stderr);

@@ -164,7 +164,7 @@ measure()
 {
 	local side=$1 program=$2 result=0
 	shift 2
-	"${folder[$side]}/$(basename -- "$program")" "$@" "${options[@]}" --format none \
+	"${folder[$side]}/$(basename -- "$program")" "$@" "${options[@]}" "${passes[@]}" --format none \
 		--run-id "$side-$run-$pair" --out "$build/comparison/$side.csv" \
 		>"$scratch/log" 2>&1 || result=$?
 	# 1: a case failed, and its row says how.
@@ -174,15 +174,28 @@ measure()
 	fail "$side: $program ended with code $result"
 }
 
-# A process of either side for each line, in random order.
+# The patterns that have a case in $wide, in random order; all of them while it is empty.
+wide_patterns()
+{
+	local pattern layers
+	for pattern in "${both[@]}"; do
+		layers=$(sed 's/([^)]*)//g; s/:[0-9]*//g; s/,/-/g' <<<"$pattern")
+		[ "$wide" ] && ! grep -q "^$layers " <<<"$wide" || echo "$pattern"
+	done | shuf | paste -sd/
+}
+
+# A process of either side for each line, in random order. What is decided is not measured again.
 measure_pair()
 {
-	local line lines=()
+	local side line lines=()
 	if [ "$PROGRAM" ]; then
 		mapfile -t lines < <(tr ';' '\n' <<<"$PROGRAM" | grep '[^[:space:]]')
 	else
-		lines=("hybrid --pattern $(printf '%s\n' "${both[@]}" | shuf | paste -sd/)")
+		lines=("hybrid --pattern $(wide_patterns)")
 	fi
+	passes=()
+	[ "$PROGRAM" ] || [ ! "$wide" ] ||
+		passes=(--pass "$(cut -d' ' -f2 <<<"$wide" | sort -u | paste -sd,)")
 	for side in $(shuf -e base new); do
 		for line in "${lines[@]}"; do
 			# shellcheck disable=SC2086 # words
@@ -195,15 +208,16 @@ rm -f -- "$build/comparison/base.csv" "$build/comparison/new.csv"
 files=(--base "$build/comparison/base.csv" --new "$build/comparison/new.csv")
 run=$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$
 end=$((SECONDS + 60 * MINUTES))
+wide=
 for ((pair = 1; pair <= most; pair++)); do
 	measure_pair
 	[ "$pair" -ge "$least" ] || continue
 	# Intervals that are narrow enough end it, whatever they say: an end as soon as a
 	# difference is found would find one in nothing.
 	# shellcheck disable=SC2086
-	wide=$("$build/compare" $VERDICT --allow-different clock --count-wide "${files[@]}") || exit 2
-	[ ! -t 2 ] || printf '\r%d pairs, %d cases need more ' "$pair" "$wide" >&2
-	[ "$wide" -gt 0 ] && [ "$SECONDS" -lt "$end" ] || break
+	wide=$("$build/compare" $VERDICT --allow-different clock --wide "${files[@]}") || exit 2
+	[ ! -t 2 ] || printf '\r%d pairs, %d cases need more ' "$pair" "$(grep -c . <<<"$wide")" >&2
+	[ "$wide" ] && [ "$SECONDS" -lt "$end" ] || break
 done
 [ ! -t 2 ] || printf '\r%40s\r' '' >&2
 # shellcheck disable=SC2086

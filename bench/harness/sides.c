@@ -189,7 +189,8 @@ static void find_cases(struct sides *sides, struct side *side, int *case_of_row)
 
 static enum status fill_cells(const struct sides *sides, struct side *side, const int *case_of_row)
 {
-	side->cell = calloc((size_t)sides->n_cases * (size_t)side->n_runs + 1, sizeof *side->cell);
+	side->cell =
+	        calloc((size_t)sides->n_cases * (size_t)side->n_runs + 1, sizeof(struct result *));
 	if (!side->cell)
 		return status_set(STATUS_OOM, "no memory for %d cases", sides->n_cases);
 	for (int i = 0; i < side->results.count; i++) {
@@ -211,7 +212,7 @@ enum status sides_match(struct sides *sides)
 	int *case_of_row = malloc((n_base + n_new + 1) * sizeof *case_of_row);
 	enum status status = STATUS_OK;
 
-	sides->example = malloc((n_base + n_new + 1) * sizeof *sides->example);
+	sides->example = calloc(n_base + n_new + 1, sizeof(struct result *));
 	if (!case_of_row || !sides->example)
 		status = status_set(STATUS_OOM, "no memory for %zu rows", n_base + n_new);
 	if (status == STATUS_OK) {
