@@ -144,9 +144,11 @@ static void name_case(const struct result *r, char name[NAME_SIZE])
 		append(name, NAME_SIZE, "%s", r->model);
 	if (r->requested[0])
 		append(name, NAME_SIZE, "[%s]", r->requested);
-	append(name, NAME_SIZE, "%s D=%lld T=%lld", pass_name(r->kind), (long long)r->d_model,
-	       (long long)r->seq_len);
-	if (!passes[r->kind].models)
+	append(name, NAME_SIZE, "%s", pass_name(r->kind));
+	if (r->d_model >= 0)
+		append(name, NAME_SIZE, "D=%lld", (long long)r->d_model);
+	append(name, NAME_SIZE, "T=%lld", (long long)r->seq_len);
+	if (!passes[r->kind].models && r->batch >= 0)
 		append(name, NAME_SIZE, "B=%lld", (long long)r->batch);
 }
 
@@ -376,9 +378,9 @@ static void print_side(const struct side *side)
 	}
 	for (int i = 1; i < side->results.count; i++)
 		several = several || strcmp(first->git_sha, side->results.row[i].git_sha) != 0;
-	printf("%-4s  %s%.12s%s, %d run%s from %s on, %s%s%s\n", side->name,
-	       several ? "several commits, first " : "",
-	       first->git_sha[0] ? first->git_sha : "commit unknown",
+	printf("%-4s  %s%.*s%s, %d run%s from %s on, %s%s%s\n", side->name,
+	       several ? "several commits, first " : "", first->git_sha[0] ? 12 : 32,
+	       first->git_sha[0] ? first->git_sha : "an unknown commit",
 	       first->git_dirty > 0 ? " with changes" : "", side->n_runs,
 	       side->n_runs == 1 ? "" : "s", first->time_utc[0] ? first->time_utc : "unknown time",
 	       first->device, first->driver[0] ? ", driver " : "", first->driver);

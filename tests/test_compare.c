@@ -602,8 +602,8 @@ TEST(test_schemas)
 
 /* --- bench/compare.sh --- */
 
-/* Pretends to be build/hybrid: refuses the layer `unknown`, and writes a row whose latency is in
- * the file `ms` beside it, a little more in every run. */
+/* Pretends to be build/hybrid: refuses the layer `unknown`, and writes rows whose latency is in the
+ * file `ms` beside it. That of the layer `loud` differs from run to run on the new side. */
 static const char pretender[] =
         "#!/bin/sh\n"
         "here=$(dirname \"$0\"); out= id= pattern=x\n"
@@ -624,7 +624,9 @@ static const char pretender[] =
         "[ -e \"$out\" ] || echo 'run_id,time_utc,device,block,pass,seq_len,latency_ms,"
         "latency_min_ms,status' >\"$out\"\n"
         "for block in $(echo \"$pattern\" | tr / ' '); do\n"
-        "\techo \"$id,$now,CPU,$block,prefill,8,$ms,$ms,ok\" >>\"$out\"\n"
+        "\tloud=; n=$(grep -c loud \"$out\")\n"
+        "\tcase $block$out in loud*new.csv) loud=.$((n % 7)) ;; esac\n"
+        "\techo \"$id,$now,CPU,$block,prefill,8,$ms$loud,$ms$loud,ok\" >>\"$out\"\n"
         "done\n";
 
 /* A repository with two commits, whose Makefile "builds" the pretender; the second is slower. The
@@ -673,6 +675,17 @@ TEST(test_commits)
 	        make_compare(1, "BASE=one PROGRAM='hybrid --pattern c; build/hybrid --pattern d'"),
 	        "2 slower");
 	expect_clean();
+}
+
+/* What is decided is not measured again. */
+TEST(test_undecided_cases_go_on)
+{
+	make_repository();
+	const char *output = make_compare(1, "BASE=two PATTERNS='quiet loud'");
+	expect_text(output, "quiet prefill T=8 ");
+	expect_text(output, "base  an unknown commit, 7 runs from");
+	expect_text(output, "1.000  1.000 - 1.000       6  same\n");
+	expect_text(output, "       7  unclear\n");
 }
 
 TEST(test_commits_that_cannot_be_compared)
