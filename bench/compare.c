@@ -5,11 +5,11 @@
  */
 #include <getopt.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/harness/names.h"
 #include "bench/harness/sides.h"
 #include "bench/harness/verdict.h"
 
@@ -84,106 +84,6 @@ struct finding {
 	char text[160]; /* beside the outcome; alone where that is OUTCOME_NONE */
 };
 
-/* What two cases that look alike may differ in. Shown if not all cases agree. */
-static const struct {
-	const char *label;
-	size_t offset;
-	bool is_text;
-} details[] = {
-        {"H=", offsetof(struct result, n_heads), false},
-        {"Hkv=", offsetof(struct result, kv_heads), false},
-        {"dk=", offsetof(struct result, d_k), false},
-        {"dv=", offsetof(struct result, d_v), false},
-        {"prompt=", offsetof(struct result, prompt), false},
-        {"generate=", offsetof(struct result, generate), false},
-        {"threads=", offsetof(struct result, threads), false},
-        {"warm=", offsetof(struct result, warm), false},
-        {"", offsetof(struct result, dtype), true},
-        {"", offsetof(struct result, data), true},
-        {"", offsetof(struct result, duty), true},
-};
-
-enum { N_DETAILS = sizeof details / sizeof *details, NAME_SIZE = 224 };
-
-static const void *field(const struct result *r, size_t index)
-{
-	return (const char *)r + details[index].offset;
-}
-
-static bool same_detail(const struct result *a, const struct result *b, size_t index)
-{
-	const void *one = field(a, index), *other = field(b, index);
-
-	return details[index].is_text
-	               ? strcmp(*(const char *const *)one, *(const char *const *)other) == 0
-	               : *(const int64_t *)one == *(const int64_t *)other;
-}
-
-/* Appends to text[size], blank first unless it is empty. */
-static void append(char *text, size_t size, const char *format, ...)
-        __attribute__((format(printf, 3, 4)));
-
-static void append(char *text, size_t size, const char *format, ...)
-{
-	size_t length = strlen(text);
-	va_list list;
-
-	if (length > 0 && length + 1 < size) {
-		text[length++] = ' ';
-		text[length] = '\0';
-	}
-	va_start(list, format);
-	vsnprintf(text + length, size - length, format, list);
-	va_end(list);
-}
-
-static void name_case(const struct result *r, char name[NAME_SIZE])
-{
-	append(name, NAME_SIZE, "%s", r->series);
-	if (r->model[0])
-		append(name, NAME_SIZE, "%s", r->model);
-	if (r->requested[0])
-		append(name, NAME_SIZE, "[%s]", r->requested);
-	append(name, NAME_SIZE, "%s", pass_name(r->kind));
-	if (r->d_model >= 0)
-		append(name, NAME_SIZE, "D=%lld", (long long)r->d_model);
-	append(name, NAME_SIZE, "T=%lld", (long long)r->seq_len);
-	if (!passes[r->kind].models && r->batch >= 0)
-		append(name, NAME_SIZE, "B=%lld", (long long)r->batch);
-}
-
-static void add_detail(const struct result *r, size_t index, char name[NAME_SIZE])
-{
-	const void *value = field(r, index);
-
-	if (details[index].is_text && **(const char *const *)value)
-		append(name, NAME_SIZE, "%s", *(const char *const *)value);
-	else if (!details[index].is_text && *(const int64_t *)value >= 0)
-		append(name, NAME_SIZE, "%s%lld", details[index].label,
-		       (long long)*(const int64_t *)value);
-}
-
-/* Names every case; those that would be called the same are told apart by their details. */
-static void name_cases(const struct sides *sides, char (*name)[NAME_SIZE])
-{
-	bool shown[N_DETAILS] = {false};
-
-	for (int i = 0; i < sides->n_cases; i++)
-		name_case(sides->example[i], name[i]);
-	for (int i = 0; i < sides->n_cases; i++)
-		for (int j = 0; j < i; j++) {
-			if (strcmp(name[i], name[j]) != 0)
-				continue;
-			for (size_t k = 0; k < N_DETAILS; k++)
-				shown[k] = shown[k] ||
-				           !same_detail(sides->example[i], sides->example[j], k);
-		}
-	for (int i = 0; i < sides->n_cases; i++)
-		for (size_t k = 0; k < N_DETAILS; k++)
-			if (shown[k])
-				add_detail(sides->example[i], k, name[i]);
-}
-
 /* What may be the number of a run. */
 static const struct {
 	const char *name;
@@ -205,10 +105,26 @@ static double value_of(const struct comparison *c, const struct result *r, bool 
 	return ms > 0 && isfinite(ms) ? ms * (cycles ? 1e3 * r->sm_clock_mhz : 1) : NAN;
 }
 
-static bool same_row(const struct result *a, const struct result *b)
+/* Which file a row of a side is from. */
+static const char *path_of(const struct side *side, const struct result *r)
 {
-	return a->run_id[0] && strcmp(a->run_id, b->run_id) == 0 &&
-	       strcmp(a->time_utc, b->time_utc) == 0 && a->latency_ms == b->latency_ms;
+	return side->path[r - side->results.row];
+}
+
+static bool same_number(double a, double b)
+{
+	return a == b || (isnan(a) && isnan(b));
+}
+
+/* Whether two rows are one: of a run, or of a file that does not name its runs. */
+static bool same_row(const struct sides *sides, const struct result *base, const struct result *new)
+{
+	return strcmp(base->run_id, new->run_id) == 0 &&
+	       strcmp(base->time_utc, new->time_utc) == 0 &&
+	       same_number(base->latency_ms, new->latency_ms) &&
+	       same_number(base->tokens_per_s, new->tokens_per_s) &&
+	       (base->run_id[0] ||
+	        strcmp(path_of(&sides->base, base), path_of(&sides->new, new)) == 0);
 }
 
 /* How a side fared with a case over all its runs. */
@@ -280,7 +196,7 @@ static void judge_pairs(struct comparison *c, int index, double *work, struct fi
 		if (isnan(base[count]) || isnan(new[count]))
 			continue;
 		logs[count] = log(new[count] / base[count]);
-		n_same += same_row(before, after);
+		n_same += same_row(&c->sides, before, after);
 		count++;
 	}
 	if (count == 0)
@@ -297,8 +213,8 @@ static void note_failures(const char *side, const struct record_of_side *record,
                           size_t size)
 {
 	if (record->failed)
-		append(text, size, "%s: %d of %d %s", side, record->rows - record->ok, record->rows,
-		       record->failed->status);
+		append_word(text, size, "%s: %d of %d %s", side, record->rows - record->ok,
+		            record->rows, record->failed->status);
 }
 
 static struct finding judge(struct comparison *c, int index, double *work)
@@ -312,8 +228,8 @@ static struct finding judge(struct comparison *c, int index, double *work)
 	const size_t size = sizeof finding.text;
 
 	if (!base.any || !new.any) {
-		append(finding.text, size, "only in %s: %s", base.any ? "base" : "new",
-		       (base.any ? base.any : new.any)->status);
+		append_word(finding.text, size, "only in %s: %s", base.any ? "base" : "new",
+		            (base.any ? base.any : new.any)->status);
 		return finding;
 	}
 	c->n_both++;
@@ -323,11 +239,11 @@ static struct finding judge(struct comparison *c, int index, double *work)
 	if (!base.failed && new.failed)
 		finding.outcome = OUTCOME_FAILED;
 	else if (finding.outcome == OUTCOME_NONE && !finding.text[0])
-		append(finding.text, size, "no pair has both");
+		append_word(finding.text, size, "no pair has both");
 	if (base.any->provider[0] && new.any->provider[0] &&
 	    strcmp(base.any->provider, new.any->provider) != 0)
-		append(finding.text, size, "by %.40s, was %.40s", new.any->provider,
-		       base.any->provider);
+		append_word(finding.text, size, "by %.40s, was %.40s", new.any->provider,
+		            base.any->provider);
 	return finding;
 }
 
@@ -446,7 +362,7 @@ static void print_all(struct comparison *c, double *work, char (*name)[NAME_SIZE
 	int width = 4;
 	bool assumed = false;
 
-	name_cases(&c->sides, name);
+	name_cases(c->sides.example, c->sides.n_cases, name);
 	for (int i = 0; i < c->sides.n_cases; i++)
 		width = (int)strlen(name[i]) > width ? (int)strlen(name[i]) : width;
 	print_head(c, width);

@@ -198,6 +198,9 @@ struct row {
 	int threads, kv_heads, d_k;
 };
 
+/* Rows that differ in the milliseconds alone. */
+static const struct row ten = {.ms = 10}, eleven = {.ms = 11}, fifteen = {.ms = 15};
+
 static const char *or_else(const char *text, const char *otherwise)
 {
 	return text ? text : otherwise;
@@ -359,9 +362,6 @@ static void write_pairs(int count, double ratio, bool alternate)
 	assert_int_equal(fclose(side[0]) | fclose(side[1]), 0);
 }
 
-/* Rows that differ in the milliseconds alone. */
-static const struct row ten = {.ms = 10}, eleven = {.ms = 11}, fifteen = {.ms = 15};
-
 TEST(test_two_plain_files)
 {
 	const char *output = compare_rows(1, ten, eleven, "");
@@ -427,6 +427,8 @@ TEST(test_one_file_with_itself)
 	expect_text(output, "same run\n");
 	expect_text(output, "base: 1 of 1 oom new: 1 of 1 oom\n");
 	expect_text(output, "0 unclear, 0 failed, 1 same run, 1 not compared\n");
+	write_rows("f.csv", 1, &ten);
+	expect_text(compare(0, "f.csv f.csv"), "1 same run\n");
 }
 
 TEST(test_outcomes)
