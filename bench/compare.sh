@@ -33,6 +33,7 @@ VERDICT=${VERDICT:-}
 scratch=
 code=2
 declare -A folder # of the programs of a side
+declare -A extra  # options that a side needs
 
 say() { printf 'compare: %s\n' "$*" >&2; }
 
@@ -143,6 +144,14 @@ if [ $# -eq 0 ] && [ ! "$PROGRAM" ]; then
 fi
 VERDICT="--of $statistic $VERDICT"
 
+# What is measured must not depend on what else is: a program that can alternate blocks is told not
+# to, since another may not know how.
+for side in base new; do
+	extra[$side]=
+	[ "$PROGRAM" ] || ! "${folder[$side]}/hybrid" --help 2>/dev/null | grep -q -- ' --apart ' ||
+		extra[$side]=--apart
+done
+
 # Patterns that both programs know; the others are said.
 both=()
 if [ ! "$PROGRAM" ]; then
@@ -160,11 +169,12 @@ if [ ! "$PROGRAM" ]; then
 fi
 
 # measure SIDE LINE...: one process of a side; its rows go to the side's file.
+# shellcheck disable=SC2086 # words
 measure()
 {
 	local side=$1 program=$2 result=0
 	shift 2
-	"${folder[$side]}/$(basename -- "$program")" "$@" "${options[@]}" "${passes[@]}" --format none \
+	"${folder[$side]}/$(basename -- "$program")" "$@" "${options[@]}" "${passes[@]}" ${extra[$side]} --format none \
 		--run-id "$side-$run-$pair" --out "$build/comparison/$side.csv" \
 		>"$scratch/log" 2>&1 || result=$?
 	# 1: a case failed, and its row says how.
@@ -174,14 +184,16 @@ measure()
 	fail "$side: $program ended with code $result"
 }
 
-# The patterns that have a case in $wide, in random order; all of them while it is empty.
-wide_patterns()
+# The patterns that have a case in $wide, in random order; all of them where that names none.
+next_patterns()
 {
-	local pattern layers
+	local pattern layers found=()
 	for pattern in "${both[@]}"; do
 		layers=$(sed 's/([^)]*)//g; s/:[0-9]*//g; s/,/-/g' <<<"$pattern")
-		[ "$wide" ] && ! grep -q "^$layers " <<<"$wide" || echo "$pattern"
-	done | shuf | paste -sd/
+		! grep -q "^$layers " <<<"$wide" || found+=("$pattern")
+	done
+	[ ${#found[@]} -gt 0 ] || found=("${both[@]}")
+	printf '%s\n' "${found[@]}" | shuf | paste -sd/
 }
 
 # A process of either side for each line, in random order. What is decided is not measured again.
@@ -191,7 +203,7 @@ measure_pair()
 	if [ "$PROGRAM" ]; then
 		mapfile -t lines < <(tr ';' '\n' <<<"$PROGRAM" | grep '[^[:space:]]')
 	else
-		lines=("hybrid --pattern $(wide_patterns)")
+		lines=("hybrid --pattern $(next_patterns)")
 	fi
 	passes=()
 	[ "$PROGRAM" ] || [ ! "$wide" ] ||
@@ -204,7 +216,7 @@ measure_pair()
 	done
 }
 
-rm -f -- "$build/comparison/base.csv" "$build/comparison/new.csv"
+rm -f -- "$build"/comparison/{base,new}.*
 files=(--base "$build/comparison/base.csv" --new "$build/comparison/new.csv")
 run=$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$
 end=$((SECONDS + 60 * MINUTES))

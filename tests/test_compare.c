@@ -522,6 +522,7 @@ TEST(test_refusals)
 	};
 	const struct row base = {.ms = 10, .clock = 1980, .build = "native"};
 	const struct row nearly = {.ms = 10, .clock = 1950};
+	const struct row dirty = {.ms = 10, .build = "native dirty:0123abcd"};
 
 	for (size_t i = 0; i < COUNT_OF(refused); i++) {
 		char option[64];
@@ -533,6 +534,8 @@ TEST(test_refusals)
 	/* What a file does not tell is not held against it. */
 	compare_rows(1, base, ten, "");
 	compare_rows(1, base, nearly, "");
+	/* Nor are uncommitted changes. */
+	compare_rows(1, base, dirty, "");
 }
 
 TEST(test_cycles)
@@ -623,12 +626,12 @@ static const char pretender[] =
         "read -r ms <\"$here/ms\"\n"
         "[ \"$ms\" != crash ] || kill -SEGV $$\n"
         "now=$(date -u +%Y-%m-%dT%H:%M:%S.%N)\n"
-        "[ -e \"$out\" ] || echo 'run_id,time_utc,device,block,pass,seq_len,latency_ms,"
+        "[ -e \"$out\" ] || echo 'schema,run_id,time_utc,device,block,pass,seq_len,latency_ms,"
         "latency_min_ms,status' >\"$out\"\n"
         "for block in $(echo \"$pattern\" | tr / ' '); do\n"
         "\tloud=; n=$(grep -c loud \"$out\")\n"
         "\tcase $block$out in loud*new.csv) loud=.$((n % 7)) ;; esac\n"
-        "\techo \"$id,$now,CPU,$block,prefill,8,$ms$loud,$ms$loud,ok\" >>\"$out\"\n"
+        "\techo \"3,$id,$now,CPU,$block,prefill,8,$ms$loud,$ms$loud,ok\" >>\"$out\"\n"
         "done\n";
 
 /* A repository with two commits, whose Makefile "builds" the pretender; the second is slower. The

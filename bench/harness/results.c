@@ -170,14 +170,20 @@ bool result_ok(const struct result *result)
 	       strcmp(result->status, status_name(STATUS_NOISY)) == 0;
 }
 
-/* Sizes that old files have of layers without such a one, and new ones have not. */
+/* Sizes that old files have of layers without such a one, and new ones have not, or the other way
+ * round. */
 static bool same_if_known(int64_t a, int64_t b)
 {
 	return a == b || a < 0 || b < 0;
 }
 
+static bool same_text_if_known(const char *a, const char *b)
+{
+	return !a[0] || !b[0] || strcmp(a, b) == 0;
+}
+
 /* Heads of keys and values; files that do not tell are older than grouped heads. */
-static int64_t kv_heads(const struct result *r)
+static int64_t kv_heads_of(const struct result *r)
 {
 	return r->kv_heads < 0 ? r->n_heads : r->kv_heads;
 }
@@ -188,28 +194,24 @@ static const char *data_of(const struct result *r)
 	return r->data[0] ? r->data : "normal";
 }
 
-static bool same_text_if_known(const char *a, const char *b)
+/* The same conditions of measuring. */
+static bool same_conditions(const struct result *a, const struct result *b)
 {
-	return !*a || !*b || strcmp(a, b) == 0;
-}
-
-static bool same_sizes(const struct result *a, const struct result *b)
-{
-	return (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
-	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
-	       same_if_known(kv_heads(a), kv_heads(b)) && same_if_known(a->d_k, b->d_k) &&
-	       same_if_known(a->d_v, b->d_v) && a->prompt == b->prompt &&
-	       a->generate == b->generate;
+	return a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 && a->warm == b->warm &&
+	       a->threads == b->threads && same_text_if_known(a->duty, b->duty) &&
+	       strcmp(data_of(a), data_of(b)) == 0 && strcmp(a->baseline, b->baseline) == 0;
 }
 
 bool result_same_case(const struct result *a, const struct result *b)
 {
-	return strcmp(a->series, b->series) == 0 && same_text_if_known(a->pattern, b->pattern) &&
-	       a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 &&
-	       strcmp(a->model, b->model) == 0 && strcmp(a->requested, b->requested) == 0 &&
-	       same_sizes(a, b) && strcmp(data_of(a), data_of(b)) == 0 &&
-	       same_text_if_known(a->duty, b->duty) && strcmp(a->baseline, b->baseline) == 0 &&
-	       a->warm == b->warm && a->threads == b->threads;
+	return same_conditions(a, b) && strcmp(a->series, b->series) == 0 &&
+	       same_text_if_known(a->pattern, b->pattern) && strcmp(a->model, b->model) == 0 &&
+	       strcmp(a->requested, b->requested) == 0 &&
+	       (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
+	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
+	       same_if_known(kv_heads_of(a), kv_heads_of(b)) && same_if_known(a->d_k, b->d_k) &&
+	       same_if_known(a->d_v, b->d_v) && a->prompt == b->prompt &&
+	       a->generate == b->generate;
 }
 
 bool result_same_table(const struct result *a, const struct result *b)

@@ -60,6 +60,14 @@ static bool is_allowed(const struct allowed *allowed, const char *what)
 	return strcmp(what, "device") == 0 ? allowed->device : allowed->build;
 }
 
+/* Uncommitted changes are part of a build's name, and no difference in how it was built. */
+static size_t compared_length(const char *text)
+{
+	const char *changes = strstr(text, " dirty:");
+
+	return changes ? (size_t)(changes - text) : strlen(text);
+}
+
 /* The first text in rows of either side that differs from *first, which the first row that has
  * one sets; NULL if all are the same. */
 static const char *other_text(const struct side *side, size_t offset, const char **first)
@@ -67,10 +75,12 @@ static const char *other_text(const struct side *side, size_t offset, const char
 	for (int i = 0; i < side->results.count; i++) {
 		const char *text =
 		        *(const char *const *)((const char *)&side->results.row[i] + offset);
+		const size_t length = compared_length(text);
 
 		if (!*first && *text)
 			*first = text;
-		if (*first && *text && strcmp(text, *first) != 0)
+		if (*first && *text &&
+		    (length != compared_length(*first) || memcmp(text, *first, length) != 0))
 			return text;
 	}
 	return NULL;
