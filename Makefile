@@ -6,7 +6,12 @@ BUILD ?= build
 CC := gcc
 MARCH ?= native
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-CUDA ?= $(if $(and $(NVCC),$(wildcard /dev/nvidia0 /dev/nvidiactl)),1,0)
+# Of WSL2 a GPU is /dev/dxg.
+GPU := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg)
+CUDA ?= $(if $(and $(NVCC),$(GPU)),1,0)
+ifeq ($(origin CUDA)$(MAKELEVEL),file0)
+$(if $(and $(GPU),$(if $(NVCC),,1)),$(warning a GPU but no nvcc: the build is without CUDA))
+endif
 SAN ?=
 FUZZ_SECONDS ?= 30
 ARGS ?=
@@ -20,8 +25,10 @@ OPTIMIZE := -O1 -march=$(MARCH) -g -fno-omit-frame-pointer -fsanitize=$(SAN) \
 	-fno-sanitize-recover=all
 endif
 CPPFLAGS := -I. -I$(BUILD) $(if $(filter 1,$(CUDA)),-DWITH_CUDA)
+# Clang warns of loops that it cannot vectorize.
+CLANG := $(findstring clang,$(shell $(CC) --version 2>/dev/null))
 CFLAGS := -std=c11 $(OPTIMIZE) -Wall -Wextra -Wno-unused-parameter -Werror -Wshadow -fopenmp \
-	-fno-math-errno -fno-trapping-math -ffp-contract=fast
+	$(if $(CLANG),-Wno-pass-failed) -fno-math-errno -fno-trapping-math -ffp-contract=fast
 LDFLAGS := $(if $(SAN),-fsanitize=$(SAN)) -fopenmp
 LDLIBS := -lopenblas -lm
 
@@ -36,9 +43,9 @@ FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2
 # Programs of one layer: build/hybrid by another name.
 LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \
-	kernel_latency chunkwise report compare plotdata),$(PROGRAMS))
+	kernel_latency chunkwise report compare plotdata publish),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
-TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_%,$(wildcard tests/*.c)))
+TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/test_% tests/fake_%,$(wildcard tests/*.c)))
 TEST_LIBRARY := $(BUILD)/libtests.a
 
 SM90A := -gencode arch=compute_90a,code=sm_90a
@@ -55,7 +62,8 @@ SOURCES += $(foreach d,kernels/cuda kernels/portable kernels/hopper baselines/*,
 	$(wildcard $(d)/*.c $(d)/*.cu))
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
 GPU_TEST_SUPPORT := $(patsubst %,$(BUILD)/%.o,$(wildcard tests/gpu/*.cu))
-NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror
+HOST_FLAGS := $(shell scripts/nvcc_host.sh '$(NVCC)' $(if $(filter-out 0,$(MAKELEVEL)),2>/dev/null))
+NVCCFLAGS := $(HOST_FLAGS) -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror
 PTX80 := -gencode arch=compute_80,code=compute_80
 # What uses instructions of sm_90a itself is for no other device.
 ARCHITECTURES := $(SM90A) $(PTX80)
@@ -69,7 +77,7 @@ OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
 .PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 compare plots test test-gpu check asan fuzz golden clean run-latency FORCE
+	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -111,6 +119,12 @@ $(BUILD)/golden: $(GOLDEN_OBJECTS)
 $(BUILD)/golden: LDLIBS += -lcjson
 
 $(GPU_TESTS): $(GPU_TEST_SUPPORT)
+# Asks a management library of its own, in a build without CUDA too.
+$(BUILD)/tests/test_conditions: $(BUILD)/kernels/cuda/nvml.o | $(BUILD)/tests/libfake_nvml.so
+$(BUILD)/tests/test_conditions: LDLIBS += -ldl
+$(BUILD)/tests/libfake_%.so: tests/fake_%.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(CFLAGS) -fPIC -shared -o $@ $<
 # It lies about operations to see that it matters.
 $(BUILD)/tests/test_links: LDFLAGS += -Wl,--wrap=operation_describe
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
@@ -131,7 +145,7 @@ FLASH3_VERSION := $(if $(wildcard $(FLASH_ATTENTION)/.git),$(shell \
 	git -C $(FLASH_ATTENTION) rev-parse --short HEAD))
 FLASH3_KERNELS := $(foreach d,64 128,$(foreach k,bf16 bf16_split, \
 	$(BUILD)/flash3/flash_fwd_hdim$(d)_$(k)_sm90.o))
-FLASH3_FLAGS := -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
+FLASH3_FLAGS := $(HOST_FLAGS) -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
 	-Xcompiler -fPIC -DNDEBUG -DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED \
 	-DCUTLASS_ENABLE_GDC_FOR_SM90 -DCUTLASS_DEBUG_TRACE_LEVEL=0 \
 	$(addprefix -DFLASHATTENTION_DISABLE_,BACKWARD PAGEDKV APPENDKV SOFTCAP PACKGQA VARLEN FP16 \
@@ -168,13 +182,28 @@ $(BUILD)/flags: FORCE
 	@echo '$(CC) $(CPPFLAGS) $(CFLAGS) $(NVCC) $(NVCCFLAGS)' > $@.new
 	$(replace_if_changed)
 
-# The commit, and whether the tree differs from it anywhere but in results and pictures.
+# The commit; whether the tree differs from it anywhere but in rows and pictures; and what the build
+# depends on besides the commit. A tree inside somebody else's repository is of no known commit.
+OWN_FLAGS = $(if $(filter-out file,$(origin OPTIMIZE) $(origin CFLAGS) $(origin CPPFLAGS)), \
+	flags:$(firstword $(shell echo '$(CPPFLAGS) $(CFLAGS)' | cksum)))
+TRACKED := . ':!results' ':!plots/out' ':!runs'
 $(BUILD)/version.h: FORCE
 	@mkdir -p $(@D)
-	@{ echo "#define GIT_SHA \"$$(git rev-parse --verify -q HEAD 2>/dev/null || echo unknown)\""; \
-	   git status --porcelain -- . ':!results' ':!plots/out' > $@.dirty 2>/dev/null \
-		|| echo unknown > $@.dirty; \
-	   test -s $@.dirty && echo "#define GIT_DIRTY 1" || echo "#define GIT_DIRTY 0"; } > $@.new
+	@if test -z "$$(git rev-parse --show-prefix 2>/dev/null || echo none)"; then \
+		sha=$$(git rev-parse --verify -q HEAD || echo unknown); \
+		changes=$$(git status --porcelain -- $(TRACKED)); \
+		if test -n "$$changes"; then \
+			digest=$$({ echo "$$changes"; git diff HEAD --binary -- $(TRACKED); \
+				git ls-files -z --others --exclude-standard -- $(TRACKED) \
+					| xargs -0r cat; } | sha256sum); fi; \
+	else \
+		sha=unknown; \
+		digest=$$(find kernels baselines layers bench -type f | LC_ALL=C sort | xargs cat \
+			| sha256sum); fi; \
+	build='$(MARCH)$(SAN:%= %)$(OWN_FLAGS)'; \
+	{ echo "#define GIT_SHA \"$$sha\""; \
+	  echo "#define GIT_DIRTY $$(test -n "$$digest" && echo 1 || echo 0)"; \
+	  echo "#define BUILD_ID \"$$build$${digest:+ dirty:$$(echo $$digest | cut -c 1-8)}\""; } > $@.new
 	$(replace_if_changed)
 
 $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
@@ -182,38 +211,41 @@ $(BUILD)/bench/harness/environment.o: $(BUILD)/version.h
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)
 
+# It looks for what the compiler that make calls will find.
+BOOTSTRAP = CC='$(CC)' scripts/bootstrap.sh
+
 # Targets a newcomer types. They fetch what is missing first, then build in parallel.
 PARALLEL := $(shell nproc 2>/dev/null || echo 1)
 SUBMAKE = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(PARALLEL))
 
 bench-latency:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) latency.csv $(ARGS)
 
 bench-generation:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/latency.sh $(BUILD) generation.csv --pass generation $(ARGS)
 
 bench-family:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
-	@BLOCKS="attention $(FAMILY)" CHUNKS=16,32,128,256 \
+	@PATTERNS="$(subst $() ,/,attention $(FAMILY))" STACKS= CHUNKS='16|32|128|256' \
 		bench/latency.sh $(BUILD) family.csv $(ARGS)
 
 bench-kernels:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@$(BUILD)/kernel_latency $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
 bench-chunkwise:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/chunkwise.sh $(BUILD) $(ARGS)
 
 table2:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@$(BUILD)/throughput $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
@@ -226,17 +258,27 @@ compare: export PAIRS := $(value PAIRS)
 compare: export MINUTES := $(value MINUTES)
 compare: export VERDICT := $(value VERDICT)
 compare:
-	@scripts/bootstrap.sh run
+	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
 	@bench/compare.sh $(BUILD) $(ARGS)
 
+# RESULTS: a file, or the folder of a run; otherwise that in runs/ with the newest file.
 plots:
-	@scripts/bootstrap.sh run
-	@$(SUBMAKE) drivers
-	@plots/draw.sh $${RESULTS:-$$($(BUILD)/attention --list | sed -n 's/^output: //p')}
+	@$(BOOTSTRAP) plots
+	@$(SUBMAKE) -s $(BUILD)/plotdata
+	@newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | grep -vE '[.](samples|old-[0-9]+)[.]' \
+		| head -n 1); \
+	test -n "$$RESULTS$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
+	BUILD='$(BUILD)' plots/draw.sh "$${RESULTS:-$${newest%/*}}"
+
+# RUN: runs/DEVICE[/NAME]
+publish:
+	@$(BOOTSTRAP) plots
+	@$(SUBMAKE) -s $(BUILD)/publish $(BUILD)/plotdata
+	@BUILD='$(BUILD)' scripts/publish.sh "$$RUN"
 
 test:
-	@scripts/bootstrap.sh test
+	@$(BOOTSTRAP) test
 	@$(SUBMAKE) tests programs
 	@tests/run.sh $(TESTS)
 
@@ -250,7 +292,7 @@ run-gpu-tests:
 	@$(BUILD)/golden --backend cuda --allow-unsupported tests/golden/*.safetensors
 
 asan:
-	@scripts/bootstrap.sh test
+	@$(BOOTSTRAP) test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/asan SAN=address,undefined test
 
 golden:
@@ -262,7 +304,7 @@ CPU_FILES = $(filter-out kernels/cuda/% kernels/portable/% kernels/hopper/% base
 	tests/gpu/% tests/fuzz/%,$(filter %.c,$(C_FILES)))
 
 check:
-	@scripts/bootstrap.sh check
+	@$(BOOTSTRAP) check
 	clang-format --dry-run -Werror $(C_FILES)
 	@$(MAKE) --no-print-directory $(BUILD)/version.h
 	clang-tidy --quiet $(CPU_FILES) -- -std=c11 -I. -I$(BUILD) -fopenmp
@@ -271,7 +313,7 @@ check:
 		--suppress=missingIncludeSystem --suppress=invalidPointerCast $(CPU_FILES)
 
 fuzz:
-	@scripts/bootstrap.sh check
+	@$(BOOTSTRAP) check
 	@tests/fuzz/run.sh $(BUILD)/fuzz $(FUZZ_SECONDS)
 
 help:
@@ -283,7 +325,8 @@ help:
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'
 	@echo 'make compare BASE=REF   is the working tree (or NEW=REF) slower than that commit? docs/comparing.md'
-	@echo 'make plots              pictures of the results (RESULTS=file.csv picks another file)'
+	@echo 'make plots              pictures of the newest run (RESULTS=file.csv or a folder picks others)'
+	@echo 'make publish            copy one run of a clean commit into results/ (RUN=runs/DEVICE)'
 	@echo 'make test               every test that needs no GPU'
 	@echo 'make test-gpu           the tests of the CUDA backend'
 	@echo 'make golden             other projects'"'"' reference tensors, compared'

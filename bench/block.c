@@ -2,6 +2,7 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "bench/harness/bench.h"
 #include "bench/stack_case.h"
@@ -12,6 +13,18 @@ struct block {
 	struct device *device;
 	struct stack stack;
 };
+
+/* Another, which holds no memory yet. */
+static void *clone(void *self)
+{
+	struct block *copy = calloc(1, sizeof *copy);
+
+	if (copy) {
+		copy->driver = ((struct block *)self)->driver;
+		copy->device = ((struct block *)self)->device;
+	}
+	return copy;
+}
 
 static void use(void *self, struct device *device)
 {
@@ -129,8 +142,10 @@ static void release(void *self)
 int block_main(const struct driver *driver, int argc, char **argv)
 {
 	static struct block block;
+	static char file[MAX_WORD];
 	const struct subject subject = {
 	        .self = &block,
+	        .clone = clone,
 	        .use = use,
 	        .check = check,
 	        .configure = configure,
@@ -144,7 +159,9 @@ int block_main(const struct driver *driver, int argc, char **argv)
 	};
 
 	block.driver = *driver;
-	block.driver.file = "latency.csv";
+	/* Trials of one program do not mix with the run of all, which is latency.csv. */
+	snprintf(file, sizeof file, "%s.csv", driver->program);
+	block.driver.file = file;
 	block.driver.passes = "prefill,train,generation";
 	block.driver.axes = "pattern,seq-len,tokens,d-model," ARGUMENT_AXES;
 	block.driver.print_help = stack_case_help;

@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#include "bench/harness/streams.h"
 #include "bench/harness/ceilings.h"
 
 static const char usage[] =
@@ -59,14 +60,16 @@ static enum status measure_product(struct device *device, size_t i)
 static enum status measure_all(struct device *device)
 {
 	struct device_info info;
+	struct conditions conditions;
 	const struct ceilings *ceilings = &device->ceilings;
 
 	TRY(ceilings_measure(device));
 	TRY(device_info(device, &info));
+	device_conditions(device, &conditions);
 	printf("%s, driver %s, %s\n", info.name, info.driver, info.runtime);
 	printf("copy %.0f GB/s, read %.0f GB/s, products %.1f TFLOP/s, SM clock %.0f MHz%s\n",
 	       ceilings->copy_gb_per_s, ceilings->read_gb_per_s, ceilings->gemm_tflops,
-	       info.sm_clock_mhz, info.throttled ? ", throttled" : "");
+	       conditions.clock_mhz, conditions.throttle > 0 ? ", throttled" : "");
 	for (size_t i = 0; i < sizeof products / sizeof products[0]; i++)
 		TRY(measure_product(device, i));
 	return STATUS_OK;
@@ -77,6 +80,7 @@ int main(int argc, char **argv)
 	const struct backend *backend = argc > 1 ? backend_find(argv[1]) : backends[0];
 	struct device *device;
 
+	streams_open();
 	if (argc > 3 || !backend) {
 		fputs(usage, stderr);
 		return 2;
@@ -86,6 +90,8 @@ int main(int argc, char **argv)
 		status = measure_all(device);
 		device_close(device);
 	}
+	if (status == STATUS_OK)
+		status = stdout_finish();
 	if (status != STATUS_OK)
 		fprintf(stderr, "ceilings: %s: %s\n", status_name(status), status_message());
 	return status == STATUS_OK ? 0 : 1;

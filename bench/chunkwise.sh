@@ -6,19 +6,21 @@ set -eu
 
 build=$1
 shift
-out=$("$build/chunkwise" --list "$@" | sed -n 's/^output: //p')
+list=$("$build/chunkwise" --list "$@") || exit $?
+out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')
 first=--truncate
 measures=yes
 for option in "$@"; do
 	case $option in
-	--resume) first= ;;
-	--dry-run | --list | --help) measures= ;;
+	--re*) first= ;;
+	--br* | --dr* | --hel* | --l*) measures= ;;
 	esac
 done
 code=0
 "$build/chunkwise" $first "$@" || code=$?
 [ "$code" -lt 2 ] || exit "$code"
-if [ "$measures" ]; then
-	plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+if [ "$measures" ] && [ -f "$out" ]; then
+	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||
+		echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$code"

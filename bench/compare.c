@@ -5,11 +5,11 @@
  */
 #include <getopt.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "bench/harness/names.h"
 #include "bench/harness/sides.h"
 #include "bench/harness/verdict.h"
 
@@ -83,6 +83,74 @@ struct finding {
 	int outcome;
 	char text[160]; /* beside the outcome; alone where that is OUTCOME_NONE */
 };
+
+enum { NAME_SIZE = 384 };
+
+/* Appends to text[size], after a blank unless it is empty. */
+static void append_word(char *text, size_t size, const char *format, ...)
+        __attribute__((format(printf, 3, 4)));
+
+static void append_word(char *text, size_t size, const char *format, ...)
+{
+	size_t length = strlen(text);
+	va_list list;
+
+	if (length > 0 && length + 1 < size) {
+		text[length++] = ' ';
+		text[length] = '\0';
+	}
+	va_start(list, format);
+	vsnprintf(text + length, size - length, format, list);
+	va_end(list);
+}
+
+/* "rat L=16 prefill D=2048 T=4096 B=64" */
+static void name_case(const struct result *r, char name[NAME_SIZE])
+{
+	name[0] = '\0';
+	append_word(name, NAME_SIZE, "%s", r->series);
+	if (r->model[0])
+		append_word(name, NAME_SIZE, "%s", r->model);
+	if (r->requested[0])
+		append_word(name, NAME_SIZE, "[%s]", r->requested);
+	append_word(name, NAME_SIZE, "%s", pass_name(r->kind));
+	if (r->d_model >= 0)
+		append_word(name, NAME_SIZE, "D=%lld", (long long)r->d_model);
+	append_word(name, NAME_SIZE, "T=%lld", (long long)r->seq_len);
+	if (!passes[r->kind].models && r->batch >= 0)
+		append_word(name, NAME_SIZE, "B=%lld", (long long)r->batch);
+}
+
+static bool same_name(const void *self, const struct result *a, const struct result *b)
+{
+	char one[NAME_SIZE], other[NAME_SIZE];
+
+	name_case(a, one);
+	name_case(b, other);
+	return strcmp(one, other) == 0;
+}
+
+/* Names every case; those that would be called the same are told apart. */
+static enum status name_cases(const struct sides *sides, char (*name)[NAME_SIZE])
+{
+	struct results cases = {.count = sides->n_cases};
+
+	cases.row = malloc(((size_t)cases.count + 1) * sizeof *cases.row);
+	if (!cases.row)
+		return status_set(STATUS_OOM, "no memory for %d cases", cases.count);
+	for (int i = 0; i < cases.count; i++)
+		cases.row[i] = *sides->example[i];
+	enum status status = results_tell_apart(&cases, same_name, same_name, NULL);
+
+	for (int i = 0; i < cases.count; i++) {
+		name_case(&cases.row[i], name[i]);
+		const size_t length = strlen(name[i]);
+
+		snprintf(name[i] + length, NAME_SIZE - length, "%s", cases.row[i].detail);
+	}
+	free(cases.row);
+	return status;
+}
 
 /* What may be the number of a run. */
 static const struct {
@@ -357,12 +425,12 @@ static void print_head(const struct comparison *c, int width)
 }
 
 /* Judges all cases and prints them. */
-static void print_all(struct comparison *c, double *work, char (*name)[NAME_SIZE])
+static enum status print_all(struct comparison *c, double *work, char (*name)[NAME_SIZE])
 {
 	int width = 4;
 	bool assumed = false;
 
-	name_cases(c->sides.example, c->sides.n_cases, name);
+	TRY(name_cases(&c->sides, name));
 	for (int i = 0; i < c->sides.n_cases; i++)
 		width = (int)strlen(name[i]) > width ? (int)strlen(name[i]) : width;
 	print_head(c, width);
@@ -376,6 +444,7 @@ static void print_all(struct comparison *c, double *work, char (*name)[NAME_SIZE
 	}
 	print_tally(c);
 	print_notes(c, assumed);
+	return STATUS_OK;
 }
 
 /* Lists the cases that need more pairs: layers, as in "rat-swa", and pass. */
@@ -404,7 +473,7 @@ static enum status compare(struct comparison *c)
 	else if (c->list_wide)
 		print_wide(c, work);
 	else
-		print_all(c, work, name);
+		status = print_all(c, work, name);
 	free(work);
 	free(name);
 	return status;

@@ -21,10 +21,9 @@ struct generation {
 	size_t memory_limit;
 	uint64_t seed;
 	struct stack stack;
-	bool allocated;
 	/* Tokens of the checked sequences: the prompt, then what the last launch picked. */
 	int32_t *tokens[N_CHECKED];
-	int32_t *next; /* [batch] */
+	int32_t *next, *first; /* [batch]; picked last, and after the prompt */
 };
 
 static void use(void *self, struct device *device)
@@ -243,23 +242,21 @@ static void release(void *self)
 	struct generation *g = self;
 
 	stack_release(&g->stack);
-	g->allocated = false;
 	for (int i = 0; i < N_CHECKED; i++) {
 		free(g->tokens[i]);
 		g->tokens[i] = NULL;
 	}
 	free(g->next);
-	g->next = NULL;
+	free(g->first);
+	g->next = g->first = NULL;
 }
 
 static enum status take_stack(struct generation *g, struct context *ctx, const struct bench_case *c,
                               const struct layer_shape *shape)
 {
-	g->allocated = false;
 	TRY(configure_stack(g, c));
 	TRY(stack_allocate(&g->stack, ctx, shape));
 	TRY(stack_initialize(&g->stack, g->seed));
-	g->allocated = true;
 	return STATUS_OK;
 }
 
@@ -276,7 +273,8 @@ static enum status acquire(void *self, struct context *ctx, const struct bench_c
 		enough = enough && g->tokens[i];
 	}
 	g->next = malloc((size_t)c->batch * sizeof *g->next);
-	if (!enough || !g->next)
+	g->first = malloc((size_t)c->batch * sizeof *g->first);
+	if (!enough || !g->next || !g->first)
 		return status_set(STATUS_OOM, "no memory for the tokens of %d sequences",
 		                  N_CHECKED);
 	return take_stack(g, ctx, c, &shape);
@@ -310,16 +308,18 @@ static enum status warm_up(void *self, struct context *ctx, const struct bench_c
 	return STATUS_OK;
 }
 
-/* Prefill, timed apart. */
+/* Back to the end of the prompt: the caches still have it, or it is prefilled, timed apart. */
 static enum status rewind_prompt(void *self, struct context *ctx, const struct bench_case *c,
                                  bool to_verify, double *prefill_ms)
 {
 	struct generation *g = self;
-	struct layer_shape shape = shape_of(c);
 	size_t bytes = (size_t)c->prompt * sizeof *g->tokens[0];
 
-	if (!g->allocated)
-		TRY(take_stack(g, ctx, c, &shape));
+	if (!to_verify && stack_remembers(&g->stack, c->prompt)) {
+		TRY(stack_set_position(&g->stack, c->prompt));
+		return device_upload(g->device, g->stack.next, g->first,
+		                     (size_t)c->batch * sizeof *g->first);
+	}
 	if (to_verify)
 		TRY(stack_poison(&g->stack));
 	for (int i = 0; i < N_CHECKED; i++)
@@ -328,7 +328,9 @@ static enum status rewind_prompt(void *self, struct context *ctx, const struct b
 	TRY(device_stopwatch_start(g->device));
 	TRY(stack_forward(&g->stack, ctx));
 	TRY(device_stopwatch_stop(g->device, prefill_ms));
-	return read_next(g, c, c->prompt);
+	TRY(read_next(g, c, c->prompt));
+	memcpy(g->first, g->next, (size_t)c->batch * sizeof *g->first);
+	return STATUS_OK;
 }
 
 static enum status launch(void *self, struct context *ctx, const struct bench_case *c)
@@ -392,7 +394,7 @@ static enum status forward_afresh(struct generation *g, struct context *ctx,
 /*
  * The logits of the last generated tokens against a fresh forward pass of the
  * same model over the whole sequences. It takes the place of the stack that
- * generated, which has all the memory; the next rewind brings that back.
+ * generated, which has all the memory.
  */
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
                           uint64_t seed, double *rel_err)
@@ -410,7 +412,6 @@ static enum status verify(void *self, struct context *ctx, const struct bench_ca
 	if (status == STATUS_OK)
 		status = forward_afresh(g, &apart, c, fresh);
 	stack_release(&g->stack);
-	g->allocated = false;
 	*rel_err = 0;
 	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
 		*rel_err = fmax(*rel_err,
@@ -434,6 +435,7 @@ int generate_main(const struct driver *driver, const struct model *models, int n
 	        .rewind = rewind_prompt,
 	        .launch = launch,
 	        .verify = verify,
+	        .verifies_last = true,
 	        .release = release,
 	};
 

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "bench/harness/streams.h"
 #include "baselines/baselines.h"
 #include "bench/golden_check.h"
 
@@ -124,14 +125,21 @@ static int check_files(struct device *device, const struct arguments *arguments,
 	               : EXIT_AGREES;
 }
 
+/* The exit code of a program whose output has to arrive. */
+static int finish(int code)
+{
+	return stdout_finish() == STATUS_OK ? code : refuse("output", status_message());
+}
+
 int main(int argc, char **argv)
 {
 	struct arguments arguments = {.backend = "cpu", .device = "", .provider = ""};
 	int first_file;
 
+	streams_open();
 	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
 		fputs(usage, stdout);
-		return EXIT_AGREES;
+		return finish(EXIT_AGREES);
 	}
 	int code = read_options(argc, argv, &arguments, &first_file);
 	if (code != EXIT_AGREES)
@@ -146,5 +154,5 @@ int main(int argc, char **argv)
 		return refuse(arguments.backend, status_message());
 	code = check_files(device, &arguments, argv + first_file);
 	device_close(device);
-	return code;
+	return finish(code);
 }

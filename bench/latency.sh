@@ -1,18 +1,18 @@
 #!/bin/sh
-# Measures every block as one run (one file, one run_id), then draws the plots.
+# Measures blocks as one run (one file, one run_id), then draws the plots.
 #
 #   bench/latency.sh BUILD FILE [options of the programs]
 #
-# Rows go to FILE in the device's folder of results/, unless --out says where.
+# Rows go to FILE in the device's folder of runs/, unless --out says where. They replace those of an
+# earlier run there, or with --resume an interrupted run goes on where it was.
 #
-# On a GPU attention is measured by several providers, their samples alternating: the fastest of
-# ours, cuDNN, FlashAttention-3 where it is built, and the portable kernels; --provider picks
-# others.
+# The blocks of a process alternate, so that their ratios hold under one clock: first attention and
+# the single blocks, then the stacks of two, whose baseline is attention with a window. On a GPU
+# attention is measured with the kernels of cuDNN and, where it is built, FlashAttention-3 besides;
+# --provider measures all blocks with others instead.
 #
-# BLOCKS in the environment names other programs (make bench-family); CHUNKS names chunk lengths
-# that gla's prefill takes besides its own.
-#
-# With --resume an interrupted run goes on where it was.
+# PATTERNS and STACKS in the environment name other patterns (make bench-family); CHUNKS names chunk
+# lengths that gla's prefill takes besides its own.
 set -eu
 
 build=$1
@@ -22,58 +22,75 @@ RUN_ID=${RUN_ID:-$(date -u +%Y-%m-%dT%H:%M:%SZ)-$$}
 export RUN_ID
 
 # The programs say where rows go, and complain about options, before anything is measured.
-list=$("$build/attention" --list "$@") || exit $?
+list=$("$build/hybrid" --list "$@") || exit $?
 out=$(printf '%s\n' "$list" | sed -n 's/^output: //p')
-case $out in
-results/*/latency.csv) out=${out%latency.csv}$file ;;
-esac
 first=--truncate
 measures=yes
 chunks=${CHUNKS:-}
+# Key heads as they are deployed: fewer than there are query heads.
+grouped='attention(kv_heads=1)'
 rivals=
 if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
 	rivals=yes
+	grouped='attention(kv_heads=8)/attention(kv_heads=2)'
 fi
-flash3=
-if [ -e "${FLASH3_LIBRARY:-$build/libflash3.so}" ]; then
-	flash3='--provider attention=flash3,attention_step=flash3'
-fi
+patterns=${PATTERNS-attention/$grouped/swa/recurrence/gla/rat(chunk=16|64|128)}
+stacks=${STACKS-attention,swa/rat,swa}
+named=
 before=
-for option in "$@"; do
+for option; do
+	shift
 	case $before$option in
 	--pass*prefill*) ;;
 	--pass?*) chunks= ;;
 	esac
 	before=
+	# Options may be shortened. The first program alone starts the file anew.
 	case $option in
 	--pass) before=--pass= ;;
-	--resume) first= ;;
-	--breakdown | --dry-run | --list | --help) measures= ;;
-	--provider | --provider=*) rivals= ;;
-	--chunk | --chunk=*) chunks= ;;
+	--tr*) continue ;;
+	--re*) first= ;;
+	--hel*) exec "$build/hybrid" --help ;;
+	--br* | --dr* | --l*) measures= ;;
+	--prov*) rivals= ;;
+	--ch*) chunks= ;;
+	--pat*) patterns= stacks= chunks= ;;
+	--o*) named=yes ;;
 	esac
+	set -- "$@" "$option"
 done
+[ "$named" ] || out=$(dirname "$out")/$file
 
 failed=0
-for program in ${BLOCKS:-attention recurrence gla rat hybrid}; do
+# measure OPTIONS...: rows are added; 1: a case failed, and its row says how; 2: the options are
+# wrong.
+measure() {
 	code=0
-	if [ "$rivals" ] && [ "$program" = attention ]; then
-		"$build/$program" $first "$@" --out "$out" --provider '' \
-			--provider attention=cudnn,attention_step=cudnn,attention_backward=cudnn $flash3 \
-			--provider portable ||
-			code=$?
-	else
-		"$build/$program" $first "$@" --out "$out" || code=$?
-	fi
+	"$build/hybrid" $first "$@" --out "$out" || code=$?
 	first=
-	if [ "$chunks" ] && [ "$program" = gla ] && [ "$code" -lt 2 ]; then
-		"$build/gla" "$@" --out "$out" --pass prefill --chunk "$chunks" || code=$?
-	fi
-	# 1: a case failed, and its row says how; 2: the options are wrong.
 	[ "$code" -lt 2 ] || exit "$code"
 	[ "$code" -eq 0 ] || failed=1
-done
-if [ "$measures" ]; then
-	plots/draw.sh "$out" || echo "plots/draw.sh could not draw $out" >&2
+}
+
+# with_rivals OPTIONS...: the baseline by others' kernels, too.
+with_rivals() {
+	if [ "$rivals" ]; then
+		set -- "$@" --rival attention=cudnn,attention_step=cudnn,attention_backward=cudnn
+		if [ -e "${FLASH3_LIBRARY:-$build/libflash3.so}" ]; then
+			set -- "$@" --rival attention=flash3,attention_step=flash3
+		fi
+	fi
+	measure "$@"
+}
+
+if [ -z "$patterns$stacks" ]; then
+	with_rivals "$@"
+fi
+[ -z "$patterns" ] || with_rivals "$@" --pattern "$patterns"
+[ -z "$stacks" ] || measure "$@" --pattern "$stacks" --baseline attention,swa
+[ -z "$chunks" ] || measure "$@" --pattern "gla(chunk=$chunks)" --pass prefill
+if [ "$measures" ] && [ -f "$out" ]; then
+	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||
+		echo "plots/draw.sh could not draw $out" >&2
 fi
 exit "$failed"

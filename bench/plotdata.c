@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "bench/harness/results.h"
+#include "bench/harness/streams.h"
 
 static const char usage[] =
         "usage: plotdata PASS X Y PUBLISHED.csv RESULTS.csv...\n"
@@ -18,9 +19,10 @@ static const char usage[] =
         "  Y     latency_ms, flops, bytes or tokens_per_s\n"
         "\n"
         "Of rows that differ in width, tokens or device only the most numerous kind is\n"
-        "shown. Exit code 3, and nothing printed, where there is nothing to show.\n";
+        "shown; how many are not is said on standard error. Labels tell apart what would\n"
+        "share a point. Exit code 3, and nothing printed, where there is nothing to show.\n";
 
-enum { MAX_LABELS = 64, LABEL = 160, NOTHING = 3 };
+enum { LABEL = 512, NOTHING = 3 };
 
 enum axis_x { X_SEQ_LEN, X_CHUNK, X_MODEL };
 enum axis_y { Y_LATENCY, Y_FLOPS, Y_BYTES, Y_TOKENS };
@@ -36,7 +38,13 @@ struct picture {
 	int64_t seq_len;              /* of X_CHUNK */
 	bool windows;                 /* they differ, so that labels must tell */
 	int n_models;                 /* of X_MODEL: the names, 1, 2, ... on the axis */
-	const char *models[MAX_LABELS];
+	const char **models;          /* with room for all rows */
+};
+
+/* A list without repetitions, with room for all rows. */
+struct labels {
+	int count;
+	char (*label)[LABEL];
 };
 
 /* Text inside a gnuplot string, where quotes and backquotes (a command!) have a meaning. */
@@ -92,8 +100,9 @@ static double x_of(const struct picture *picture, const struct result *r)
 
 static bool shown(const struct picture *picture, const struct result *r)
 {
-	return result_same_table(r, picture->example) && !isnan(y_of(picture, r)) &&
-	       y_of(picture, r) > 0 && (picture->x != X_CHUNK || r->seq_len == picture->seq_len);
+	return !result_is_ratio(r) && result_same_table(r, picture->example) &&
+	       !isnan(y_of(picture, r)) && y_of(picture, r) > 0 &&
+	       (picture->x != X_CHUNK || r->seq_len == picture->seq_len);
 }
 
 /* Removes " X=1" from a label, where X is `option`. */
@@ -108,49 +117,87 @@ static void drop_option(char label[LABEL], char option)
 	memmove(found, rest, strlen(rest) + 1);
 }
 
-/* The line a row belongs to: its series, without the chunk if that is the x axis, and what
- * provider was asked for. */
-static void label_of(const struct picture *picture, const struct result *r, char label[LABEL])
+/* The series as the picture has it: without the chunk if that is the x axis. */
+static void name_of(const struct picture *picture, const struct result *r, char label[LABEL])
 {
-	const char *equals = strrchr(r->requested, '=');
-	const char *provider = equals ? equals + 1 : r->requested;
-
 	snprintf(label, LABEL, "%s", r->series);
 	if (picture->x == X_CHUNK)
 		drop_option(label, 'L');
 	if (!picture->windows)
 		drop_option(label, 'W');
+}
+
+/* Whether it is the same work whatever provider does it. */
+static bool is_work(const struct picture *picture)
+{
+	return picture->y == Y_FLOPS || picture->y == Y_BYTES;
+}
+
+/* The line a row belongs to: its name, what tells it apart, and what provider was asked for. */
+static void label_of(const struct picture *picture, const struct result *r, char label[LABEL])
+{
+	const char *equals = strrchr(r->requested, '=');
+	const char *provider = equals ? equals + 1 : r->requested;
+
+	name_of(picture, r, label);
 	size_t length = strlen(label);
-	/* The work to be done is the same for all. */
-	if (*provider && picture->y != Y_FLOPS && picture->y != Y_BYTES)
+	snprintf(label + length, LABEL - length, "%s", r->detail);
+	length = strlen(label);
+	if (*provider && !is_work(picture))
 		snprintf(label + length, LABEL - length, " [%s]", provider);
 }
 
-/* Adds a label once; false if it was there. */
-static bool add_label(char labels[MAX_LABELS][LABEL], int *count, const char *label)
+/* As relates: what is drawn with one name. */
+static bool same_name(const void *self, const struct result *a, const struct result *b)
 {
-	for (int i = 0; i < *count; i++)
-		if (strcmp(labels[i], label) == 0)
-			return false;
-	if (*count < MAX_LABELS)
-		snprintf(labels[(*count)++], LABEL, "%s", label);
-	return true;
+	const struct picture *picture = self;
+	char of_a[LABEL], of_b[LABEL];
+
+	name_of(picture, a, of_a);
+	name_of(picture, b, of_b);
+	return shown(picture, a) && shown(picture, b) && strcmp(of_a, of_b) == 0;
 }
 
-static int collect_labels(const struct picture *picture, const struct results *results,
-                          char labels[MAX_LABELS][LABEL])
+/* As relates: drawn at one x, not by providers that their labels tell apart. */
+static bool same_place(const void *self, const struct result *a, const struct result *b)
 {
-	int count = 0;
+	const struct picture *picture = self;
+	const double x = x_of(picture, a);
 
+	if (x != x_of(picture, b) && !(isnan(x) && isnan(x_of(picture, b))))
+		return false;
+	return is_work(picture) ? y_of(picture, a) != y_of(picture, b)
+	                        : strcmp(a->requested, b->requested) == 0;
+}
+
+/* Adds a label once. */
+static void add_label(struct labels *labels, const char *label)
+{
+	for (int i = 0; i < labels->count; i++)
+		if (strcmp(labels->label[i], label) == 0)
+			return;
+	snprintf(labels->label[labels->count++], LABEL, "%s", label);
+}
+
+static enum status make_labels(struct labels *labels, const struct results *results)
+{
+	labels->count = 0;
+	labels->label = calloc((size_t)results->count + 1, sizeof *labels->label);
+	return labels->label ? STATUS_OK : status_set(STATUS_OOM, "no memory for the labels");
+}
+
+static void collect_labels(const struct picture *picture, const struct results *results,
+                           struct labels *labels)
+{
+	labels->count = 0;
 	for (int i = 0; i < results->count; i++) {
 		char label[LABEL];
 
 		if (!shown(picture, &results->row[i]))
 			continue;
 		label_of(picture, &results->row[i], label);
-		add_label(labels, &count, label);
+		add_label(labels, label);
 	}
-	return count;
 }
 
 /* The most numerous kind of rows of a pass; NULL if there is none. */
@@ -162,7 +209,7 @@ static const struct result *find_example(const struct results *results, enum pas
 	for (int i = 0; i < results->count; i++) {
 		int count = 0;
 
-		if (results->row[i].kind != pass)
+		if (results->row[i].kind != pass || result_is_ratio(&results->row[i]))
 			continue;
 		for (int j = 0; j < results->count; j++)
 			count += result_same_table(&results->row[i], &results->row[j]);
@@ -176,29 +223,35 @@ static const struct result *find_example(const struct results *results, enum pas
 
 /* The T with most chunk lengths, of equals that with most series, then the longest; 0 if no T has
  * two chunk lengths. */
-static int64_t find_seq_len(struct picture *picture, const struct results *results)
+static enum status find_seq_len(struct picture *picture, const struct results *results,
+                                int64_t *found)
 {
-	int most_chunks = 1, most_labels = 0;
-	int64_t best = 0;
+	struct labels chunks, lines = {0};
+	int most_chunks = 1, most_lines = 0;
+	enum status status = make_labels(&chunks, results);
 
-	for (int i = 0; i < results->count; i++) {
-		char series[MAX_LABELS][LABEL], labels[MAX_LABELS][LABEL];
-		int chunks = 0;
-
+	*found = 0;
+	if (status == STATUS_OK)
+		status = make_labels(&lines, results);
+	for (int i = 0; status == STATUS_OK && i < results->count; i++) {
 		picture->seq_len = results->row[i].seq_len;
+		chunks.count = 0;
 		for (int j = 0; j < results->count; j++)
 			if (shown(picture, &results->row[j]) && results->row[j].chunk > 0)
-				add_label(series, &chunks, results->row[j].series);
-		int count = collect_labels(picture, results, labels);
-		if (chunks < 2 || chunks < most_chunks ||
-		    (chunks == most_chunks && count < most_labels) ||
-		    (chunks == most_chunks && count == most_labels && picture->seq_len < best))
+				add_label(&chunks, results->row[j].series);
+		collect_labels(picture, results, &lines);
+		if (chunks.count < 2 || chunks.count < most_chunks ||
+		    (chunks.count == most_chunks && lines.count < most_lines) ||
+		    (chunks.count == most_chunks && lines.count == most_lines &&
+		     picture->seq_len < *found))
 			continue;
-		most_chunks = chunks;
-		most_labels = count;
-		best = picture->seq_len;
+		most_chunks = chunks.count;
+		most_lines = lines.count;
+		*found = picture->seq_len;
 	}
-	return best;
+	free(chunks.label);
+	free(lines.label);
+	return status;
 }
 
 /* Whether windows differ among the series: their names then have two different " W=". */
@@ -220,15 +273,16 @@ static bool windows_differ(const struct picture *picture, const struct results *
 }
 
 /* Models by growing width. */
-static void collect_models(struct picture *picture, const struct results *results)
+static enum status collect_models(struct picture *picture, const struct results *results)
 {
-	int64_t widths[MAX_LABELS];
+	int64_t *widths = calloc((size_t)results->count + 1, sizeof *widths);
 
-	for (int i = 0; i < results->count; i++) {
+	picture->models = calloc((size_t)results->count + 1, sizeof *picture->models);
+	for (int i = 0; widths && picture->models && i < results->count; i++) {
 		const struct result *r = &results->row[i];
 		int at = picture->n_models;
 
-		if (!shown(picture, r) || model_index(picture, r) >= 0 || at == MAX_LABELS)
+		if (!shown(picture, r) || model_index(picture, r) >= 0)
 			continue;
 		for (; at > 0 && widths[at - 1] > r->d_model; at--) {
 			widths[at] = widths[at - 1];
@@ -238,6 +292,9 @@ static void collect_models(struct picture *picture, const struct results *result
 		picture->models[at] = r->model;
 		picture->n_models++;
 	}
+	const bool done = widths && picture->models;
+	free(widths);
+	return done ? STATUS_OK : status_set(STATUS_OOM, "no memory for the models");
 }
 
 struct point {
@@ -273,20 +330,24 @@ static void print_block(const struct picture *picture, const struct results *res
 	}
 	qsort(points, (size_t)count, sizeof *points, compare_points);
 	for (int i = 0; i < count; i++)
-		printf("%.9g %.9g\n", points[i].x, points[i].y);
+		if (i == 0 || points[i].x != points[i - 1].x || points[i].y != points[i - 1].y)
+			printf("%.9g %.9g\n", points[i].x, points[i].y);
 	printf("\n\n");
 }
 
 static enum status print_series(const struct picture *picture, const struct results *results,
                                 const char *prefix, const char *block)
 {
-	char labels[MAX_LABELS][LABEL];
-	int count = collect_labels(picture, results, labels);
 	double range[2] = {INFINITY, -INFINITY};
-	struct point *points = malloc(2 * ((size_t)results->count + 1) * sizeof *points);
+	struct labels labels;
 
-	if (!points)
+	TRY(make_labels(&labels, results));
+	struct point *points = malloc(2 * ((size_t)results->count + 1) * sizeof *points);
+	if (!points) {
+		free(labels.label);
 		return status_set(STATUS_OOM, "no memory for the points");
+	}
+	collect_labels(picture, results, &labels);
 	for (int i = 0; i < results->count; i++) {
 		if (!shown(picture, &results->row[i]))
 			continue;
@@ -294,13 +355,14 @@ static enum status print_series(const struct picture *picture, const struct resu
 		range[1] = fmax(range[1], x_of(picture, &results->row[i]));
 	}
 	printf("%slabels = \"", prefix);
-	for (int i = 0; i < count; i++)
-		print_word(i, labels[i]);
+	for (int i = 0; i < labels.count; i++)
+		print_word(i, labels.label[i]);
 	printf("\"\n%s << EOD\n", block);
-	for (int i = 0; i < count; i++)
-		print_block(picture, results, labels[i], range, points);
+	for (int i = 0; i < labels.count; i++)
+		print_block(picture, results, labels.label[i], range, points);
 	printf("EOD\n");
 	free(points);
+	free(labels.label);
 	return STATUS_OK;
 }
 
@@ -319,11 +381,17 @@ static void adopt(struct results *published, const struct picture *picture,
 		r.dtype = ours->dtype;
 		r.warm = ours->warm;
 		r.threads = ours->threads;
-		for (int j = 0; j < results->count && !known; j++)
-			known = shown(picture, &results->row[j]) &&
-			        strcmp(results->row[j].series, r.series) == 0 &&
-			        (r.n_heads == results->row[j].n_heads ||
-			         results->row[j].n_heads < 0 || picture->x == X_MODEL);
+		r.duty = ours->duty;
+		r.data = ours->data;
+		for (int j = 0; j < results->count && !known; j++) {
+			const struct result *like = &results->row[j];
+
+			known = shown(picture, like) && strcmp(like->series, r.series) == 0 &&
+			        (r.n_heads == like->n_heads || like->n_heads < 0 ||
+			         picture->x == X_MODEL);
+			if (known)
+				snprintf(r.detail, sizeof r.detail, "%s", like->detail);
+		}
 		if (known && shown(picture, &r) &&
 		    (picture->x != X_MODEL || model_index(picture, &r) >= 0))
 			published->row[count++] = r;
@@ -357,47 +425,92 @@ static void print_title(const struct picture *picture)
 	printf("\"\n");
 }
 
+/* Rows of the pass that belong into other pictures are not lost in silence. */
+static void say_what_is_missing(const struct picture *picture, const struct results *results)
+{
+	int n_missing = 0;
+
+	for (int i = 0; i < results->count; i++) {
+		const struct result *r = &results->row[i];
+
+		n_missing += r->kind == picture->example->kind && !result_is_ratio(r) &&
+		             result_ok(r) && !result_same_table(r, picture->example);
+	}
+	if (n_missing > 0)
+		fprintf(stderr,
+		        "plotdata: %s: %d rows of other shapes or conditions are not shown\n",
+		        passes[picture->example->kind].title, n_missing);
+}
+
 static enum status print_picture(struct picture *picture, const struct results *results,
                                  struct results *published)
 {
-	if (picture->x == X_MODEL)
-		collect_models(picture, results);
 	print_title(picture);
-	enum status status = print_series(picture, results, "", "$data");
+	TRY(print_series(picture, results, "", "$data"));
 	adopt(published, picture, results);
-	if (status == STATUS_OK)
-		status = print_series(picture, published, "published_", "$published");
-	return status;
+	TRY(print_series(picture, published, "published_", "$published"));
+	say_what_is_missing(picture, results);
+	return STATUS_OK;
+}
+
+/* Chooses the rows to show and names them. */
+static enum status choose_rows(struct picture *picture, struct results *results, enum pass pass)
+{
+	picture->example = find_example(results, pass);
+	if (!picture->example)
+		return STATUS_OK;
+	picture->windows = windows_differ(picture, results);
+	if (picture->x == X_MODEL)
+		TRY(collect_models(picture, results));
+	if (picture->x == X_CHUNK) {
+		int64_t found;
+
+		TRY(find_seq_len(picture, results, &found));
+		picture->seq_len = found;
+	}
+	return results_tell_apart(results, same_name, same_place, picture);
+}
+
+static bool any_shown(const struct picture *picture, const struct results *results)
+{
+	for (int i = 0; picture->example && i < results->count; i++)
+		if (shown(picture, &results->row[i]))
+			return true;
+	return false;
+}
+
+/* What the command line asks for. *nothing: the files have nothing of the kind. */
+static enum status plot(char **argv, int argc, struct picture *picture, struct results *results,
+                        struct results *published, bool *nothing)
+{
+	TRY(results_add(published, argv[4]));
+	for (int i = 5; i < argc; i++)
+		TRY(results_add(results, argv[i]));
+	TRY(choose_rows(picture, results, pass_find(argv[1])));
+	*nothing = !any_shown(picture, results);
+	if (!*nothing)
+		TRY(print_picture(picture, results, published));
+	return stdout_finish();
 }
 
 int main(int argc, char **argv)
 {
 	struct results results = {0}, published = {0};
-	struct picture picture = {0};
-	char labels[MAX_LABELS][LABEL];
-	int x = argc > 2 ? find_name(x_names, argv[2]) : -1;
-	int y = argc > 3 ? find_name(y_names, argv[3]) : -1;
-	enum status status;
+	const int x = argc > 2 ? find_name(x_names, argv[2]) : -1;
+	const int y = argc > 3 ? find_name(y_names, argv[3]) : -1;
+	const bool help = argc == 2 && strcmp(argv[1], "--help") == 0;
+	bool nothing = false;
 
+	streams_open();
 	if (argc < 6 || x < 0 || y < 0) {
-		fputs(usage, argc == 2 && strcmp(argv[1], "--help") == 0 ? stdout : stderr);
-		return argc == 2 && strcmp(argv[1], "--help") == 0 ? 0 : 2;
+		fputs(usage, help ? stdout : stderr);
+		return help && stdout_finish() == STATUS_OK ? 0 : 2;
 	}
-	status = results_add(&published, argv[4]);
-	for (int i = 5; status == STATUS_OK && i < argc; i++)
-		status = results_add(&results, argv[i]);
-	picture.x = (enum axis_x)x;
-	picture.y = (enum axis_y)y;
-	picture.example = find_example(&results, pass_find(argv[1]));
-	if (picture.example)
-		picture.windows = windows_differ(&picture, &results);
-	if (picture.example && picture.x == X_CHUNK)
-		picture.seq_len = find_seq_len(&picture, &results);
-	bool nothing = !picture.example || collect_labels(&picture, &results, labels) == 0;
-	if (status == STATUS_OK && !nothing)
-		status = print_picture(&picture, &results, &published);
+	struct picture picture = {.x = (enum axis_x)x, .y = (enum axis_y)y};
+	const enum status status = plot(argv, argc, &picture, &results, &published, &nothing);
 	if (status != STATUS_OK)
 		fprintf(stderr, "plotdata: %s\n", status_message());
+	free(picture.models);
 	results_release(&results);
 	results_release(&published);
 	return status != STATUS_OK ? 2 : nothing ? NOTHING : 0;

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "bench/harness/results.h"
+#include "bench/harness/streams.h"
 
 static const char usage[] =
         "usage: report [--format markdown|terminal] [--published FILE]... RESULTS.csv...\n"
@@ -15,9 +16,10 @@ static const char usage[] =
         "\n"
         "  --format     markdown (default) or terminal\n"
         "  --published  rows to show in parentheses, instead of results/paper/latency.csv\n"
-        "               and results/paper/table2.csv\n";
+        "               and results/paper/table2.csv of the program's checkout\n";
 
-enum { MAX_LINES = 48, MAX_POINTS = 64, CELL = 112 };
+/* MANY_LINES: as columns they would be too wide to read. */
+enum { CELL = 448, MANY_LINES = 16 };
 
 enum format { FORMAT_MARKDOWN, FORMAT_TERMINAL };
 
@@ -26,8 +28,8 @@ struct table {
 	const struct result *example; /* any of its rows; the others belong with it */
 	const struct results *results, *published;
 	int n_lines, n_points;
-	const struct result *line[MAX_LINES];   /* an example of each */
-	const struct result *point[MAX_POINTS]; /* likewise */
+	const struct result **line;  /* an example of each */
+	const struct result **point; /* likewise */
 };
 
 /* Text to print, [n_rows][n_columns][CELL]; the first row and column are titles. */
@@ -41,9 +43,22 @@ static bool is_throughput(const struct table *table)
 	return passes[table->example->kind].models;
 }
 
+/* Whole models have few lines, and the paper prints them as rows. */
+static bool lines_are_rows(const struct table *table)
+{
+	return is_throughput(table) || table->n_lines > MANY_LINES;
+}
+
+/* As relates. Providers of a series are lines apart, but share its details. */
+static bool same_series(const void *self, const struct result *a, const struct result *b)
+{
+	return strcmp(a->series, b->series) == 0 && result_same_table(a, b);
+}
+
 static bool same_line(const struct result *a, const struct result *b)
 {
-	return strcmp(a->series, b->series) == 0 && strcmp(a->requested, b->requested) == 0;
+	return strcmp(a->series, b->series) == 0 && strcmp(a->requested, b->requested) == 0 &&
+	       strcmp(a->detail, b->detail) == 0;
 }
 
 static bool same_point(const struct result *a, const struct result *b)
@@ -51,13 +66,19 @@ static bool same_point(const struct result *a, const struct result *b)
 	return a->seq_len == b->seq_len && strcmp(a->model, b->model) == 0;
 }
 
+/* As relates. */
+static bool same_provider_and_point(const void *self, const struct result *a,
+                                    const struct result *b)
+{
+	return strcmp(a->requested, b->requested) == 0 && same_point(a, b);
+}
+
 static void add_line(struct table *table, const struct result *result)
 {
 	for (int i = 0; i < table->n_lines; i++)
 		if (same_line(table->line[i], result))
 			return;
-	if (table->n_lines < MAX_LINES)
-		table->line[table->n_lines++] = result;
+	table->line[table->n_lines++] = result;
 }
 
 /* Points are kept by growing T, then width: models come in the order of their size. */
@@ -68,8 +89,6 @@ static void add_point(struct table *table, const struct result *result)
 	for (int j = 0; j < table->n_points; j++)
 		if (same_point(table->point[j], result))
 			return;
-	if (table->n_points == MAX_POINTS)
-		return;
 	for (; i > 0; i--) {
 		const struct result *before = table->point[i - 1];
 
@@ -99,7 +118,7 @@ static const struct result *find(const struct table *table, const struct result 
 static const struct result *find_published(const struct results *published,
                                            const struct result *ours)
 {
-	for (int i = 0; ours && i < published->count; i++) {
+	for (int i = 0; ours && !result_is_ratio(ours) && i < published->count; i++) {
 		const struct result *r = &published->row[i];
 		bool model = passes[r->kind].models;
 
@@ -118,6 +137,8 @@ static double value_of(const struct result *result)
 {
 	if (!result || !result_ok(result))
 		return NAN;
+	if (result_is_ratio(result))
+		return result->ratio;
 	return passes[result->kind].models ? result->tokens_per_s : result->latency_ms;
 }
 
@@ -156,13 +177,27 @@ static void latency_cell(const struct table *table, const struct result *line,
 	snprintf(text, CELL, "%s%s", our_text, their_text);
 }
 
+/* A ratio with its interval. */
+static void ratio_cell(const struct table *table, const struct result *line,
+                       const struct result *point, char *text)
+{
+	const struct result *r = find(table, line, point);
+
+	if (r && result_ok(r) && !isnan(r->ratio))
+		snprintf(text, CELL, "%.3f [%.3f, %.3f]", r->ratio, r->ratio_low, r->ratio_high);
+	else
+		snprintf(text, CELL, "%s", r ? r->status : "");
+}
+
 static bool is_attention(const struct result *line)
 {
 	return strcmp(line->series, "attention") == 0;
 }
 
-/* The row of attention at a point; of several providers' the fastest. */
-static const struct result *find_attention(const struct table *table, const struct result *point)
+/* The row of attention at a point to compare a line with: of those with as many heads, if there
+ * are any, and of several providers' the fastest. */
+static const struct result *find_attention(const struct table *table, const struct result *line,
+                                           const struct result *point)
 {
 	const struct result *best = NULL;
 
@@ -173,8 +208,12 @@ static const struct result *find_attention(const struct table *table, const stru
 
 		if (isnan(value))
 			continue;
-		if (!best ||
-		    (is_throughput(table) ? value > value_of(best) : value < value_of(best)))
+		const bool alike = r->n_heads == line->n_heads;
+		const bool best_alike = best && best->n_heads == line->n_heads;
+		const bool faster = best && (is_throughput(table) ? value > value_of(best)
+		                                                  : value < value_of(best));
+
+		if (!best || (alike && !best_alike) || (alike == best_alike && faster))
 			best = r;
 	}
 	return best;
@@ -192,7 +231,7 @@ static void speedup_cell(const struct table *table, const struct result *line,
                          const struct result *point, char *text)
 {
 	const struct result *ours = find(table, line, point);
-	const struct result *attention = find_attention(table, point);
+	const struct result *attention = find_attention(table, line, point);
 	double our_ratio = times_faster(table, ours, attention);
 	double their_ratio = times_faster(table, find_published(table->published, ours),
 	                                  find_published(table->published, attention));
@@ -209,7 +248,8 @@ static void speedup_cell(const struct table *table, const struct result *line,
 
 static void line_title(const struct result *line, char *text)
 {
-	snprintf(text, CELL, line->requested[0] ? "%s [%s]" : "%s", line->series, line->requested);
+	snprintf(text, CELL, line->requested[0] ? "%s%s [%s]" : "%s%s", line->series, line->detail,
+	         line->requested);
 }
 
 static void point_title(const struct table *table, const struct result *point, char *text)
@@ -223,11 +263,11 @@ static void point_title(const struct table *table, const struct result *point, c
 typedef void fill_cell(const struct table *table, const struct result *line,
                        const struct result *point, char *text);
 
-/* The cell of line number `line` and point number `point`, where 0 are titles. Lines are columns,
- * except of whole models, which have few and which the paper prints as rows. */
+/* The cell of line number `line` and point number `point`, where 0 are titles. */
 static char *cell_at(const struct table *table, const struct grid *grid, int line, int point)
 {
-	int row = is_throughput(table) ? line : point, column = is_throughput(table) ? point : line;
+	int row = lines_are_rows(table) ? line : point;
+	int column = lines_are_rows(table) ? point : line;
 
 	return grid->cell[row * grid->n_columns + column];
 }
@@ -240,8 +280,8 @@ static enum status make_grid(const struct table *table, fill_cell *fill, bool wi
 
 	for (int i = 0; i < table->n_lines; i++)
 		n_lines += with_attention || !is_attention(table->line[i]);
-	grid->n_rows = is_throughput(table) ? n_lines : table->n_points + 1;
-	grid->n_columns = is_throughput(table) ? table->n_points + 1 : n_lines;
+	grid->n_rows = lines_are_rows(table) ? n_lines : table->n_points + 1;
+	grid->n_columns = lines_are_rows(table) ? table->n_points + 1 : n_lines;
 	grid->cell = calloc((size_t)(grid->n_rows * grid->n_columns), sizeof *grid->cell);
 	if (!grid->cell)
 		return status_set(STATUS_OOM, "no memory for a table");
@@ -297,12 +337,26 @@ static enum status print_table(const struct table *table, fill_cell *fill, bool 
 	return STATUS_OK;
 }
 
+/* Under what conditions, where they are not the usual ones. */
+static void print_conditions(const struct result *r)
+{
+	if (strcmp(r->backend, "cpu") == 0 && r->threads > 0)
+		printf(", %lld threads", (long long)r->threads);
+	if (r->warm > 0)
+		printf(", warm caches");
+	if (r->duty[0])
+		printf(", %s", r->duty);
+	if (r->data[0])
+		printf(", %s data", r->data);
+}
+
 static void print_title(const struct result *r, const char *what, enum format format)
 {
 	const struct pass_info *pass = &passes[r->kind];
 
-	printf("%s%s: %s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", pass->title, what,
-	       r->device, r->dtype);
+	printf("%s%s: %s%s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", pass->title, what,
+	       r->baseline, r->device, r->dtype);
+	print_conditions(r);
 	if (pass->models)
 		printf(", %lld tokens generated after %lld.\n\n", (long long)r->generate,
 		       (long long)r->prompt);
@@ -312,30 +366,57 @@ static void print_title(const struct result *r, const char *what, enum format fo
 		       pass->step ? "sequences" : "tokens");
 }
 
+/* What was measured, and how many times faster than attention that is. */
+static enum status print_measured(const struct table *table, enum format format)
+{
+	bool has_attention = false, has_others = false;
+
+	print_title(table->example, is_throughput(table) ? "tokens/s" : "ms", format);
+	TRY(print_table(table, latency_cell, true, format));
+	printf("\n");
+	for (int i = 0; i < table->n_lines; i++) {
+		has_attention |= is_attention(table->line[i]);
+		has_others |= !is_attention(table->line[i]);
+	}
+	if (!has_attention || !has_others)
+		return STATUS_OK;
+	print_title(table->example, "times faster than attention", format);
+	TRY(print_table(table, speedup_cell, false, format));
+	printf("\n");
+	return STATUS_OK;
+}
+
+/* Ratios that were measured as such. */
+static enum status print_ratios(const struct table *table, enum format format)
+{
+	print_title(table->example, "times faster than ", format);
+	TRY(print_table(table, ratio_cell, true, format));
+	printf("\n");
+	return STATUS_OK;
+}
+
 /* The tables of all rows that belong with `example`. */
 static enum status report_table(const struct results *results, const struct results *published,
                                 const struct result *example, enum format format)
 {
-	struct table table = {.example = example, .results = results, .published = published};
-	bool has_attention = false, has_others = false;
+	const struct result **room = calloc(2 * (size_t)results->count, sizeof *room);
+	struct table table = {.example = example,
+	                      .results = results,
+	                      .published = published,
+	                      .line = room,
+	                      .point = room + results->count};
 
+	if (!room)
+		return status_set(STATUS_OOM, "no memory for a table");
 	for (int i = 0; i < results->count; i++)
 		if (result_same_table(&results->row[i], example)) {
 			add_line(&table, &results->row[i]);
 			add_point(&table, &results->row[i]);
 		}
-	print_title(example, is_throughput(&table) ? "tokens/s" : "ms", format);
-	enum status status = print_table(&table, latency_cell, true, format);
-	for (int i = 0; i < table.n_lines; i++) {
-		has_attention |= is_attention(table.line[i]);
-		has_others |= !is_attention(table.line[i]);
-	}
-	printf("\n");
-	if (status != STATUS_OK || !has_attention || !has_others)
-		return status;
-	print_title(example, "times faster than attention", format);
-	status = print_table(&table, speedup_cell, false, format);
-	printf("\n");
+	enum status status = result_is_ratio(example) ? print_ratios(&table, format)
+	                                              : print_measured(&table, format);
+
+	free(room);
 	return status;
 }
 
@@ -368,10 +449,11 @@ static bool any_published(const struct results *results, const struct results *p
 	return false;
 }
 
-static enum status report(const struct results *results, const struct results *published,
+static enum status report(struct results *results, const struct results *published,
                           enum format format)
 {
-	enum status status = STATUS_OK;
+	enum status status =
+	        results_tell_apart(results, same_series, same_provider_and_point, NULL);
 
 	for (int i = 0; status == STATUS_OK && i < results->count; i++) {
 		bool first = true;
@@ -392,6 +474,25 @@ static int fail(const char *argument, const char *message)
 {
 	fprintf(stderr, "report: %s%s%s\n", argument, *argument ? ": " : "", message);
 	return 2;
+}
+
+/* The published numbers lie in the checkout that the program was built in. Somewhere else there are
+ * none, and the report is without them. */
+static enum status add_paper(struct results *published)
+{
+	static const char *const names[] = {"latency.csv", "table2.csv"};
+	char path[4096];
+
+	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+		if (!find_paper(path, sizeof path, names[i])) {
+			fputs("report: results/paper/ is not found, so no published numbers; "
+			      "--published names a file\n",
+			      stderr);
+			return STATUS_OK;
+		}
+		TRY(results_add(published, path));
+	}
+	return STATUS_OK;
 }
 
 /* Reads the command line and all files it names; 0 or the exit code. */
@@ -420,9 +521,7 @@ static int read_arguments(int argc, char **argv, enum format *format, struct res
 	if (status == STATUS_OK && results->n_files == 0)
 		return fail("RESULTS.csv", "none is given; see --help");
 	if (status == STATUS_OK && published->n_files == 0)
-		status = results_add(published, "results/paper/latency.csv");
-	if (status == STATUS_OK && published->n_files == 1)
-		status = results_add(published, "results/paper/table2.csv");
+		status = add_paper(published);
 	return status == STATUS_OK ? 0 : fail("", status_message());
 }
 
@@ -431,12 +530,14 @@ int main(int argc, char **argv)
 	struct results results = {0}, published = {0};
 	enum format format = FORMAT_MARKDOWN;
 
-	if (argc == 2 && strcmp(argv[1], "--help") == 0) {
+	streams_open();
+	const bool help = argc == 2 && strcmp(argv[1], "--help") == 0;
+	int code = help ? 0 : read_arguments(argc, argv, &format, &results, &published);
+	if (help)
 		fputs(usage, stdout);
-		return 0;
-	}
-	int code = read_arguments(argc, argv, &format, &results, &published);
-	if (code == 0 && report(&results, &published, format) != STATUS_OK)
+	else if (code == 0 && report(&results, &published, format) != STATUS_OK)
+		code = fail("", status_message());
+	if (code == 0 && stdout_finish() != STATUS_OK)
 		code = fail("", status_message());
 	results_release(&results);
 	results_release(&published);

@@ -16,7 +16,6 @@ int main(int argc, char **argv)
 	        .print_help = stack_case_help,
 	        .defaults = {{"pattern", "rat/attention/rat,swa/attention,swa"},
 	                     {"batch", "0"},
-	                     {"samples", "1"},
 	                     {"case-seconds", "600"}},
 	        .finds_batch = true,
 	};

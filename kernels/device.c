@@ -25,6 +25,15 @@ const struct backend *backend_find(const char *name)
 	return NULL;
 }
 
+struct conditions conditions_unknown(void)
+{
+	return (struct conditions){.clock_mhz = NAN,
+	                           .throttle = THROTTLE_UNKNOWN,
+	                           .power_w = NAN,
+	                           .switches = -1,
+	                           .others = -1};
+}
+
 size_t dtype_size(enum dtype dtype)
 {
 	static const size_t sizes[] = {4, 2, 4, 8};

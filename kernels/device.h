@@ -37,9 +37,28 @@ struct device_info {
 	char runtime[128];                /* CUDA toolkit version, or the BLAS library's version */
 	size_t memory_total, memory_free; /* bytes; free is sampled by info() */
 	int n_threads;                    /* CPU threads used; 0 on CUDA */
-	double sm_clock_mhz;              /* 0 where unknown */
-	bool throttled;                   /* a throttle reason other than idle is active */
 };
+
+/* Why a clock is lower than it could be: bits of conditions.throttle. */
+enum throttle {
+	THROTTLE_POWER = 1,    /* a power limit, in software */
+	THROTTLE_HEAT = 2,     /* a temperature limit, in software or hardware */
+	THROTTLE_HARDWARE = 4, /* slowdown by the hardware, power brake included */
+	THROTTLE_UNKNOWN = -1, /* nobody could be asked */
+};
+
+/* Under which conditions the work between the last start and stop of the stopwatch ran. */
+struct conditions {
+	double clock_mhz; /* of the processors over that time; NAN: unknown */
+	int throttle;     /* while it ran: bits of enum throttle, or THROTTLE_UNKNOWN */
+	double power_w;   /* near it; NAN: unknown */
+	/* What others did to it on a CPU: involuntary context switches, and processes that wanted
+	 * to run at its end besides this one's threads; -1: unknown, or of no meaning. */
+	int64_t switches, others;
+};
+
+/* Nothing known. */
+struct conditions conditions_unknown(void);
 
 /* What the device can do at most, measured when first asked for. */
 struct ceilings {
@@ -114,6 +133,8 @@ struct backend {
 	 */
 	enum status (*stopwatch_start)(struct device *device);
 	enum status (*stopwatch_stop)(struct device *device, double *milliseconds);
+	/* Of the time that stopwatch_stop() gave last. */
+	void (*conditions)(struct device *device, struct conditions *conditions);
 	/* Evicts the last-level cache so that the next sample starts cold. */
 	enum status (*flush_cache)(struct device *device);
 	/*
@@ -214,6 +235,11 @@ static inline enum status device_stopwatch_start(struct device *device)
 static inline enum status device_stopwatch_stop(struct device *device, double *milliseconds)
 {
 	return device->backend->stopwatch_stop(device, milliseconds);
+}
+
+static inline void device_conditions(struct device *device, struct conditions *conditions)
+{
+	device->backend->conditions(device, conditions);
 }
 
 static inline enum status device_flush_cache(struct device *device)

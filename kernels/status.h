@@ -5,6 +5,8 @@
 #ifndef KERNELS_STATUS_H
 #define KERNELS_STATUS_H
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -25,6 +27,12 @@ enum status {
 
 /* The name written to the CSV: "ok", "oom", "unsupported", ... */
 const char *status_name(enum status status);
+
+/* Whether a case with this status has been timed and verified. */
+static inline bool status_measured(enum status status)
+{
+	return status == STATUS_OK || status == STATUS_NOISY;
+}
 
 /* Records a printf-style message for status_message() and returns `status`. */
 enum status status_set(enum status status, const char *format, ...)

@@ -249,10 +249,17 @@ static enum status attention_step(const struct layer_run *run)
 	.backward = attention_backward, .step = attention_step,                                    \
 	.golden_names = mixing_golden_names
 
+/* A step writes at its own position alone. */
+static bool attention_remembers(const struct layer_config *config, int64_t position)
+{
+	return true;
+}
+
 const struct layer_class attention_layer = {
         .name = "attention",
         .summary = "softmax attention over all tokens before",
         .arguments = (const struct layer_argument[]){ARGUMENT_HEADS, ARGUMENT_POSITION, {0}},
+        .remembers = attention_remembers,
         ATTENTION_FUNCTIONS,
 };
 

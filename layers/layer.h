@@ -206,6 +206,10 @@ struct layer_class {
 	/* The same as forward for one token per sequence, at *position. */
 	enum status (*step)(const struct layer_run *run);
 
+	/* Whether steps from `position` on can be run a second time: the first time has overwritten
+	 * nothing that they read. NULL: never. */
+	bool (*remembers)(const struct layer_config *config, int64_t position);
+
 	/* Names of parameters and states in golden files, into names[MAX_GOLDEN_NAMES]; returns how
 	 * many. */
 	int (*golden_names)(const struct layer_config *config, struct golden_name *names);

@@ -9,7 +9,7 @@ const struct pass_info passes[PASS_COUNT] = {
                              .caches = true, .step = true},
         [PASS_THROUGHPUT] = {"throughput", "Whole models (maximum throughput)", .caches = true,
                              .models = true, .deep = true},
-        [PASS_KERNEL] = {"kernel", "Single operations"},
+        [PASS_KERNEL] = {.name = "kernel", .title = "Single operations"},
 };
 
 const char *pass_name(enum pass pass)

@@ -277,6 +277,12 @@ static const struct layer_argument rat_arguments[] = {
         ARGUMENT_POSITION,
         {0}};
 
+/* A chunk begins from zero, and ends by writing to the cache of chunks in its own place. */
+static bool rat_remembers(const struct layer_config *config, int64_t position)
+{
+	return position % config->chunk == 0;
+}
+
 const struct layer_class rat_layer = {
         .name = "rat",
         .mixes = true,
@@ -291,5 +297,6 @@ const struct layer_class rat_layer = {
         .forward = rat_forward,
         .backward = rat_backward,
         .step = rat_step,
+        .remembers = rat_remembers,
         .golden_names = mixing_gated_golden_names,
 };

@@ -249,6 +249,18 @@ bool stack_keeps(const struct stack *stack, const struct layer_shape *shape, int
 	return shape->pass == PASS_TRAIN || !is_model(stack) || i == last_mixing_layer(stack);
 }
 
+bool stack_remembers(const struct stack *stack, int64_t position)
+{
+	for (int i = 0; i < stack->n_layers; i++) {
+		const struct layer_config *config = &stack->layers[i];
+
+		if (config->class->mixes &&
+		    !(config->class->remembers && config->class->remembers(config, position)))
+			return false;
+	}
+	return true;
+}
+
 /* ---- memory ---- */
 
 /* Hands out memory from `base` on; with a made-up base this only counts. */

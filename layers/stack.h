@@ -114,6 +114,9 @@ enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t see
 enum status stack_empty_state(struct stack *stack);
 /* Sets *position on the device. */
 enum status stack_set_position(struct stack *stack, int64_t position);
+/* Whether the steps from `position` on can be run again after stack_set_position(): true where no
+ * layer's state forgets. */
+bool stack_remembers(const struct stack *stack, int64_t position);
 /* Tokens [B, T] of a model; in training its targets too: the token that follows, none for the
  * last. Generation (T = 1): the tokens that the next step reads. */
 enum status stack_set_tokens(struct stack *stack, const int32_t *tokens);

@@ -36,8 +36,9 @@ colour(s) = starts(maker(s), "cublas")            ? "#000000" \
           : starts(maker(s), "portable")          ? "#CC79A7" : "#009E73"
 mark(s) = linear(s) ? (has(s, "L=64") ? 7 : 5) : 6
 dash(s) = linear(s) ? 1 : 2
-label(s) = sprintf("%s%s, %s", linear(s) ? "linear" : "softmax", \
-                   has(s, "L=") ? sprintf(" L=%d", chunk(s)) : "", maker(s))
+# " L=64", and whatever else tells it from others.
+details(s) = s[strlen(word(s, 1)) + 1:strstrt(s, "[") - 2]
+label(s) = (linear(s) ? "linear" : "softmax") . details(s) . ", " . maker(s)
 plot for [i = 1:words(labels)] $data index i - 1 using 1:2 with linespoints \
      title label(word(labels, i)) linecolor rgb colour(word(labels, i)) \
-     pointtype mark(word(labels, i)) pointsize 1.2 dashtype dash(word(labels, i))
+     pointtype mark_in(labels, i) pointsize 1.2 dashtype dash(word(labels, i))

@@ -32,7 +32,7 @@ if (fine(low, high)) {
 	set for [k = 0:36] ytics add (tic(k))
 }
 lines = 'for [i = 1:n] $data index i - 1 using 1:2 with linespoints title word(labels, i) \
-         linecolor rgb colour(word(labels, i)) pointtype mark(word(labels, i)) pointsize 1.3 \
+         linecolor rgb colour(word(labels, i)) pointtype mark_in(labels, i) pointsize 1.3 \
          dashtype dash(word(labels, i))'
 crosses = 'for [i = 1:m] $published index i - 1 using 1:2 with points notitle \
            linecolor rgb colour(word(published_labels, i)) pointtype 2 pointsize 1.7, \

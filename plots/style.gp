@@ -62,3 +62,8 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)
+
+# Of lines that look alike, the same series with other heads say, all but the first get other marks.
+alike(s, t) = colour(s) eq colour(t) && dash(s) == dash(t) && mark(s) == mark(t)
+rank(list, i) = i < 2 ? 0 : (sum [j = 1:i - 1] alike(word(list, j), word(list, i)))
+mark_in(list, i) = 1 + (mark(word(list, i)) - 1 + 2 * rank(list, i)) % 15

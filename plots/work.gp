@@ -38,7 +38,7 @@ do for [panel = 1:2] {
 	}
 	set title (panel == 1 ? "FLOPs" : "bytes read and written")
 	plot for [i = 1:words(labels)] $data index i - 1 using 1:2 with linespoints \
-	     linecolor rgb colour(word(labels, i)) pointtype mark(word(labels, i)) pointsize 1.2 \
+	     linecolor rgb colour(word(labels, i)) pointtype mark_in(labels, i) pointsize 1.2 \
 	     dashtype dash(word(labels, i)) title word(labels, i)
 }
 unset multiplot

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Makes sure that the tools and libraries of one purpose are installed.
 #
-#   scripts/bootstrap.sh run     what building, measuring and plotting need
+#   scripts/bootstrap.sh run     what building and measuring need; plotting, too, if it can be had
+#   scripts/bootstrap.sh plots   and plotting
 #   scripts/bootstrap.sh test    and the tests
 #   scripts/bootstrap.sh check   and the fuzz targets, formatter and linters
 #
 # Silent when nothing is missing. Otherwise installs it where it may (root on a
 # Debian-like system), or says in one line what is missing and exits with 1.
+#
+# CC in the environment names the compiler (gcc), as for make.
 set -u
+
+compiler=${CC:-gcc}
 
 usage()
 {
-	echo "usage: ${0##*/} run|test|check" >&2
+	echo "usage: ${0##*/} run|plots|test|check" >&2
 	exit 2
 }
 
@@ -20,12 +25,19 @@ has_program()
 	command -v "$1" >/dev/null 2>&1
 }
 
+# shellcheck disable=SC2086 # CC may have arguments
 # Whether the C compiler finds header $1 and, unless it is empty, library $2.
 has_library()
 {
 	printf '#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <stdint.h>
 		#include <%s>\nint main(void) { return 0; }\n' "$1" |
-		cc -x c - ${2:+-l"$2"} -o /dev/null >/dev/null 2>&1
+		$compiler -x c - ${2:+-l"$2"} -o /dev/null >/dev/null 2>&1
+}
+
+# shellcheck disable=SC2086 # as above
+has_openmp()
+{
+	echo 'int main(void) { return 0; }' | $compiler -x c - -fopenmp -o /dev/null >/dev/null 2>&1
 }
 
 has_fonts()
@@ -53,17 +65,31 @@ need()
 	"$@" || missing+=($packages)
 }
 
+compiler_package()
+{
+	case ${compiler%% *} in
+	gcc | cc) echo build-essential ;;
+	*) echo "${compiler%% *}" ;;
+	esac
+}
+
+# Leaves in `needed` how many of the missing ones are needed, the rest being only wished for; empty:
+# all.
 find_missing()
 {
 	missing=()
-	if ! has_program cc || ! has_program make; then
-		missing+=(build-essential)
-	fi
+	# Its first word is the program; what is not in a package of that name is the user's to find.
+	has_program "${compiler%% *}" || missing+=("$(compiler_package)")
+	has_program make || missing+=(make)
+	[[ $compiler != *clang* ]] || need libomp-dev has_openmp
 	# Without a compiler the libraries cannot be looked for: ask for them all.
 	need libopenblas-dev has_library cblas.h openblas
+	needed=${#missing[@]}
 	need gnuplot-nox has_program gnuplot
 	need fonts-dejavu-core has_fonts
 	[ "$1" = run ] && return
+	needed=
+	[ "$1" = plots ] && return
 	need libcmocka-dev has_library cmocka.h cmocka
 	need libcjson-dev has_library cjson/cJSON.h cjson
 	[ "$1" = test ] && return
@@ -88,7 +114,7 @@ install_missing()
 
 [ $# -eq 1 ] || usage
 case $1 in
-run | test | check) ;;
+run | plots | test | check) ;;
 *) usage ;;
 esac
 
@@ -97,7 +123,9 @@ if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" -eq 0 ] && has_program apt-get; then
 	install_missing
 	find_missing "$1"
 fi
-if [ ${#missing[@]} -gt 0 ]; then
+if [ "${needed:-1}" -eq 0 ] && [ ${#missing[@]} -gt 0 ]; then
+	echo "pictures need: ${missing[*]} (Debian package names); measuring goes on without" >&2
+elif [ ${#missing[@]} -gt 0 ]; then
 	echo "missing: ${missing[*]} (Debian package names; install them and try again)" >&2
 	exit 1
 fi

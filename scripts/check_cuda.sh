@@ -11,6 +11,8 @@ if [ ! -x "$nvcc" ]; then
 	echo "nvcc is missing; skipped"
 	exit 0
 fi
+NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} $(scripts/nvcc_host.sh "$nvcc" 2>/dev/null)"
+export NVCC_APPEND_FLAGS
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 passed=0

@@ -14,6 +14,8 @@ cd "$(dirname "$0")/.." || exit 1
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 cuobjdump=$(command -v cuobjdump || echo "$(dirname "$nvcc")/cuobjdump")
 demangle=$(command -v cu++filt || command -v c++filt || echo cat)
+NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} $(scripts/nvcc_host.sh "$nvcc" 2>/dev/null)"
+export NVCC_APPEND_FLAGS
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0

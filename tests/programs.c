@@ -24,6 +24,36 @@ int program_finish(pid_t child)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
+const char *programs_folder(void)
+{
+	static char folder[4096];
+	const ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+
+	folder[length > 0 ? length : 0] = '\0';
+	for (int i = 0; i < 2; i++)
+		*strrchr(folder, '/') = '\0';
+	return folder;
+}
+
+const char *shell(int *code, const char *format, ...)
+{
+	static char output[1 << 16];
+	char line[2048], command[2304];
+	va_list list;
+
+	va_start(list, format);
+	vsnprintf(line, sizeof line, format, list);
+	va_end(list);
+	snprintf(command, sizeof command, "{ %s\n} 2>&1", line);
+	FILE *pipe = popen(command, "r");
+	assert_non_null(pipe);
+	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
+	const int status = pclose(pipe);
+	if (code)
+		*code = WEXITSTATUS(status);
+	return output;
+}
+
 int split_words(char *line, char **argv, int argc, int most)
 {
 	for (char *word = strtok(line, " "); word && argc < most; word = strtok(NULL, " "))

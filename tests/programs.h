@@ -13,6 +13,13 @@ pid_t program_start(int (*program)(int argc, char **argv), int argc, char **argv
 /* Its exit code, or 128 and the signal that ended it. */
 int program_finish(pid_t child);
 
+/* Where the programs of this build are: beside the folder of the running test. */
+const char *programs_folder(void);
+
+/* What a line of the shell prints, its errors too, until the next call; *code, if it is not NULL:
+ * its exit code. */
+const char *shell(int *code, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
 /* Adds the words of a line to argv, which has room for `most`; how many it holds then. */
 int split_words(char *line, char **argv, int argc, int most);
 

@@ -1,15 +1,10 @@
 /* Verdicts: the statistics, build/compare on files of known content, and bench/compare.sh with
  * programs that only pretend to measure. */
-#include "tests/test.h"
+#include "tests/programs.h"
 
-#include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "bench/harness/verdict.h"
-
-/* Where the programs are: beside the folder of this test. */
-static char programs[512];
 
 /* --- statistics --- */
 
@@ -294,18 +289,14 @@ static const char *run(int code, const char *format, ...) __attribute__((format(
 
 static const char *run(int code, const char *format, ...)
 {
-	static char output[1 << 16];
-	char arguments[1024], command[2048];
+	char command[1536];
 	va_list list;
+	int ended;
 
 	va_start(list, format);
-	vsnprintf(arguments, sizeof arguments, format, list);
+	vsnprintf(command, sizeof command, format, list);
 	va_end(list);
-	snprintf(command, sizeof command, "cd '%s' && { %s; } 2>&1", folder, arguments);
-	FILE *pipe = popen(command, "r");
-	assert_non_null(pipe);
-	output[fread(output, 1, sizeof output - 1, pipe)] = '\0';
-	const int ended = WEXITSTATUS(pclose(pipe));
+	const char *output = shell(&ended, "cd '%s' && { %s; }", folder, command);
 	if (ended != code)
 		fail_msg("exit code %d instead of %d:\n%s", ended, code, output);
 	return output;
@@ -325,7 +316,7 @@ static void expect_no_text(const char *output, const char *text)
 
 static const char *compare(int code, const char *arguments)
 {
-	return run(code, "'%s'/compare %s", programs, arguments);
+	return run(code, "'%s'/compare %s", programs_folder(), arguments);
 }
 
 /* Two files of one row each, compared with these options. */
@@ -489,8 +480,8 @@ TEST(test_names_tell_cases_apart)
 
 	write_rows("f.csv", 2, rows);
 	const char *output = compare(0, "f.csv f.csv");
-	expect_text(output, "attention prefill D=64 T=128 B=4 dk=16 dv=16 ");
-	expect_text(output, "attention prefill D=64 T=128 B=4 dk=32 dv=32 ");
+	expect_text(output, "attention prefill D=64 T=128 B=4 d_k=16 ");
+	expect_text(output, "attention prefill D=64 T=128 B=4 d_k=32 ");
 }
 
 TEST(test_nothing_is_dropped_in_silence)
@@ -648,7 +639,7 @@ static void make_repository(void)
 	    "echo 'build/hybrid: ; @echo no rule for this; false' > Makefile && "
 	    "git commit -qam three && git tag three && git checkout -q two && make -s && "
 	    "ln -s '%s/compare' build/compare",
-	    programs);
+	    programs_folder());
 }
 
 /* make compare with these variables, as the Makefile calls it. */
@@ -738,15 +729,3 @@ TEST(test_interrupted)
 }
 
 FIXTURE(make_folder, remove_folder, empty_folder)
-
-int main(int argc, char **argv)
-{
-	const char *slash = argc > 0 ? strrchr(argv[0], '/') : NULL;
-	char relative[512];
-
-	snprintf(relative, sizeof relative, "%.*s/..", slash ? (int)(slash - argv[0]) : 1,
-	         slash ? argv[0] : ".");
-	if (!realpath(relative, programs))
-		return 1;
-	return tests_run();
-}

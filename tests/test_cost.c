@@ -83,7 +83,7 @@ TEST(linear_costs)
 	const double x = N * K, w = M * K, y = N * M, product = product_flops(N, K, M);
 	float *f = &nowhere;
 	struct norm_linear_args norm = {N, K, M, 1e-6f, f, f, f, f, f, f};
-	struct norm_linear_backward_args back = {.forward = {N, K, M}};
+	struct norm_linear_backward_args back = {.forward = {.n_tokens = N, .d_in = K, .d_out = M}};
 	struct linear_residual_args linear = {N, K, M, f, f, f, f};
 	struct linear_residual_backward_args linear_back = {N, K, M, f, f, f, f, f};
 

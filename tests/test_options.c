@@ -110,6 +110,16 @@ TEST(names_the_option_that_is_wrong)
 	        {"--max-time nan", "--max-time", "from 0"},
 	        {"--max-time 1s", "--max-time", "from 0"},
 	        {"--rows 0", "--rows", "between 1 and"},
+	        {"--precision 1", "--precision", "1%"},
+	        {"--precision 100%", "--precision", "1%"},
+	        {"--precision -1%", "--precision", "1%"},
+	        {"--precision nan", "--precision", "1%"},
+	        {"--precision %", "--precision", "1%"},
+	        {"--precision 1%%", "--precision", "1%"},
+	        {"--duty idle", "--duty", "burst,sustained"},
+	        {"--duty burst,sustained", "--duty", "burst,sustained"},
+	        {"--duty=", "--duty", "burst,sustained"},
+	        {"--baseline=", "--baseline", "characters"},
 	};
 
 	expect_mistakes(mistakes, COUNT_OF(mistakes));
@@ -132,6 +142,26 @@ TEST(prefers_user_to_driver_to_preset)
 	assert_string_equal(options.preset, "paper");
 	assert_true(options.warm);
 	assert_false(options.resume);
+}
+
+TEST(takes_fractions_and_choices)
+{
+	struct options options = completed("", "paper");
+
+	assert_float_equal(options.precision, 0.01, 1e-12);
+	assert_string_equal(options.duty, "sustained");
+	assert_string_equal(options.baseline, "");
+	assert_false(options.apart);
+	options = completed("", "tiny");
+	assert_true(options.precision == 0);
+	options = completed("--precision 0.5% --duty burst --baseline swa(window=64) --apart",
+	                    "paper");
+	assert_float_equal(options.precision, 0.005, 1e-12);
+	assert_string_equal(options.duty, "burst");
+	assert_string_equal(options.baseline, "swa(window=64)");
+	assert_true(options.apart);
+	options = completed("--precision 0.25", "paper");
+	assert_float_equal(options.precision, 0.25, 1e-12);
 }
 
 TEST(tells_what_was_given)

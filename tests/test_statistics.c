@@ -1,4 +1,4 @@
-/* Quantiles, the stopping rule, rooflines, and the names of result folders. */
+/* Quantiles, intervals, rooflines, and the names of result folders. */
 #include "tests/test.h"
 
 #include "bench/harness/ceilings.h"
@@ -7,7 +7,7 @@
 
 TEST(summarizes_samples)
 {
-	double samples[] = {5, 1, 4, 2, 3, 6};
+	const double samples[] = {5, 1, 4, 2, 3, 6};
 	struct summary s = summarize(samples, 6);
 	double one = 7;
 
@@ -20,40 +20,94 @@ TEST(summarizes_samples)
 	assert_true(s.minimum == 7 && s.p20 == 7 && s.median == 7 && s.p80 == 7);
 }
 
-/* Samples taken until the rule is content, with normal noise of relative size `noise`, and as
- * much time between them as in them. */
-static int samples_taken(const struct stopping_rule *rule, double ms, double noise)
+static double normal_noise(void)
 {
-	static double samples[MAX_SAMPLES];
-	double elapsed = 0;
-	int count = 0;
+	double sum = -6;
 
-	srand(1);
-	do {
-		double normal = -6;
-
-		for (int i = 0; i < 12; i++)
-			normal += (double)rand() / RAND_MAX;
-		samples[count++] = ms * (1 + noise * normal);
-		elapsed += 2e-3 * ms;
-	} while (!samples_suffice(rule, samples, count, elapsed));
-	return count;
+	for (int i = 0; i < 12; i++)
+		sum += (double)rand() / RAND_MAX;
+	return sum;
 }
 
-TEST(stops_when_the_noise_has_settled)
+/* How often the interval of the median covers the truth. */
+static double coverage(double (*draw)(int i), double truth, int count)
 {
-	const struct stopping_rule rule = {.min_time = 0, .max_time = 10, .noise = 0.005};
-	const struct stopping_rule longer = {.min_time = 0.5, .max_time = 10, .noise = 0.005};
-	const struct stopping_rule capped = {.min_time = 0, .max_time = 0.03, .noise = 0.005};
-	const struct stopping_rule exact = {.samples = 5, .max_time = 0.001};
+	double samples[MAX_SAMPLES];
+	int covered = 0;
+	enum { TRIALS = 2000 };
 
-	assert_int_equal(samples_taken(&rule, 1, 0), MIN_NOISE_SAMPLES);
-	/* The error of the median is 1.25 sigma / sqrt(n): 156 samples for 5%. */
-	assert_in_range(samples_taken(&rule, 1, 0.05), 60, 400);
-	assert_in_range(samples_taken(&longer, 1, 0), 499, 501);
-	assert_int_equal(samples_taken(&capped, 1, 0.5), 15);
-	assert_int_equal(samples_taken(&capped, 1000, 0.5), MIN_SAMPLES);
-	assert_int_equal(samples_taken(&exact, 1000, 0.5), 5);
+	srand(1);
+	for (int trial = 0; trial < TRIALS; trial++) {
+		for (int i = 0; i < count; i++)
+			samples[i] = draw(i);
+		const struct summary s = summarize(samples, count);
+
+		covered += s.interval.low <= truth && truth <= s.interval.high;
+	}
+	return (double)covered / TRIALS;
+}
+
+static double draw_normal(int i)
+{
+	return 100 + 5 * normal_noise();
+}
+
+/* Most samples on one of two levels of the clock, twelve percent apart. */
+static double draw_levels(int i)
+{
+	return (rand() % 10 < 6 ? 100 : 112) + 0.3 * normal_noise();
+}
+
+/* Noise that lasts: each sample has nine tenths of the one before. */
+static double draw_drift(int i)
+{
+	static double at;
+
+	at = i == 0 ? normal_noise() : 0.9 * at + sqrt(1 - 0.81) * normal_noise();
+	return 100 + 5 * at;
+}
+
+TEST(bounds_the_median)
+{
+	double few[] = {3, 1, 2}, many[100];
+
+	assert_true(summarize(few, 3).interval.low == 1 && summarize(few, 3).interval.high == 3);
+	for (int i = 0; i < 100; i++)
+		many[i] = i * 37 % 100;
+	/* The binomial ranks of a hundred: the 40th and the 61st. */
+	assert_true(summarize(many, 100).interval.low >= 38);
+	assert_true(summarize(many, 100).interval.low <= 40);
+	assert_true(coverage(draw_normal, 100, 10) > 0.94);
+	assert_true(coverage(draw_normal, 100, 100) > 0.94);
+	assert_true(coverage(draw_normal, 100, 100) < 0.99);
+	assert_true(coverage(draw_levels, 100.29, 200) > 0.9);
+	/* Without a thought for what neighbours have in common it would be 0.36. */
+	assert_true(coverage(draw_drift, 100, 200) > 0.85);
+}
+
+/* Two blocks under one clock, which jumps: what they share cancels out of their ratio. */
+TEST(bounds_a_ratio)
+{
+	double a[60], b[60];
+	int covered = 0;
+
+	srand(1);
+	for (int trial = 0; trial < 300; trial++) {
+		for (int i = 0; i < 60; i++) {
+			const double clock = i / 15 % 2 ? 1 : 1.12;
+
+			a[i] = 30 * clock * (1 + 0.01 * normal_noise());
+			b[i] = 10 * clock * (1 + 0.01 * normal_noise());
+		}
+		const struct ratio r = ratio_bootstrap(a, b, 60);
+
+		covered += r.interval.low <= 3 && 3 <= r.interval.high;
+		assert_int_equal(r.rounds, 60);
+		assert_true(fabs(r.ratio - 3) < 0.03);
+		assert_true(relative_half_width(r.interval, r.ratio) < 0.01);
+		assert_true(relative_half_width(summarize(a, 60).interval, 30) > 0.04);
+	}
+	assert_true(covered > 300 * 0.9);
 }
 
 TEST(sums_rooflines_of_operations)

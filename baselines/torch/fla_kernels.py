@@ -1,6 +1,6 @@
 """Other libraries' kernels, timed on the cases that `make bench-kernels` has measured.
 
-    python3 baselines/torch/fla_kernels.py results/DEVICE/kernels.csv [--blocks gla_forward,...]
+    python3 baselines/torch/fla_kernels.py runs/DEVICE/kernels.csv [--blocks gla_forward,...]
 
 flash-linear-attention's Triton kernels (provider fla), PyTorch's attention by
 cuDNN and by FlashAttention-2 (torch-cudnn, torch-flash), FlashAttention-3
@@ -20,6 +20,7 @@ the timing. A second run finds both done, in Triton's cache.
 import argparse
 import csv
 import datetime
+import fcntl
 import math
 import os
 import statistics
@@ -348,13 +349,16 @@ def measure(case, max_time):
     return results
 
 
-def row_of(case, provider, form, samples, outcome, versions, run_id):
+def row_of(case, provider, form, samples, outcome, versions):
+    """A row of the run that the case is of, whose shapes and device it has."""
     row = dict(case.row)
-    for name in ("latency_ms", "latency_p20_ms", "latency_p80_ms", "latency_min_ms", "samples",
-                 "tokens_per_s", "tflops", "gb_per_s", "roofline_pct", "predicted_ms", "rel_err",
-                 "peak_mem_mib", "memory_bytes", "sm_clock_mhz", "throttled"):
-        row[name] = ""
-    row.update(run_id=run_id, program="fla_kernels", provider=provider, requested=provider,
+    for name in ("case_id", "latency_ms", "latency_low_ms", "latency_high_ms", "latency_p20_ms",
+                 "latency_p80_ms", "latency_min_ms", "samples", "precision_pct", "tokens_per_s",
+                 "tflops", "gb_per_s", "roofline_pct", "predicted_ms", "rel_err", "peak_mem_mib",
+                 "memory_bytes", "sm_clock_mhz", "throttled", "throttle_reasons", "power_w"):
+        if name in row:
+            row[name] = ""
+    row.update(program="fla_kernels", provider=provider, requested=provider,
                providers=form, runtime=versions, message="",
                time_utc=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
     if not samples:
@@ -431,6 +435,19 @@ def read_cases(path, blocks):
     return reader.fieldnames, rows, list(first.values())
 
 
+def open_for_rows(path):
+    """As the programs have it: one writer at a time, and no row after one that was cut."""
+    file = open(path, "a+", newline="", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"fla_kernels: another program is writing {path}")
+    file.seek(0)
+    if not file.read().endswith("\n"):
+        sys.exit(f"fla_kernels: the last row of {path} is cut; `make bench-kernels ARGS=--resume`")
+    return file
+
+
 def compile_part(part, cases):
     torch.set_grad_enabled(False)
     for row in cases:
@@ -451,6 +468,8 @@ def main():
         names, rows, cases = read_cases(a.file, blocks)
     except OSError as problem:
         sys.exit(f"fla_kernels: {problem}; `make bench-kernels` writes it")
+    except (KeyError, UnicodeDecodeError, csv.Error):
+        sys.exit(f"fla_kernels: {a.file} is no file of `make bench-kernels`")
     if a.compile_only:
         compile_part(a.compile_only, cases)
         return
@@ -466,8 +485,7 @@ def main():
     versions = f"PyTorch {torch.__version__}; cuDNN {torch.backends.cudnn.version()}"
     versions += f"; Triton {triton.__version__}; fla {fla.__version__}"
     print(versions)
-    run_id = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ-fla")
-    with open(a.file, "a", newline="", encoding="utf-8") as file:
+    with open_for_rows(a.file) as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         for ours in cases:
             case = Case(ours)
@@ -478,7 +496,7 @@ def main():
                 print(f"{case.describe():64} {str(problem).splitlines()[0]}", flush=True)
             torch.cuda.empty_cache()
             for provider, (form, samples, outcome) in results.items():
-                row = row_of(case, provider, form, samples, outcome, versions, run_id)
+                row = row_of(case, provider, form, samples, outcome, versions)
                 writer.writerow(row)
                 file.flush()
                 rows.append(row)

@@ -12,12 +12,24 @@
 #include "bench/harness/ceilings.h"
 #include "bench/harness/environment.h"
 #include "bench/harness/measure.h"
+#include "bench/harness/noise.h"
+#include "bench/harness/print.h"
 #include "bench/harness/progress.h"
 #include "bench/harness/record.h"
-#include "bench/harness/print.h"
+#include "bench/harness/samples.h"
+#include "bench/harness/streams.h"
 
 /* Exit codes. */
 enum { EXIT_OK, EXIT_CASES_FAILED, EXIT_USAGE };
+
+/* What --provider asks for, of one case. */
+struct variants {
+	int count;
+	struct {
+		char requested[MAX_WORD];
+		struct provider_choice choice;
+	} of[MAX_VARIANTS];
+};
 
 /* Everything about one run of a program. */
 struct run {
@@ -28,9 +40,13 @@ struct run {
 	struct environment environment;
 	struct sweep sweep;
 	struct planned (*plans)[MAX_VARIANTS]; /* [sweep.count] */
-	struct variant variants[MAX_VARIANTS]; /* of the case under way */
-	int n_variants;
+	struct variants variants;              /* of the case under way */
+	struct group group;                    /* the cases that alternate now */
+	int cases[MAX_GROUP];                  /* index in the sweep of each of its members */
+	int plan_of[MAX_GROUP_VARIANTS];       /* index in plans[] of each of its variants */
+	bool ceilings_again;                   /* they have been measured a second time */
 	struct record_file file;
+	struct sample_file samples;
 	struct progress progress;
 	int rows_by_status[STATUS_COUNT];
 };
@@ -72,38 +88,41 @@ static enum status open_backend(struct run *run)
 /* The providers that a case's only operation has on this backend. */
 static void list_providers(struct run *run, enum operation operation)
 {
-	run->n_variants = 0;
+	struct variants *list = &run->variants;
+
+	list->count = 0;
 	for (const struct kernel *k = run->device->kernels; k->run; k++)
 		if (k->operation == operation && kernel_is_first(run->device->kernels, k) &&
-		    run->n_variants < MAX_VARIANTS)
-			snprintf(run->variants[run->n_variants++].requested, MAX_WORD, "%s",
-			         k->provider);
+		    list->count < MAX_VARIANTS)
+			snprintf(list->of[list->count++].requested, MAX_WORD, "%s", k->provider);
 }
 
 /*
- * The variants of a case, without their plans: each --provider, without any one
- * of the fastest; of a single operation each of its providers.
+ * The variants of a case: each --provider, without any one
+ * of the fastest; of a single operation each of its providers; of the baseline each --rival, too.
  */
 static enum status make_variants(struct run *run, const struct bench_case *c)
 {
-	const struct words *wanted = &run->options.provider;
+	const struct words *wanted = &run->options.provider, *rivals = &run->options.rival;
 	const bool single = run->subject->operation != NULL;
 	const int operation = single ? (int)run->subject->operation(run->subject->self, c) : -1;
+	struct variants *list = &run->variants;
 
-	memset(run->variants, 0, sizeof run->variants);
-	run->n_variants = wanted->count;
+	*list = (struct variants){.count = wanted->count};
 	for (int i = 0; i < wanted->count; i++)
-		snprintf(run->variants[i].requested, MAX_WORD, "%s", wanted->word[i]);
+		snprintf(list->of[i].requested, MAX_WORD, "%s", wanted->word[i]);
 	if (single && !options_given(&run->options, "provider"))
 		list_providers(run, (enum operation)operation);
-	for (int i = 0; i < run->n_variants; i++) {
-		struct variant *v = &run->variants[i];
+	for (int i = 0; c->is_baseline && i < rivals->count && list->count < MAX_VARIANTS; i++)
+		snprintf(list->of[list->count++].requested, MAX_WORD, "%s", rivals->word[i]);
+	for (int i = 0; i < list->count; i++) {
+		struct provider_choice *choice = &list->of[i].choice;
 
-		TRY(provider_choice_parse(&v->choice, run->device, v->requested));
+		TRY(provider_choice_parse(choice, run->device, list->of[i].requested));
 		/* A single operation never falls back on another provider. */
-		for (int j = 0; single && j < v->choice.count; j++)
-			if (v->choice.choice[j].operation < 0)
-				v->choice.choice[j].operation = operation;
+		for (int j = 0; single && j < choice->count; j++)
+			if (choice->choice[j].operation < 0)
+				choice->choice[j].operation = operation;
 	}
 	return STATUS_OK;
 }
@@ -112,8 +131,9 @@ static enum status check_options(const struct options *options)
 {
 	if (options->samples > MAX_SAMPLES)
 		return status_set(STATUS_INVALID, "--samples: at most %d", MAX_SAMPLES);
-	if (options->provider.count > MAX_VARIANTS)
-		return status_set(STATUS_INVALID, "--provider: given more than %d times",
+	if (options->provider.count + options->rival.count > MAX_VARIANTS)
+		return status_set(STATUS_INVALID,
+		                  "--provider and --rival: given more than %d times",
 		                  MAX_VARIANTS);
 	if (options->threads > 1024)
 		return status_set(STATUS_INVALID, "--threads: at most 1024");
@@ -157,9 +177,9 @@ static enum status plan_all(struct run *run)
 		return status_set(STATUS_OOM, "no memory for %d plans", run->sweep.count);
 	for (int i = 0; i < run->sweep.count; i++) {
 		TRY(make_variants(run, &run->sweep.cases[i]));
-		for (int v = 0; v < run->n_variants; v++)
+		for (int v = 0; v < run->variants.count; v++)
 			plan_case(run, &run->sweep.cases[i], &run->plans[i][v],
-			          &run->variants[v].choice);
+			          &run->variants.of[v].choice);
 	}
 	return STATUS_OK;
 }
@@ -172,6 +192,7 @@ static void record_environment(const struct run *run, struct record *r)
 	r->run_id = e->run_id;
 	r->git_sha = e->git_sha;
 	r->git_dirty = e->git_dirty;
+	r->build = e->build;
 	r->host = e->host;
 	r->device = e->device.name;
 	r->driver = e->device.driver;
@@ -183,6 +204,9 @@ static void record_environment(const struct run *run, struct record *r)
 	r->memory_total_mib = (double)e->device.memory_total / (1 << 20);
 	r->compiler = e->compiler;
 	r->program = run->driver->program;
+	r->build = e->build;
+	r->duty = run->options.duty;
+	r->precision_pct = 100 * run->options.precision;
 	r->warm = run->options.warm;
 	r->copy_gb_per_s = run->device->ceilings.copy_gb_per_s;
 	r->read_gb_per_s = run->device->ceilings.read_gb_per_s;
@@ -212,16 +236,22 @@ static void record_plan(const struct planned *plan, struct record *r)
 	r->roofline_ms = plan->roofline_ms;
 }
 
-static void record_measurement(struct variant *v, const struct bench_case *c, struct record *r)
+static void record_measurement(const struct variant *v, const struct bench_case *c,
+                               struct record *r)
 {
+	double ms[MAX_SAMPLES];
+
 	if (v->predicted_ms > 0)
 		r->predicted_ms = v->predicted_ms;
 	r->rel_err = v->rel_err;
-	if (v->status != STATUS_OK || v->n_samples == 0)
+	if (!status_measured(v->status) || v->n_samples == 0)
 		return;
-	struct summary s = summarize(v->samples, v->n_samples);
+	latencies_of(v, ms);
+	const struct summary s = summarize(ms, v->n_samples);
 
 	r->latency_ms = s.median;
+	r->latency_low_ms = s.interval.low;
+	r->latency_high_ms = s.interval.high;
 	r->latency_p20_ms = s.p20;
 	r->latency_p80_ms = s.p80;
 	r->latency_min_ms = s.minimum;
@@ -234,37 +264,140 @@ static void record_measurement(struct variant *v, const struct bench_case *c, st
 	r->peak_mem_mib = (double)v->plan.memory_bytes / (1 << 20);
 }
 
-/* The row of one variant, written and printed. */
-static enum status write_row(struct run *run, const struct bench_case *c, struct variant *v,
-                             const struct device_info *before)
+/* What the rows of a group borrow. */
+struct row_text {
+	char now[32], id[40], provider[64], providers[512], reasons[64];
+	char baseline[MAX_PATTERN_TEXT + MAX_WORD];
+};
+
+/* What a row says of a variant, without its measurement. */
+static struct record describe_variant(struct run *run, const struct variant *v,
+                                      struct row_text *text)
 {
+	const struct bench_case *c = run->group.members[v->member].c;
 	struct record r = record_empty();
-	struct device_info after = *before;
-	char now[32], provider[64], providers[512];
 
 	record_environment(run, &r);
 	record_case(c, &r);
 	record_plan(&v->plan, &r);
-	record_measurement(v, c, &r);
-	device_info(run->device, &after);
-	time_utc(now);
-	r.time_utc = now;
+	time_utc(text->now);
+	r.time_utc = text->now;
+	r.case_id = text->id;
 	r.requested = v->requested;
-	describe_providers(&v->ctx, provider, sizeof provider, providers, sizeof providers);
+	describe_providers(&v->ctx, text->provider, sizeof text->provider, text->providers,
+	                   sizeof text->providers);
 	/* A single operation's is the one asked for, whatever it does and even if it could not run.
 	 */
-	r.provider = provider[0] || !run->subject->operation ? provider : v->requested;
-	r.providers = providers;
-	r.sm_clock_mhz = after.sm_clock_mhz > 0 ? after.sm_clock_mhz : NAN;
-	r.throttled = before->throttled || after.throttled;
-	r.status = status_name(v->status);
-	r.message = v->message;
-	run->rows_by_status[v->status]++;
+	r.provider = text->provider[0] || !run->subject->operation ? text->provider : v->requested;
+	r.providers = text->providers;
+	return r;
+}
+
+/* The pattern and the provider that a ratio is relative to. */
+static void name_baseline(const struct run *run, char *text, size_t size)
+{
+	const struct variant *v = &run->group.variants[run->group.baseline];
+	const struct bench_case *c = run->group.members[v->member].c;
+
+	snprintf(text, size, "%s%s%s%s", c->pattern, v->requested[0] ? " [" : "", v->requested,
+	         v->requested[0] ? "]" : "");
+}
+
+/* Whether a variant has a ratio: it and the baseline were measured in the same rounds. */
+static bool has_ratio(const struct run *run, int index)
+{
+	const struct group *g = &run->group;
+	double a[MAX_SAMPLES], b[MAX_SAMPLES];
+
+	return g->baseline >= 0 && index != g->baseline && !g->variants[index].finished &&
+	       status_measured(g->variants[index].status) &&
+	       status_measured(g->variants[g->baseline].status) &&
+	       paired_samples(&g->variants[g->baseline], &g->variants[index], a, b) > 0;
+}
+
+/* A row that says how many times faster than the baseline a variant is. */
+static struct record ratio_row(struct run *run, int index, struct row_text *text)
+{
+	const struct group *g = &run->group;
+	const struct variant *v = &g->variants[index];
+	double a[MAX_SAMPLES], b[MAX_SAMPLES];
+	const int n = paired_samples(&g->variants[g->baseline], v, a, b);
+	const struct ratio ratio = ratio_bootstrap(a, b, n);
+	const double width = relative_half_width(ratio.interval, ratio.ratio);
+	const bool noisy = run->options.precision > 0 && width > run->options.precision;
+	struct record r = describe_variant(run, v, text);
+
+	name_baseline(run, text->baseline, sizeof text->baseline);
+	r.baseline = text->baseline;
+	r.ratio = ratio.ratio;
+	r.ratio_low = ratio.interval.low;
+	r.ratio_high = ratio.interval.high;
+	r.samples = n;
+	r.rel_err = v->rel_err;
+	r.status = status_name(noisy ? STATUS_NOISY : STATUS_OK);
+	r.message = noisy ? "the ratio is not known as well as was asked for" : "";
+	return r;
+}
+
+/* The row of one variant; its samples are saved. */
+static enum status variant_row(struct run *run, const struct variant *v, struct row_text *text,
+                               struct record *r)
+{
+	*r = describe_variant(run, v, text);
+	record_measurement(v, run->group.members[v->member].c, r);
+	record_conditions(v, r, text->reasons);
+	r->status = status_name(v->status);
+	r->message = v->message;
+	return samples_append(&run->samples, r, v);
+}
+
+/* A name that no other row of any file has. */
+static void name_row(const struct run *run, const struct variant *v, int number, char id[40])
+{
+	const char *const parts[] = {run->environment.run_id, run->driver->program,
+	                             run->group.members[v->member].c->pattern, v->requested};
+	uint64_t hash = 14695981039346656037u;
+
+	for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+		for (const char *c = parts[i]; *c; c++)
+			hash = (hash ^ (unsigned char)*c) * 1099511628211u;
+	snprintf(id, 40, "%08x.%d.%d", (unsigned)(hash >> 32 ^ hash), run->cases[v->member],
+	         number);
+}
+
+/* The rows of a group, saved at once, then printed. */
+static enum status write_rows(struct run *run)
+{
+	enum { MAX_ROWS = 2 * MAX_GROUP_VARIANTS };
+	static struct row_text text[MAX_ROWS];
+	static struct record rows[MAX_ROWS];
+	const struct bench_case *cases[MAX_ROWS];
+	const struct group *g = &run->group;
+	int n = 0;
+
+	for (int ratios = 0; ratios < 2; ratios++)
+		for (int i = 0; i < g->n_variants; i++) {
+			const struct variant *v = &g->variants[i];
+
+			if (v->finished || (ratios && !has_ratio(run, i)))
+				continue;
+			name_row(run, v, n, text[n].id);
+			cases[n] = g->members[v->member].c;
+			if (ratios)
+				rows[n] = ratio_row(run, i, &text[n]);
+			else
+				TRY(variant_row(run, v, &text[n], &rows[n]));
+			run->rows_by_status[ratios ? STATUS_OK : v->status] += !ratios;
+			n++;
+		}
+	TRY(record_append(&run->file, rows, n));
 	progress_clear(&run->progress);
-	print_row(stdout, &r, run->options.format.word[0]);
-	if (run->subject->note)
-		run->subject->note(run->subject->self, c, &r);
-	return record_append(&run->file, &r);
+	for (int i = 0; i < n; i++) {
+		print_row(stdout, &rows[i], run->options.format.word[0]);
+		if (run->subject->note)
+			run->subject->note(run->subject->self, cases[i], &rows[i]);
+	}
+	return STATUS_OK;
 }
 
 /*
@@ -284,73 +417,263 @@ static double tolerance(enum dtype activation, enum pass pass)
 /* Whether any of a case's variants can run it. */
 static bool provider_takes(const struct run *run, int index)
 {
-	for (int i = 0; i < run->n_variants; i++)
+	for (int i = 0; i < run->variants.count; i++)
 		if (run->plans[index][i].status != STATUS_UNSUPPORTED)
 			return true;
 	return false;
 }
 
-/* Prepares the variants for a case; returns whether any has still to be measured. */
-static bool reset_variants(struct run *run, int index, bool *finished)
+/* What the cases of a series before this one have taught about a variant. */
+static void recall(const struct run *run, int index, int variant, struct variant *v)
 {
+	for (int i = index - 1; i >= 0; i--) {
+		const struct planned *plan = &run->plans[i][variant];
+
+		if (plan->launch_per_roofline == 0 ||
+		    !case_same_series(&run->sweep.cases[i], &run->sweep.cases[index]))
+			continue;
+		v->known_ratio = plan->launch_per_roofline;
+		v->known_verify = plan->verify_ms_per_flop;
+		return;
+	}
+}
+
+static bool row_finished(struct run *run, const struct bench_case *c, const char *requested)
+{
+	struct record r = record_empty();
+
+	record_environment(run, &r);
+	record_case(c, &r);
+	r.requested = requested;
+	return record_done(&run->file, &r);
+}
+
+/* Adds the variants of a case to the group. */
+static enum status add_variants(struct run *run, int member)
+{
+	const int index = run->cases[member];
 	const struct bench_case *c = &run->sweep.cases[index];
+	struct group *g = &run->group;
+
+	TRY(make_variants(run, c));
 	/* Of an operation's providers nobody asked for only those count that take the case. */
 	const bool asked = !run->subject->operation || !provider_takes(run, index) ||
 	                   options_given(&run->options, "provider");
-	bool any = false;
+	for (int i = 0; i < run->variants.count; i++) {
+		struct variant *v = &g->variants[g->n_variants];
+		const struct planned *plan = &run->plans[index][i];
 
-	for (int i = 0; i < run->n_variants; i++) {
-		struct variant *v = &run->variants[i];
-		struct record r = record_empty();
-
-		record_environment(run, &r);
-		record_case(c, &r);
-		r.requested = v->requested;
-		finished[i] = record_done(&run->file, &r) ||
-		              (!asked && run->plans[index][i].status == STATUS_UNSUPPORTED);
+		if (!asked && plan->status == STATUS_UNSUPPORTED)
+			continue;
+		if (g->n_variants == MAX_GROUP_VARIANTS)
+			return status_set(STATUS_INVALID,
+			                  "more than %d patterns and providers to compare; --apart "
+			                  "measures each by itself",
+			                  MAX_GROUP_VARIANTS);
+		run->plan_of[g->n_variants++] = i;
+		v->member = member;
+		v->choice = run->variants.of[i].choice;
 		v->ctx = (struct context){
 		        .device = run->device, .choice = v->choice, .ranges = run->options.nvtx};
-		v->plan = run->plans[index][i];
-		v->predicted_ms = 0;
+		v->plan = *plan;
+		v->known_ratio = v->known_verify = v->predicted_ms = v->sampling_seconds = 0;
 		v->n_samples = 0;
-		v->sampling_seconds = 0;
-		v->rel_err = NAN;
-		v->prefill_ms = NAN;
-		/* Any status but OK keeps a finished variant from being measured. */
-		v->status = finished[i] ? STATUS_SKIPPED : v->plan.status;
-		memcpy(v->message, v->plan.message, sizeof v->message);
-		any = any || !finished[i];
+		v->rel_err = v->prefill_ms = NAN;
+		v->status = plan->status;
+		memcpy(v->requested, run->variants.of[i].requested, sizeof v->requested);
+		memcpy(v->message, plan->message, sizeof v->message);
+		v->finished = row_finished(run, c, v->requested);
+		recall(run, index, i, v);
 	}
-	return any;
+	return STATUS_OK;
 }
 
-static enum status run_case(struct run *run, int index, struct experience *experience)
+/* Whether two cases are compared: the same but for their patterns and what those say. */
+static bool compared(const struct bench_case *a, const struct bench_case *b)
 {
-	const struct bench_case *c = &run->sweep.cases[index];
+	return a->pass == b->pass && a->seq_len == b->seq_len && a->batch == b->batch &&
+	       a->d_model == b->d_model && a->prompt == b->prompt && a->generate == b->generate &&
+	       strcmp(a->model, b->model) == 0;
+}
+
+/* The variant that ratios are relative to: the first, of the pattern that was named. */
+static int find_baseline(const struct run *run)
+{
+	const struct group *g = &run->group;
+
+	for (int i = 0; g->n_variants > 1 && i < g->n_variants; i++)
+		if (g->members[g->variants[i].member].c->is_baseline)
+			return i;
+	return -1;
+}
+
+/* The group of a case and of those after it that it is compared with, as far as they are not
+ * `taken`. */
+static enum status make_group(struct run *run, int first, bool *taken)
+{
+	const struct bench_case *cases = run->sweep.cases;
+	struct group *g = &run->group;
+	const bool alternate = run->subject->clone && !run->options.apart;
+
+	g->subject = run->subject;
+	g->n_members = g->n_variants = 0;
+	for (int i = first; i < run->sweep.count && g->n_members < MAX_GROUP; i++) {
+		if (taken[i] || (i > first && !(alternate && compared(&cases[first], &cases[i]))))
+			continue;
+		taken[i] = true;
+		run->cases[g->n_members] = i;
+		g->members[g->n_members] = (struct member){run->subject->self, &cases[i]};
+		g->n_members++;
+		TRY(add_variants(run, g->n_members - 1));
+	}
+	g->baseline = find_baseline(run);
+	return STATUS_OK;
+}
+
+/* Of a group that is resumed what has rows is not measured again, except beside a baseline: a ratio
+ * wants both in the same rounds. Returns whether anything is left. */
+static bool drop_finished(struct group *g)
+{
+	bool all = true, any_finished = false;
+
+	for (int i = 0; i < g->n_variants; i++) {
+		all = all && g->variants[i].finished;
+		any_finished = any_finished || g->variants[i].finished;
+	}
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+
+		v->finished = v->finished && (all || g->baseline < 0);
+		/* Any status but OK keeps a variant from being measured. */
+		if (v->finished)
+			v->status = STATUS_SKIPPED;
+	}
+	return !all;
+}
+
+static enum status clone_members(struct group *g)
+{
+	for (int i = 1; i < g->n_members; i++) {
+		g->members[i].self = g->subject->clone(g->subject->self);
+		if (!g->members[i].self)
+			return status_set(STATUS_OOM, "no memory for %d cases at once",
+			                  g->n_members);
+	}
+	return STATUS_OK;
+}
+
+static void free_members(struct group *g)
+{
+	for (int i = 1; i < g->n_members; i++)
+		if (g->members[i].self != g->subject->self)
+			free(g->members[i].self);
+}
+
+/* Plans a group again with the ceilings of now. */
+static void plan_again(struct run *run)
+{
+	struct group *g = &run->group;
+
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+		struct planned again;
+
+		if (plan_case(run, &run->sweep.cases[run->cases[v->member]], &again, &v->choice) ==
+		    STATUS_OK)
+			v->plan.roofline_ms = again.roofline_ms;
+	}
+}
+
+/* The most of its roofline that any variant reaches. */
+static double most_of_roofline(const struct group *g)
+{
+	double most = 0, ms[MAX_SAMPLES];
+
+	for (int i = 0; i < g->n_variants; i++) {
+		const struct variant *v = &g->variants[i];
+
+		if (!status_measured(v->status) || v->n_samples == 0)
+			continue;
+		latencies_of(v, ms);
+		most = fmax(most, v->plan.roofline_ms / median_of(ms, v->n_samples));
+	}
+	return most;
+}
+
+/* Nobody is faster than a roofline: the ceilings were too low, or what was counted too much. */
+static enum status check_rooflines(struct run *run)
+{
+	static const double limit = 1.05;
+	struct group *g = &run->group;
+	double ms[MAX_SAMPLES];
+
+	if (run->options.precision <= 0 || most_of_roofline(g) <= limit)
+		return STATUS_OK;
+	if (!run->ceilings_again) {
+		run->ceilings_again = true;
+		TRY(ceilings_again(run->device));
+		plan_again(run);
+	}
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+
+		if (!status_measured(v->status) || v->n_samples == 0)
+			continue;
+		latencies_of(v, ms);
+		const double share = v->plan.roofline_ms / median_of(ms, v->n_samples);
+		const size_t length = strlen(v->message);
+
+		if (share > limit)
+			snprintf(v->message + length, sizeof v->message - length,
+			         "%s%.0f%% of the roofline: the ceilings of this run are too low",
+			         length ? "; " : "", 100 * share);
+	}
+	return STATUS_OK;
+}
+
+static void keep_experience(struct run *run)
+{
+	const struct group *g = &run->group;
+
+	for (int i = 0; i < g->n_variants; i++)
+		run->plans[run->cases[g->variants[i].member]][run->plan_of[i]] =
+		        g->variants[i].plan;
+}
+
+/* Measures a group and writes its rows. */
+static enum status run_group(struct run *run)
+{
 	const struct options *o = &run->options;
-	struct measurement_rule rule = {
-	        .stop = {(int)o->samples, o->min_time, o->max_time, o->noise},
+	struct group *g = &run->group;
+	const struct bench_case *c = g->members[0].c;
+	const struct measurement_rule rule = {
+	        .samples = (int)o->samples,
+	        .min_time = o->min_time,
+	        .max_time = o->max_time,
+	        .precision = o->precision,
 	        .case_seconds = o->case_seconds,
 	        .tolerance = tolerance(run->device->activation, c->pass),
 	        .rows = o->rows,
 	        .seed = (uint64_t)o->seed,
 	        .warm = o->warm,
+	        .burst = strcmp(o->duty, "burst") == 0,
 	};
-	struct device_info before = run->environment.device;
-	bool finished[MAX_VARIANTS];
 	char label[160];
 
-	TRY(make_variants(run, c));
-	if (!reset_variants(run, index, finished))
+	if (!drop_finished(g))
 		return STATUS_OK;
 	describe_case(c, label, sizeof label);
 	progress_show(&run->progress, label);
-	device_info(run->device, &before);
-	measure_case(run->subject, c, run->variants, run->n_variants, &rule, experience);
-	for (int i = 0; i < run->n_variants; i++)
-		if (!finished[i])
-			TRY(write_row(run, c, &run->variants[i], &before));
-	return STATUS_OK;
+	enum status status = clone_members(g);
+	if (status == STATUS_OK)
+		measure_group(g, &rule);
+	if (status == STATUS_OK)
+		status = check_rooflines(run);
+	keep_experience(run);
+	if (status == STATUS_OK)
+		status = write_rows(run);
+	free_members(g);
+	return status;
 }
 
 /* What a case weighs in the progress line: a constant, and the launches. */
@@ -363,19 +686,25 @@ static double case_work(const struct run *run, int index)
 
 static enum status run_all(struct run *run)
 {
-	struct experience experience = {0};
 	double all_work = 0;
 	enum status status = STATUS_OK;
+	bool *taken = calloc((size_t)run->sweep.count, sizeof *taken);
 
+	if (!taken)
+		return status_set(STATUS_OOM, "no memory for %d cases", run->sweep.count);
 	for (int i = 0; i < run->sweep.count; i++)
 		all_work += case_work(run, i);
 	progress_begin(&run->progress, run->sweep.count, all_work);
 	for (int i = 0; status == STATUS_OK && i < run->sweep.count; i++) {
-		if (i > 0 && !case_same_series(&run->sweep.cases[i - 1], &run->sweep.cases[i]))
-			experience = (struct experience){0};
-		status = run_case(run, i, &experience);
-		progress_advance(&run->progress, case_work(run, i));
+		if (taken[i])
+			continue;
+		status = make_group(run, i, taken);
+		if (status == STATUS_OK)
+			status = run_group(run);
+		for (int m = 0; m < run->group.n_members; m++)
+			progress_advance(&run->progress, case_work(run, run->cases[m]));
 	}
+	free(taken);
 	progress_clear(&run->progress);
 	return status;
 }
@@ -406,19 +735,22 @@ static bool any_failed(const struct run *run)
 	return false;
 }
 
-/* Where rows go: into the device's folder unless the user says otherwise. "-" is standard output,
- * which then gets nothing else. */
-static void name_output(struct run *run)
+/* Where rows go: into the device's folder of runs/ unless the user says otherwise. "-" is standard
+ * output, which then gets nothing else. */
+static enum status name_output(struct run *run)
 {
 	struct options *o = &run->options;
 
 	if (!o->out[0])
-		snprintf(o->out, sizeof o->out, "results/%s/%s", run->environment.device_folder,
+		snprintf(o->out, sizeof o->out, "runs/%s/%s", run->environment.device_folder,
 		         run->driver->file);
-	if (strcmp(o->out, "-") == 0) {
+	if (strcmp(o->out, "-") == 0 || strcmp(o->out, "/dev/stdout") == 0) {
+		if (stdout_was_closed())
+			return status_set(STATUS_IO, "--out: standard output is closed");
 		snprintf(o->out, sizeof o->out, "/dev/stdout");
 		snprintf(o->format.word[0], sizeof o->format.word[0], "none");
 	}
+	return STATUS_OK;
 }
 
 /* Options that need to know where the run takes place, and the sweep they make. */
@@ -441,8 +773,18 @@ static enum status make_sweep(struct run *run)
 		TRY(sweep_create(&run->sweep, &run->options, subject->configure, subject->self));
 	for (int i = 0; i < run->sweep.count; i++)
 		TRY(make_variants(run, &run->sweep.cases[i])); /* complains early */
-	name_output(run);
-	return STATUS_OK;
+	return name_output(run);
+}
+
+/* A case with a longer launch is skipped, whatever its verification takes. */
+static double longest_launch_ms(const struct run *run)
+{
+	const struct options *o = &run->options;
+	const bool brief = o->case_seconds / (1 + SHORT_FLOOR) < 1;
+	const int floor = run->driver->finds_batch ? MODEL_FLOOR : brief ? SHORT_FLOOR : LONG_FLOOR;
+	const double launches = 1 + (o->samples > 0 ? (double)o->samples : floor);
+
+	return o->case_seconds > 0 ? 1e3 * o->case_seconds / launches : INFINITY;
 }
 
 static enum status open_file(struct run *run)
@@ -450,9 +792,20 @@ static enum status open_file(struct run *run)
 	enum record_mode mode = run->options.resume     ? RECORD_RESUME
 	                        : run->options.truncate ? RECORD_TRUNCATE
 	                                                : RECORD_APPEND;
+	const struct options *o = &run->options;
+	const struct environment *e = &run->environment;
+	const struct record_terms terms = {
+	        .git_sha = e->git_sha,
+	        .build = e->build,
+	        .compiler = e->compiler,
+	        .git_dirty = e->git_dirty,
+	        .launch_ms = longest_launch_ms(run),
+	        .memory_bytes = e->device.memory_free,
+	        .any_batch = run->driver->finds_batch,
+	};
 
-	TRY(record_open(&run->file, run->options.out, mode, run->environment.git_sha,
-	                run->driver->finds_batch));
+	TRY(record_open(&run->file, o->out, mode, &terms));
+	TRY(samples_open(&run->samples, o->out, mode));
 	/* A resumed run is one run. */
 	if (run->file.run_id[0])
 		snprintf(run->environment.run_id, sizeof run->environment.run_id, "%s",
@@ -474,9 +827,10 @@ static enum status measure_sweep(struct run *run)
 		status = ceilings_measure(run->device);
 	if (status == STATUS_OK)
 		status = plan_all(run);
-	print_header(stdout, run->options.format.word[0]);
-	if (status == STATUS_OK)
+	if (status == STATUS_OK) {
+		print_header(stdout, run->options.format.word[0]);
 		status = run_all(run);
+	}
 	if (status == STATUS_OK && run->subject->finish &&
 	    strcmp(run->options.format.word[0], "table") == 0)
 		run->subject->finish(run->subject->self, stdout);
@@ -494,7 +848,7 @@ static enum status print_plans(struct run *run)
 
 		describe_case(&run->sweep.cases[i], label, sizeof label);
 		TRY(make_variants(run, &run->sweep.cases[i]));
-		for (int v = 0; v < run->n_variants; v++)
+		for (int v = 0; v < run->variants.count; v++)
 			print_plan(stdout, label, &run->plans[i][v],
 			           run->environment.device.memory_free);
 	}
@@ -515,14 +869,15 @@ static enum status print_breakdown(struct run *run, int index)
 	                                    (uint64_t)run->options.seed};
 	enum status status = make_variants(run, c);
 
-	for (int i = 0; status == STATUS_OK && i < run->n_variants; i++) {
-		const struct variant *v = &run->variants[i];
+	for (int i = 0; status == STATUS_OK && i < run->variants.count; i++) {
+		const char *requested = run->variants.of[i].requested;
 		const struct planned *plan = &run->plans[index][i];
-		const struct context ctx = {.device = run->device, .choice = v->choice};
+		const struct context ctx = {.device = run->device,
+		                            .choice = run->variants.of[i].choice};
 		char label[160];
 
 		describe_case(c, label, sizeof label);
-		printf("%s%s%s\n\n", label, v->requested[0] ? " by " : "", v->requested);
+		printf("%s%s%s\n\n", label, requested[0] ? " by " : "", requested);
 		status = plan->status == STATUS_OK
 		                 ? breakdown_case(stdout, run->subject, c, &ctx, &rule)
 		                 : status_set(plan->status, "%s", plan->message);
@@ -547,6 +902,7 @@ static enum status print_breakdowns(struct run *run)
 static void release(struct run *run)
 {
 	record_close(&run->file);
+	samples_close(&run->samples);
 	sweep_release(&run->sweep);
 	free(run->plans);
 }
@@ -555,12 +911,16 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 {
 	static struct run run; /* with room for all samples of a case */
 
-	run = (struct run){.driver = driver, .subject = subject, .file = {.descriptor = -1}};
+	streams_open();
+	run = (struct run){.driver = driver,
+	                   .subject = subject,
+	                   .file = {.descriptor = -1},
+	                   .samples = {.descriptor = -1}};
 	enum status status = options_parse(&run.options, driver, argc, argv);
 
 	if (status == STATUS_OK && run.options.help) {
 		options_print_help(stdout, driver);
-		return EXIT_OK;
+		return stdout_finish() == STATUS_OK ? EXIT_OK : complain(&run, STATUS_IO);
 	}
 	if (status == STATUS_OK)
 		status = open_backend(&run);
@@ -575,6 +935,9 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 		status = print_breakdowns(&run);
 	else if (status == STATUS_OK)
 		status = measure_sweep(&run);
+	/* Rows are in their file; a caller who closed standard output wants nothing else. */
+	if (status == STATUS_OK && !stdout_was_closed())
+		status = stdout_finish();
 	int code = status != STATUS_OK ? complain(&run, status)
 	           : any_failed(&run)  ? EXIT_CASES_FAILED
 	                               : EXIT_OK;

@@ -22,6 +22,11 @@
  */
 struct subject {
 	void *self;
+	/* Another self, so that several cases can have their memory at once and their samples
+	 * alternate; to be freed; NULL: cases run one after the other. */
+	void *(*clone)(void *self);
+	/* verify is called once, after a case's last launch: it costs the prepared state. */
+	bool verifies_last;
 	/* Whether the options make sense together, before any case is made of them; or NULL. */
 	enum status (*check)(void *self, const struct options *options);
 	/* Makes the sweep where it is not the product of the options' lists; or NULL. */

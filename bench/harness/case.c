@@ -107,6 +107,9 @@ static enum status sweep_append(struct sweep *sweep, const struct options *optio
                                 configure_case configure, void *self)
 {
 	struct bench_case c = case_at(options, n);
+
+	c.is_baseline =
+	        strcmp(c.pattern, options->baseline[0] ? options->baseline : "attention") == 0;
 	enum status status = configure(self, options, &c);
 
 	if (status != STATUS_OK && status != STATUS_INVALID && status != STATUS_UNSUPPORTED)

@@ -33,6 +33,7 @@ struct bench_case {
 	const char *model;    /* "1.3B", or "" */
 #define CASE_SIZE(name) int64_t name;
 	CASE_SIZES(CASE_SIZE)
+	bool is_baseline; /* its pattern is the one that ratios are relative to */
 	/* For the row alone; set by configure. */
 	char block[MAX_WORD]; /* "rat", "hybrid", ... */
 	double state_bytes_per_token;

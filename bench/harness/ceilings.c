@@ -136,6 +136,7 @@ static enum status time_host(struct device *device, char *a, char *b, size_t byt
 		ceilings->read_gb_per_s =
 		        fmax(ceilings->read_gb_per_s, 1e-6 * (double)bytes / read_ms);
 	}
+	(void)sink;
 	return STATUS_OK;
 }
 
@@ -183,6 +184,20 @@ enum status ceilings_measure(struct device *device)
 		if (ms >= LONG_ENOUGH_MS)
 			break;
 	}
+	return status;
+}
+
+enum status ceilings_again(struct device *device)
+{
+	const struct ceilings before = device->ceilings;
+	struct ceilings *now = &device->ceilings;
+
+	*now = (struct ceilings){0};
+	const enum status status = ceilings_measure(device);
+
+	now->copy_gb_per_s = fmax(now->copy_gb_per_s, before.copy_gb_per_s);
+	now->read_gb_per_s = fmax(now->read_gb_per_s, before.read_gb_per_s);
+	now->gemm_tflops = fmax(now->gemm_tflops, before.gemm_tflops);
 	return status;
 }
 

@@ -20,6 +20,8 @@ enum status product_time(struct product *p, int repeats, bool cold, double *best
 
 /* Measures device->ceilings for less than a second, once. Takes and returns device memory. */
 enum status ceilings_measure(struct device *device);
+/* Measures them once more and keeps the better of both. */
+enum status ceilings_again(struct device *device);
 
 /*
  * The least time of a plan in milliseconds: the sum over its operations of the larger of FLOPs /

@@ -168,8 +168,7 @@ enum status csv_parse(const char *name, const char *bytes, size_t length, struct
 	return STATUS_OK;
 }
 
-/* The whole of an open file; NULL if there is no memory or it cannot be read. */
-static char *read_all(FILE *file, size_t *length)
+char *csv_read_bytes(FILE *file, size_t *length)
 {
 	size_t capacity = 1 << 16;
 	char *bytes = malloc(capacity);
@@ -200,7 +199,7 @@ enum status csv_read(const char *path, struct csv *csv)
 	*csv = (struct csv){0};
 	if (!file)
 		return status_set(STATUS_IO, "%s: %s", path, strerror(errno));
-	char *bytes = read_all(file, &length);
+	char *bytes = csv_read_bytes(file, &length);
 	enum status status = bytes ? csv_parse(path, bytes, length, csv)
 	                           : status_set(STATUS_IO, "%s: %s", path, strerror(errno));
 

@@ -32,7 +32,11 @@ struct csv {
  */
 enum status csv_read(const char *path, struct csv *csv);
 
-/* The same from `length` bytes of memory; `name` stands for the file in messages. */
+/* What is left of an open file, to be freed; NULL, with errno, if it cannot be read or there is no
+ * memory. */
+char *csv_read_bytes(FILE *file, size_t *length);
+
+/* The same as csv_read from `length` bytes of memory; `name` stands for the file in messages. */
 enum status csv_parse(const char *name, const char *bytes, size_t length, struct csv *csv);
 
 void csv_release(struct csv *csv);

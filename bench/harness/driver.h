@@ -15,7 +15,7 @@ struct option_default {
 struct driver {
 	const char *program; /* "rat" */
 	const char *summary; /* one line for --help */
-	const char *file;    /* results go to results/<device>/<file> */
+	const char *file;    /* rows go to runs/<device>/<file> */
 	const char *passes;  /* "prefill,train,generation": those it can do */
 	/* Patterns that --pattern may name, separated by slashes; NULL: any. */
 	const char *patterns;

@@ -12,6 +12,7 @@
 
 #include "version.h" /* written by make */
 
+
 #ifdef __clang__
 static const char compiler_version[] = __VERSION__;
 #else
@@ -38,6 +39,10 @@ static void name_run(char *run_id, size_t size, const char *wanted)
 		wanted = inherited;
 	if (wanted[0]) {
 		snprintf(run_id, size, "%s", wanted);
+		/* A line of a file has it, whoever reads that. */
+		for (char *c = run_id; *c; c++)
+			if (iscntrl((unsigned char)*c))
+				*c = '-';
 		return;
 	}
 	if (getrandom(&chance, sizeof chance, 0) < 0)
@@ -70,8 +75,10 @@ void device_folder_name(char *folder, size_t size, const char *backend, const ch
 enum status environment_read(struct environment *environment, struct device *device,
                              const char *run_id)
 {
-	*environment = (struct environment){
-	        .git_sha = GIT_SHA, .git_dirty = GIT_DIRTY, .compiler = compiler_version};
+	*environment = (struct environment){.git_sha = GIT_SHA,
+	                                    .git_dirty = GIT_DIRTY,
+	                                    .compiler = compiler_version,
+	                                    .build = BUILD_ID};
 	gethostname(environment->host, sizeof environment->host - 1);
 	name_run(environment->run_id, sizeof environment->run_id, run_id);
 	enum status status = device_info(device, &environment->device);

@@ -10,6 +10,7 @@ struct environment {
 	char host[64];
 	char run_id[128];
 	const char *git_sha, *compiler;
+	const char *build; /* processor, sanitizers and changes: "x86-64-v3 dirty:1a2b3c4d" */
 	bool git_dirty;
 	struct device_info device; /* as of the start of the run */
 	char device_folder[128];   /* "h100-80gb-hbm3", "cpu-amd-epyc": its folder in results/ */

@@ -3,15 +3,60 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
+#include "bench/harness/noise.h"
 #include "bench/harness/progress.h"
 
 /* Launch / roofline of a case nothing is known about yet. */
 static const double UNKNOWN_LAUNCH_PER_ROOFLINE = 4;
+/* A device that is kept busy is so for this long before the first round. */
+static const double RAMP_SECONDS = 0.2;
+/* The pause before a sample in bursts: this long, or so many times the sample. */
+static const double COOL_SECONDS = 0.05, COOL_SAMPLES = 4;
+
 static void fail(struct variant *v, enum status status)
 {
 	v->status = status;
 	snprintf(v->message, sizeof v->message, "%s", status_message());
+}
+
+void latencies_of(const struct variant *v, double *ms)
+{
+	for (int i = 0; i < v->n_samples; i++)
+		ms[i] = v->samples[i].ms;
+}
+
+int paired_samples(const struct variant *one, const struct variant *other, double *a, double *b)
+{
+	int i = 0, j = 0, n = 0;
+
+	while (i < one->n_samples && j < other->n_samples) {
+		const int left = one->samples[i].round, right = other->samples[j].round;
+
+		if (left == right && left > 0) {
+			a[n] = one->samples[i].ms;
+			b[n++] = other->samples[j].ms;
+		}
+		i += left <= right;
+		j += right <= left;
+	}
+	return n;
+}
+
+/* ---- what a group may do ---- */
+
+static size_t memory_of(const struct group *g, int member)
+{
+	size_t largest = 0;
+
+	for (int i = 0; i < g->n_variants; i++) {
+		const struct variant *v = &g->variants[i];
+
+		if (v->member == member && v->status == STATUS_OK && v->plan.memory_bytes > largest)
+			largest = v->plan.memory_bytes;
+	}
+	return largest;
 }
 
 static void check_memory(struct variant *v)
@@ -26,17 +71,23 @@ static void check_memory(struct variant *v)
 	                   (double)info.memory_free / (1 << 30)));
 }
 
-static void check_time(struct variant *v, int index, const struct measurement_rule *rule,
-                       const struct experience *experience)
+static int floor_of(const struct bench_case *c, double ms)
 {
-	double ratio = experience->launch_per_roofline[index];
+	if (passes[c->pass].models)
+		return MODEL_FLOOR;
+	return ms < 1e3 ? SHORT_FLOOR : LONG_FLOOR;
+}
 
-	if (ratio == 0)
-		ratio = UNKNOWN_LAUNCH_PER_ROOFLINE;
+static void check_time(struct variant *v, const struct bench_case *c,
+                       const struct measurement_rule *rule)
+{
+	const double ratio = v->known_ratio > 0 ? v->known_ratio : UNKNOWN_LAUNCH_PER_ROOFLINE;
+
 	v->predicted_ms = v->plan.roofline_ms * ratio;
-	int launches = 1 + (rule->stop.samples > 0 ? rule->stop.samples : MIN_SAMPLES);
-	double seconds = 1e-3 * (launches * v->predicted_ms +
-	                         v->plan.flops * experience->verify_ms_per_flop);
+	const int floor = floor_of(c, v->predicted_ms);
+	const int launches = 1 + (rule->samples > 0 ? rule->samples : floor);
+	const double seconds =
+	        1e-3 * (launches * v->predicted_ms + v->plan.flops * v->known_verify);
 
 	if (rule->case_seconds > 0 && seconds > rule->case_seconds)
 		fail(v, status_set(STATUS_SKIPPED,
@@ -45,55 +96,76 @@ static void check_time(struct variant *v, int index, const struct measurement_ru
 		                   seconds, v->predicted_ms, rule->case_seconds));
 }
 
-/* One timed launch. */
-static enum status take_sample(const struct subject *subject, const struct bench_case *c,
-                               struct variant *v, bool warm, bool to_verify)
-{
-	struct device *device = v->ctx.device;
-	double ms, before = seconds_now();
-	enum status status = subject->rewind(subject->self, &v->ctx, c, to_verify, &v->prefill_ms);
+/* ---- one launch ---- */
 
-	if (status == STATUS_OK && !warm)
-		status = device_flush_cache(device);
-	if (status == STATUS_OK)
-		status = device_stopwatch_start(device);
+static void cool(const struct variant *v)
+{
+	double seconds = COOL_SECONDS;
+
+	if (v->n_samples > 0)
+		seconds = fmax(seconds, 1e-3 * COOL_SAMPLES * v->samples[v->n_samples - 1].ms);
+	const struct timespec pause = {(time_t)seconds, (long)(1e9 * fmod(seconds, 1))};
+
+	nanosleep(&pause, NULL);
+}
+
+/* A launch, timed; *sample holds its round and position already. */
+static enum status time_launch(struct group *g, struct variant *v,
+                               const struct measurement_rule *rule, struct sample *sample)
+{
+	const struct subject *subject = g->subject;
+	const struct member *m = &g->members[v->member];
+	const bool to_verify = sample->round == 0;
+	struct device *device = v->ctx.device;
+
+	TRY(subject->rewind(m->self, &v->ctx, m->c, to_verify, &v->prefill_ms));
+	if (!rule->warm)
+		TRY(device_flush_cache(device));
+	if (rule->burst) {
+		TRY(device_synchronize(device));
+		cool(v);
+	}
+	TRY(device_stopwatch_start(device));
 	context_range_push(&v->ctx, "sample");
-	if (status == STATUS_OK)
-		status = subject->launch(subject->self, &v->ctx, c);
+	enum status status = subject->launch(m->self, &v->ctx, m->c);
+
 	context_range_pop(&v->ctx);
 	if (status == STATUS_OK)
-		status = device_stopwatch_stop(device, &ms);
+		status = device_stopwatch_stop(device, &sample->ms);
 	if (status == STATUS_OK)
-		v->samples[v->n_samples++] = ms;
+		device_conditions(device, &sample->at);
+	return status;
+}
+
+static enum status take_sample(struct group *g, struct variant *v,
+                               const struct measurement_rule *rule, int round, int position)
+{
+	struct sample sample = {.round = round, .position = position};
+	const double before = seconds_now();
+	const enum status status = time_launch(g, v, rule, &sample);
+
+	if (status == STATUS_OK)
+		v->samples[v->n_samples++] = sample;
 	v->sampling_seconds += seconds_now() - before;
 	return status;
 }
 
-/*
- * Warms up, takes the first sample, and verifies what that very launch wrote.
- * A launch that disagrees with the reference is not timed any further.
- */
-static enum status begin_variant(const struct subject *subject, const struct bench_case *c,
-                                 struct variant *v, const struct measurement_rule *rule,
-                                 struct experience *experience)
-{
-	context_range_push(&v->ctx, "warm_up");
-	enum status status = subject->warm_up(subject->self, &v->ctx, c);
+/* ---- verification ---- */
 
-	if (status == STATUS_OK)
-		status = device_synchronize(v->ctx.device);
-	context_range_pop(&v->ctx);
-	if (status == STATUS_OK)
-		status = take_sample(subject, c, v, rule->warm, true);
-	if (status != STATUS_OK)
-		return status;
-	double before = seconds_now();
+/* Whether what the last launch wrote is right; a variant that is wrong keeps no sample. */
+static enum status verify_variant(struct group *g, struct variant *v,
+                                  const struct measurement_rule *rule)
+{
+	const struct subject *subject = g->subject;
+	const struct member *m = &g->members[v->member];
+	const double before = seconds_now();
 
 	context_range_push(&v->ctx, "verify");
 	status_set(STATUS_OK, "%s", "");
-	status = subject->verify(subject->self, &v->ctx, c, rule->rows, rule->seed, &v->rel_err);
+	enum status status =
+	        subject->verify(m->self, &v->ctx, m->c, rule->rows, rule->seed, &v->rel_err);
 	context_range_pop(&v->ctx);
-	experience->verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
+	v->plan.verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
 	if (status == STATUS_OK && !(v->rel_err <= rule->tolerance)) {
 		char where[MAX_MESSAGE];
@@ -108,38 +180,143 @@ static enum status begin_variant(const struct subject *subject, const struct ben
 	return status;
 }
 
-static bool satisfied(struct variant *v, const struct stopping_rule *stop)
+/* Warms up and takes the sample of round 0, whose output is verified now or, by subjects that would
+ * have to prepare everything again, after the last launch. */
+static enum status begin_variant(struct group *g, struct variant *v,
+                                 const struct measurement_rule *rule)
 {
-	return v->status != STATUS_OK ||
-	       samples_suffice(stop, v->samples, v->n_samples, v->sampling_seconds);
+	const struct subject *subject = g->subject;
+	const struct member *m = &g->members[v->member];
+
+	context_range_push(&v->ctx, "warm_up");
+	enum status status = subject->warm_up(m->self, &v->ctx, m->c);
+
+	if (status == STATUS_OK)
+		status = device_synchronize(v->ctx.device);
+	context_range_pop(&v->ctx);
+	if (status == STATUS_OK)
+		status = take_sample(g, v, rule, 0, 0);
+	if (status == STATUS_OK && !subject->verifies_last)
+		status = verify_variant(g, v, rule);
+	return status;
 }
 
-static bool may_go_on(const struct variant *v, const struct stopping_rule *stop)
+/* ---- rounds ---- */
+
+static bool runs(const struct variant *v)
 {
-	return v->status == STATUS_OK && stop->samples == 0 && v->n_samples < MAX_SAMPLES &&
-	       v->sampling_seconds < stop->max_time;
+	return v->status == STATUS_OK;
+}
+
+/* Whether the intervals of a variant's median and of its ratio are as narrow as was asked for. */
+static bool precise(const struct group *g, const struct variant *v,
+                    const struct measurement_rule *rule)
+{
+	double a[MAX_SAMPLES], b[MAX_SAMPLES];
+
+	if (rule->precision <= 0)
+		return true;
+	latencies_of(v, a);
+	const struct summary s = summarize(a, v->n_samples);
+
+	if (relative_half_width(s.interval, s.median) > rule->precision)
+		return false;
+	if (g->baseline < 0 || v == &g->variants[g->baseline] || !runs(&g->variants[g->baseline]))
+		return true;
+	const int n = paired_samples(&g->variants[g->baseline], v, a, b);
+	if (n == 0)
+		return true;
+	const struct ratio r = ratio_quick(a, b, n);
+
+	return relative_half_width(r.interval, r.ratio) <= rule->precision;
+}
+
+static double total_ms(const struct variant *v)
+{
+	double total = 0;
+
+	for (int i = 0; i < v->n_samples; i++)
+		total += v->samples[i].ms;
+	return total;
+}
+
+/* Whether a variant has as many samples as it must. */
+static bool has_floor(const struct group *g, const struct variant *v,
+                      const struct measurement_rule *rule)
+{
+	const double ms = total_ms(v);
+
+	if (rule->samples > 0)
+		return v->n_samples >= rule->samples;
+	return v->n_samples >= floor_of(g->members[v->member].c, ms / v->n_samples) &&
+	       (1e-3 * ms >= rule->min_time || v->n_samples == MAX_SAMPLES);
 }
 
 /*
- * Samples of the variants, one of each in turn, until all have enough: one that has settled goes
- * on beside the others while its time lasts, since the device's clock drifts.
+ * Whether another round is needed. All variants take part in every round, or the rest would be
+ * measured beside other neighbours than before; so their time is one account.
  */
-static void sample_alternately(const struct subject *subject, const struct bench_case *c,
-                               struct variant *variants, int count,
-                               const struct measurement_rule *rule)
+static bool enough(const struct group *g, const struct measurement_rule *rule)
 {
-	bool all = false;
+	double spent = 0, allowed = 0;
+	bool full = rule->samples > 0, all_precise = true;
 
-	while (!all) {
-		all = true;
-		for (int i = 0; i < count; i++)
-			all = all && satisfied(&variants[i], &rule->stop);
-		for (int i = 0; i < count && !all; i++) {
-			struct variant *v = &variants[i];
+	for (int i = 0; i < g->n_variants; i++) {
+		const struct variant *v = &g->variants[i];
 
-			if (satisfied(v, &rule->stop) && !may_go_on(v, &rule->stop))
-				continue;
-			enum status status = take_sample(subject, c, v, rule->warm, false);
+		if (!runs(v))
+			continue;
+		if (!has_floor(g, v, rule))
+			return false;
+		full = full || v->n_samples == MAX_SAMPLES;
+		spent += v->sampling_seconds;
+		allowed += rule->max_time;
+	}
+	if (full || spent >= allowed)
+		return true;
+	for (int i = 0; i < g->n_variants && all_precise; i++)
+		all_precise = !runs(&g->variants[i]) || precise(g, &g->variants[i], rule);
+	return all_precise;
+}
+
+static uint32_t next_random(uint64_t *state)
+{
+	*state = *state * 6364136223846793005u + 1442695040888963407u;
+	return (uint32_t)(*state >> 33);
+}
+
+/* The variants that run, in random order; returns how many. */
+static int shuffle(const struct group *g, int *order, uint64_t *state)
+{
+	int n = 0;
+
+	for (int i = 0; i < g->n_variants; i++)
+		if (runs(&g->variants[i]))
+			order[n++] = i;
+	for (int i = n - 1; i > 0; i--) {
+		const int j = (int)(next_random(state) % (uint32_t)(i + 1)), kept = order[i];
+
+		order[i] = order[j];
+		order[j] = kept;
+	}
+	return n;
+}
+
+/* Launches that are not kept, until the device is as warm as it will be. */
+static void ramp(struct group *g, const struct measurement_rule *rule, uint64_t *state)
+{
+	const double began = seconds_now();
+	int order[MAX_GROUP_VARIANTS];
+
+	while (seconds_now() - began < RAMP_SECONDS) {
+		const int n = shuffle(g, order, state);
+
+		if (n == 0)
+			return;
+		for (int i = 0; i < n && seconds_now() - began < RAMP_SECONDS; i++) {
+			struct sample ignored = {.round = 1};
+			struct variant *v = &g->variants[order[i]];
+			const enum status status = time_launch(g, v, rule, &ignored);
 
 			if (status != STATUS_OK)
 				fail(v, status);
@@ -147,70 +324,169 @@ static void sample_alternately(const struct subject *subject, const struct bench
 	}
 }
 
-/* Takes the memory of the variant that wants most; all share it. */
-static enum status acquire(const struct subject *subject, const struct bench_case *c,
-                           struct variant *variants, int count, uint64_t seed)
+static void sample_rounds(struct group *g, const struct measurement_rule *rule)
 {
+	uint64_t state = rule->seed;
+	int order[MAX_GROUP_VARIANTS];
+
+	if (!rule->burst && rule->samples == 0 && rule->min_time > 0 && !g->subject->verifies_last)
+		ramp(g, rule, &state);
+	for (int round = 1; !enough(g, rule); round++) {
+		const int n = shuffle(g, order, &state);
+
+		for (int i = 0; i < n; i++) {
+			struct variant *v = &g->variants[order[i]];
+			const enum status status = take_sample(g, v, rule, round, i);
+
+			if (status != STATUS_OK)
+				fail(v, status);
+		}
+		if (n == 0)
+			return;
+	}
+}
+
+/* ---- memory ---- */
+
+/* Takes the memory of a member's variant that wants most; its others share it. */
+static void acquire(struct group *g, int member, uint64_t seed)
+{
+	const struct member *m = &g->members[member];
 	struct variant *largest = NULL;
 
-	for (int i = 0; i < count; i++)
-		if (variants[i].status == STATUS_OK &&
-		    (!largest || variants[i].plan.memory_bytes > largest->plan.memory_bytes))
-			largest = &variants[i];
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+
+		if (v->member == member && runs(v) &&
+		    (!largest || v->plan.memory_bytes > largest->plan.memory_bytes))
+			largest = v;
+	}
 	if (!largest)
-		return STATUS_OK;
-	enum status status = subject->acquire(subject->self, &largest->ctx, c, seed);
+		return;
+	const enum status status = g->subject->acquire(m->self, &largest->ctx, m->c, seed);
 
-	for (int i = 0; i < count; i++) {
-		if (variants[i].status != STATUS_OK)
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+
+		if (v->member != member || !runs(v))
 			continue;
-		variants[i].ctx.workspace = largest->ctx.workspace;
-		variants[i].ctx.workspace_bytes = largest->ctx.workspace_bytes;
+		v->ctx.workspace = largest->ctx.workspace;
+		v->ctx.workspace_bytes = largest->ctx.workspace_bytes;
 		if (status != STATUS_OK)
-			fail(&variants[i], status);
+			fail(v, status);
 	}
-	return status;
 }
 
-static void learn(struct experience *experience, struct variant *v, int index)
+/* Members whose memory fits at once: all of *wanted, or those that stay after the largest, one
+ * after the other, have been left for later; the baseline's goes last. */
+static void choose_members(const struct group *g, const bool *wanted, bool *chosen)
 {
-	if (v->status != STATUS_OK || v->n_samples == 0)
+	const int kept = g->baseline >= 0 ? g->variants[g->baseline].member : -1;
+	struct device_info info = {0};
+	int count = 0;
+
+	for (int i = 0; i < g->n_members; i++) {
+		chosen[i] = wanted[i] && memory_of(g, i) > 0;
+		count += chosen[i];
+	}
+	if (count < 2 || device_info(g->variants[0].ctx.device, &info) != STATUS_OK)
 		return;
-	double median = summarize(v->samples, v->n_samples).median;
+	while (count > 1) {
+		size_t total = 0;
+		int largest = -1;
 
-	experience->launch_per_roofline[index] = median / v->plan.roofline_ms;
+		for (int i = 0; i < g->n_members; i++) {
+			if (!chosen[i])
+				continue;
+			total += memory_of(g, i);
+			if (i != kept && (largest < 0 || memory_of(g, i) > memory_of(g, largest)))
+				largest = i;
+		}
+		if (total <= info.memory_free)
+			return;
+		/* A baseline that leaves room for nobody is measured alone, and they together. */
+		if (count == 2 && kept >= 0 && chosen[kept])
+			largest = kept;
+		chosen[largest] = false;
+		count--;
+	}
 }
 
-void measure_case(const struct subject *subject, const struct bench_case *c,
-                  struct variant *variants, int count, const struct measurement_rule *rule,
-                  struct experience *experience)
+static void learn(struct variant *v)
 {
-	bool any = false;
+	double ms[MAX_SAMPLES];
 
-	for (int i = 0; i < count; i++) {
-		struct variant *v = &variants[i];
+	if (v->n_samples == 0)
+		return;
+	latencies_of(v, ms);
+	v->plan.launch_per_roofline = median_of(ms, v->n_samples) / v->plan.roofline_ms;
+}
 
-		if (v->status == STATUS_OK)
+/* The chosen members, their samples alternating. */
+static void measure_members(struct group *g, const bool *chosen,
+                            const struct measurement_rule *rule)
+{
+	enum status put_off[MAX_GROUP_VARIANTS];
+
+	/* Whoever is not chosen keeps still. */
+	for (int i = 0; i < g->n_variants; i++) {
+		put_off[i] = g->variants[i].status;
+		if (!chosen[g->variants[i].member])
+			g->variants[i].status = STATUS_SKIPPED;
+	}
+	for (int i = 0; i < g->n_members; i++)
+		if (chosen[i])
+			acquire(g, i, rule->seed);
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+		const enum status status = runs(v) ? begin_variant(g, v, rule) : STATUS_OK;
+
+		if (status != STATUS_OK)
+			fail(v, status);
+	}
+	sample_rounds(g, rule);
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+		enum status status = STATUS_OK;
+
+		if (runs(v) && g->subject->verifies_last)
+			status = verify_variant(g, v, rule);
+		if (status != STATUS_OK)
+			fail(v, status);
+		if (runs(v))
+			learn(v);
+		if (!chosen[v->member])
+			v->status = put_off[i];
+		else if (runs(v))
+			judge_noise(v, rule);
+	}
+	for (int i = 0; i < g->n_members; i++)
+		if (chosen[i])
+			g->subject->release(g->members[i].self);
+}
+
+void measure_group(struct group *g, const struct measurement_rule *rule)
+{
+	bool wanted[MAX_GROUP], chosen[MAX_GROUP];
+
+	for (int i = 0; i < g->n_variants; i++) {
+		struct variant *v = &g->variants[i];
+
+		if (runs(v))
 			check_memory(v);
-		if (v->status == STATUS_OK)
-			check_time(v, i, rule, experience);
-		any = any || v->status == STATUS_OK;
+		if (runs(v))
+			check_time(v, g->members[v->member].c, rule);
 	}
-	if (!any)
-		return;
-	enum status status = acquire(subject, c, variants, count, rule->seed);
-
-	for (int i = 0; status == STATUS_OK && i < count; i++) {
-		if (variants[i].status != STATUS_OK)
-			continue;
-		enum status begun = begin_variant(subject, c, &variants[i], rule, experience);
-
-		if (begun != STATUS_OK)
-			fail(&variants[i], begun);
+	for (int i = 0; i < g->n_members; i++)
+		wanted[i] = memory_of(g, i) > 0;
+	for (bool any = true; any;) {
+		any = false;
+		choose_members(g, wanted, chosen);
+		for (int i = 0; i < g->n_members; i++) {
+			any = any || chosen[i];
+			wanted[i] = wanted[i] && !chosen[i];
+		}
+		if (any)
+			measure_members(g, chosen, rule);
 	}
-	if (status == STATUS_OK)
-		sample_alternately(subject, c, variants, count, rule);
-	for (int i = 0; i < count; i++)
-		learn(experience, &variants[i], i);
-	subject->release(subject->self);
 }

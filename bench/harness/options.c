@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "bench/harness/options.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
@@ -11,13 +12,22 @@
 
 #define LARGEST ((int64_t)1 << 40)
 
-enum kind { KIND_FLAG, KIND_TEXT, KIND_WORDS, KIND_INTEGER, KIND_INTEGERS, KIND_REAL };
+enum kind {
+	KIND_FLAG,
+	KIND_TEXT,
+	KIND_CHOICE, /* one word of those that `argument` lists */
+	KIND_WORDS,
+	KIND_INTEGER,
+	KIND_INTEGERS,
+	KIND_REAL,
+	KIND_FRACTION, /* 0.01, or 1% */
+};
 
 struct option_spec {
 	const char *name;
 	enum kind kind;
 	size_t offset;
-	/* KIND_TEXT: bytes of the array. Numbers: the smallest allowed. */
+	/* KIND_TEXT, KIND_CHOICE: bytes of the array. Numbers: the smallest allowed. */
 	int64_t limit;
 	bool axis;            /* matters only to drivers that name it */
 	const char *argument; /* as --help shows it; for words that are fixed, those allowed */
@@ -67,12 +77,23 @@ static const struct option_spec specs[] = {
         {"threads", KIND_INTEGER, AT(threads), 0, false, "N", "0",
          "CPU threads (0: all, or OMP_NUM_THREADS)"},
         {"samples", KIND_INTEGER, AT(samples), 0, false, "N", "0",
-         "samples to take (0: until the noise has settled)"},
+         "samples to take of each (0: until they are precise, at least 10, or 5 of what takes a\n"
+         "second, or 3 of whole models)"},
         {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL, "least time of sampling"},
         {"max-time", KIND_REAL, AT(max_time), 0, false, "SECONDS", NULL,
-         "most time of sampling, cache flushes included; three samples are granted"},
-        {"noise", KIND_REAL, AT(noise), 0, false, "FRACTION", "0.005",
-         "standard error of the median, relative to it, at which sampling stops"},
+         "most time of sampling a variant, cache flushes included, beyond the least number"},
+        {"precision", KIND_FRACTION, AT(precision), 0, false, "FRACTION", NULL,
+         "half-width of the 95% interval, relative, that a row has to reach, such as 1%\n"
+         "(0: none)"},
+        {"duty", KIND_CHOICE, AT(duty), MAX_WORD, false, "burst,sustained", "sustained",
+         "whether the device may cool between samples"},
+        {"baseline", KIND_TEXT, AT(baseline), MAX_WORD, false, "PATTERN", NULL,
+         "what ratios compare with (default: attention where the sweep has it)"},
+        {"rival", KIND_WORDS, AT(rival), 0, false, "LIST", NULL,
+         "implementations, as --provider has them, that the baseline is measured with besides;\n"
+         "may be given several times"},
+        {"apart", KIND_FLAG, AT(apart), 0, false, NULL, NULL,
+         "measure each case by itself (default: samples of different blocks alternate)"},
         {"case-seconds", KIND_REAL, AT(case_seconds), 0, false, "SECONDS", "20",
          "skip cases predicted to take longer (0: none)"},
         {"rows", KIND_INTEGER, AT(rows), 1, false, "N", "1024",
@@ -103,6 +124,8 @@ static const struct option_spec specs[] = {
 
 enum { N_SPECS = sizeof specs / sizeof specs[0] };
 
+static_assert(N_SPECS <= 64, "options.set and options.given have one bit per option");
+
 enum { N_PRESETS = 3 };
 
 static const struct {
@@ -125,6 +148,7 @@ static const struct {
         {"window", {"1024", "128", "16"}},
         {"min-time", {"0.05", "0.05", "0"}},
         {"max-time", {"0.5", "0.3", "0.02"}},
+        {"precision", {"1%", "2%", "0"}},
         {"case-seconds", {NULL, "60", NULL}},
         {"model", {"1.3B", "tiny", "tiny"}},
         {"prompt", {"3072", "384", "20"}},
@@ -312,7 +336,7 @@ static enum status parse_word_option(struct options *options, const struct drive
 		return parse_words(words, spec->name, text, ',', driver->passes);
 	if (words == &options->pattern)
 		return parse_patterns(words, driver, spec->name, text);
-	if (words != &options->provider)
+	if (words != &options->provider && words != &options->rival)
 		return parse_words(words, spec->name, text, ',', spec->argument);
 	return append_word(words, spec->name, text, strlen(text));
 }
@@ -328,6 +352,25 @@ static enum status parse_real(const char *name, const char *text, double *value)
 	return STATUS_OK;
 }
 
+/* A fraction of one, which may be written in percent. */
+static enum status parse_fraction(const char *name, const char *text, double *value)
+{
+	char *end;
+
+	*value = strtod(text, &end);
+	const bool percent = end != text && *end == '%';
+
+	if (percent) {
+		*value /= 100;
+		end++;
+	}
+	if (end == text || *end || !(*value >= 0 && *value < 1))
+		return status_set(STATUS_INVALID,
+		                  "--%s: '%s' is not a fraction below 1, such as 0.01 or 1%%", name,
+		                  text);
+	return STATUS_OK;
+}
+
 static enum status parse_text(const struct option_spec *spec, const char *text, char *field)
 {
 	size_t length = strlen(text);
@@ -337,6 +380,14 @@ static enum status parse_text(const struct option_spec *spec, const char *text, 
 		                  spec->name, spec->limit - 1);
 	memcpy(field, text, length + 1);
 	return STATUS_OK;
+}
+
+static enum status parse_choice(const struct option_spec *spec, const char *text, char *field)
+{
+	if (!list_has(spec->argument, ',', text, strlen(text)))
+		return status_set(STATUS_INVALID, "--%s: '%.100s' is not one of %s", spec->name,
+		                  text, spec->argument);
+	return parse_text(spec, text, field);
 }
 
 static enum status set_option(struct options *options, const struct driver *driver, int index,
@@ -353,12 +404,16 @@ static enum status set_option(struct options *options, const struct driver *driv
 		return STATUS_OK;
 	case KIND_TEXT:
 		return parse_text(spec, text, field);
+	case KIND_CHOICE:
+		return parse_choice(spec, text, field);
 	case KIND_WORDS:
 		return parse_word_option(options, driver, spec, text);
 	case KIND_INTEGERS:
 		return values_parse(field, spec->name, text, spec->limit, LARGEST);
 	case KIND_REAL:
 		return parse_real(spec->name, text, field);
+	case KIND_FRACTION:
+		return parse_fraction(spec->name, text, field);
 	case KIND_INTEGER:
 		TRY(parse_integer(spec->name, &rest, spec->limit, LARGEST, field));
 		if (*rest)

@@ -28,22 +28,25 @@ struct options {
 	char preset[MAX_WORD];
 	struct words pass;    /* layers/pass.h */
 	struct words pattern; /* lists of arguments, a(b=1|2), written out */
-	struct words position, provider, model, format;
+	struct words position, provider, rival, model, format;
 	struct values seq_len, chunk, window, groups, heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
-	int64_t memory;                   /* MiB to use at most; 0: all that is free */
-	int64_t threads;                  /* 0: as OpenMP finds them */
-	int64_t samples;                  /* 0: until the noise has settled */
-	double min_time, max_time, noise; /* seconds, seconds, fraction of the median */
-	double case_seconds;              /* 0: no limit */
-	int64_t rows, seed;               /* of verification */
+	int64_t memory;            /* MiB to use at most; 0: all that is free */
+	int64_t threads;           /* 0: as OpenMP finds them */
+	int64_t samples;           /* 0: until they are precise */
+	double min_time, max_time; /* seconds */
+	double precision;          /* of the median, a fraction of it; 0: any */
+	double case_seconds;       /* 0: no limit */
+	int64_t rows, seed;        /* of verification */
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
-	bool breakdown;
+	bool breakdown, apart;
 	bool help;
 	char out[MAX_PATH], run_id[MAX_WORD];
-	uint64_t set;   /* which options have a value: one bit per line of the table */
-	uint64_t given; /* those that the command line gave */
+	char duty[MAX_WORD];     /* burst or sustained */
+	char baseline[MAX_WORD]; /* the pattern that ratios compare with; "": attention */
+	uint64_t set;            /* which options have a value: one bit per line of the table */
+	uint64_t given;          /* those that the command line gave */
 };
 
 /*

@@ -99,13 +99,40 @@ static void print_size(FILE *file, int width, int64_t value)
 		fprintf(file, " %*" PRId64, width, value);
 }
 
-static void print_table_row(FILE *file, const struct record *r)
+/* The name of a row: its block, and what else it consists of. */
+static void name_of(const struct record *r, char *name, size_t size)
 {
-	char name[160], names[96];
+	char names[96];
 
 	pattern_names(r->pattern, ',', names, sizeof names);
 	const char *more = r->model[0] ? r->model : strcmp(names, r->block) ? names : "";
-	snprintf(name, sizeof name, "%s%s%s", r->block, more[0] ? " " : "", more);
+	snprintf(name, size, "%s%s%s", r->block, more[0] ? " " : "", more);
+}
+
+static void print_ratio_row(FILE *file, const struct record *r)
+{
+	char name[160], baseline[96];
+
+	name_of(r, name, sizeof name);
+	pattern_names(r->baseline, ',', baseline, sizeof baseline);
+	fprintf(file, "%-22s %-10s", name, r->pass);
+	print_size(file, 7, r->seq_len);
+	print_size(file, 6, r->batch);
+	print_size(file, 5, r->chunk);
+	print_size(file, 5, r->window);
+	fprintf(file, "  %.3gx as fast as %s (%.3g to %.3g)  %s%s%s\n", r->ratio, baseline,
+	        r->ratio_low, r->ratio_high, r->status, r->requested[0] ? " " : "", r->requested);
+}
+
+static void print_table_row(FILE *file, const struct record *r)
+{
+	char name[160];
+
+	if (r->baseline[0]) {
+		print_ratio_row(file, r);
+		return;
+	}
+	name_of(r, name, sizeof name);
 	fprintf(file, "%-22s %-10s", name, r->pass);
 	print_size(file, 7, r->seq_len);
 	print_size(file, 6, r->batch);

@@ -57,6 +57,8 @@
 	TEXT(compiler, VALUE) TEXT(runtime, VALUE)
 /* clang-format on */
 
+enum { RECORD_SCHEMA = 3 };
+
 #define RECORD_TEXT(name, key)    const char *name;
 #define RECORD_INTEGER(name, key) int64_t name;
 #define RECORD_REAL(name, key)    double name;
@@ -73,6 +75,15 @@ struct record record_empty(void);
 
 /* A row of a file: columns that it does not have are empty, as are numbers that are none. */
 struct record record_read(const struct csv *csv, int row);
+
+/* A field by its column's name, as the CSV has it; number[] is room for it. */
+const char *record_text(const struct record *record, const char *column, char number[32]);
+
+/* Whether two rows have the same keys; any_batch: but for the batch. */
+bool record_same_key(const struct record *a, const struct record *b, bool any_batch);
+
+/* Whether the row's schema is this program's or that of an earlier one. */
+bool record_schema_known(const struct csv *csv, int row);
 
 /* The header, and a row, as lines of CSV. */
 void record_print_header(FILE *file);
@@ -91,21 +102,39 @@ struct record_file {
 
 enum record_mode { RECORD_APPEND, RECORD_TRUNCATE, RECORD_RESUME };
 
+/* What a row must have been measured with to be resumed as ours, and what a case may take now. */
+struct record_terms {
+	const char *git_sha, *build, *compiler;
+	bool git_dirty;
+	double launch_ms;    /* a launch that is predicted to take longer is skipped */
+	size_t memory_bytes; /* a case that wants more is oom */
+	bool any_batch;      /* a row is the same case whatever its batch */
+};
+
 /*
- * Opens `path` for appending and makes its folders. An existing file must have our columns,
- * unless it is truncated. A cut last line is removed (append and resume). Resuming reads the
- * keys of the rows that need not be measured again: those of the commit `git_sha` whose status is
- * ok, noisy, unsupported, oom or skipped; run_id is that of the last of them. STATUS_IO or
- * STATUS_INVALID with the file's name.
+ * Opens `path` for appending, makes its folders, and keeps other programs from writing to it until
+ * it is closed. Nothing of a file changes unless it is empty or its header is ours: the columns of
+ * this program, or when it is truncated those of any schema that readers know. A row at the end
+ * that was cut is removed (append and resume). A file below runs/ that has the columns of an
+ * earlier program is moved aside, to NAME.old-1.csv.
+ *
+ * Resuming reads the keys of the rows that need not be measured again: those of the same build
+ * that are ok, noisy or unsupported, and those that are skipped or oom and would be again. run_id
+ * is that of the last of them.
+ *
+ * STATUS_IO or STATUS_INVALID with the file's name.
  */
 enum status record_open(struct record_file *file, const char *path, enum record_mode mode,
-                        const char *git_sha, bool any_batch);
+                        const struct record_terms *terms);
 void record_close(struct record_file *file);
 
 /* Whether a row with the key of `record` is finished. */
 bool record_done(const struct record_file *file, const struct record *record);
 
-/* Appends a row and forces it to the disk. */
-enum status record_append(struct record_file *file, const struct record *record);
+/* Appends n rows at once and forces them to the disk. */
+enum status record_append(struct record_file *file, const struct record *records, int n);
+
+/* Writes all of `text` to a file, whose name is for messages, and forces it to the disk. */
+enum status record_write_all(int descriptor, const char *path, const char *text, size_t length);
 
 #endif

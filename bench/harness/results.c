@@ -1,13 +1,14 @@
+#define _GNU_SOURCE
 #include "bench/harness/results.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "bench/harness/case.h"
-
-enum { LAST_SCHEMA = 3 };
 
 /*
  * What the layers of a row have for an argument: "16", or "16|64" where they differ; "" if none
@@ -80,11 +81,12 @@ static struct result read_row(const struct csv *csv, int row)
 /* Adds a row, in the place of an earlier one of the same case. */
 static void add_row(struct results *results, int first, const struct result *result)
 {
+	const bool any_batch = passes[result->kind].models;
+
 	for (int i = first; i < results->count; i++) {
 		struct result *earlier = &results->row[i];
 
-		if (result_same_case(earlier, result) &&
-		    strcmp(earlier->device, result->device) == 0) {
+		if (record_same_key(&earlier->record, &result->record, any_batch)) {
 			*earlier = *result;
 			return;
 		}
@@ -95,17 +97,18 @@ static void add_row(struct results *results, int first, const struct result *res
 /* Whether it is a results file that we understand. */
 static enum status check_file(const char *path, const struct csv *csv)
 {
-	static const char *const needed[] = {"block", "pass", "seq_len", "status"};
+	static const char *const needed[] = {"schema", "block", "pass", "seq_len", "status"};
 
 	for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
 		if (csv_column(csv, needed[i]) < 0)
 			return status_set(STATUS_INVALID, "%s: no column '%s'", path, needed[i]);
 	for (int row = 0; row < csv->n_rows; row++) {
-		if (csv_number(csv, row, "schema") > LAST_SCHEMA)
+		if (!record_schema_known(csv, row))
 			return status_set(STATUS_INVALID,
-			                  "%s: schema %.32s is of a later program; schema %d is "
-			                  "the last that this one knows",
-			                  path, csv_text(csv, row, "schema"), LAST_SCHEMA);
+			                  "%s: row %d: schema '%.32s' is unknown; this program "
+			                  "reads schemas 1 to %d",
+			                  path, row + 1, csv_text(csv, row, "schema"),
+			                  RECORD_SCHEMA);
 		if (pass_find(csv_text(csv, row, "pass")) == PASS_COUNT)
 			return status_set(STATUS_INVALID, "%s: row %d: no pass is called '%.32s'",
 			                  path, row + 1, csv_text(csv, row, "pass"));
@@ -162,6 +165,139 @@ void results_release(struct results *results)
 	free(results->files);
 	free(results->row);
 	*results = (struct results){0};
+}
+
+/*
+ * In what rows can differ that share a line and a point, what matters most first, and how a name
+ * says so. Every column that is a key is here; the last ones tell apart what different runs say
+ * of one case.
+ */
+static const struct {
+	const char *column, *label;
+} details[] = {
+        {"n_heads", "H="},
+        {"kv_heads", "H_kv="},
+        {"d_k", "d_k="},
+        {"d_v", "d_v="},
+        {"chunk", "L="},
+        {"window", "W="},
+        {"groups", "G="},
+        {"position", "position="},
+        {"d_model", "D="},
+        {"seq_len", "T="},
+        {"batch", "B="},
+        {"requested", "by "},
+        {"baseline", "against "},
+        {"duty", "duty="},
+        {"data", "data="},
+        {"warm", "warm="},
+        {"threads", "threads="},
+        {"dtype", ""},
+        {"model", ""},
+        {"prompt", "prompt="},
+        {"generate", "generate="},
+        {"pass", ""},
+        {"backend", ""},
+        {"device", ""},
+        {"block", ""},
+        {"pattern", ""},
+        {"git_sha", "commit "},
+        {"build", ""},
+        {"run_id", "run "},
+};
+
+enum { N_DETAILS = sizeof details / sizeof details[0] };
+
+static bool detail_differs(const struct result *a, const struct result *b, int detail)
+{
+	char of_a[32], of_b[32];
+	const char *column = details[detail].column;
+
+	return strcmp(record_text(&a->record, column, of_a),
+	              record_text(&b->record, column, of_b)) != 0;
+}
+
+/* Adds to a set of details one that tells two rows apart, unless it has such a one. */
+static void tell_pair_apart(const struct result *a, const struct result *b, uint64_t *set)
+{
+	int first = N_DETAILS;
+
+	for (int i = N_DETAILS - 1; i >= 0; i--) {
+		if (!detail_differs(a, b, i))
+			continue;
+		if (*set & (uint64_t)1 << i)
+			return;
+		first = i;
+	}
+	if (first < N_DETAILS)
+		*set |= (uint64_t)1 << first;
+}
+
+/* A text that does not fit is no name: the number of the row then is. */
+static void name_details(struct result *result, uint64_t set, int row)
+{
+	const size_t size = sizeof result->detail;
+	size_t length = 0;
+	char number[32];
+
+	result->detail[0] = '\0';
+	for (int i = 0; i < N_DETAILS && length < size; i++) {
+		const char *text = record_text(&result->record, details[i].column, number);
+
+		if (set & (uint64_t)1 << i && text[0])
+			length += (size_t)snprintf(result->detail + length, size - length, " %s%s",
+			                           details[i].label, text);
+	}
+	if (length >= size)
+		snprintf(result->detail, size, " #%d", row + 1);
+}
+
+enum status results_tell_apart(struct results *results, relates *same_line, relates *same_point,
+                               const void *self)
+{
+	const int n = results->count;
+	int *leader = calloc((size_t)n + 1, sizeof *leader); /* the first row of the line */
+	uint64_t *set = calloc((size_t)n + 1, sizeof *set);  /* of each leader */
+
+	_Static_assert(N_DETAILS <= 64, "a bit for each");
+	for (int i = 0; leader && set && i < n; i++) {
+		const struct result *row = &results->row[i];
+
+		while (leader[i] < i && !same_line(self, &results->row[leader[i]], row))
+			leader[i]++;
+		for (int j = leader[i]; j < i; j++)
+			if (leader[j] == leader[i] && same_point(self, &results->row[j], row))
+				tell_pair_apart(&results->row[j], row, &set[leader[i]]);
+	}
+	for (int i = 0; leader && set && i < n; i++)
+		name_details(&results->row[i], set[leader[i]], i);
+	const bool done = leader && set;
+
+	free(leader);
+	free(set);
+	return done ? STATUS_OK : status_set(STATUS_OOM, "no memory for the names of %d rows", n);
+}
+
+bool find_paper(char *path, size_t size, const char *name)
+{
+	char folder[PATH_MAX];
+	const ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+
+	folder[length > 0 ? length : 0] = '\0';
+	/* build/report, or deeper where BUILD is. */
+	for (char *slash = strrchr(folder, '/'); slash; slash = strrchr(folder, '/')) {
+		*slash = '\0';
+		if ((size_t)snprintf(path, size, "%s/results/paper/%s", folder, name) < size &&
+		    access(path, R_OK) == 0)
+			return true;
+	}
+	snprintf(path, size, "results/paper/%s", name);
+	return access(path, R_OK) == 0;
+}
+
+bool result_is_ratio(const struct result *result)
+{
+	return result->baseline[0] != '\0';
 }
 
 bool result_ok(const struct result *result)
@@ -222,7 +358,6 @@ bool result_same_table(const struct result *a, const struct result *b)
 	                         (pass->step ? a->batch == b->batch
 	                                     : a->batch * a->seq_len == b->batch * b->seq_len));
 
-	return sized && a->kind == b->kind && strcmp(a->device, b->device) == 0 &&
-	       strcmp(a->dtype, b->dtype) == 0 && a->prompt == b->prompt &&
-	       a->generate == b->generate && a->warm == b->warm && a->threads == b->threads;
+	return sized && same_conditions(a, b) && strcmp(a->device, b->device) == 0 &&
+	       a->prompt == b->prompt && a->generate == b->generate;
 }

@@ -3,6 +3,7 @@
 #define BENCH_HARNESS_RESULTS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "bench/harness/record.h"
@@ -14,6 +15,9 @@ struct result {
 	/* What varies with the block and its own options: "attention", "rat L=16",
 	 * "rat-swa L=16 W=1024", "attention NoPE". */
 	char series[96];
+	/* What tells it from rows that would share its line and its point, " H=4 d_v=512": see
+	 * results_tell_apart(). */
+	char detail[256];
 	enum pass kind;
 	/* `pattern` is empty of a file that tells less than the columns of the case, `model` of
 	 * what is no whole model. */
@@ -38,10 +42,24 @@ struct results {
  * program), STATUS_OOM.
  */
 enum status results_add(struct results *results, const char *path);
-
 /* The same, but every row stays, for those who tell the runs of a file apart. */
 enum status results_add_all(struct results *results, const char *path);
+/*
+ * Rows are shown as points of lines. Where two rows have the same line and the same point, the
+ * details of all rows of that line get the column in which they differ: nothing hides anything.
+ * The functions say what shares a line, or a point, without regard to details.
+ */
+typedef bool relates(const void *self, const struct result *a, const struct result *b);
+enum status results_tell_apart(struct results *results, relates *same_line, relates *same_point,
+                               const void *self);
 void results_release(struct results *results);
+
+/* The path of a file of results/paper in the checkout that the running program lies in, or below
+ * the working directory; false if there is none. */
+bool find_paper(char *path, size_t size, const char *name);
+
+/* Whether it is a ratio to another row, its baseline, and has no latency of its own. */
+bool result_is_ratio(const struct result *result);
 
 /* Whether it was measured and verified: ok or noisy. */
 bool result_ok(const struct result *result);
@@ -52,9 +70,8 @@ bool result_ok(const struct result *result);
 bool result_same_case(const struct result *a, const struct result *b);
 
 /*
- * Whether two rows belong into one table: the same device, pass, dtype, width
- * and number of tokens (generation: sequences; whole models: prompt and
- * generated tokens), so that they differ in series and sequence length alone.
+ * Whether two rows belong into one table: the same device, pass, dtype, conditions, baseline, width
+ * and number of tokens (generation: sequences; whole models: prompt and generated tokens).
  */
 bool result_same_table(const struct result *a, const struct result *b);
 

@@ -192,8 +192,8 @@ static void find_cases(struct sides *sides, struct side *side, int *case_of_row)
 	for (int i = 0; i < side->results.count; i++) {
 		const struct result *row = &side->results.row[i];
 
-		side->n_ratios += row->baseline[0] != '\0';
-		case_of_row[i] = row->baseline[0] ? -1 : case_of(sides, row);
+		side->n_ratios += result_is_ratio(row);
+		case_of_row[i] = result_is_ratio(row) ? -1 : case_of(sides, row);
 	}
 }
 

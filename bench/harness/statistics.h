@@ -1,31 +1,44 @@
-/* Order statistics of samples, and when to stop taking them. */
+/* Order statistics of samples, their intervals, and ratios of samples taken side by side. */
 #ifndef BENCH_HARNESS_STATISTICS_H
 #define BENCH_HARNESS_STATISTICS_H
 
-#include <stdbool.h>
+enum { MAX_SAMPLES = 2000 };
+
+struct interval {
+	double low, high;
+};
 
 struct summary {
 	int count;
 	double minimum, p20, median, p80;
-	/* Standard error of the median, estimated from the quartiles, relative to the median. */
-	double relative_error;
+	struct interval interval; /* 95%, of the median */
 };
 
-/* Sorts samples[count] (count >= 1) and summarizes them. Quantiles are interpolated. */
-struct summary summarize(double *samples, int count);
+/*
+ * Summarizes samples[count], 1 <= count <= MAX_SAMPLES, in the order in which they were taken.
+ * Quantiles are interpolated. The interval has order statistics for its ends (the binomial ranks of
+ * the median), so it needs no normal noise: two clock levels are as good. It is wider where
+ * neighbours in time resemble each other. It says how well this process knows its own median;
+ * how far two processes differ is another matter (docs/comparing.md).
+ */
+struct summary summarize(const double *samples, int count);
 
-/* When sampling may end. Times in seconds. */
-struct stopping_rule {
-	int samples;     /* exactly so many; 0: by the rest of the rule */
-	double min_time; /* of the samples together */
-	double max_time; /* of sampling, what lies between the samples included */
-	double noise;    /* relative standard error of the median to reach */
+/* Median of samples[count]. */
+double median_of(const double *samples, int count);
+
+/* Half the width of an interval, relative to the value inside it. */
+double relative_half_width(struct interval interval, double value);
+
+struct ratio {
+	int rounds;
+	double ratio; /* the median over the rounds of baseline / value */
+	struct interval interval;
 };
 
-/* Least number of samples, whatever they cost, and least number for the noise to be judged. */
-enum { MIN_SAMPLES = 3, MIN_NOISE_SAMPLES = 7, MAX_SAMPLES = 2000 };
-
-/* Whether samples[count] (milliseconds; reordered), which took `elapsed` seconds, suffice. */
-bool samples_suffice(const struct stopping_rule *rule, double *samples, int count, double elapsed);
+/* What summarize() says of the rounds' ratios: cheap, to decide whether they suffice. */
+struct ratio ratio_quick(const double *baseline, const double *value, int count);
+/* The same with the 95% interval of a bootstrap over the rounds: percentiles of the medians of
+ * resampled rounds, drawn in blocks so that drift counts. Reproducible. */
+struct ratio ratio_bootstrap(const double *baseline, const double *value, int count);
 
 #endif

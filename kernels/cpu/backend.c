@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/utsname.h>
 #include <time.h>
 
@@ -22,6 +23,7 @@ enum { PAGE_BYTES = 4096, HUGE_PAGE_BYTES = 2 << 20, LINE_BYTES = 64 };
 struct cpu_device {
 	struct device base, reference;
 	double stopwatch_started;
+	int64_t switches_before, switches; /* involuntary, of the last timed work */
 	char *flush_buffer;
 	size_t flush_bytes;
 	struct kernel *kernels; /* those of this folder, then the ones that open() was given */
@@ -260,16 +262,53 @@ static double seconds_now(void)
 	return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* How often a thread of ours has had to make way for somebody else. */
+static int64_t involuntary_switches(void)
+{
+	struct rusage usage;
+
+	return getrusage(RUSAGE_SELF, &usage) == 0 ? usage.ru_nivcsw : 0;
+}
+
 static enum status cpu_stopwatch_start(struct device *device)
 {
-	cpu_device_of(device)->stopwatch_started = seconds_now();
+	struct cpu_device *cpu = cpu_device_of(device);
+
+	cpu->switches_before = involuntary_switches();
+	cpu->stopwatch_started = seconds_now();
 	return STATUS_OK;
 }
 
 static enum status cpu_stopwatch_stop(struct device *device, double *milliseconds)
 {
-	*milliseconds = 1e3 * (seconds_now() - cpu_device_of(device)->stopwatch_started);
+	struct cpu_device *cpu = cpu_device_of(device);
+
+	*milliseconds = 1e3 * (seconds_now() - cpu->stopwatch_started);
+	cpu->switches = involuntary_switches() - cpu->switches_before;
 	return STATUS_OK;
+}
+
+/* Processes and threads of the machine that run or want to, besides ours. */
+static int64_t runnable_others(void)
+{
+	FILE *file = fopen("/proc/loadavg", "r");
+	int64_t running, others = -1;
+
+	if (!file)
+		return -1;
+	if (fscanf(file, "%*f %*f %*f %" SCNd64, &running) == 1) {
+		others = running - omp_get_max_threads();
+		others = others > 0 ? others : 0;
+	}
+	fclose(file);
+	return others;
+}
+
+static void cpu_conditions(struct device *device, struct conditions *conditions)
+{
+	*conditions = conditions_unknown();
+	conditions->switches = cpu_device_of(device)->switches;
+	conditions->others = runnable_others();
 }
 
 /* Bytes of the largest cache that the first CPU sees; 32 MiB where the system does not say. */
@@ -355,6 +394,7 @@ const struct backend cpu_backend = {
         .synchronize = cpu_synchronize,
         .stopwatch_start = cpu_stopwatch_start,
         .stopwatch_stop = cpu_stopwatch_stop,
+        .conditions = cpu_conditions,
         .flush_cache = cpu_flush_cache,
         .count_nonfinite = cpu_count_nonfinite,
         .gather = cpu_gather,

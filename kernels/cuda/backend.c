@@ -31,7 +31,7 @@ enum {
 struct shared_memory {
 	int gate;
 	struct clock_sample clock;
-	unsigned long long found;
+	unsigned long long found; /* not finite */
 };
 
 /* Memory that somebody keeps with the device. */
@@ -53,8 +53,9 @@ struct cuda_state {
 	int ticket;                   /* value of shared->gate that lets the last held work run */
 	void *flush_buffer;
 	size_t flush_bytes;
+	struct clock_start *clock_starts; /* of each multiprocessor, on the device */
 	struct nvml *nvml;
-	bool throttled; /* in any sample since the last info() */
+	struct nvml_reading reading; /* while the last timed work ran */
 	struct kernel *kernels;
 	const struct kernel *const *more; /* as open() was given them */
 	struct slot *slots;               /* the newest first */
@@ -166,31 +167,40 @@ static enum status check_machine(int *count)
 	return STATUS_OK;
 }
 
-/* "GPU-" and 32 digits in groups of 8, 4, 4, 4, 12. */
+/* 32 digits in groups of 8, 4, 4, 4, 12. */
 static void format_uuid(char text[48], const cudaUUID_t *uuid)
 {
-	int length = snprintf(text, 48, "GPU");
+	int length = 0;
 
 	for (int i = 0; i < 16; i++) {
-		const bool dash = i == 0 || i == 4 || i == 6 || i == 8 || i == 10;
+		const bool dash = i == 4 || i == 6 || i == 8 || i == 10;
 
 		length += snprintf(text + length, 48 - (size_t)length, "%s%02x", dash ? "-" : "",
 		                   (unsigned char)uuid->bytes[i]);
 	}
 }
 
+/* "GPU-..." or, of a part of one, "MIG-...". As in CUDA_VISIBLE_DEVICES the beginning will do, if
+ * only one has it. */
 static enum status find_uuid(const char *which, int count, int *index)
 {
 	struct cudaDeviceProp properties;
+	const char *digits = which + strlen("GPU-");
 	char uuid[48];
+	int n_found = 0;
 
-	for (*index = 0; *index < count; (*index)++) {
-		CUDA_TRY(cudaGetDeviceProperties(&properties, *index));
+	for (int i = 0; i < count; i++) {
+		CUDA_TRY(cudaGetDeviceProperties(&properties, i));
 		format_uuid(uuid, &properties.uuid);
-		if (strcasecmp(uuid, which) == 0)
-			return STATUS_OK;
+		if (strncasecmp(uuid, digits, strlen(digits)) != 0)
+			continue;
+		*index = i;
+		n_found++;
 	}
-	return status_set(STATUS_INVALID, "cuda: no GPU has the UUID %s", which);
+	if (n_found == 1)
+		return STATUS_OK;
+	return status_set(STATUS_INVALID, "cuda: %s GPU has the UUID %s",
+	                  n_found ? "more than one" : "no", which);
 }
 
 /* The index of the GPU that the user means. */
@@ -209,7 +219,7 @@ static enum status find_gpu(const char *which, int count, int *index)
 		*index = (int)number;
 		return STATUS_OK;
 	}
-	if (strncasecmp(which, "GPU-", 4) == 0)
+	if (strncasecmp(which, "GPU-", 4) == 0 || strncasecmp(which, "MIG-", 4) == 0)
 		return find_uuid(which, count, index);
 	if (cudaDeviceGetByPCIBusId(index, which) == cudaSuccess)
 		return STATUS_OK;
@@ -217,6 +227,26 @@ static enum status find_gpu(const char *which, int count, int *index)
 	return status_set(STATUS_INVALID,
 	                  "cuda: no GPU '%s': want an index, a UUID (GPU-...) or a PCI bus id",
 	                  which);
+}
+
+/* The driver compiles the code for other GPUs than Hopper's, and only what toolkits no newer than
+ * itself have made. */
+static enum status refuse_code(const struct cudaDeviceProp *properties)
+{
+	int driver = 0, runtime = 0;
+
+	cudaDriverGetVersion(&driver);
+	cudaRuntimeGetVersion(&runtime);
+	if (driver < runtime)
+		return status_set(STATUS_CUDA,
+		                  "cuda: the driver supports CUDA %d.%d, which is too old to "
+		                  "compile this build's code of CUDA %d.%d for %s: update it, or "
+		                  "build with an older toolkit",
+		                  driver / 1000, driver % 1000 / 10, runtime / 1000,
+		                  runtime % 1000 / 10, properties->name);
+	return status_set(STATUS_CUDA,
+	                  "cuda: this build has no code for %s (compute capability %d.%d)",
+	                  properties->name, properties->major, properties->minor);
 }
 
 /* Whether this build has code for the GPU. */
@@ -230,9 +260,7 @@ static enum status check_gpu(const struct cudaDeviceProp *properties)
 	if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
 	    error == cudaErrorUnsupportedPtxVersion) {
 		cudaGetLastError();
-		return status_set(STATUS_CUDA,
-		                  "cuda: this build has no code for %s (compute capability %d.%d)",
-		                  properties->name, properties->major, properties->minor);
+		return refuse_code(properties);
 	}
 	CUDA_TRY(error);
 	return STATUS_OK;
@@ -254,6 +282,7 @@ static enum status create_resources(struct cuda_state *state)
 	void *pinned;
 	CUDA_TRY(cudaMallocHost(&pinned, sizeof *state->shared));
 	state->shared = memset(pinned, 0, sizeof *state->shared);
+	CUDA_TRY(clock_starts_take(state->properties.multiProcessorCount, &state->clock_starts));
 	state->flush_bytes = 3 * (size_t)state->properties.l2CacheSize;
 	CUDA_TRY(cudaMalloc(&state->flush_buffer, state->flush_bytes));
 	CUDA_TRY(cudaMemsetAsync(state->flush_buffer, 0, state->flush_bytes, state->stream));
@@ -283,6 +312,7 @@ static void cuda_close(struct device *device)
 	release_slots(state);
 	nvml_close(state->nvml);
 	cudaFree(state->flush_buffer);
+	cudaFree(state->clock_starts);
 	cudaFreeHost(state->shared);
 	for (int i = 0; i < N_STAGING; i++) {
 		cudaFreeHost(state->staging[i]);
@@ -403,7 +433,6 @@ static enum status describe_runtime(const struct device *device, char *text, siz
 static enum status cuda_info(struct device *device, struct device_info *info)
 {
 	struct cuda_state *state = state_of(device);
-	const struct clock_sample *clock = &state->shared->clock;
 	int driver = 0;
 
 	*info = (struct device_info){0};
@@ -416,10 +445,6 @@ static enum status cuda_info(struct device *device, struct device_info *info)
 		snprintf(info->driver, sizeof info->driver, "CUDA %d.%d", driver / 1000,
 		         driver % 1000 / 10);
 	CUDA_TRY(cudaMemGetInfo(&info->memory_free, &info->memory_total));
-	if (clock->nanoseconds)
-		info->sm_clock_mhz = 1e3 * (double)clock->cycles / (double)clock->nanoseconds;
-	info->throttled = state->throttled;
-	state->throttled = false;
 	return describe_runtime(device, info->runtime, sizeof info->runtime);
 }
 
@@ -529,6 +554,7 @@ static enum status cuda_stopwatch_start(struct device *device)
 	ACTIVATE(device);
 	state->ticket++;
 	CUDA_TRY(submit_hold(device, &state->shared->gate, state->ticket, HOLD_LIMIT_NS));
+	CUDA_TRY(submit_clock_start(device, state->clock_starts));
 	CUDA_TRY(cudaEventRecord(state->start, state->stream));
 	return STATUS_OK;
 }
@@ -540,14 +566,26 @@ static enum status cuda_stopwatch_stop(struct device *device, double *millisecon
 
 	ACTIVATE(device);
 	CUDA_TRY(cudaEventRecord(state->stop, state->stream));
-	CUDA_TRY(submit_clock(device, CLOCK_NS, &state->shared->clock));
+	CUDA_TRY(submit_clock_stop(device, state->clock_starts, CLOCK_NS, &state->shared->clock));
 	__atomic_store_n(&state->shared->gate, state->ticket, __ATOMIC_RELEASE);
-	state->throttled |= nvml_throttled(state->nvml);
+	nvml_read(state->nvml, &state->reading);
 	CUDA_TRY(cudaStreamSynchronize(state->stream));
 	CUDA_TRY(cudaGetLastError());
 	CUDA_TRY(cudaEventElapsedTime(&elapsed, state->start, state->stop));
 	*milliseconds = elapsed;
 	return STATUS_OK;
+}
+
+static void cuda_conditions(struct device *device, struct conditions *conditions)
+{
+	const struct cuda_state *state = state_of(device);
+	const struct clock_sample *clock = &state->shared->clock;
+
+	*conditions = conditions_unknown();
+	if (clock->nanoseconds)
+		conditions->clock_mhz = 1e3 * (double)clock->cycles / (double)clock->nanoseconds;
+	conditions->throttle = state->reading.throttle;
+	conditions->power_w = state->reading.power_w;
 }
 
 static enum status cuda_flush_cache(struct device *device)
@@ -640,6 +678,7 @@ const struct backend cuda_backend = {
         .synchronize = cuda_synchronize,
         .stopwatch_start = cuda_stopwatch_start,
         .stopwatch_stop = cuda_stopwatch_stop,
+        .conditions = cuda_conditions,
         .flush_cache = cuda_flush_cache,
         .bandwidth = cuda_bandwidth,
         .normal_floats = cuda_normal_floats,

@@ -29,21 +29,49 @@ static __global__ void spin_kernel(uint64_t ns)
 		;
 }
 
-/* Both ends wait for a tick of the timer, which some devices advance in steps of a microsecond. */
-static __global__ void clock_kernel(uint64_t ns, struct clock_sample *sample)
+static __device__ int multiprocessor()
 {
-	uint64_t before = now_ns(), begin, end;
+	int id;
 
-	while ((begin = now_ns()) == before)
+	asm volatile("mov.u32 %0, %%smid;" : "=r"(id));
+	return id;
+}
+
+/* Waits for a tick of the timer, which some devices advance in steps of a microsecond. */
+static __device__ clock_start read_clocks()
+{
+	const uint64_t before = now_ns();
+	uint64_t now;
+
+	while ((now = now_ns()) == before)
 		;
-	const uint64_t cycles = clock64();
-	do {
-		before = now_ns();
-		while ((end = now_ns()) == before)
-			;
-	} while (end - begin < ns);
-	sample->cycles = clock64() - cycles;
-	sample->nanoseconds = end - begin;
+	return {static_cast<uint64_t>(clock64()), now};
+}
+
+/* Identifiers may have gaps: one beyond n has no start. */
+static __global__ void clock_start_kernel(clock_start *starts, int n)
+{
+	if (multiprocessor() < n)
+		starts[multiprocessor()] = read_clocks();
+}
+
+/* A single block; what it leaves behind is nothing but zeros. */
+static __global__ void clock_stop_kernel(clock_start *starts, int n, uint64_t ns,
+                                         clock_sample *sample)
+{
+	clock_start begin = {}, end;
+
+	if (multiprocessor() < n)
+		begin = starts[multiprocessor()];
+	if (begin.nanoseconds == 0)
+		begin = read_clocks();
+	do
+		end = read_clocks();
+	while (end.nanoseconds - begin.nanoseconds < ns);
+	sample->cycles = end.cycles - begin.cycles;
+	sample->nanoseconds = end.nanoseconds - begin.nanoseconds;
+	for (int i = 0; i < n; i++)
+		starts[i] = {};
 }
 
 /* Blocks of memory that one thread block moves at a time, UNROLL vectors per thread. */
@@ -216,9 +244,26 @@ cudaError_t submit_spin(struct device *device, uint64_t ns)
 	return cudaGetLastError();
 }
 
-cudaError_t submit_clock(struct device *device, uint64_t ns, struct clock_sample *sample)
+cudaError_t clock_starts_take(int n, struct clock_start **starts)
 {
-	clock_kernel<<<1, 1, 0, cuda_stream(device)>>>(ns, sample);
+	const size_t bytes = n * sizeof **starts;
+	const cudaError_t error = cudaMalloc(reinterpret_cast<void **>(starts), bytes);
+
+	return error != cudaSuccess ? error : cudaMemset(*starts, 0, bytes);
+}
+
+cudaError_t submit_clock_start(struct device *device, struct clock_start *starts)
+{
+	clock_start_kernel<<<cuda_sm_count(device), 1, 0, cuda_stream(device)>>>(
+	        starts, cuda_sm_count(device));
+	return cudaGetLastError();
+}
+
+cudaError_t submit_clock_stop(struct device *device, struct clock_start *starts, uint64_t ns,
+                              struct clock_sample *sample)
+{
+	clock_stop_kernel<<<1, 1, 0, cuda_stream(device)>>>(starts, cuda_sm_count(device), ns,
+	                                                    sample);
 	return cudaGetLastError();
 }
 

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-/* What clock_kernel measured: SM cycles and nanoseconds of the same interval. */
+/* SM cycles and nanoseconds of the same interval. */
 struct clock_sample {
 	uint64_t cycles, nanoseconds;
 };
@@ -31,8 +31,23 @@ cudaError_t submit_hold(struct device *device, const int *gate, int ticket, uint
 /* Keeps one thread busy for `ns` nanoseconds. */
 cudaError_t submit_spin(struct device *device, uint64_t ns);
 
-/* Counts SM cycles for `ns` nanoseconds into *sample (pinned host memory). */
-cudaError_t submit_clock(struct device *device, uint64_t ns, struct clock_sample *sample);
+/* When a multiprocessor passed submit_clock_start(), by its own count of cycles and by the timer;
+ * it is forgotten by submit_clock_stop(). */
+struct clock_start {
+	uint64_t cycles, nanoseconds;
+};
+
+/* Takes one for each of n multiprocessors, on the device. */
+cudaError_t clock_starts_take(int n, struct clock_start **starts);
+
+/*
+ * The clock over the work submitted between these two: both counters of the multiprocessor on which
+ * the second runs, since the first, and for at least `ns` nanoseconds, into *sample (pinned host
+ * memory). Where the first missed that multiprocessor it is the clock of `ns` after the work.
+ */
+cudaError_t submit_clock_start(struct device *device, struct clock_start *starts);
+cudaError_t submit_clock_stop(struct device *device, struct clock_start *starts, uint64_t ns,
+                              struct clock_sample *sample);
 
 /* Reads `bytes` at `buffer`; whatever else the L2 cache held is evicted, and nothing in it is
  * dirty. */

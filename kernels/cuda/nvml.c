@@ -2,25 +2,47 @@
 #include "kernels/cuda/nvml.h"
 
 #include <dlfcn.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/device.h"
+
 /* From NVML's documentation: the reasons for which a clock is lower than it could be. */
-enum {
-	REASON_SOFTWARE_POWER_CAP = 0x4,
-	REASON_HARDWARE_SLOWDOWN = 0x8,
-	REASON_SOFTWARE_THERMAL = 0x20,
-	REASON_HARDWARE_THERMAL = 0x40,
-	REASON_POWER_BRAKE = 0x80,
-	REASONS = REASON_SOFTWARE_POWER_CAP | REASON_HARDWARE_SLOWDOWN | REASON_SOFTWARE_THERMAL |
-	          REASON_HARDWARE_THERMAL | REASON_POWER_BRAKE
+static const struct {
+	unsigned long long bit;
+	enum throttle reason;
+} reasons[] = {
+        {0x4, THROTTLE_POWER},     /* software power cap */
+        {0x8, THROTTLE_HARDWARE},  /* hardware slowdown */
+        {0x20, THROTTLE_HEAT},     /* software thermal slowdown */
+        {0x40, THROTTLE_HEAT},     /* hardware thermal slowdown */
+        {0x80, THROTTLE_HARDWARE}, /* power brake */
 };
+
+/* nvmlFieldValue_t, and the field that is the power of now. */
+struct field_value {
+	unsigned field, scope;
+	long long timestamp, latency_us;
+	unsigned type;
+	int status;
+	union {
+		double real;
+		unsigned integer;
+		unsigned long long wide;
+	} value;
+};
+
+enum { FIELD_POWER_INSTANT = 186 };
 
 struct nvml {
 	void *library, *device;
 	int (*shutdown)(void);
 	int (*driver_version)(char *version, unsigned length);
 	int (*throttle_reasons)(void *device, unsigned long long *reasons);
+	/* NULL where the library has none: */
+	int (*power_usage)(void *device, unsigned *milliwatts);
+	int (*field_values)(void *device, int count, struct field_value *values);
 };
 
 /* Function pointers come from dlsym() as object pointers; POSIX lets them be copied as bytes. */
@@ -38,9 +60,13 @@ static bool find_gpu(struct nvml *nvml, const char *pci_bus_id)
 	int (*init)(void);
 	int (*handle)(const char *pci_bus_id, void **device);
 
-	nvml->library = dlopen("libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
+	const char *named = getenv("NVML_LIBRARY");
+
+	nvml->library = dlopen(named ? named : "libnvidia-ml.so.1", RTLD_LAZY | RTLD_LOCAL);
 	if (!nvml->library)
 		return false;
+	find(nvml->library, &nvml->power_usage, "nvmlDeviceGetPowerUsage");
+	find(nvml->library, &nvml->field_values, "nvmlDeviceGetFieldValues");
 	if (find(nvml->library, &init, "nvmlInit_v2") &&
 	    find(nvml->library, &nvml->shutdown, "nvmlShutdown") &&
 	    find(nvml->library, &handle, "nvmlDeviceGetHandleByPciBusId_v2") &&
@@ -82,10 +108,34 @@ void nvml_driver_version(const struct nvml *nvml, char *version, size_t size)
 		version[0] = '\0';
 }
 
-bool nvml_throttled(const struct nvml *nvml)
+static int throttle_now(const struct nvml *nvml)
 {
-	unsigned long long reasons = 0;
+	unsigned long long bits = 0;
+	int throttle = 0;
 
-	return nvml && nvml->throttle_reasons(nvml->device, &reasons) == 0 &&
-	       (reasons & REASONS) != 0;
+	if (nvml->throttle_reasons(nvml->device, &bits) != 0)
+		return THROTTLE_UNKNOWN;
+	for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+		if (bits & reasons[i].bit)
+			throttle |= (int)reasons[i].reason;
+	return throttle;
+}
+
+static double power_now(const struct nvml *nvml)
+{
+	struct field_value instant = {.field = FIELD_POWER_INSTANT};
+	unsigned milliwatts;
+
+	if (nvml->field_values && nvml->field_values(nvml->device, 1, &instant) == 0 &&
+	    instant.status == 0)
+		return 1e-3 * instant.value.integer;
+	if (nvml->power_usage && nvml->power_usage(nvml->device, &milliwatts) == 0)
+		return 1e-3 * milliwatts;
+	return NAN;
+}
+
+void nvml_read(const struct nvml *nvml, struct nvml_reading *reading)
+{
+	reading->throttle = nvml ? throttle_now(nvml) : THROTTLE_UNKNOWN;
+	reading->power_w = nvml ? power_now(nvml) : NAN;
 }

@@ -204,6 +204,11 @@ enum status gemm_run(struct device *device, const struct gemm *g, void *workspac
 	return status;
 }
 
+static void emulated_conditions(struct device *device, struct conditions *conditions)
+{
+	*conditions = conditions_unknown();
+}
+
 const struct backend cuda_backend = {
         .name = "cuda",
         .activation = DTYPE_BF16,
@@ -218,6 +223,7 @@ const struct backend cuda_backend = {
         .synchronize = emulated_nothing,
         .stopwatch_start = emulated_start,
         .stopwatch_stop = emulated_stop,
+        .conditions = emulated_conditions,
         .flush_cache = emulated_nothing,
         .count_nonfinite = emulated_count_nonfinite,
         .gather = emulated_gather,
