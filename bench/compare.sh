@@ -129,12 +129,13 @@ prepare new "$NEW"
 # mostly where their memory lies; and the least sample of a process, since others only ever add.
 options=("$@")
 statistic=median
-if ! "${folder[new]}/hybrid" --list 2>/dev/null | grep -q '^backend now: cuda'; then
-	statistic=min
-	cpu=yes
-fi
+probe=$(programs | head -n 1) # all of them have the same backends and options
+case $("${folder[new]}/$probe" --list 2>/dev/null) in
+*'backend now: cuda'*) cpu= ;;
+*) cpu=yes statistic=min ;;
+esac
 if [ $# -eq 0 ] && [ ! "$PROGRAM" ]; then
-	if [ "${cpu:-}" ]; then
+	if [ "$cpu" ]; then
 		options=(--preset tiny --tokens 256 --seq-len 128 --batch 64 --samples 31 --warm
 			--threads $((($(nproc) + 1) / 2)))
 	else
@@ -147,9 +148,10 @@ VERDICT="--of $statistic $VERDICT"
 # What is measured must not depend on what else is: a program that can alternate blocks is told not
 # to, since another may not know how.
 for side in base new; do
-	extra[$side]=
-	[ "$PROGRAM" ] || ! "${folder[$side]}/hybrid" --help 2>/dev/null | grep -q -- ' --apart ' ||
-		extra[$side]=--apart
+	case $("${folder[$side]}/$probe" --help 2>/dev/null) in
+	*' --apart '*) extra[$side]=--apart ;;
+	*) extra[$side]= ;;
+	esac
 done
 
 # Patterns that both programs know; the others are said.
