@@ -33,7 +33,8 @@ static const char usage[] =
         "either side makes a pair with the first of the other, and so on. From 6 pairs on\n"
         "whose runs took turns the interval is that of the signed-rank test. From fewer, and\n"
         "from runs that did not take turns, it is an assumption: that the runs of one program\n"
-        "deviate by 12% (--deviation). `make compare BASE=<commit>` measures such pairs.\n"
+        "deviate by 12% (--deviation), or by as much as the samples of a run scatter. `make "
+        "compare BASE=<commit>` measures such pairs.\n"
         "\n"
         "  --base FILE...         files of the one side, of one run or several each\n"
         "  --new FILE...          files of the other\n"
@@ -195,6 +196,13 @@ static bool same_row(const struct sides *sides, const struct result *base, const
 	        strcmp(path_of(&sides->base, base), path_of(&sides->new, new)) == 0);
 }
 
+/* How far the samples of a row scatter: their standard deviation if they were normal; 0: unknown.
+ */
+static double scatter_of(const struct result *r)
+{
+	return fmax(0, log(r->latency_p80_ms / r->latency_p20_ms) / 1.683);
+}
+
 /* How a side fared with a case over all its runs. */
 struct record_of_side {
 	int rows, ok;
@@ -252,6 +260,7 @@ static void judge_pairs(struct comparison *c, int index, double *work, struct fi
 {
 	const bool cycles = c->cycles && has_clocks(&c->sides, index);
 	const int n_pairs = sides_pairs(&c->sides);
+	struct verdict_rule rule = c->rule;
 	double *logs = work, *base = work + n_pairs, *new = work + 2 * n_pairs;
 	int count = 0, n_same = 0;
 
@@ -264,13 +273,15 @@ static void judge_pairs(struct comparison *c, int index, double *work, struct fi
 		if (isnan(base[count]) || isnan(new[count]))
 			continue;
 		logs[count] = log(new[count] / base[count]);
+		/* Where samples scatter more than runs are assumed to, the machine was busy. */
+		rule.deviation = fmax(rule.deviation, fmax(scatter_of(before), scatter_of(after)));
 		n_same += same_row(&c->sides, before, after);
 		count++;
 	}
 	if (count == 0)
 		return;
 	c->n_timed += c->cycles && !cycles;
-	finding->ratio = ratio_of_pairs(logs, count, c->alternated, &c->rule);
+	finding->ratio = ratio_of_pairs(logs, count, c->alternated, &rule);
 	finding->base = median(base, count);
 	finding->new = median(new, count);
 	finding->outcome = n_same == count ? (int)OUTCOME_SAME_RUN
@@ -397,7 +408,8 @@ static void print_notes(const struct comparison *c, bool assumed)
 		       c->n_timed);
 	if (!assumed)
 		return;
-	printf("The intervals are an assumption, that runs of one program deviate by %g%%: ",
+	printf("The intervals are an assumption, that runs of one program deviate by %g%%, or as "
+	       "much as samples do: ",
 	       100 * c->rule.deviation);
 	if (c->alternated)
 		printf("of the %d pairs of runs that it takes, %d are here.\n", MIN_PAIRS, pairs);

@@ -183,13 +183,14 @@ static const char header[] =
         "schema,run_id,time_utc,git_sha,build,device,backend,compiler,threads,program,block,"
         "pattern,"
         "pass,dtype,batch,seq_len,d_model,n_heads,kv_heads,d_k,d_v,latency_ms,latency_min_ms,"
+        "latency_p20_ms,latency_p80_ms,"
         "tokens_per_s,baseline,sm_clock_mhz,duty,data,status,message,provider,requested,model\n";
 
 /* A row; what is left out is usual or empty. */
 struct row {
 	const char *run, *time, *block, *pass, *status, *device, *build, *compiler, *baseline,
 	        *duty, *data, *provider, *requested, *model;
-	double ms, min_ms, clock, tokens_per_s;
+	double ms, min_ms, p20_ms, p80_ms, clock, tokens_per_s;
 	int threads, kv_heads, d_k;
 };
 
@@ -220,6 +221,8 @@ static void write_row(FILE *file, const struct row *r)
 	print_positive(file, "%.0f", r->d_k);
 	print_positive(file, "%.7g", r->ms);
 	print_positive(file, "%.7g", r->min_ms);
+	print_positive(file, "%.7g", r->p20_ms);
+	print_positive(file, "%.7g", r->p80_ms);
 	print_positive(file, "%.7g", r->tokens_per_s);
 	fprintf(file, "%s,", or_else(r->baseline, ""));
 	print_positive(file, "%.7g", r->clock);
@@ -355,15 +358,20 @@ static void write_pairs(int count, double ratio, bool alternate)
 
 TEST(test_two_plain_files)
 {
+	const struct row restless = {.ms = 15, .p20_ms = 12, .p80_ms = 20};
 	const char *output = compare_rows(1, ten, eleven, "");
 
 	expect_text(output, "1.100  0.789 - 1.534       1  unclear\n");
-	expect_text(output, "deviate by 12%: of the 6 pairs of runs that it takes, 1 are here");
+	expect_text(output, "deviate by 12%, or as much as samples do: of the 6 pairs of runs that "
+	                    "it takes, 1 are here");
 	compare_rows(0, ten, eleven, "--allow-unclear");
 	output = compare_rows(1, ten, fifteen, "");
 	expect_text(output, "slower\n0 same, 0 faster, 1 slower, 0 unclear, 0 failed\n");
 	output = compare_rows(0, fifteen, ten, "");
 	expect_text(output, "faster\n");
+	/* Samples that scatter by 30% make any run of that machine doubtful. */
+	output = compare_rows(1, ten, restless, "");
+	expect_text(output, "unclear\n");
 	output = compare_rows(1, ten, eleven, "--deviation 1");
 	expect_text(output, "slower\n");
 }
