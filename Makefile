@@ -77,13 +77,13 @@ OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
 .PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 plots publish test test-gpu check asan fuzz golden clean run-latency FORCE
+	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
 
 # Nothing else may run beside a measurement; the builds below it are parallel all the same.
-ifneq ($(filter bench-% table2 run-latency,$(MAKECMDGOALS)),)
+ifneq ($(filter bench-% table2 compare run-latency,$(MAKECMDGOALS)),)
 .NOTPARALLEL:
 endif
 
@@ -130,6 +130,12 @@ $(BUILD)/tests/test_links: LDFLAGS += -Wl,--wrap=operation_describe
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
 	@echo "link    $@"
 	$(Q)$(CC) $(LDFLAGS) -o $@ $(filter %.o,$^) $(filter %.a,$^) -lcmocka -lcjson $(LDLIBS)
+
+# build/hybrid with a slowdown that is known: tests/experiments/compare_rates.sh
+$(BUILD)/experiments/hybrid: $(BUILD)/bench/hybrid.o $(BUILD)/tests/experiments/slowed.o $(LIBRARY)
+	@mkdir -p $(@D)
+	@echo "link    $@"
+	$(Q)$(CC) $(LDFLAGS) -Wl,--wrap=stack_run -o $@ $(filter %.o,$^) $(LIBRARY) $(LDLIBS)
 
 # FlashAttention-3, a baseline: its kernels, from a checkout of it, and a C function around them. The
 # flags are those of its setup.py; its own switches leave out what is not measured here.
@@ -244,6 +250,19 @@ table2:
 	@$(SUBMAKE) drivers
 	@$(BUILD)/throughput $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
+# The options of bench/compare.sh; it takes them from the environment.
+compare: export BASE := $(value BASE)
+compare: export NEW := $(value NEW)
+compare: export PATTERNS := $(value PATTERNS)
+compare: export PROGRAM := $(value PROGRAM)
+compare: export PAIRS := $(value PAIRS)
+compare: export MINUTES := $(value MINUTES)
+compare: export VERDICT := $(value VERDICT)
+compare:
+	@$(BOOTSTRAP) run
+	@$(SUBMAKE) drivers
+	@bench/compare.sh $(BUILD) $(ARGS)
+
 # RESULTS: a file, or the folder of a run; otherwise that in runs/ with the newest file.
 plots:
 	@$(BOOTSTRAP) plots
@@ -306,6 +325,7 @@ help:
 	@echo 'make bench-kernels      single operations, every provider of each'
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
 	@echo 'make table2             maximum throughput of whole models'
+	@echo 'make compare BASE=REF   is the working tree (or NEW=REF) slower than that commit? docs/comparing.md'
 	@echo 'make plots              pictures of the newest run (RESULTS=file.csv or a folder picks others)'
 	@echo 'make publish            copy one run of a clean commit into results/ (RUN=runs/DEVICE)'
 	@echo 'make test               every test that needs no GPU'

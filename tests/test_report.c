@@ -1,4 +1,4 @@
-/* The programs report, compare and plotdata on small files of known content. */
+/* The programs report and plotdata on small files of known content. */
 #include "tests/programs.h"
 
 #include <unistd.h>
@@ -169,49 +169,6 @@ TEST(test_report_complains)
 	run(2, "report README.md");
 }
 
-static const char *compare(int code, const char *before, const char *after)
-{
-	struct file files[] = {write_file(before), write_file(after)};
-	const char *output = run(code, "compare %s %s", files[0].path, files[1].path);
-
-	unlink(files[0].path);
-	unlink(files[1].path);
-	return output;
-}
-
-TEST(test_compare)
-{
-	char before[4096] = "", after[4096] = "";
-
-	add_block(before, "attention", 0, "prefill", 4096, 20, "ok", "");
-	add_block(after, "attention", 0, "prefill", 4096, 19, "ok", "");
-	add_block(before, "attention", 0, "prefill", 8192, 20, "ok", "");
-	add_block(after, "attention", 0, "prefill", 8192, 20.1, "ok", "");
-	add_block(before, "rat", 16, "prefill", 8192, 20, "ok", "");
-	add_block(before, "rat", 64, "prefill", 8192, 0, "oom", "");
-	add_block(after, "rat", 64, "prefill", 8192, 0, "oom", "");
-	const char *output = compare(0, before, after);
-	expect_text(output, "0.950  faster\n");
-	expect_text(output, "1.005  overlap\n");
-	expect_text(output, "only in the first file");
-	expect_text(output, "1 faster, 0 slower, 1 overlap, 2 without a verdict");
-
-	/* The other way round it is a regression, and the exit code says so. */
-	output = compare(1, after, before);
-	expect_text(output, "slower\n");
-	expect_text(output, "only in the second file");
-}
-
-TEST(test_compare_outcomes)
-{
-	char before[4096] = "", after[4096] = "";
-
-	add_block(before, "rat", 16, "train", 8192, 20, "ok", "");
-	add_block(after, "rat", 16, "train", 8192, 0, "mismatch", "");
-	const char *output = compare(1, before, after);
-	expect_text(output, "another outcome");
-}
-
 static const char *plotdata(int code, const char *rows, const char *what)
 {
 	struct file file = write_file(rows);
@@ -240,32 +197,9 @@ TEST(test_plot_against_length)
 	assert_string_equal(output, "");
 }
 
-/* The same cases in the columns of both schemas; and two layers that differ in an argument. */
-TEST(test_schemas)
+TEST(test_files_that_are_not_understood)
 {
-	static const char old[] =
-	        "1,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n"
-	        "1,,,,GPU,,hybrid,hybrid,\"rat,swa\",prefill,bf16,1,8192,16,8,1,none,64,2,,,,9,9,9,"
-	        "9,,,ok,,\n"
-	        "1,,,,GPU,,recurrence,recurrence,,prefill,bf16,1,8192,,,,,64,2,,,,9,9,9,9,,,ok,,\n";
-	static const char new[] =
-	        "2,,,,GPU,,hybrid,rat,\"rat(chunk=16,groups=2,heads=2,position=rope)\",prefill,"
-	        "bf16,1,"
-	        "8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n"
-	        "2,,,,GPU,,hybrid,hybrid,\"rat(chunk=16,groups=1,heads=2,position=none),swa(window="
-	        "8,"
-	        "heads=2,position=none)\",prefill,bf16,1,8192,16,8,1,none,64,2,,,,8,8,8,9,,,ok,,\n"
-	        "2,,,,GPU,,hybrid,recurrence,,prefill,bf16,1,8192,,,,,64,,,,,8,8,8,9,,,ok,,\n"
-	        "2,,,,GPU,,hybrid,hybrid,\"rat(chunk=16,groups=2),rat(chunk=64,groups=2)\",prefill,"
-	        "bf16,1,8192,16,,2,rope,64,2,,,,8,8,8,9,,,ok,,\n"
-	        "2,,,,GPU,,hybrid,attention,\"attention(heads=2,kv_heads=1)\",prefill,bf16,1,8192,,"
-	        ",,rope,64,2,,,,8,8,8,9,,,ok,,\n";
-	const char *output = compare(0, old, new);
-	expect_text(output, "attention KV=1");
-	expect_text(output, "rat-swa L=16 W=8 G=1 NoPE");
-	expect_text(output, "rat-rat L=16|64");
-	expect_text(output, "3 faster, 0 slower, 0 overlap, 2 without a verdict");
-	output = report(
+	const char *output = report(
 	        2, "4,,,,GPU,,rat,rat,,prefill,bf16,1,8192,16,,2,rope,64,2,,,,9,9,9,9,,,ok,,\n",
 	        "");
 	expect_text(output, "row 1: schema '4' is unknown; this program reads schemas 1 to 3");

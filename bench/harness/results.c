@@ -48,7 +48,7 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 	} told[] = {{"chunk", "L=", ""},
 	            {"window", "W=", ""},
 	            {"groups", "G=", "2"},   /* of q and k of a RAT */
-	            {"kv_heads", "KV=", ""}, /* fewer than heads, or it is not told */
+	            {"kv_heads", "KV=", NULL}, /* NULL: as many as heads */
 	            {"position", "", "rope"}};
 	const char *pattern = csv_text(csv, row, "pattern");
 	char *series = result->series, value[64];
@@ -57,7 +57,9 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 	pattern_names(*pattern ? pattern : result->block, '-', series, size);
 	for (size_t i = 0; i < sizeof told / sizeof *told; i++) {
 		argument_values(csv, row, told[i].argument, value, sizeof value);
-		if (strcmp(value, told[i].usual) == 0 || !value[0])
+		const char *usual =
+		        told[i].usual ? told[i].usual : csv_text(csv, row, "n_heads");
+		if (strcmp(value, usual) == 0 || !value[0])
 			continue;
 		size_t length = strlen(series);
 		snprintf(series + length, size - length, " %s%s", told[i].label,
@@ -117,7 +119,7 @@ static enum status check_file(const char *path, const struct csv *csv)
 	return STATUS_OK;
 }
 
-enum status results_add(struct results *results, const char *path)
+static enum status add_file(struct results *results, const char *path, bool all)
 {
 	struct csv csv;
 
@@ -143,9 +145,20 @@ enum status results_add(struct results *results, const char *path)
 	for (int i = 0; i < csv.n_rows; i++) {
 		struct result result = read_row(&csv, i);
 
-		add_row(results, first, &result);
+		/* None of the rows before the end is an earlier one of the same case. */
+		add_row(results, all ? results->count : first, &result);
 	}
 	return STATUS_OK;
+}
+
+enum status results_add(struct results *results, const char *path)
+{
+	return add_file(results, path, false);
+}
+
+enum status results_add_all(struct results *results, const char *path)
+{
+	return add_file(results, path, true);
 }
 
 void results_release(struct results *results)
@@ -308,12 +321,24 @@ static bool same_text_if_known(const char *a, const char *b)
 	return !a[0] || !b[0] || strcmp(a, b) == 0;
 }
 
+/* Heads of keys and values; files that do not tell are older than grouped heads. */
+static int64_t kv_heads_of(const struct result *r)
+{
+	return r->kv_heads < 0 ? r->n_heads : r->kv_heads;
+}
+
+/* The data of files that do not tell were normal. */
+static const char *data_of(const struct result *r)
+{
+	return r->data[0] ? r->data : "normal";
+}
+
 /* The same conditions of measuring. */
 static bool same_conditions(const struct result *a, const struct result *b)
 {
 	return a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 && a->warm == b->warm &&
 	       a->threads == b->threads && same_text_if_known(a->duty, b->duty) &&
-	       same_text_if_known(a->data, b->data) && strcmp(a->baseline, b->baseline) == 0;
+	       strcmp(data_of(a), data_of(b)) == 0 && strcmp(a->baseline, b->baseline) == 0;
 }
 
 bool result_same_case(const struct result *a, const struct result *b)
@@ -323,7 +348,7 @@ bool result_same_case(const struct result *a, const struct result *b)
 	       strcmp(a->requested, b->requested) == 0 &&
 	       (passes[a->kind].models || a->batch == b->batch) && a->seq_len == b->seq_len &&
 	       a->d_model == b->d_model && same_if_known(a->n_heads, b->n_heads) &&
-	       same_if_known(a->kv_heads, b->kv_heads) && same_if_known(a->d_k, b->d_k) &&
+	       same_if_known(kv_heads_of(a), kv_heads_of(b)) && same_if_known(a->d_k, b->d_k) &&
 	       same_if_known(a->d_v, b->d_v) && a->prompt == b->prompt &&
 	       a->generate == b->generate;
 }

@@ -42,6 +42,8 @@ struct results {
  * program), STATUS_OOM.
  */
 enum status results_add(struct results *results, const char *path);
+/* The same, but every row stays, for those who tell the runs of a file apart. */
+enum status results_add_all(struct results *results, const char *path);
 /*
  * Rows are shown as points of lines. Where two rows have the same line and the same point, the
  * details of all rows of that line get the column in which they differ: nothing hides anything.
@@ -63,7 +65,8 @@ bool result_is_ratio(const struct result *result);
 bool result_ok(const struct result *result);
 
 /* Whether two rows measure the same, wherever and by whichever kernels: those that were
- * asked for count, not those that ran. Whole models find their own batch. */
+ * asked for count, not those that ran. Whole models find their own batch. What the columns of an
+ * old file do not tell is what its program did: as many key heads as heads, normal data. */
 bool result_same_case(const struct result *a, const struct result *b);
 
 /*
