@@ -8,14 +8,10 @@ static _Thread_local char last_message[512];
 const char *status_name(enum status status)
 {
 	static const char *const names[STATUS_COUNT] = {
-	        [STATUS_OK] = "ok",
-	        [STATUS_NOISY] = "noisy",
-	        [STATUS_OOM] = "oom",
-	        [STATUS_UNSUPPORTED] = "unsupported",
-	        [STATUS_SKIPPED] = "skipped",
-	        [STATUS_MISMATCH] = "mismatch",
-	        [STATUS_INVALID] = "invalid",
-	        [STATUS_CUDA] = "cuda",
+	        [STATUS_OK] = "ok",           [STATUS_NOISY] = "noisy",
+	        [STATUS_OOM] = "oom",         [STATUS_UNSUPPORTED] = "unsupported",
+	        [STATUS_SKIPPED] = "skipped", [STATUS_MISMATCH] = "mismatch",
+	        [STATUS_INVALID] = "invalid", [STATUS_CUDA] = "cuda",
 	        [STATUS_IO] = "io",
 	};
 

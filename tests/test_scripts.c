@@ -22,8 +22,8 @@ static const char *sweep(int expected, const char *options)
 	return output;
 }
 
-/* How many rows of a program a file has. */
-static int rows_of(const char *name, const char *program)
+/* How many latencies of a block a file has. */
+static int rows_of(const char *name, const char *block)
 {
 	scoped_csv struct csv csv;
 	char path[96];
@@ -32,7 +32,8 @@ static int rows_of(const char *name, const char *program)
 	snprintf(path, sizeof path, "%s/%s", folder, name);
 	require_ok(csv_read(path, &csv));
 	for (int row = 0; row < csv.n_rows; row++)
-		rows += strcmp(csv_text(&csv, row, "program"), program) == 0;
+		rows += strcmp(csv_text(&csv, row, "block"), block) == 0 &&
+		        !csv_text(&csv, row, "baseline")[0];
 	return rows;
 }
 

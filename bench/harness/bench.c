@@ -139,8 +139,7 @@ static enum status check_options(const struct options *options)
 		return status_set(STATUS_INVALID, "--samples: at most %d", MAX_SAMPLES);
 	if (options->provider.count + options->rival.count > MAX_VARIANTS)
 		return status_set(STATUS_INVALID,
-		                  "--provider and --rival: given more than %d times",
-		                  MAX_VARIANTS);
+		                  "--provider and --rival: given more than %d times", MAX_VARIANTS);
 	if (options->threads > 1024)
 		return status_set(STATUS_INVALID, "--threads: at most 1024");
 	if (options->resume && options->truncate)

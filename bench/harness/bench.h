@@ -25,8 +25,8 @@ struct subject {
 	/* Another self, so that several cases can have their memory at once and their samples
 	 * alternate; to be freed; NULL: cases run one after the other. */
 	void *(*clone)(void *self);
-	/* verify costs the prepared state: it is called after the last launch where one variant alone
-	 * has that. */
+	/* verify costs the prepared state: it is called after the last launch where one variant
+	 * alone has that. */
 	bool verifies_last;
 	/* Whether the options make sense together, before any case is made of them; or NULL. */
 	enum status (*check)(void *self, const struct options *options);

@@ -12,7 +12,6 @@
 
 #include "version.h" /* written by make */
 
-
 #ifdef __clang__
 static const char compiler_version[] = __VERSION__;
 #else

@@ -32,14 +32,14 @@ struct options {
 	struct values seq_len, chunk, window, groups, heads, kv_heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;
-	int64_t layers, vocab, ffn;       /* 0: the model's */
-	int64_t memory;                   /* MiB to use at most; 0: all that is free */
-	int64_t threads;                  /* 0: as OpenMP finds them */
-	int64_t samples;                  /* 0: until they are precise */
-	double min_time, max_time;        /* seconds */
-	double precision;                 /* of the median, a fraction of it; 0: any */
-	double case_seconds;              /* 0: no limit */
-	int64_t rows, seed;               /* of verification */
+	int64_t layers, vocab, ffn; /* 0: the model's */
+	int64_t memory;             /* MiB to use at most; 0: all that is free */
+	int64_t threads;            /* 0: as OpenMP finds them */
+	int64_t samples;            /* 0: until they are precise */
+	double min_time, max_time;  /* seconds */
+	double precision;           /* of the median, a fraction of it; 0: any */
+	double case_seconds;        /* 0: no limit */
+	int64_t rows, seed;         /* of verification */
 	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
 	bool breakdown, apart;
 	bool help, version;

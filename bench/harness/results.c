@@ -47,7 +47,7 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 		const char *argument, *label, *usual; /* usual: a value that goes without saying */
 	} told[] = {{"chunk", "L=", ""},
 	            {"window", "W=", ""},
-	            {"groups", "G=", "2"},   /* of q and k of a RAT */
+	            {"groups", "G=", "2"},     /* of q and k of a RAT */
 	            {"kv_heads", "KV=", NULL}, /* NULL: as many as heads */
 	            {"position", "", "rope"}};
 	const char *pattern = csv_text(csv, row, "pattern");
@@ -57,8 +57,7 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 	pattern_names(*pattern ? pattern : result->block, '-', series, size);
 	for (size_t i = 0; i < sizeof told / sizeof *told; i++) {
 		argument_values(csv, row, told[i].argument, value, sizeof value);
-		const char *usual =
-		        told[i].usual ? told[i].usual : csv_text(csv, row, "n_heads");
+		const char *usual = told[i].usual ? told[i].usual : csv_text(csv, row, "n_heads");
 		if (strcmp(value, usual) == 0 || !value[0])
 			continue;
 		size_t length = strlen(series);
