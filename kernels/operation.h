@@ -49,6 +49,9 @@ enum draw {
 	DRAW_INTEGER    /* uniform in 0 .. scale - 1; of one position: scale - 1 */
 };
 
+/* A softmax takes the products of these with one another; position in dimension 1. */
+enum side { SIDE_NONE, SIDE_QUERIES, SIDE_KEYS };
+
 enum { MAX_OPERANDS = 32, OPERAND_DIMS = 4 };
 
 struct operand {
@@ -66,6 +69,7 @@ struct operand {
 	bool may_share;    /* heads may all read the same rows: a head stride of 0 */
 	enum draw draw;
 	float scale;
+	enum side side;
 	const char *alias; /* of an output: the input whose place it may take */
 	/* Of an output that may cancel to nothing: it is held against `terms` times the root mean
 	 * square of this input, if that is more than what remains. */

@@ -221,6 +221,7 @@ static void record_case(const struct bench_case *c, struct record *r)
 	r->pass = pass_name(c->pass);
 	r->position = c->position;
 	r->model = c->model;
+	r->data = data_name(c->data);
 	r->state_bytes_per_token = c->state_bytes_per_token;
 #define COPY(name) r->name = c->name;
 	CASE_SIZES(COPY)

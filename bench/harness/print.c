@@ -31,7 +31,9 @@ void describe_case(const struct bench_case *c, char *text, size_t size)
 	length = append(text, size, length, "W", c->window);
 	length = append(text, size, length, "G", c->groups);
 	if (strcmp(c->position, "none") == 0 && length < size)
-		snprintf(text + length, size - length, " no positions");
+		length += (size_t)snprintf(text + length, size - length, " no positions");
+	if (c->data != DATA_NORMAL && length < size)
+		snprintf(text + length, size - length, " %s", data_name(c->data));
 }
 
 /* The operations that mix tokens; the others are projections, norms and elementwise work. */

@@ -372,6 +372,13 @@ static enum status cpu_add(struct device *device, int64_t count, const void *fro
 	return STATUS_OK;
 }
 
+static enum status cpu_add_directions(struct device *device, const struct strided *rows,
+                                      const struct directions *directions)
+{
+	add_directions_on_host(rows, directions);
+	return STATUS_OK;
+}
+
 static void cpu_range_push(struct device *device, const char *name)
 {
 }
@@ -399,6 +406,7 @@ const struct backend cpu_backend = {
         .count_nonfinite = cpu_count_nonfinite,
         .gather = cpu_gather,
         .add = cpu_add,
+        .add_directions = cpu_add_directions,
         .range_push = cpu_range_push,
         .range_pop = cpu_range_pop,
 };

@@ -612,6 +612,14 @@ static enum status cuda_normal_floats(struct device *device, enum dtype dtype, v
 	return STATUS_OK;
 }
 
+static enum status cuda_add_directions(struct device *device, const struct strided *rows,
+                                       const struct directions *directions)
+{
+	ACTIVATE(device);
+	CUDA_TRY(submit_add_directions(device, rows, directions));
+	return STATUS_OK;
+}
+
 /* Counts in pinned memory, which the device can reach. */
 static enum status cuda_count_nonfinite(struct device *device, const struct gather *region,
                                         int64_t *n)
@@ -685,6 +693,7 @@ const struct backend cuda_backend = {
         .count_nonfinite = cuda_count_nonfinite,
         .gather = cuda_gather,
         .add = cuda_add,
+        .add_directions = cuda_add_directions,
         .range_push = cuda_range_push,
         .range_pop = cuda_range_pop,
 };

@@ -152,6 +152,15 @@ DESCRIPTION(rotate_step, .is_step = true);
 
 /* ---- attention ---- */
 
+static void add_queries(struct operand_list *l, struct view *q, struct dimension b,
+                        struct dimension t, struct dimension h, struct dimension d)
+{
+	struct operand *o = add_view(l, ROLE_INPUT, "q", q, b, t, h, d);
+
+	o->draw = DRAW_SCORES;
+	o->side = SIDE_QUERIES;
+}
+
 static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
 {
 	struct attention_args *a = args;
@@ -179,8 +188,8 @@ static void describe_attention(void *args, struct operand_list *l)
 	struct operand *o;
 
 	cut_heads(l, &a->batch, &a->n_heads, &a->q_heads);
-	add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d)->draw = DRAW_SCORES;
-	add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d);
+	add_queries(l, &a->q, b, t, GROUPS(a->q_heads), d);
+	add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d)->side = SIDE_KEYS;
 	add_view(l, ROLE_INPUT, "v", &a->v, b, s, h, d);
 	/* Chunk 0 sees no key: it needs the token's own. */
 	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
@@ -310,7 +319,7 @@ static void describe_attention_step(void *args, struct operand_list *l)
 
 	cut_heads(l, &a->batch, &a->n_heads, NULL);
 	add_position(l, &a->position, step_position(a->position_hint, a->kv_slots) + 1);
-	add_view(l, ROLE_INPUT, "q", &a->q, b, TOKENS(1), h, d)->draw = DRAW_SCORES;
+	add_queries(l, &a->q, b, TOKENS(1), h, d);
 	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), h, d);
 	add_view(l, ROLE_INPUT, "v", &a->v, b, TOKENS(1), h, d);
 	for (int i = 0; i < 2; i++) {
@@ -319,6 +328,7 @@ static void describe_attention_step(void *args, struct operand_list *l)
 
 		o->read = width * (double)others_seen(a);
 		o->written = width;
+		o->side = i == 0 ? SIDE_KEYS : SIDE_NONE;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
 }
