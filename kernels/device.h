@@ -89,6 +89,8 @@ struct device {
 	 * one to prefer to the last resort; ends with an entry whose run is NULL.
 	 */
 	const struct kernel *kernels;
+	/* Where among them those begin that are not the backend's own; NULL: nowhere. */
+	const struct kernel *others;
 	void *state; /* the backend's own */
 	/*
 	 * The same place once more, where every floating-point tensor holds doubles

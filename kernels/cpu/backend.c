@@ -64,6 +64,7 @@ static enum status cpu_open(const char *which, const struct kernel *const *more,
 	                            .activation = DTYPE_F32,
 	                            .wide = DTYPE_F32,
 	                            .kernels = cpu->kernels,
+	                            .others = cpu->kernels + kernels_count(cpu_kernels),
 	                            .state = cpu,
 	                            .reference = &cpu->reference};
 	*device = &cpu->base;

@@ -377,6 +377,8 @@ static enum status open_gpu(struct device *device, const char *which)
 	if (status != STATUS_OK)
 		return status;
 	device->kernels = state->kernels;
+	device->others =
+	        state->kernels + kernels_count(hopper_kernels) + kernels_count(portable_kernels);
 	if (cudaDeviceGetPCIBusId(pci_bus_id, sizeof pci_bus_id, state->index) == cudaSuccess)
 		state->nvml = nvml_open(pci_bus_id);
 	state->is_hopper = state->properties.major == 9 && state->properties.minor == 0 &&
