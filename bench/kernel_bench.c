@@ -223,10 +223,13 @@ static enum status add_all_data(const struct options *o, const struct case_row *
                                 const struct form *form, const struct bench_case *c,
                                 struct sweep *sweep)
 {
-	for (int i = 0; i < o->data.count; i++) {
+	const bool every = row->every_data && !options_given(o, "data");
+	const int count = every ? DATA_ZEROS : o->data.count;
+
+	for (int i = 0; i < count; i++) {
 		struct bench_case one = *c;
 
-		one.data = data_find(o->data.word[i]);
+		one.data = every ? (enum data)i : data_find(o->data.word[i]);
 		TRY(add_case(o, row, form, &one, sweep));
 	}
 	return STATUS_OK;

@@ -41,12 +41,20 @@ bool data_has_directions(enum data data);
 
 enum { DATA_TOPICS = 16, SINK_TOKENS = 4, TOKENS_PER_LATER_SINK = 1024 };
 
+/* What is spanned by directions: a head, or the channels of a model from which projections make
+ * queries and keys. */
+enum space { SPACE_HEAD, SPACE_MODEL_QUERIES, SPACE_MODEL_KEYS };
+
 /* The directions of some queries, or of some keys. */
 struct directions {
 	enum data data;
 	bool keys;
-	uint64_t seed;  /* the same for queries and their keys */
+	enum space space;
+	uint64_t seed;
 	int64_t length; /* tokens of a sequence; strengths depend on how far a key is along it */
+	/* Of heads whose pairs (i, i + half) positions turn: the last `slow` of them alone have a
+	 * direction. 0: all channels. */
+	int64_t half, slow;
 	/* Of each element of a query: how much of its direction's sign; of a key: how much for each
 	 * unit of strength. */
 	float share;
@@ -55,8 +63,9 @@ struct directions {
 /* ---- the parts, for the host and a device ---- */
 
 enum {
-	STREAM_SIGNS = 1 << 21, /* and of each topic one more */
-	STREAM_QUERIES = STREAM_SIGNS + DATA_TOPICS,
+	SEED_OF_SIGNS = 1,
+	STREAM_SIGNS = 1 << 21, /* and of each topic in each space one more */
+	STREAM_QUERIES = STREAM_SIGNS + 3 * DATA_TOPICS,
 	STREAM_KEYS
 };
 
@@ -68,12 +77,25 @@ NOISE_FUNCTION uint64_t direction_bits(const struct directions *d, int64_t seque
 	return noise_bits(d->seed, stream, (uint64_t)(sequence * d->length + position));
 }
 
-/* -1 or 1: element `channel` of a topic's direction. */
-NOISE_FUNCTION float direction_sign(uint64_t seed, int topic, int64_t channel)
+/* -1 or 1: element `channel` of a topic's direction, the same for queries and keys of any seed. */
+NOISE_FUNCTION float direction_sign(enum space space, int topic, int64_t channel)
 {
-	const uint64_t bits = noise_bits(seed, STREAM_SIGNS + (uint64_t)topic, (uint64_t)channel);
+	const uint64_t stream = STREAM_SIGNS + (uint64_t)space * DATA_TOPICS + (uint64_t)topic;
 
-	return bits & 1 ? 1.0f : -1.0f;
+	return noise_bits(SEED_OF_SIGNS, stream, (uint64_t)channel) & 1 ? 1.0f : -1.0f;
+}
+
+/* The same, 0 where the direction has nothing. */
+NOISE_FUNCTION float direction_element(const struct directions *d, int topic, int64_t channel)
+{
+	const bool fast = d->half > 0 && channel % d->half < d->half - d->slow;
+
+	return fast ? 0.0f : direction_sign(d->space, topic, channel);
+}
+
+static inline int data_topics(enum data data)
+{
+	return data == DATA_PEAKED ? DATA_TOPICS : 1;
 }
 
 NOISE_FUNCTION int direction_topic(enum data data, uint64_t bits)
@@ -92,7 +114,7 @@ NOISE_FUNCTION float key_strength(const struct directions *d, int64_t position, 
 
 	if (d->data == DATA_SINKS)
 		return position < SINK_TOKENS                      ? 12.0f
-		       : (bits >> 24) % TOKENS_PER_LATER_SINK == 0 ? 10.0f
+		       : (bits >> 24) % TOKENS_PER_LATER_SINK == 0 ? 8.0f
 		                                                   : 0.0f;
 	const float slope = direction_topic(d->data, bits) % 2 ? 1.5f - along : 0.5f + along;
 

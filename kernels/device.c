@@ -282,6 +282,6 @@ void add_directions_on_host(const struct strided *rows, const struct directions 
 
 		for (int64_t c = 0; share != 0 && c < n[3]; c++)
 			add_to_element(rows->dtype, to + (size_t)(c * s[3]) * size,
-			               share * direction_sign(directions->seed, topic, c));
+			               share * direction_element(directions, topic, c));
 	}
 }

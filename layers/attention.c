@@ -25,6 +25,13 @@ static bool has_window(const struct layer_config *config)
 	return config->class == &swa_layer;
 }
 
+static struct score_parts attention_scores(const struct layer_config *config)
+{
+	const int64_t d = config->d_model;
+
+	return (struct score_parts){BLOCK_Q * d, d, BLOCK_K * d, d, head_width(config), STATE_K};
+}
+
 /* Slots of the cache: a ring of the window and the token itself, or every position. */
 static int64_t cache_slots(const struct layer_config *config, const struct layer_shape *shape)
 {
@@ -246,7 +253,7 @@ static enum status attention_step(const struct layer_run *run)
 	.mixes = true, .check = mixing_check, .proj_width = mixing_three_widths,                   \
 	.parameters = mixing_parameters, .state = attention_state, .saved = attention_saved,       \
 	.scratch = attention_scratch, .forward = attention_forward,                                \
-	.backward = attention_backward, .step = attention_step,                                    \
+	.backward = attention_backward, .step = attention_step, .scores = attention_scores,        \
 	.golden_names = mixing_golden_names
 
 /* A step writes at its own position alone. */

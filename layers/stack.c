@@ -73,6 +73,7 @@ enum status stack_configure(struct stack *stack, struct device *device,
 	stack->device = device;
 	stack->vocab = options->vocab;
 	stack->d_model = options->d_model;
+	stack->data = options->data;
 	if (options->d_model < 1)
 		return status_set(STATUS_INVALID, "--d-model %lld (allowed: 1 or more)",
 		                  (long long)options->d_model);

@@ -1,8 +1,9 @@
 /*
  * What the kinds of data are like: sinks draw every query, peaked scores have heavy tails and
- * maxima that grow late from either end.
+ * maxima that grow late from either end; of single operations, and of layers behind their norm,
+ * projection and rotation.
  */
-#include "tests/test.h"
+#include "tests/stacks.h"
 
 #include "kernels/data.h"
 #include "kernels/problem.h"
@@ -147,4 +148,142 @@ TEST(names)
 	for (int data = 0; data < DATA_COUNT; data++)
 		assert_int_equal(data_find(data_name((enum data)data)), data);
 	assert_int_equal(data_find("random"), DATA_COUNT);
+}
+
+/* ---- stacks ---- */
+
+/* A pass of one layer on the CPU, D = 128 in two heads, whose scores have not been magnified. */
+static struct fixture *shaped(const char *pattern, enum data data, enum pass pass)
+{
+	struct stack_options options = small_options(pattern);
+
+	options.data = data;
+	options.d_model = 128;
+	options.n_heads = 2;
+	options.rope = 1;
+	struct fixture *f = fixture_open(cpu, &options, shape_of(pass, 1, SEQ_LEN), 3);
+	require_ok(stack_initialize(&f->stack, 3));
+	if (pass == PASS_GENERATION)
+		require_ok(stack_fill_state(&f->stack, SEQ_LEN - 1, 4));
+	fixture_run(f);
+	return f;
+}
+
+/* The arguments of the run's operation of this kind, which reads what is still there. */
+static union any_args arguments_of(struct fixture *f, enum operation operation)
+{
+	scoped struct kernel_plan *plan = new_memory(sizeof *plan);
+	struct context planning = f->ctx;
+	struct call_list list = {0};
+	union any_args args = {0};
+
+	memset(plan, 0, sizeof *plan);
+	planning.plan = plan;
+	planning.list = &list;
+	require_ok(stack_run(&f->stack, &planning));
+	for (int i = 0; i < list.count; i++)
+		if (list.calls[i].operation == operation)
+			args = list.calls[i].args;
+	free(list.calls);
+	return args;
+}
+
+static const float *row_of(const struct view *view, int64_t t, int64_t h)
+{
+	return (const float *)view->data + t * view->token + h * view->head;
+}
+
+/* The score of a query with each key, all in head `h`. */
+static void scores_of(const struct view *q, int64_t query, const struct view *k, int64_t h,
+                      int64_t d, int64_t count, double *scores)
+{
+	for (int64_t key = 0; key < count; key++) {
+		scores[key] = 0;
+		for (int64_t i = 0; i < d; i++)
+			scores[key] += (double)(row_of(q, query, h)[i] * row_of(k, key, h)[i]);
+		scores[key] /= sqrt((double)d);
+	}
+}
+
+/* The mean over a layer's late queries of the weight of the first tokens. */
+static double first_weight_of_layer(const char *pattern, enum data data)
+{
+	scoped_fixture struct fixture *f = shaped(pattern, data, PASS_PREFILL);
+	const struct attention_args a = arguments_of(f, OP_ATTENTION).attention;
+	scoped double *scores = new_memory(SEQ_LEN * sizeof *scores);
+	double sum = 0;
+
+	for (int i = 0; i < N_QUERIES; i++) {
+		double all = 0, part = 0;
+
+		scores_of(&a.q, query_number(i), &a.k, i % 2, a.d_head, query_number(i) + 1,
+		          scores);
+		for (int key = 0; key <= query_number(i); key++)
+			all += exp(scores[key]);
+		for (int key = 0; key < SINK_TOKENS; key++)
+			part += exp(scores[key]);
+		sum += part / all;
+	}
+	return sum / N_QUERIES;
+}
+
+TEST(test_sinks_of_a_layer_survive_norm_and_rotation)
+{
+	assert_true(first_weight_of_layer("attention", DATA_SINKS) > 0.5);
+	assert_true(first_weight_of_layer("attention", DATA_NORMAL) < 0.02);
+}
+
+static double largest_score_of_layer(enum data data)
+{
+	scoped_fixture struct fixture *f = shaped("attention", data, PASS_PREFILL);
+	const struct attention_args a = arguments_of(f, OP_ATTENTION).attention;
+	scoped double *scores = new_memory(SEQ_LEN * sizeof *scores);
+	double sum = 0;
+
+	for (int i = 0; i < N_QUERIES; i++) {
+		double top = -INFINITY;
+
+		scores_of(&a.q, query_number(i), &a.k, i % 2, a.d_head, query_number(i) + 1,
+		          scores);
+		for (int key = 0; key <= query_number(i); key++)
+			top = fmax(top, scores[key]);
+		sum += top;
+	}
+	return sum / N_QUERIES;
+}
+
+TEST(test_peaked_scores_of_a_layer)
+{
+	assert_true(largest_score_of_layer(DATA_PEAKED) > 12);
+	assert_true(largest_score_of_layer(DATA_NORMAL) < 5);
+}
+
+TEST(test_caches_have_sinks_too)
+{
+	scoped_fixture struct fixture *f = shaped("attention", DATA_SINKS, PASS_GENERATION);
+	const struct attention_step_args a = arguments_of(f, OP_ATTENTION_STEP).attention_step;
+	scoped double *scores = new_memory(SEQ_LEN * sizeof *scores);
+	double sinks = 0, others = 0;
+
+	/* The query is rotated to its position by the step itself. */
+	scores_of(&a.q, 0, &a.k_cache, 0, a.d_head, SEQ_LEN, scores);
+	for (int key = 0; key < SEQ_LEN; key++)
+		*(key < SINK_TOKENS ? &sinks : &others) += scores[key];
+	assert_true(sinks / SINK_TOKENS > 5);
+	assert_true(fabs(others / (SEQ_LEN - SINK_TOKENS)) < 1);
+}
+
+TEST(test_zeros_and_small)
+{
+	scoped_fixture struct fixture *zeros = shaped("rat:16", DATA_ZEROS, PASS_PREFILL);
+	scoped_fixture struct fixture *small = shaped("rat:16", DATA_SMALL, PASS_PREFILL);
+	scoped float *y = read_floats(zeros, zeros->stack.y, 0, SEQ_LEN * 128);
+	scoped float *x = read_floats(small, small->stack.x, 0, SEQ_LEN * 128);
+	double squares = 0;
+
+	for (int i = 0; i < SEQ_LEN * 128; i++) {
+		assert_true(y[i] == 0);
+		squares += (double)(x[i] * x[i]);
+	}
+	assert_true(fabs(sqrt(squares / (SEQ_LEN * 128)) - 0.02) < 0.001);
 }

@@ -173,7 +173,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 		for (int64_t c = threadIdx.x % 32; share != 0.0f && c < n[3]; c += 32)
 			to[c * s[3]] =
-			        (T)((float)to[c * s[3]] + share * direction_sign(d.seed, topic, c));
+			        (T)((float)to[c * s[3]] + share * direction_element(&d, topic, c));
 	}
 }
 
