@@ -43,6 +43,16 @@ struct kernel_bench {
 	struct note notes[MAX_NOTES];
 };
 
+/* Another, which holds no memory yet. */
+static void *clone(void *self)
+{
+	struct kernel_bench *copy = calloc(1, sizeof *copy);
+
+	if (copy)
+		copy->device = ((struct kernel_bench *)self)->device;
+	return copy;
+}
+
 static void use(void *self, struct device *device)
 {
 	((struct kernel_bench *)self)->device = device;
@@ -638,6 +648,7 @@ int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
 	static struct kernel_bench bench;
 	static const struct subject subject = {
 	        .self = &bench,
+	        .clone = clone,
 	        .sweep = make_sweep,
 	        .operation = operation_of,
 	        .note = note,

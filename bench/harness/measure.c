@@ -175,7 +175,7 @@ static enum status verify_variant(struct group *g, struct variant *v,
 		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, allowed %.3g", v->rel_err,
 		                  where[0] ? " in " : "", where, rule->tolerance);
 	}
-	if (status == STATUS_OK && c->data == DATA_ZEROS) {
+	if (status == STATUS_OK && m->c->data == DATA_ZEROS) {
 		/* A kernel that does nothing right makes zeros of zeros, too. */
 		v->rel_err = NAN;
 		snprintf(v->message, sizeof v->message, "zeros: finite, otherwise not verified");

@@ -108,7 +108,9 @@ static void name_of(const struct record *r, char *name, size_t size)
 
 	pattern_names(r->pattern, ',', names, sizeof names);
 	const char *more = r->model[0] ? r->model : strcmp(names, r->block) ? names : "";
-	snprintf(name, size, "%s%s%s", r->block, more[0] ? " " : "", more);
+	const bool usual = strcmp(r->data, data_name(DATA_NORMAL)) == 0;
+	snprintf(name, size, "%s%s%s%s%s", r->block, more[0] ? " " : "", more, usual ? "" : " ",
+	         usual ? "" : r->data);
 }
 
 static void print_ratio_row(FILE *file, const struct record *r)
