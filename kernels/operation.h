@@ -72,7 +72,7 @@ struct operand {
 	enum side side;
 	const char *alias; /* of an output: the input whose place it may take */
 	/* Of an output that may cancel to nothing: it is held against `terms` times the root mean
-	 * square of this input, if that is more than what remains. */
+	 * squares of these inputs, "dout*v*k", if that is more than what remains. */
 	const char *against;
 	float terms;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is

@@ -5,6 +5,7 @@
  */
 #include "tests/stacks.h"
 
+#include "kernels/check.h"
 #include "kernels/data.h"
 #include "kernels/problem.h"
 
@@ -286,4 +287,42 @@ TEST(test_zeros_and_small)
 		squares += (double)(x[i] * x[i]);
 	}
 	assert_true(fabs(sqrt(squares / (SEQ_LEN * 128)) - 0.02) < 0.001);
+}
+
+/* Gradients of small inputs are small: one that is wrong must not pass for cancellation. */
+TEST(test_wrong_gradients_are_seen_whatever_the_data)
+{
+	static const struct operation_form causal = {"attention_forward", .mask = MASK_CAUSAL};
+	enum { T = 128, COUNT = T * D, WORKSPACE = 1 << 24 };
+	const struct check_options options = {.rows = 1024, .seed = 1};
+
+	for (int data = 0; data < DATA_ZEROS; data++) {
+		const struct problem_form form = {.variant = &causal,
+		                                  .sizes = {1, T, 1, 1, .d_head = D},
+		                                  .seed = 5,
+		                                  .data = (enum data)data};
+		struct context ctx = {.device = cpu, .workspace_bytes = WORKSPACE};
+		struct problem p;
+
+		problem_plan(&p, cpu, OP_ATTENTION_BACKWARD, &form, NULL);
+		scoped void *memory = new_memory(p.bytes), *workspace = new_memory(WORKSPACE);
+		problem_plan(&p, cpu, OP_ATTENTION_BACKWARD, &form, memory);
+		require_ok(problem_fill(&p, false));
+		ctx.workspace = workspace;
+		require_ok(kernel_run(&ctx, OP_ATTENTION_BACKWARD, &p.args));
+		const struct attention_backward_args *a = &p.args.attention_backward;
+		float *const gradients[] = {NULL, a->dq.data, a->dk.data, a->dv.data};
+
+		for (size_t wrong = 0; wrong < COUNT_OF(gradients); wrong++) {
+			struct check_result result = {0};
+
+			for (int i = 0; wrong && i < COUNT; i++)
+				gradients[wrong][i] *= 1.5f;
+			require_ok(check_operation(cpu, OP_ATTENTION_BACKWARD, &p.args, &options,
+			                           &result));
+			assert_true(wrong ? result.worst_row > 0.4 : result.worst_row < 1e-4);
+			for (int i = 0; wrong && i < COUNT; i++)
+				gradients[wrong][i] /= 1.5f;
+		}
+	}
 }

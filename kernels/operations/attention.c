@@ -267,8 +267,9 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
 	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
-	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout*v*k",
+	        0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d), "dout*v*q", 0.1);
 	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, h, d), "dout", 0.1);
 	if (a->gate.data)
 		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
