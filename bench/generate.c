@@ -433,7 +433,7 @@ static double relative_error(const float *a, const float *b, int64_t count)
 		difference += pow((double)a[i] - (double)b[i], 2);
 		norm += pow(b[i], 2);
 	}
-	double error = sqrt(difference / norm);
+	double error = difference == 0 ? 0 : sqrt(difference / norm);
 
 	return isfinite(error) ? error : INFINITY;
 }

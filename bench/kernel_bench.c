@@ -25,7 +25,9 @@ enum {
 
 /* What the table at the end says of a row. */
 struct note {
-	char label[96], provider[MAX_WORD];
+	char label[128], provider[MAX_WORD];
+	char series[128]; /* the label without what data are like */
+	enum data data;
 	double ms, tflops, gb_per_s, roofline_pct;
 	bool ok;
 };
@@ -40,6 +42,16 @@ struct kernel_bench {
 	int n_notes;
 	struct note notes[MAX_NOTES];
 };
+
+/* Another, which holds no memory yet. */
+static void *clone(void *self)
+{
+	struct kernel_bench *copy = calloc(1, sizeof *copy);
+
+	if (copy)
+		copy->device = ((struct kernel_bench *)self)->device;
+	return copy;
+}
 
 static void use(void *self, struct device *device)
 {
@@ -105,15 +117,23 @@ static struct form form_of_case(const struct bench_case *c)
 	return form;
 }
 
+/* The operands of a form at some small sizes. */
+static void operands_of(const struct form *form, struct operand_list *list)
+{
+	const struct sizes small = {1, 2, 2, 1, 1, 4, 4, 4, 8, 8, 8, 2, 2, 1, 4, false, 0};
+	static union any_args args;
+
+	args = (union any_args){0};
+	operation_describes(form->operation)->size(&args, &small, form->variant);
+	operation_describe(form->operation, &args, list);
+}
+
 /* Whether a sequence's length makes a difference: the operation mixes tokens, or has a cache. */
 static bool has_length(const struct form *form)
 {
-	const struct sizes small = {1, 2, 2, 1, 1, 4, 4, 4, 8, 8, 8, 2, 2, 1, 4, false, 0};
-	union any_args args = {0};
 	struct operand_list list;
 
-	operation_describes(form->operation)->size(&args, &small, form->variant);
-	operation_describe(form->operation, &args, &list);
+	operands_of(form, &list);
 	for (int i = 0; i < list.count; i++)
 		for (int d = 0; d < OPERAND_DIMS; d++)
 			if ((list.operand[i].axis[d] == AXIS_TOKEN &&
@@ -121,6 +141,18 @@ static bool has_length(const struct form *form)
 			    list.operand[i].axis[d] == AXIS_KEY)
 				return true;
 	return false;
+}
+
+/* Whether the operation has scores, which data can give a shape. */
+static bool has_scores(const struct form *form)
+{
+	struct operand_list list;
+	bool found = false;
+
+	operands_of(form, &list);
+	for (int i = 0; i < list.count; i++)
+		found = found || list.operand[i].side != SIDE_NONE;
+	return found;
 }
 
 static bool is_step(const struct form *form)
@@ -168,6 +200,9 @@ static enum status complete_case(const struct options *o, const struct case_row 
 	const int64_t keys = half ? c->d_model / 2 : c->d_model;
 	const int64_t widening = form->variant->widening;
 
+	/* Where there are no scores it makes no difference what they are like. */
+	if (data_has_directions(c->data) && !has_scores(form))
+		c->data = DATA_NORMAL;
 	if (c->n_heads < 1 || c->d_model % (2 * c->n_heads) != 0)
 		return status_set(STATUS_INVALID,
 		                  "--heads: %lld (allowed: a number that divides half the width of "
@@ -216,6 +251,23 @@ static enum status add_case(const struct options *o, const struct case_row *row,
 	return STATUS_OK;
 }
 
+/* A case for each --data, side by side. */
+static enum status add_all_data(const struct options *o, const struct case_row *row,
+                                const struct form *form, const struct bench_case *c,
+                                struct sweep *sweep)
+{
+	const bool every = row->every_data && !options_given(o, "data");
+	const int count = every ? DATA_ZEROS : o->data.count;
+
+	for (int i = 0; i < count; i++) {
+		struct bench_case one = *c;
+
+		one.data = every ? (enum data)i : data_find(o->data.word[i]);
+		TRY(add_case(o, row, form, &one, sweep));
+	}
+	return STATUS_OK;
+}
+
 /* The lengths of a row: its own, or those of --seq-len; one where a length makes no difference. */
 static struct values lengths_of(const struct options *o, const struct case_row *row,
                                 const struct form *form)
@@ -256,13 +308,11 @@ static enum status add_row(const struct options *o, const struct case_row *row,
 		for (int h = 0; h < heads.count; h++)
 			for (int l = 0; l < chunk.count; l++)
 				for (int t = 0; t < lengths.count; t++) {
-					struct bench_case one = c;
-
-					one.d_model = o->d_model.value[w];
-					one.n_heads = heads.value[h];
-					one.chunk = chunk.value[l];
-					one.seq_len = lengths.value[t];
-					TRY(add_case(o, row, form, &one, sweep));
+					c.d_model = o->d_model.value[w];
+					c.n_heads = heads.value[h];
+					c.chunk = chunk.value[l];
+					c.seq_len = lengths.value[t];
+					TRY(add_all_data(o, row, form, &c, sweep));
 				}
 	return STATUS_OK;
 }
@@ -370,6 +420,7 @@ static void plan_problem(struct problem *p, struct device *device, const struct 
 	                  .window = c->window,
 	                  .vocab = VOCABULARY},
 	        .seed = seed,
+	        .data = c->data,
 	};
 
 	problem_plan(p, device, form.operation, &how, memory);
@@ -502,11 +553,15 @@ static void note(void *self, const struct bench_case *c, const struct record *re
 {
 	struct kernel_bench *bench = self;
 	struct note *n = &bench->notes[bench->n_notes];
+	struct bench_case plain = *c;
 
 	if (bench->n_notes == MAX_NOTES)
 		return;
 	bench->n_notes++;
+	plain.data = DATA_NORMAL;
+	n->data = c->data;
 	label_case(c, n->label, sizeof n->label);
+	label_case(&plain, n->series, sizeof n->series);
 	snprintf(n->provider, sizeof n->provider, "%s", record->requested);
 	n->ok = strcmp(record->status, status_name(STATUS_OK)) == 0;
 	n->ms = record->latency_ms;
@@ -536,6 +591,79 @@ static double best_public(const struct kernel_bench *bench, const char *label)
 	return best;
 }
 
+/* Of one provider the times of a case on each kind of data. */
+struct spread {
+	double ms[DATA_COUNT]; /* NAN: not measured */
+	int count;
+};
+
+static struct spread spread_of(const struct kernel_bench *bench, const struct note *like)
+{
+	struct spread spread = {.count = 0};
+
+	for (int d = 0; d < DATA_COUNT; d++)
+		spread.ms[d] = NAN;
+	for (int i = 0; i < bench->n_notes; i++) {
+		const struct note *n = &bench->notes[i];
+
+		if (!n->ok || strcmp(n->series, like->series) != 0 ||
+		    strcmp(n->provider, like->provider) != 0)
+			continue;
+		spread.count += isnan(spread.ms[n->data]);
+		spread.ms[n->data] = n->ms;
+	}
+	return spread;
+}
+
+/* Whether a note is the first of its case and provider, whatever its data. */
+static bool is_first(const struct kernel_bench *bench, const struct note *note)
+{
+	for (const struct note *n = bench->notes; n < note; n++)
+		if (n->ok && strcmp(n->series, note->series) == 0 &&
+		    strcmp(n->provider, note->provider) == 0)
+			return false;
+	return note->ok;
+}
+
+static void print_spread(FILE *file, const struct note *note, const struct spread *spread)
+{
+	double loss = 0;
+
+	fprintf(file, "%-60s %-18s", note->series, note->provider);
+	for (int d = 0; d < DATA_COUNT; d++) {
+		if (isnan(spread->ms[d]))
+			fprintf(file, " %9s", "");
+		else
+			fprintf(file, " %9.4g", spread->ms[d]);
+		loss = fmax(loss, spread->ms[d] / spread->ms[DATA_NORMAL] - 1);
+	}
+	if (!isnan(spread->ms[DATA_NORMAL]))
+		fprintf(file, " %6.1f%%", 100 * loss);
+	fputc('\n', file);
+}
+
+/* What difference the data make, where a case was measured on several kinds of them. */
+static void print_spreads(const struct kernel_bench *bench, FILE *file)
+{
+	bool any = false;
+
+	for (int i = 0; i < bench->n_notes; i++) {
+		const struct note *n = &bench->notes[i];
+		const struct spread spread = spread_of(bench, n);
+
+		if (spread.count < 2 || !is_first(bench, n))
+			continue;
+		if (!any) {
+			fprintf(file, "\n%-60s %-18s", "ms by data", "provider");
+			for (int d = 0; d < DATA_COUNT; d++)
+				fprintf(file, " %9s", data_name((enum data)d));
+			fputs(" largest loss against normal\n", file);
+		}
+		any = true;
+		print_spread(file, n, &spread);
+	}
+}
+
 static void finish(void *self, FILE *file)
 {
 	const struct kernel_bench *bench = self;
@@ -557,6 +685,7 @@ static void finish(void *self, FILE *file)
 			fprintf(file, " %6.2f", best / n->ms);
 		fputc('\n', file);
 	}
+	print_spreads(bench, file);
 }
 
 int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
@@ -565,6 +694,7 @@ int kernel_bench_main(const struct driver *driver, const struct case_row *paper,
 	static struct kernel_bench bench;
 	static const struct subject subject = {
 	        .self = &bench,
+	        .clone = clone,
 	        .sweep = make_sweep,
 	        .operation = operation_of,
 	        .note = note,

@@ -18,6 +18,7 @@ struct case_row {
 	bool wide_keys;               /* keys as wide as values, whatever the form */
 	int64_t batch;                /* of steps, else tokens; 0: --batch, --tokens */
 	int64_t window, chunk;        /* 0: none */
+	bool every_data;              /* without --data: every kind of it that is verified */
 };
 
 /*

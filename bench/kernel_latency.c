@@ -1,27 +1,30 @@
 /*
  * Single operations: every provider of each, on the same tensors. The cases of
  * the paper's preset are those that other libraries publish figures of; the
- * other presets take their lengths from --seq-len.
+ * other presets take their lengths from --seq-len. Attention comes with every kind of data.
  */
 #include "bench/kernel_bench.h"
 
 static const struct case_row paper[] = {
-        {.block = "attention_forward", .seq_len = {4096, 16384, 131072}},
-        {.block = "attention_forward", .seq_len = {16384}, .n_heads = 32},
-        {.block = "attention_forward", .seq_len = {16384, 131072}, .window = 1024},
-        {.block = "attention_forward", .seq_len = {4096, 131072}, .chunk = 16},
+        {.block = "attention_forward", .seq_len = {4096, 16384, 131072}, .every_data = true},
+        {.block = "attention_forward", .seq_len = {16384}, .n_heads = 32, .every_data = true},
+        {.block = "attention_forward",
+         .seq_len = {16384, 131072},
+         .window = 1024,
+         .every_data = true},
+        {.block = "attention_forward", .seq_len = {4096, 131072}, .chunk = 16, .every_data = true},
         {.block = "attention_forward", .seq_len = {16384}, .kv_heads = 8},
         {.block = "attention_forward", .seq_len = {16384}, .kv_heads = 2},
-        {.block = "attention_backward", .seq_len = {4096, 16384, 131072}},
+        {.block = "attention_backward", .seq_len = {4096, 16384, 131072}, .every_data = true},
         {.block = "attention_backward", .seq_len = {16384}, .kv_heads = 8},
         {.block = "attention_backward", .seq_len = {16384}, .kv_heads = 2},
-        {.block = "attention_backward", .seq_len = {4096, 131072}, .chunk = 16},
-        {.block = "attention_decode", .seq_len = {256, 4096, 16384}},
+        {.block = "attention_backward", .seq_len = {4096, 131072}, .chunk = 16, .every_data = true},
+        {.block = "attention_decode", .seq_len = {256, 4096, 16384}, .every_data = true},
         {.block = "attention_decode", .seq_len = {131072}, .batch = 16},
         {.block = "attention_decode", .seq_len = {4096, 16384}, .kv_heads = 8},
         {.block = "attention_decode", .seq_len = {4096, 16384}, .kv_heads = 2},
         {.block = "rat_scan_forward", .seq_len = {4096, 131072}, .chunk = 16},
-        {.block = "rat_decode", .seq_len = {4096, 131072}, .chunk = 16},
+        {.block = "rat_decode", .seq_len = {4096, 131072}, .chunk = 16, .every_data = true},
         {.block = "recurrence_forward", .seq_len = {4096, 131072, 262144}},
         {.block = "gated_recurrence_forward", .seq_len = {4096, 131072, 262144}},
         {.block = "recurrence_step"},
@@ -43,15 +46,15 @@ static const struct case_row paper[] = {
 /* At other sizes every operation as it comes, and attention with RAT's chunks, in a window, and
  * with one head of keys for all. */
 static const struct case_row other[] = {
-        {.block = "attention_forward"},
+        {.block = "attention_forward", .every_data = true},
         {.block = "attention_forward", .window = 64},
         {.block = "attention_forward", .chunk = 16},
         {.block = "attention_forward", .kv_heads = 1},
-        {.block = "attention_backward"},
+        {.block = "attention_backward", .every_data = true},
         {.block = "attention_backward", .window = 64},
         {.block = "attention_backward", .chunk = 16},
         {.block = "attention_backward", .kv_heads = 1},
-        {.block = "attention_decode"},
+        {.block = "attention_decode", .every_data = true},
         {.block = "attention_decode", .kv_heads = 1},
         {0},
 };

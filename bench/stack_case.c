@@ -96,6 +96,7 @@ struct stack_options stack_case_options(const struct bench_case *c)
 	        .prenorm = true,
 	        .residual = true,
 	        .norm_eps = 1e-6f,
+	        .data = c->data,
 	};
 }
 

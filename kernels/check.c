@@ -1,6 +1,7 @@
 #include "kernels/check.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -738,20 +739,27 @@ static enum status fetch_input(const struct check *c, const struct group *g, int
 	return STATUS_OK;
 }
 
-/* terms times the root mean square of the input that an output is held against. */
+/* terms times the root mean squares of the inputs whose product an output is held against. */
 static enum status find_least(const struct check *c, const struct group *g, int part,
                               const struct operand *o, double *least)
 {
-	const struct operand *against = named(c, o->against);
-	double *values = NULL;
-	int64_t count = 0;
-	enum status status =
-	        against ? fetch_input(c, g, part, against, &values, &count) : STATUS_OK;
+	for (const char *name = o->against; name; name = strchr(name, '*')) {
+		char one[32];
+		double *values = NULL;
+		int64_t count = 0;
 
-	if (values && count > 0)
-		*least = o->terms * length_of(count, values) / sqrt((double)count);
-	free(values);
-	return status;
+		name += *name == '*';
+		snprintf(one, sizeof one, "%.*s", (int)strcspn(name, "*"), name);
+		const struct operand *against = named(c, one);
+
+		if (!against)
+			return STATUS_OK;
+		TRY(fetch_input(c, g, part, against, &values, &count));
+		*least = name == o->against ? o->terms : *least;
+		*least *= count > 0 ? length_of(count, values) / sqrt((double)count) : 0;
+		free(values);
+	}
+	return STATUS_OK;
 }
 
 /* Output i of a part that was computed, or of the sum of all, against what is there. */

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/data.h"
+
 #ifdef WITH_CUDA
 extern const struct backend cuda_backend;
 #endif
@@ -262,4 +264,32 @@ int64_t nonfinite_on_host(const struct gather *gather)
 			                                       (size_t)(l * gather->stride[3]) *
 			                                               dtype_size(gather->dtype)));
 	return n;
+}
+
+static void add_to_element(enum dtype dtype, void *at, float x)
+{
+	if (dtype == DTYPE_F64)
+		*(double *)at += (double)x;
+	else if (dtype == DTYPE_F32)
+		*(float *)at += x;
+	else
+		*(uint16_t *)at = bf16_from_float(float_from_bf16(*(uint16_t *)at) + x);
+}
+
+void add_directions_on_host(const struct strided *rows, const struct directions *directions)
+{
+	const int64_t *n = rows->size, *s = rows->stride;
+	const size_t size = dtype_size(rows->dtype);
+
+#pragma omp parallel for schedule(static)
+	for (int64_t row = 0; row < n[0] * n[1] * n[2]; row++) {
+		const int64_t i = row / (n[1] * n[2]), j = row / n[2] % n[1], k = row % n[2];
+		char *to = (char *)rows->data + (size_t)(i * s[0] + j * s[1] + k * s[2]) * size;
+		int topic;
+		const float share = direction_share(directions, i, j, k, &topic);
+
+		for (int64_t c = 0; share != 0 && c < n[3]; c++)
+			add_to_element(rows->dtype, to + (size_t)(c * s[3]) * size,
+			               share * direction_element(directions, topic, c));
+	}
 }

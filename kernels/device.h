@@ -28,7 +28,9 @@ const char *dtype_name(enum dtype dtype);
 
 struct kernel;
 struct device;
+struct directions;
 struct gather;
+struct strided;
 
 /* What a row says about the device. Strings are owned by the caller's struct. */
 struct device_info {
@@ -87,6 +89,8 @@ struct device {
 	 * one to prefer to the last resort; ends with an entry whose run is NULL.
 	 */
 	const struct kernel *kernels;
+	/* Where among them those begin that are not the backend's own; NULL: nowhere. */
+	const struct kernel *others;
 	void *state; /* the backend's own */
 	/*
 	 * The same place once more, where every floating-point tensor holds doubles
@@ -158,6 +162,10 @@ struct backend {
 	                               int64_t *n);
 	enum status (*gather)(struct device *device, const struct gather *gather, void *to);
 	enum status (*add)(struct device *device, int64_t count, const void *from, void *to);
+	/* To queries or keys, [sequence, position, head, channel]: what their directions add to
+	 * them (kernels/data.h). */
+	enum status (*add_directions)(struct device *device, const struct strided *rows,
+	                              const struct directions *directions);
 
 	/* Named ranges for a profiler (NVTX on CUDA, nothing on a CPU). */
 	void (*range_push)(struct device *device, const char *name);
@@ -175,6 +183,13 @@ struct gather {
 	 * ... */
 	const int64_t *list;
 	int listed;
+};
+
+/* Elements of a tensor that are to be written; size and stride as above. */
+struct strided {
+	enum dtype dtype;
+	void *data;
+	int64_t size[GATHER_DIMS], stride[GATHER_DIMS];
 };
 
 extern const struct backend cpu_backend;
@@ -270,6 +285,7 @@ enum status device_gather(struct device *device, const struct gather *gather, vo
 /* The same by the host, for backends whose memory it can reach. */
 void gather_on_host(const struct gather *gather, void *to);
 int64_t nonfinite_on_host(const struct gather *gather);
+void add_directions_on_host(const struct strided *rows, const struct directions *directions);
 
 #ifdef __cplusplus
 }

@@ -106,19 +106,22 @@ static const char *binding_choice(const struct provider_choice *choice, enum ope
 static const struct kernel *first_supporting(const struct context *ctx, enum operation operation,
                                              const void *args, const char *provider)
 {
-	const char *why = "no kernel";
+	const struct device *device = ctx->device;
+	const char *why = NULL;
 
-	for (const struct kernel *k = ctx->device->kernels; k->run; k++) {
+	for (const struct kernel *k = device->kernels; k->run; k++) {
 		if (k->operation != operation || (provider && strcmp(k->provider, provider) != 0))
 			continue;
-		const char *unsupported = k->unsupported ? k->unsupported(ctx->device, args) : NULL;
+		const char *unsupported = k->unsupported ? k->unsupported(device, args) : NULL;
 		if (!unsupported)
 			return k;
-		why = unsupported;
+		/* That a library is missing is not why nothing else takes it. */
+		if (!why || !device->others || k < device->others)
+			why = unsupported;
 	}
 	status_set(STATUS_UNSUPPORTED, "%s%s%s on %s: %s", operation_name(operation),
-	           provider ? " from " : "", provider ? provider : "", ctx->device->backend->name,
-	           why);
+	           provider ? " from " : "", provider ? provider : "", device->backend->name,
+	           why ? why : "no kernel");
 	return NULL;
 }
 
@@ -292,17 +295,23 @@ enum status kernel_run(struct context *ctx, enum operation operation, const void
 	return status;
 }
 
+size_t kernels_count(const struct kernel *kernels)
+{
+	size_t count = 0;
+
+	while (kernels[count].run)
+		count++;
+	return count;
+}
+
 struct kernel *kernels_joined(const struct kernel *kernels, const struct kernel *const *more)
 {
 	static const struct kernel *const none[] = {NULL};
-	size_t count = 0;
+	size_t count = kernels_count(kernels);
 
 	more = more ? more : none;
-	for (const struct kernel *k = kernels; k->run; k++)
-		count++;
 	for (int i = 0; more[i]; i++)
-		for (const struct kernel *k = more[i]; k->run; k++)
-			count++;
+		count += kernels_count(more[i]);
 	struct kernel *joined = calloc(count + 1, sizeof *joined);
 	struct kernel *to = joined;
 	for (const struct kernel *k = kernels; joined && k->run; k++)

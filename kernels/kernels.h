@@ -724,7 +724,8 @@ struct context {
 
 /*
  * The kernel that kernel_run() would take, or NULL with a message saying why
- * none does. An explicit "operation=provider" choice is binding; a bare
+ * none does: the reason of the last of the backend's own, which takes most; of other people's
+ * kernels only if it has none. An explicit "operation=provider" choice is binding; a bare
  * provider is a preference that falls back where it has no kernel.
  */
 const struct kernel *kernel_select(const struct context *ctx, enum operation operation,
@@ -733,6 +734,8 @@ const struct kernel *kernel_select(const struct context *ctx, enum operation ope
 /* A list of kernels and those of `more`, which may be NULL and ends with NULL, in new memory; NULL
  * if there is none. */
 struct kernel *kernels_joined(const struct kernel *kernels, const struct kernel *const *more);
+/* How many there are in a list. */
+size_t kernels_count(const struct kernel *kernels);
 
 /* False if an earlier kernel of the list has the same operation and provider: a provider may have
  * several kernels of one operation, which take different arguments. */

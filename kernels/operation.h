@@ -50,6 +50,9 @@ enum draw {
 	DRAW_INTEGER    /* uniform in 0 .. scale - 1; of one position: scale - 1 */
 };
 
+/* A softmax takes the products of these with one another; position in dimension 1. */
+enum side { SIDE_NONE, SIDE_QUERIES, SIDE_KEYS };
+
 enum { MAX_OPERANDS = 32, OPERAND_DIMS = 4 };
 
 struct operand {
@@ -67,9 +70,10 @@ struct operand {
 	bool may_share;    /* heads may all read the same rows: a head stride of 0 */
 	enum draw draw;
 	float scale;
+	enum side side;
 	const char *alias; /* of an output: the input whose place it may take */
 	/* Of an output that may cancel to nothing: it is held against `terms` times the root mean
-	 * square of this input, if that is more than what remains. */
+	 * squares of these inputs, "dout*v*k", if that is more than what remains. */
 	const char *against;
 	float terms;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is

@@ -185,6 +185,21 @@ void problem_plan(struct problem *p, struct device *device, enum operation opera
 
 /* ---- data ---- */
 
+/* What the operand's normal numbers are multiplied with. Weights are no inputs. */
+static float scale_of(const struct problem *p, const struct operand *o)
+{
+	const bool given = o->role != ROLE_PARAMETER || p->form.data == DATA_ZEROS;
+	const float scale = o->draw == DRAW_SCORES && p->hard ? 40 * o->scale : o->scale;
+
+	return given ? scale * data_scale(p->form.data) : scale;
+}
+
+/* Whether it is drawn from a normal distribution, whole rows being scaled or not. */
+static bool is_normal(const struct operand *o)
+{
+	return o->draw == DRAW_NORMAL || o->draw == DRAW_SCORES;
+}
+
 static float log_decay(float x)
 {
 	const float logsigmoid = x < 0 ? x - log1pf(expf(x)) : -log1pf(expf(-x));
@@ -203,13 +218,13 @@ static void draw(const struct problem *p, const struct operand *o, uint64_t stre
                  float *values)
 {
 	const int64_t width = o->size[OPERAND_DIMS - 1];
-	const float scale = o->draw == DRAW_SCORES && p->hard ? 40 * o->scale : o->scale;
 	const uint64_t seed = p->form.seed;
 
 	if (o->draw == DRAW_UNIFORM)
-		noise_uniform(seed, stream, 0, count, 0, scale, values);
+		noise_uniform(seed, stream, 0, count, 0, o->scale, values);
 	else
-		noise_normal(seed, stream, 0, count, scale, values);
+		noise_normal(seed, stream, 0, count, is_normal(o) ? scale_of(p, o) : o->scale,
+		             values);
 	for (int64_t i = 0; i < count && o->draw == DRAW_LOG_DECAY; i++)
 		values[i] = p->hard ? hard_log_decay(values[i]) : log_decay(values[i]);
 	for (int64_t row = 0; o->draw == DRAW_UNIT && row < count / width; row++) {
@@ -292,6 +307,19 @@ static bool is_dense(const struct operand *o)
 	return operand_span(o) == operand_count(o);
 }
 
+/* Queries and keys of a problem have one seed, whatever their streams. */
+static enum status add_directions(const struct problem *p, const struct operand *o)
+{
+	const bool is_keys = o->side == SIDE_KEYS;
+	const struct directions directions = directions_of_heads(
+	        p->form.data, is_keys, p->form.seed, o->size[1], o->size[OPERAND_DIMS - 1]);
+	struct strided rows = {.dtype = operand_dtype(o, p->device), .data = operand_data(o)};
+
+	memcpy(rows.size, o->size, sizeof rows.size);
+	memcpy(rows.stride, o->stride, sizeof rows.stride);
+	return p->device->backend->add_directions(p->device, &rows, &directions);
+}
+
 static enum status fill_operand(const struct problem *p, int i, bool nan, float *pool)
 {
 	const struct operand *o = &p->list.operand[i];
@@ -301,9 +329,12 @@ static enum status fill_operand(const struct problem *p, int i, bool nan, float 
 
 	if (o->element == ELEMENT_INT32)
 		return fill_integers(p, o, stream);
-	if (!p->form.any && o->draw == DRAW_NORMAL && is_dense(o) && backend->normal_floats)
+	if (!p->form.any && is_normal(o) && p->form.data == DATA_ZEROS)
+		return device_fill(p->device, operand_data(o), 0,
+		                   (size_t)count * dtype_size(operand_dtype(o, p->device)));
+	if (!p->form.any && is_normal(o) && is_dense(o) && backend->normal_floats)
 		return backend->normal_floats(p->device, operand_dtype(o, p->device),
-		                              operand_data(o), count, o->scale, p->form.seed,
+		                              operand_data(o), count, scale_of(p, o), p->form.seed,
 		                              stream);
 	draw(p, o, stream, count < POOL_COUNT ? count : POOL_COUNT, pool);
 	if (nan)
@@ -364,8 +395,12 @@ enum status problem_fill(struct problem *p, bool nan)
 			status = device_fill(p->device, p->memory + p->region[i].offset, POISON,
 			                     p->region[i].bytes);
 		if (status == STATUS_OK && operand_data(o) && operand_is_read(o) &&
-		    !o->from_forward)
+		    !o->from_forward) {
 			status = fill_operand(p, i, i == chosen, pool);
+			if (status == STATUS_OK && o->side != SIDE_NONE &&
+			    data_has_directions(p->form.data))
+				status = add_directions(p, o);
+		}
 	}
 	free(pool);
 	if (status == STATUS_OK && operation_describes(p->operation)->forward != NO_OPERATION)

@@ -5,6 +5,7 @@
 #ifndef KERNELS_PROBLEM_H
 #define KERNELS_PROBLEM_H
 
+#include "kernels/data.h"
 #include "kernels/operation.h"
 
 /* Reproducible random numbers, one after another. */
@@ -21,6 +22,7 @@ struct problem_form {
 	const struct operation_form *variant;
 	struct sizes sizes;
 	uint64_t seed;
+	enum data data;
 	/* For tests: optional operands, strides, outputs in the place of inputs as dice have it,
 	 * guards around every tensor, and now and then data that is hard on a kernel. */
 	bool any;

@@ -60,6 +60,14 @@ static bool has_window(const struct layer_config *config)
 	return config->class == &swa_layer;
 }
 
+static struct score_parts attention_scores(const struct layer_config *config)
+{
+	const int64_t d = config->d_model, width = head_width(config);
+	const int64_t keys = kv_heads(config) * width;
+
+	return (struct score_parts){keys, d, keys + d, keys, width, STATE_K};
+}
+
 /* Slots of the cache: a ring of the window and the token itself, or every position. */
 static int64_t cache_slots(const struct layer_config *config, const struct layer_shape *shape)
 {
@@ -304,7 +312,7 @@ static enum status attention_step(const struct layer_run *run)
 	.mixes = true, .check = attention_check, .widths = attention_widths,                       \
 	.proj_width = proj_width, .parameters = mixing_parameters, .state = attention_state,       \
 	.saved = attention_saved, .scratch = attention_scratch, .forward = attention_forward,      \
-	.backward = attention_backward, .step = attention_step,                                    \
+	.backward = attention_backward, .step = attention_step, .scores = attention_scores,        \
 	.golden_names = mixing_golden_names
 
 /* A step writes at its own position alone. */

@@ -170,6 +170,13 @@ enum status layer_backward(const struct layer_run *run, const void *x, const voi
 
 struct family_member;
 
+/* Of softmax attention: which rows of in_proj make queries and keys, in heads of one width; and
+ * which state holds keys, [B, H, slots, width]. */
+struct score_parts {
+	int64_t first_query, n_query, first_key, n_key, width;
+	int key_state;
+};
+
 struct layer_class {
 	const char *name;    /* "attention", "rat", ... as in the CSV */
 	const char *summary; /* what it is, in a few words */
@@ -212,6 +219,9 @@ struct layer_class {
 	/* Whether steps from `position` on can be run a second time: the first time has overwritten
 	 * nothing that they read. NULL: never. */
 	bool (*remembers)(const struct layer_config *config, int64_t position);
+
+	/* Where its scores come from, for data that give them a shape. NULL: it has none. */
+	struct score_parts (*scores)(const struct layer_config *config);
 
 	/* Names of parameters and states in golden files, into names[MAX_GOLDEN_NAMES]; returns how
 	 * many. */

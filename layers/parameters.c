@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "layers/directions.h"
 #include "layers/model.h"
 #include "kernels/noise.h"
 
@@ -425,7 +426,8 @@ static enum status fill_parameter(struct stack *stack, int layer, int index, uin
 	enum dtype dtype = tensor_dtype(&p.spec, device);
 	int64_t count = tensor_count(&p.spec);
 	if (p.spec.init == INIT_NORMAL)
-		return fill_normal(device, dtype, p.value, count, INIT_SCALE, seed, stream,
+		return fill_normal(device, dtype, p.value, count,
+		                   stack->data == DATA_ZEROS ? 0.0f : INIT_SCALE, seed, stream,
 		                   BLOCK_COUNT, block);
 	for (int64_t i = 0; i < count; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
@@ -448,6 +450,10 @@ static enum status fill_tokens(struct stack *stack, uint64_t seed)
 		return status_set(STATUS_OOM, "no memory for %zu tokens", n);
 	for (size_t i = 0; i < n; i++)
 		tokens[i] = (int32_t)(noise_bits(seed, STREAM_TOKENS, i) % (uint64_t)stack->vocab);
+	/* The first of the vocabulary are those whose keys are sinks. */
+	for (size_t i = 0; i < n && stack->data == DATA_SINKS; i++)
+		if ((int64_t)i % stack->shape.seq_len < smaller(SINK_TOKENS, stack->vocab))
+			tokens[i] = (int32_t)((int64_t)i % stack->shape.seq_len);
 	status = stack_set_tokens(stack, tokens);
 	for (size_t i = 0; i < batch; i++)
 		tokens[i] = (int32_t)(noise_bits(seed, STREAM_NEXT, i) % (uint64_t)stack->vocab);
@@ -455,6 +461,12 @@ static enum status fill_tokens(struct stack *stack, uint64_t seed)
 		status = device_upload(stack->device, stack->next, tokens, batch * sizeof *tokens);
 	free(tokens);
 	return status;
+}
+
+/* The scale of what is normal whatever x is like. */
+static float one_or_zero(const struct stack *stack)
+{
+	return stack->data == DATA_ZEROS ? 0.0f : 1.0f;
 }
 
 enum status stack_initialize(struct stack *stack, uint64_t seed)
@@ -475,11 +487,13 @@ enum status stack_initialize(struct stack *stack, uint64_t seed)
 		                        block);
 	if (status == STATUS_OK && !model)
 		status = fill_normal(stack->device, stack->device->activation, stack->x, count,
-		                     1.0f, seed, STREAM_X, BLOCK_COUNT, block);
+		                     data_scale(stack->data), seed, STREAM_X, BLOCK_COUNT, block);
 	if (status == STATUS_OK && !model && stack->dy)
 		status = fill_normal(stack->device, stack->device->activation, stack->dy, count,
-		                     1.0f, seed, STREAM_DY, BLOCK_COUNT, block);
+		                     one_or_zero(stack), seed, STREAM_DY, BLOCK_COUNT, block);
 	free(block);
+	if (status == STATUS_OK && data_has_directions(stack->data))
+		status = stack_add_directions(stack, seed, model ? INIT_SCALE : 1.0f);
 	return status == STATUS_OK && model ? fill_tokens(stack, seed) : status;
 }
 
@@ -517,11 +531,13 @@ enum status stack_fill_state(struct stack *stack, int64_t position, uint64_t see
 		for (int j = 0; j < n && status == STATUS_OK; j++)
 			status = fill_normal(stack->device, tensor_dtype(&specs[j], stack->device),
 			                     stack->memory[i].state[j], tensor_count(&specs[j]),
-			                     1.0f, seed,
+			                     one_or_zero(stack), seed,
 			                     (uint64_t)(STREAM_STATE + i * MAX_TENSORS + j),
 			                     CACHE_BLOCK_COUNT, block);
 	}
 	free(block);
+	if (status == STATUS_OK && data_has_directions(stack->data))
+		status = stack_add_cached_directions(stack, seed);
 	return status == STATUS_OK ? stack_set_position(stack, position) : status;
 }
 

@@ -50,6 +50,19 @@ static int64_t block_column(const struct layer_config *config, enum block block)
 	                        : 3 * config->d_model + group_width(config);
 }
 
+/* What a chunk's key has of its tokens' is up to the gates. */
+static struct score_parts rat_scores(const struct layer_config *config)
+{
+	const int64_t width = group_width(config);
+
+	return (struct score_parts){block_column(config, BLOCK_Q),
+	                            width,
+	                            block_column(config, BLOCK_K),
+	                            width,
+	                            head_width(config),
+	                            STATE_K_CHUNK};
+}
+
 static int64_t chunks_of(const struct layer_config *config, int64_t length)
 {
 	return (length + config->chunk - 1) / config->chunk;
@@ -299,5 +312,6 @@ const struct layer_class rat_layer = {
         .backward = rat_backward,
         .step = rat_step,
         .remembers = rat_remembers,
+        .scores = rat_scores,
         .golden_names = mixing_gated_golden_names,
 };

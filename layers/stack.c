@@ -131,6 +131,7 @@ enum status stack_configure(struct stack *stack, struct device *device,
 	stack->device = device;
 	stack->vocab = options->vocab;
 	stack->d_model = options->d_model;
+	stack->data = options->data;
 	configure_layers(stack, options, &pattern, n < most ? n : most);
 	if (options->d_model < 1 || options->d_model > MAX_WIDTH)
 		return status_set(STATUS_INVALID, "--d-model: %lld (allowed: 1 to %d)",

@@ -11,6 +11,7 @@
 #ifndef LAYERS_STACK_H
 #define LAYERS_STACK_H
 
+#include "kernels/data.h"
 #include "layers/layer.h"
 
 /* What every layer of a stack is made from. */
@@ -29,6 +30,7 @@ struct stack_options {
 	int64_t n_heads, kv_heads, chunk, window, groups, rope;
 	bool prenorm, residual;
 	float norm_eps;
+	enum data data; /* what inputs, parameters and caches are like */
 };
 
 /* Bytes, by purpose. */
@@ -46,6 +48,7 @@ struct stack {
 	int period;   /* of them, after which the pattern begins again */
 	struct layer_config layers[MAX_LAYERS];
 	int64_t vocab, d_model;
+	enum data data;
 
 	struct layer_shape shape; /* what it is allocated for */
 	struct layer_memory memory[MAX_LAYERS];

@@ -24,6 +24,7 @@ struct device mutant_of(const struct device *device, const struct kernel *first)
 	struct device mutant = *device;
 
 	mutant.kernels = kernels_joined(first, own);
+	mutant.others = NULL;
 	assert_non_null(mutant.kernels);
 	return mutant;
 }

@@ -140,13 +140,23 @@ static const struct operation_form *variant_of(enum operation operation, uint64_
 
 /* ---- a case ---- */
 
+/* Now and then scores as trained models have them. */
+static enum data any_data(struct dice *dice)
+{
+	const int64_t any = dice_integer(dice, 0, 7);
+
+	return any == 0 ? DATA_SINKS : any == 1 ? DATA_PEAKED : DATA_NORMAL;
+}
+
 static void make_problem(struct subject *s, uint64_t seed)
 {
 	struct dice dice = {seed, 1u << 20};
 	const bool narrow = s->device->activation == DTYPE_BF16;
+	const struct sizes sizes = any_sizes(&dice, narrow);
 	struct problem_form form = {.variant = variant_of(s->operation, seed),
-	                            .sizes = any_sizes(&dice, narrow),
+	                            .sizes = sizes,
 	                            .seed = seed,
+	                            .data = any_data(&dice),
 	                            .any = true,
 	                            .narrow = narrow};
 	const struct sizes *z = &form.sizes;
@@ -156,11 +166,13 @@ static void make_problem(struct subject *s, uint64_t seed)
 	snprintf(s->label, sizeof s->label,
 	         "%s, seed %llu: B %ld, T %ld, H %ld (%ld, %ld), d %ld, %ld x %ld, width %ld, %ld "
 	         "to "
-	         "%ld, chunk %ld, window %ld%s",
+	         "%ld, chunk %ld, window %ld %s%s",
 	         form.variant ? form.variant->name : "", (unsigned long long)seed, (long)z->batch,
 	         (long)z->seq_len, (long)z->n_heads, (long)z->groups, (long)z->kv_heads,
 	         (long)z->d_head, (long)z->d_k, (long)z->d_v, (long)z->width, (long)z->d_in,
-	         (long)z->d_out, (long)z->chunk, (long)z->window, s->problem.hard ? ", hard" : "");
+	         (long)z->d_out, (long)z->chunk, (long)z->window,
+	         data_has_directions(form.data) ? data_name(form.data) : "",
+	         s->problem.hard ? ", hard" : "");
 }
 
 /* Runs with exactly the workspace that is asked for, poisoned and guarded. */

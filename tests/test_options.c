@@ -104,6 +104,7 @@ TEST(names_the_option_that_is_wrong)
 	        {"--pass generation", "--pass", "prefill,train"},
 	        {"--pattern rnn", "--pattern", "rat/attention"},
 	        {"--position alibi", "--position", "rope,none"},
+	        {"--data random", "--data", "normal,small,sinks,peaked,zeros"},
 	        {"--preset huge", "--preset", "paper,small,tiny"},
 	        {"--format xml", "--format", "table,csv,jsonl,none"},
 	        {"--max-time -1", "--max-time", "from 0"},

@@ -213,6 +213,26 @@ TEST(gives_every_outcome_its_row)
 	assert_int_equal(journal->unverified_samples, 0);
 }
 
+TEST(measures_every_kind_of_data)
+{
+	static const char *const kinds[] = {"normal", "small", "sinks", "peaked", "zeros"};
+	scoped_csv struct csv csv;
+
+	assert_int_equal(RUN("--out", path, "--seq-len", "1", "--truncate", "--data",
+	                     "normal,small,sinks,peaked,zeros"),
+	                 0);
+	read_rows(&csv, path, COUNT_OF(kinds));
+	for (int row = 0; row < csv.n_rows; row++) {
+		const bool zeros = row == csv.n_rows - 1;
+
+		assert_string_equal(csv_text(&csv, row, "data"), kinds[row]);
+		/* Of zeros nothing is claimed. */
+		assert_int_equal(csv_text(&csv, row, "rel_err")[0] == '\0', zeros);
+		assert_int_equal(strstr(csv_text(&csv, row, "message"), "not verified") != NULL,
+		                 zeros);
+	}
+}
+
 TEST(alternates_samples_of_variants)
 {
 	scoped_csv struct csv csv;

@@ -226,6 +226,7 @@ static void record_case(const struct bench_case *c, struct record *r)
 	r->pass = pass_name(c->pass);
 	r->position = c->position;
 	r->model = c->model;
+	r->data = data_name(c->data);
 	r->state_bytes_per_token = c->state_bytes_per_token;
 #define COPY(name) r->name = c->name;
 	CASE_SIZES(COPY)
@@ -494,12 +495,22 @@ static enum status add_variants(struct run *run, int member)
 	return STATUS_OK;
 }
 
-/* Whether two cases are compared: the same but for their patterns and what those say. */
-static bool compared(const struct bench_case *a, const struct bench_case *b)
+/* Whether two cases of an operation differ in nothing but their data. */
+static bool same_but_data(const struct bench_case *a, const struct bench_case *b)
 {
-	return a->pass == b->pass && a->seq_len == b->seq_len && a->batch == b->batch &&
-	       a->d_model == b->d_model && a->prompt == b->prompt && a->generate == b->generate &&
-	       strcmp(a->model, b->model) == 0;
+	struct bench_case like = *b;
+
+	like.data = a->data;
+	return case_same_series(a, &like) && a->seq_len == b->seq_len && a->batch == b->batch &&
+	       a->d_k == b->d_k && a->d_v == b->d_v;
+}
+
+/* Whether two cases are compared: the same but for their patterns and what those say. */
+static bool same_but_pattern(const struct bench_case *a, const struct bench_case *b)
+{
+	return a->pass == b->pass && a->data == b->data && a->seq_len == b->seq_len &&
+	       a->batch == b->batch && a->d_model == b->d_model && a->prompt == b->prompt &&
+	       a->generate == b->generate && strcmp(a->model, b->model) == 0;
 }
 
 /* The variant that ratios are relative to: the first, of the pattern that was named. */
@@ -520,6 +531,8 @@ static enum status make_group(struct run *run, int first, bool *taken)
 	const struct bench_case *cases = run->sweep.cases;
 	struct group *g = &run->group;
 	const bool alternate = run->subject->clone && !run->options.apart;
+	bool (*const compared)(const struct bench_case *, const struct bench_case *) =
+	        run->subject->operation ? same_but_data : same_but_pattern;
 
 	g->subject = run->subject;
 	g->n_members = g->n_variants = 0;

@@ -46,6 +46,7 @@ static struct bench_case case_at(const struct options *o, int64_t n)
 	struct bench_case c = case_empty();
 
 	c.seq_len = next_value(&o->seq_len, &n);
+	c.data = o->data.count ? data_find(next_word(&o->data, &n)) : DATA_NORMAL;
 	c.chunk = next_value(&o->chunk, &n);
 	c.window = next_value(&o->window, &n);
 	c.position = next_word(&o->position, &n);
@@ -62,10 +63,10 @@ static struct bench_case case_at(const struct options *o, int64_t n)
 /* How many cases there are; more than MAX_CASES: too many. */
 static int64_t count_cases(const struct options *o)
 {
-	const int counts[] = {o->seq_len.count,  o->chunk.count,   o->window.count,
-	                      o->position.count, o->groups.count,  o->kv_heads.count,
-	                      o->heads.count,    o->d_model.count, o->pass.count,
-	                      o->pattern.count,  o->model.count};
+	const int counts[] = {o->seq_len.count,  o->data.count,     o->chunk.count,
+	                      o->window.count,   o->position.count, o->groups.count,
+	                      o->kv_heads.count, o->heads.count,    o->d_model.count,
+	                      o->pass.count,     o->pattern.count,  o->model.count};
 	int64_t product = 1;
 
 	for (size_t i = 0; i < sizeof counts / sizeof *counts && product <= MAX_CASES; i++)
@@ -93,7 +94,8 @@ bool case_same_series(const struct bench_case *a, const struct bench_case *b)
 	       strcmp(a->position, b->position) == 0 && strcmp(a->model, b->model) == 0 &&
 	       strcmp(a->block, b->block) == 0 && a->chunk == b->chunk && a->window == b->window &&
 	       a->groups == b->groups && a->kv_heads == b->kv_heads && a->d_model == b->d_model &&
-	       a->n_heads == b->n_heads && a->prompt == b->prompt && a->generate == b->generate;
+	       a->n_heads == b->n_heads && a->prompt == b->prompt && a->generate == b->generate &&
+	       a->data == b->data;
 }
 
 static bool sweep_has(const struct sweep *sweep, const struct bench_case *c)

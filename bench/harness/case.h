@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "bench/harness/options.h"
+#include "kernels/data.h"
 #include "kernels/status.h"
 #include "layers/pass.h"
 
@@ -31,6 +32,7 @@ struct bench_case {
 	char pattern[MAX_PATTERN_TEXT];
 	const char *position; /* "rope", "none"; "" where a block has no positions */
 	const char *model;    /* "1.3B", or "" */
+	enum data data;
 #define CASE_SIZE(name) int64_t name;
 	CASE_SIZES(CASE_SIZE)
 	bool is_baseline; /* its pattern is the one that ratios are relative to */

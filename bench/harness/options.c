@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/data.h"
+
 #define LARGEST ((int64_t)1 << 40)
 
 enum kind {
@@ -96,6 +98,9 @@ static const struct option_spec specs[] = {
          "(0: none)"},
         {"duty", KIND_CHOICE, AT(duty), MAX_WORD, false, "burst,sustained", "sustained",
          "whether the device may cool between samples"},
+        {"data", KIND_WORDS, AT(data), 0, false, DATA_WORDS, "normal",
+         "what inputs are like (docs/data.md); sinks and peaked: attention scores as trained\n"
+         "models have them; zeros cannot be verified"},
         {"baseline", KIND_TEXT, AT(baseline), MAX_WORD, false, "PATTERN", NULL,
          "what ratios compare with (default: attention where the sweep has it)"},
         {"rival", KIND_WORDS, AT(rival), 0, false, "LIST", NULL,

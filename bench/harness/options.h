@@ -28,7 +28,7 @@ struct options {
 	char preset[MAX_WORD];
 	struct words pass;    /* layers/pass.h */
 	struct words pattern; /* lists of arguments, a(b=1|2), written out */
-	struct words position, provider, rival, model, format;
+	struct words position, provider, rival, model, format, data;
 	struct values seq_len, chunk, window, groups, heads, kv_heads, d_model;
 	int64_t tokens, batch; /* of prefill and training; of generation (0: the largest) */
 	int64_t prompt, generate;

@@ -36,7 +36,9 @@ void describe_case(const struct bench_case *c, char *text, size_t size)
 	length = append(text, size, length, "W", c->window);
 	length = append(text, size, length, "G", c->groups);
 	if (strcmp(c->position, "none") == 0 && length < size)
-		snprintf(text + length, size - length, " no positions");
+		length += (size_t)snprintf(text + length, size - length, " no positions");
+	if (c->data != DATA_NORMAL && length < size)
+		snprintf(text + length, size - length, " %s", data_name(c->data));
 }
 
 /* The operations that mix tokens; the others are projections, norms and elementwise work. */
@@ -111,7 +113,9 @@ static void name_of(const struct record *r, char *name, size_t size)
 
 	pattern_names(r->pattern, ',', names, sizeof names);
 	const char *more = r->model[0] ? r->model : strcmp(names, r->block) ? names : "";
-	const int length = snprintf(name, size, "%s%s%s", r->block, more[0] ? " " : "", more);
+	const bool usual = !r->data[0] || strcmp(r->data, data_name(DATA_NORMAL)) == 0;
+	const int length = snprintf(name, size, "%s%s%s%s%s", r->block, more[0] ? " " : "", more,
+	                            usual ? "" : " ", usual ? "" : r->data);
 
 	if (r->kv_heads >= 0 && r->kv_heads != r->n_heads)
 		snprintf(name + length, size - (size_t)length, " KV=%" PRId64, r->kv_heads);

@@ -64,6 +64,11 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 		snprintf(series + length, size - length, " %s%s", told[i].label,
 		         strcmp(value, "none") == 0 ? "NoPE" : value);
 	}
+	/* Old files know no other data than normal. */
+	const char *data = csv_text(csv, row, "data");
+
+	if (data[0] && strcmp(data, "normal") != 0)
+		snprintf(series + strlen(series), size - strlen(series), " %s", data);
 }
 
 static struct result read_row(const struct csv *csv, int row)

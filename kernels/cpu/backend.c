@@ -70,6 +70,7 @@ static enum status cpu_open(const char *which, const struct kernel *const *more,
 	                            .activation = DTYPE_F32,
 	                            .wide = DTYPE_F32,
 	                            .kernels = cpu->kernels,
+	                            .others = cpu->kernels + kernels_count(cpu_kernels),
 	                            .state = cpu,
 	                            .reference = &cpu->reference};
 	*device = &cpu->base;
@@ -279,17 +280,27 @@ static void cpu_release(struct device *device, void *memory)
 	free(memory);
 }
 
+/* Caches of 100 GiB are copied and filled; one thread would take tens of seconds. */
+enum { PIECE_BYTES = 1 << 20 };
+
+static size_t piece_at(size_t first, size_t bytes)
+{
+	return bytes - first < PIECE_BYTES ? bytes - first : (size_t)PIECE_BYTES;
+}
+
 static enum status cpu_copy(struct device *device, void *to, const void *from, size_t bytes)
 {
-	if (bytes > 0)
-		memmove(to, from, bytes);
+#pragma omp parallel for schedule(static) if (bytes > PIECE_BYTES)
+	for (size_t i = 0; i < bytes; i += PIECE_BYTES)
+		memcpy((char *)to + i, (const char *)from + i, piece_at(i, bytes));
 	return STATUS_OK;
 }
 
 static enum status cpu_fill(struct device *device, void *memory, int byte, size_t bytes)
 {
-	if (bytes > 0)
-		memset(memory, byte, bytes);
+#pragma omp parallel for schedule(static) if (bytes > PIECE_BYTES)
+	for (size_t i = 0; i < bytes; i += PIECE_BYTES)
+		memset((char *)memory + i, byte, piece_at(i, bytes));
 	return STATUS_OK;
 }
 
@@ -416,6 +427,13 @@ static enum status cpu_add(struct device *device, int64_t count, const void *fro
 	return STATUS_OK;
 }
 
+static enum status cpu_add_directions(struct device *device, const struct strided *rows,
+                                      const struct directions *directions)
+{
+	add_directions_on_host(rows, directions);
+	return STATUS_OK;
+}
+
 static void cpu_range_push(struct device *device, const char *name)
 {
 }
@@ -443,6 +461,7 @@ const struct backend cpu_backend = {
         .count_nonfinite = cpu_count_nonfinite,
         .gather = cpu_gather,
         .add = cpu_add,
+        .add_directions = cpu_add_directions,
         .range_push = cpu_range_push,
         .range_pop = cpu_range_pop,
 };

@@ -377,6 +377,8 @@ static enum status open_gpu(struct device *device, const char *which)
 	if (status != STATUS_OK)
 		return status;
 	device->kernels = state->kernels;
+	device->others =
+	        state->kernels + kernels_count(hopper_kernels) + kernels_count(portable_kernels);
 	if (cudaDeviceGetPCIBusId(pci_bus_id, sizeof pci_bus_id, state->index) == cudaSuccess)
 		state->nvml = nvml_open(pci_bus_id);
 	state->is_hopper = state->properties.major == 9 && state->properties.minor == 0 &&
@@ -612,6 +614,14 @@ static enum status cuda_normal_floats(struct device *device, enum dtype dtype, v
 	return STATUS_OK;
 }
 
+static enum status cuda_add_directions(struct device *device, const struct strided *rows,
+                                       const struct directions *directions)
+{
+	ACTIVATE(device);
+	CUDA_TRY(submit_add_directions(device, rows, directions));
+	return STATUS_OK;
+}
+
 /* Counts in pinned memory, which the device can reach. */
 static enum status cuda_count_nonfinite(struct device *device, const struct gather *region,
                                         int64_t *n)
@@ -685,6 +695,7 @@ const struct backend cuda_backend = {
         .count_nonfinite = cuda_count_nonfinite,
         .gather = cuda_gather,
         .add = cuda_add,
+        .add_directions = cuda_add_directions,
         .range_push = cuda_range_push,
         .range_pop = cuda_range_pop,
 };

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/data.h"
 #include "kernels/noise.h"
 
 static __device__ uint64_t now_ns()
@@ -155,6 +156,27 @@ static __global__ void normal_kernel(T *memory, int64_t count, float scale, uint
 	}
 }
 
+/* A warp for a row after the other. */
+template <typename T>
+static __global__ void __launch_bounds__(THREADS)
+        add_directions_kernel(const __grid_constant__ struct strided rows,
+                              const __grid_constant__ struct directions d, int64_t n_rows)
+{
+	const int64_t *n = rows.size, *s = rows.stride, warps = (int64_t)gridDim.x * (THREADS / 32);
+
+	for (int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; row < n_rows;
+	     row += warps) {
+		const int64_t i = row / (n[1] * n[2]), j = row / n[2] % n[1], k = row % n[2];
+		T *to = static_cast<T *>(rows.data) + i * s[0] + j * s[1] + k * s[2];
+		int topic;
+		const float share = direction_share(&d, i, j, k, &topic);
+
+		for (int64_t c = threadIdx.x % 32; share != 0.0f && c < n[3]; c += 32)
+			to[c * s[3]] =
+			        (T)((float)to[c * s[3]] + share * direction_element(&d, topic, c));
+	}
+}
+
 /* Element `index` of the dense tensor is at the sum of its coordinates times their strides. */
 static __device__ int64_t gathered_place(const struct gather &g, const int64_t *list, int64_t index)
 {
@@ -294,6 +316,16 @@ cudaError_t submit_normal(struct device *device, void *memory, enum dtype dtype,
 	return for_type(dtype, [&](auto element) {
 		normal_kernel<<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
 		        static_cast<decltype(element) *>(memory), count, scale, seed, noise_stream);
+	});
+}
+
+cudaError_t submit_add_directions(struct device *device, const struct strided *rows,
+                                  const struct directions *directions)
+{
+	return for_type(rows->dtype, [&](auto element) {
+		add_directions_kernel<decltype(element)>
+		        <<<grid_of(device), THREADS, 0, cuda_stream(device)>>>(
+		                *rows, *directions, rows->size[0] * rows->size[1] * rows->size[2]);
 	});
 }
 

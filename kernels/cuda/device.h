@@ -71,6 +71,10 @@ cudaError_t submit_count_nonfinite(struct device *device, const struct gather *r
 cudaError_t submit_gather(struct device *device, const struct gather *gather, const int64_t *list,
                           void *to);
 
+/* backend.add_directions, for any floating-point type. */
+cudaError_t submit_add_directions(struct device *device, const struct strided *rows,
+                                  const struct directions *directions);
+
 /* to += from, of device->wide. */
 cudaError_t submit_add(struct device *device, int64_t count, const void *from, void *to);
 

@@ -14,7 +14,7 @@
  *
  * Invariants. A mask is an interval of visible keys per query, so only tiles that an end of the
  * interval cuts are masked. RESIDENT: keys that fit in the ring stay there for a unit. The softmax
- * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^40
+ * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^80
  * are its scores formed again (by mma, which a warp can do alone) and the maximum moved: nothing
  * waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2; those that
  * read the same keys side by side.
@@ -41,8 +41,9 @@ using namespace hopper;
 namespace
 {
 
-/* A sum of powers over this and the maximum is moved; far from where fp32 ends. */
-constexpr float HUGE_SUM = 1099511627776.0f; /* 2^40 */
+/* A sum of powers over this and the maximum is moved. It leaves 2^47 to where fp32 ends, for 2^20
+ * keys and values of 2^27; and scores may grow by 55 before any are formed again. */
+constexpr float HUGE_SUM = 1208925819614629174706176.0f; /* 2^80 */
 
 constexpr int TILE_N = 128, MAX_STAGES = 4;
 

@@ -158,6 +158,15 @@ DESCRIPTION(rotate_step, .is_step = true);
 
 /* ---- attention ---- */
 
+static void add_queries(struct operand_list *l, struct view *q, struct dimension b,
+                        struct dimension t, struct dimension h, struct dimension d)
+{
+	struct operand *o = add_view(l, ROLE_INPUT, "q", q, b, t, h, d);
+
+	o->draw = DRAW_SCORES;
+	o->side = SIDE_QUERIES;
+}
+
 static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
 {
 	struct attention_args *a = args;
@@ -187,8 +196,8 @@ static void describe_attention(void *args, struct operand_list *l)
 	struct operand *o;
 
 	cut_kv_heads(l, &a->batch, &a->n_heads, &a->q_heads, &a->kv_heads);
-	add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d)->draw = DRAW_SCORES;
-	add_view(l, ROLE_INPUT, "k", &a->k, b, s, kv, d);
+	add_queries(l, &a->q, b, t, GROUPS(a->q_heads), d);
+	add_view(l, ROLE_INPUT, "k", &a->k, b, s, kv, d)->side = SIDE_KEYS;
 	add_view(l, ROLE_INPUT, "v", &a->v, b, s, kv, d);
 	/* Chunk 0 sees no key: it needs the token's own. */
 	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
@@ -267,8 +276,9 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
 	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
-	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, kv, d), "dout", 0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout*v*k",
+	        0.1);
+	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, kv, d), "dout*v*q", 0.1);
 	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, kv, d), "dout", 0.1);
 	if (a->gate.data)
 		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
@@ -324,7 +334,7 @@ static void describe_attention_step(void *args, struct operand_list *l)
 
 	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	add_position(l, &a->position, step_position(a->position_hint, a->kv_slots) + 1);
-	add_view(l, ROLE_INPUT, "q", &a->q, b, TOKENS(1), h, d)->draw = DRAW_SCORES;
+	add_queries(l, &a->q, b, TOKENS(1), h, d);
 	add_view(l, ROLE_INPUT, "k", &a->k, b, TOKENS(1), kv, d);
 	add_view(l, ROLE_INPUT, "v", &a->v, b, TOKENS(1), kv, d);
 	for (int i = 0; i < 2; i++) {
@@ -333,6 +343,7 @@ static void describe_attention_step(void *args, struct operand_list *l)
 
 		o->read = width * (double)others_seen(a);
 		o->written = width;
+		o->side = i == 0 ? SIDE_KEYS : SIDE_NONE;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
 }

@@ -118,7 +118,7 @@ static void describe_rat_step(void *args, struct operand_list *l)
 	add_view(l, ROLE_INPUT, "z", &a->z, b, one, h, d);
 	add_view(l, ROLE_INPUT, "v", &a->v, b, one, h, d);
 	add_view(l, ROLE_INPUT, "gate", &a->gate, b, one, h, d)->scale = 2;
-	add_view(l, ROLE_INPUT, "q", &a->q, b, one, g, d);
+	add_view(l, ROLE_INPUT, "q", &a->q, b, one, g, d)->side = SIDE_QUERIES;
 	add_view(l, ROLE_INPUT, "k", &a->k, b, one, g, d);
 	uniform(add_floats(l, ROLE_PARAMETER, "gate_bias", &a->gate_bias, INNER(1), h, d), 3);
 	for (int i = 0; i < 2; i++) {
@@ -132,6 +132,7 @@ static void describe_rat_step(void *args, struct operand_list *l)
 		             i == 0 ? &a->k_chunk : &a->v_chunk, b, slots, h, d);
 		o->read = width * (double)(position / a->chunk);
 		o->written = position % a->chunk == a->chunk - 1 ? width : 0;
+		o->side = i == 0 ? SIDE_KEYS : SIDE_NONE;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, h, d);
 }

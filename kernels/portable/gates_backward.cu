@@ -2,8 +2,8 @@
  * Gradients of the gates and norms of GLA and of the linear-attention family.
  * All are bound by memory. Where a parameter's gradient is a sum over tokens,
  * a thread keeps its own columns from token to token, in registers or in its
- * part of the shared memory, and the shares are added afterwards in a fixed
- * order.
+ * part of the shared memory (of rows too wide for that, where the shares are
+ * left), and the shares are added afterwards in a fixed order.
  */
 #include <algorithm>
 
@@ -16,6 +16,12 @@ namespace
 {
 
 constexpr int THREADS = 128, BLOCKS_PER_SM = 8;
+
+/* Widest row that a warp or less takes; of a wider one a block takes all. */
+constexpr int64_t WIDEST_OF_WARP = 1024;
+
+/* Shared memory that a block of any device may have. */
+constexpr size_t MOST_SHARED = 96 * 1024;
 
 static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 {
@@ -41,7 +47,7 @@ static __device__ __forceinline__ struct silu_pair silu(float x)
 	return {x * s, s * (1.0f + x * (1.0f - s))};
 }
 
-/* to += x, eight floats of shared memory that are this thread's own. */
+/* to += x, eight floats that are this thread's own. */
 static __device__ __forceinline__ void add8(float *to, const float (&x)[8])
 {
 #pragma unroll
@@ -49,7 +55,48 @@ static __device__ __forceinline__ void add8(float *to, const float (&x)[8])
 		to[i] += x[i];
 }
 
-/* Columns 8 * lane, 8 * (lane + lanes), ... of a row of shared sums, cleared or written out. */
+/* Lanes that take a row of `width` elements, up to a block of them. */
+static int lanes_of_row(int64_t width)
+{
+	return width <= WIDEST_OF_WARP ? lanes_for(width) : THREADS;
+}
+
+/* Bytes of shared memory for `rows` rows of sums behind a sum of each warp; those of the warps
+ * alone where the rows do not fit. */
+static size_t shared_for(int64_t rows, int64_t width)
+{
+	const size_t warps = THREADS / WARP * sizeof(float);
+	const size_t bytes = warps + (size_t)(rows * width) * sizeof(float);
+
+	return bytes <= MOST_SHARED ? bytes : warps;
+}
+
+/* The rows of sums behind those of the warps. */
+static __device__ __forceinline__ float *shared_rows()
+{
+	return reinterpret_cast<float *>(shared_memory) + THREADS / WARP;
+}
+
+/* Sum over the lanes of a row, which are all threads of the block or some of a warp; all get it. */
+static __device__ __forceinline__ float row_sum(float x, int lanes)
+{
+	float *of_warps = reinterpret_cast<float *>(shared_memory);
+
+	if (lanes <= WARP)
+		return group_sum(x, lanes);
+	x = group_sum(x, WARP);
+	if (threadIdx.x % WARP == 0)
+		of_warps[threadIdx.x / WARP] = x;
+	__syncthreads();
+	x = 0.0f;
+#pragma unroll
+	for (int i = 0; i < THREADS / WARP; i++)
+		x += of_warps[i];
+	__syncthreads();
+	return x;
+}
+
+/* Columns 8 * lane, 8 * (lane + lanes), ... of a row of sums, cleared or written out. */
 static __device__ __forceinline__ void clear_sums(float *sums, int64_t width, int lane, int lanes)
 {
 	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
@@ -61,6 +108,8 @@ static __device__ __forceinline__ void clear_sums(float *sums, int64_t width, in
 static __device__ __forceinline__ void write_sums(float *to, const float *sums, int64_t width,
                                                   int lane, int lanes)
 {
+	if (to == sums)
+		return;
 	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
 #pragma unroll
 		for (int j = 0; j < 8; j++)
@@ -71,8 +120,10 @@ static __device__ __forceinline__ void write_sums(float *to, const float *sums, 
 
 /*
  * With x^ = x rstd, y = x^ weight, out = y silu(gate): `lanes` lanes take head
- * blockIdx.y of one token after another. parts [H, rows at once, d].
+ * blockIdx.y of one token after another. parts [H, rows at once, d]; their sums are in shared
+ * memory until the end, if that is so large.
  */
+template <bool IN_SHARED>
 static __global__ void __launch_bounds__(THREADS)
         norm_gate_backward_kernel(const __grid_constant__ struct norm_gate_backward_args a,
                                   int lanes, float *parts)
@@ -82,7 +133,8 @@ static __global__ void __launch_bounds__(THREADS)
 	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
 	const int64_t d = f.d_head, width = f.n_heads * d;
 	const int lane = threadIdx.x % lanes;
-	float *sums = reinterpret_cast<float *>(shared_memory) + threadIdx.x / lanes * d;
+	float *part = parts + (h * slots + slot) * d;
+	float *sums = IN_SHARED ? shared_rows() + threadIdx.x / lanes * d : part;
 
 	clear_sums(sums, d, lane, lanes);
 	for (int64_t first = 0; first < f.n_tokens; first += slots) {
@@ -114,7 +166,7 @@ static __global__ void __launch_bounds__(THREADS)
 			if (valid)
 				store8(dgate + i, z);
 		}
-		projection = group_sum(projection, lanes) / (float)d;
+		projection = row_sum(projection, lanes) / (float)d;
 		for (int64_t i = 8 * lane; valid && i < d; i += 8 * lanes) {
 			load8(xs, x + i);
 			load8(dy, dout + i);
@@ -128,7 +180,7 @@ static __global__ void __launch_bounds__(THREADS)
 			store8(dx + i, dy);
 		}
 	}
-	write_sums(parts + (h * slots + slot) * d, sums, d, lane, lanes);
+	write_sums(part, sums, d, lane, lanes);
 }
 
 } // namespace
@@ -136,7 +188,7 @@ static __global__ void __launch_bounds__(THREADS)
 /* Rows of partial sums that norm_gate's kernel leaves. */
 static int64_t norm_gate_parts(const struct device *device, const struct norm_gate_args *f)
 {
-	const int lanes = lanes_for(f->d_head);
+	const int lanes = lanes_of_row(f->d_head);
 
 	return f->n_heads * blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
 }
@@ -147,8 +199,8 @@ extern "C" const char *portable_norm_gate_backward_unsupported(const struct devi
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 	const struct norm_gate_args *f = &a->forward;
 
-	if (f->d_head > 1024 || f->n_heads > 65535)
-		return "heads wider than 1024, or more than 65535";
+	if (f->n_heads > 65535)
+		return "more than 65535 heads";
 	if (f->gate == a->dgate)
 		return "dgate in the place of the gate";
 	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
@@ -167,13 +219,15 @@ extern "C" enum status portable_norm_gate_backward(struct device *device, const 
 {
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 	const struct norm_gate_args *f = &a->forward;
-	const int lanes = lanes_for(f->d_head);
+	const int lanes = lanes_of_row(f->d_head);
+	const size_t shared = shared_for(THREADS / lanes, f->d_head);
 	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
 	                (unsigned)f->n_heads);
 	float *parts = static_cast<float *>(workspace);
-	enum status status =
-	        launch(device, "norm_gate_backward", norm_gate_backward_kernel, grid, THREADS,
-	               (size_t)(THREADS / lanes * f->d_head) * sizeof(float), *a, lanes, parts);
+	enum status status = launch(device, "norm_gate_backward",
+	                            shared > shared_for(0, 0) ? norm_gate_backward_kernel<true>
+	                                                      : norm_gate_backward_kernel<false>,
+	                            grid, THREADS, shared, *a, lanes, parts);
 
 	if (status != STATUS_OK)
 		return status;
@@ -219,7 +273,8 @@ static __device__ __forceinline__ void load_gated(struct gated8 &g, const struct
 }
 
 /* `lanes` lanes take group blockIdx.y of one token after another. parts [groups, rows at once,
- * group]; skip_parts [rows at once, H*d] iff skip. */
+ * group]; skip_parts [rows at once, H*d] iff skip; sums in shared memory as above. */
+template <bool IN_SHARED>
 static __global__ void __launch_bounds__(THREADS)
         gate_norm_backward_kernel(const __grid_constant__ struct gate_norm_backward_args a,
                                   int lanes, float *parts, float *skip_parts)
@@ -229,11 +284,14 @@ static __global__ void __launch_bounds__(THREADS)
 	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
 	const int64_t width = f.n_heads * f.d_head, group = width / f.groups;
 	const int lane = threadIdx.x % lanes;
-	float *sums = reinterpret_cast<float *>(shared_memory) + threadIdx.x / lanes * 2 * group;
-	float *skip_sums = sums + group;
+	float *part = parts + (g * slots + slot) * group;
+	float *skip_part = skip_parts + slot * width + g * group;
+	float *row = shared_rows() + threadIdx.x / lanes * 2 * group;
+	float *sums = IN_SHARED ? row : part, *skip_sums = IN_SHARED ? row + group : skip_part;
 
 	clear_sums(sums, group, lane, lanes);
-	clear_sums(skip_sums, group, lane, lanes);
+	if (f.skip)
+		clear_sums(skip_sums, group, lane, lanes);
 	for (int64_t first = 0; first < f.n_tokens; first += slots) {
 		const bool valid = first + slot < f.n_tokens;
 		const int64_t n = valid ? first + slot : f.n_tokens - 1;
@@ -255,7 +313,7 @@ static __global__ void __launch_bounds__(THREADS)
 			}
 			add8(sums + i, dy);
 		}
-		projection = group_sum(projection, lanes) / (float)group;
+		projection = row_sum(projection, lanes) / (float)group;
 		for (int64_t i = 8 * lane; valid && i < group; i += 8 * lanes) {
 			const int64_t column = g * group + i;
 
@@ -285,9 +343,9 @@ static __global__ void __launch_bounds__(THREADS)
 			store8(static_cast<bf16 *>(a.dskip) + n * width + column, dy);
 		}
 	}
-	write_sums(parts + (g * slots + slot) * group, sums, group, lane, lanes);
+	write_sums(part, sums, group, lane, lanes);
 	if (f.skip)
-		write_sums(skip_parts + slot * width + g * group, skip_sums, group, lane, lanes);
+		write_sums(skip_part, skip_sums, group, lane, lanes);
 }
 
 /* sums[h] = the sum of columns h*d .. of `columns`; a warp per head. */
@@ -316,7 +374,7 @@ static struct gate_norm_plan gate_norm_plan_of(const struct device *device,
 
 	p.width = f->n_heads * f->d_head;
 	p.group = p.width / f->groups;
-	p.lanes = lanes_for(p.group);
+	p.lanes = lanes_of_row(p.group);
 	p.blocks = blocks_for(device, f->n_tokens, f->groups, p.lanes);
 	p.slots = p.blocks * (THREADS / p.lanes);
 	return p;
@@ -331,8 +389,8 @@ extern "C" const char *portable_gate_norm_backward_unsupported(const struct devi
 	const struct gate_norm_args *f = &a->forward;
 	const int64_t group = f->n_heads * f->d_head / f->groups;
 
-	if (group > 4096 || f->groups > 65535)
-		return "groups wider than 4096, or more than 65535";
+	if (f->groups > 65535)
+		return "more than 65535 groups";
 	if ((f->gate && f->gate == a->dgate) || (f->skip && f->skip == a->dskip))
 		return "gradients in the place of what they are taken of";
 	return either(check_widths(f->d_head, group, f->skip ? f->skip_stride : 0,
@@ -357,10 +415,12 @@ extern "C" enum status portable_gate_norm_backward(struct device *device, const 
 	const struct gate_norm_plan p = gate_norm_plan_of(device, f);
 	float *parts = static_cast<float *>(workspace), *skip_parts = parts + p.slots * p.width;
 	float *columns = skip_parts + p.slots * p.width;
-	enum status status = launch(device, "gate_norm_backward", gate_norm_backward_kernel,
-	                            dim3((unsigned)p.blocks, (unsigned)f->groups), THREADS,
-	                            2 * (size_t)(THREADS / p.lanes * p.group) * sizeof(float), *a,
-	                            p.lanes, parts, skip_parts);
+	const size_t shared = shared_for(2 * (THREADS / p.lanes), p.group);
+	enum status status = launch(device, "gate_norm_backward",
+	                            shared > shared_for(0, 0) ? gate_norm_backward_kernel<true>
+	                                                      : gate_norm_backward_kernel<false>,
+	                            dim3((unsigned)p.blocks, (unsigned)f->groups), THREADS, shared,
+	                            *a, p.lanes, parts, skip_parts);
 
 	if (status == STATUS_OK)
 		status = column_sums(device, "gate_norm_backward", parts, f->groups * p.slots,

@@ -2,6 +2,7 @@
 #include "tests/gpu/gpu.h"
 
 #include "kernels/cuda/device.h"
+#include "kernels/data.h"
 
 TEST(test_info)
 {
@@ -13,6 +14,32 @@ TEST(test_info)
 	              cuda_sm_count(device));
 	assert_true(info.name[0] && info.driver[0] && info.runtime[0]);
 	assert_true(info.memory_free > 0 && info.memory_free <= info.memory_total);
+}
+
+/* Directions that the device adds to strided keys are those that the host adds. */
+TEST(test_directions)
+{
+	enum { B = 2, T = 70, H = 3, D = 96, GAP = 8, COUNT = B * T * H * (D + GAP) };
+	const struct directions d = directions_of_heads(DATA_PEAKED, true, 3, T, D);
+	struct strided rows = {.dtype = DTYPE_F32,
+	                       .size = {B, T, H, D},
+	                       .stride = {T * H * (D + GAP), H * (D + GAP), D + GAP, 1}};
+	scoped float *here = new_memory(COUNT * sizeof *here);
+	scoped float *there = new_memory(COUNT * sizeof *there);
+	void *memory;
+
+	for (int i = 0; i < COUNT; i++)
+		here[i] = (float)(i % 7);
+	require_ok(device_allocate(device, COUNT * sizeof *here, &memory));
+	require_ok(device_upload(device, memory, here, COUNT * sizeof *here));
+	rows.data = memory;
+	require_ok(device->backend->add_directions(device, &rows, &d));
+	require_ok(device_download(device, there, memory, COUNT * sizeof *here));
+	rows.data = here;
+	add_directions_on_host(&rows, &d);
+	for (int i = 0; i < COUNT; i++)
+		assert_true(fabsf(here[i] - there[i]) < 1e-4f * (1 + fabsf(here[i])));
+	device_release(device, memory);
 }
 
 /* Sizes around those of the staging buffers, every byte compared. */

@@ -150,6 +150,13 @@ static enum status emulated_add(struct device *device, int64_t count, const void
 	return STATUS_OK;
 }
 
+static enum status emulated_add_directions(struct device *device, const struct strided *rows,
+                                           const struct directions *directions)
+{
+	add_directions_on_host(rows, directions);
+	return STATUS_OK;
+}
+
 static void emulated_push(struct device *device, const char *name)
 {
 }
@@ -228,6 +235,7 @@ const struct backend cuda_backend = {
         .count_nonfinite = emulated_count_nonfinite,
         .gather = emulated_gather,
         .add = emulated_add,
+        .add_directions = emulated_add_directions,
         .range_push = emulated_push,
         .range_pop = emulated_pop,
 };
