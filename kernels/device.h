@@ -154,6 +154,10 @@ struct gather {
 	 * ... */
 	const int64_t *list;
 	int listed;
+	/* Of floating-point elements: element i of the dense tensor becomes 1 + jitter *
+	 * noise_jitter(seed, i) times as large. */
+	double jitter;
+	uint64_t seed;
 };
 
 extern const struct backend cpu_backend;

@@ -33,6 +33,16 @@ NOISE_FUNCTION float noise_unit(uint64_t half)
 	return (float)((half & 0xffffffu) + 1) * 0x1p-24f;
 }
 
+/* What the last bits of element `index` may be worth: of either sign, 1 in the mean, never near 0.
+ */
+NOISE_FUNCTION double noise_jitter(uint64_t seed, uint64_t index)
+{
+	const uint64_t bits = noise_bits(seed, 0, index);
+	const double size = 0.5 + (double)noise_unit(bits);
+
+	return bits >> 63 ? size : -size;
+}
+
 #ifdef __cplusplus
 extern "C" {
 #endif

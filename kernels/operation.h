@@ -67,10 +67,11 @@ struct operand {
 	enum draw draw;
 	float scale;
 	const char *alias; /* of an output: the input whose place it may take */
-	/* Of an output that may cancel to nothing: it is held against `terms` times the root mean
-	 * square of this input, if that is more than what remains. */
-	const char *against;
-	float terms;
+	/* Of an output: between it and the inputs kernels keep everything in fp32. Otherwise they
+	 * may round what they multiply to the activations' type. */
+	bool exact;
+	/* Of an input: what kernels make of it goes into an exponential, in fp32. */
+	bool exponent;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is
 	                     judged */
 	unsigned apart;   /* of an output: axes along which a part of it is what that part of the
@@ -249,13 +250,20 @@ static inline struct operand *optional(struct operand *operand, bool usual)
 	return operand;
 }
 
-/* The output may cancel to nothing. */
-static inline struct operand *cancels(struct operand *operand, const char *against, double terms)
+/* Kernels keep all in fp32 between the inputs and the outputs listed so far. */
+static inline void keeps_fp32(struct operand_list *list)
 {
-	operand->against = against;
-	operand->terms = (float)terms;
+	for (int i = 0; i < list->count; i++)
+		list->operand[i].exact = true;
+}
+
+/* It goes into an exponential. */
+static inline struct operand *exponent(struct operand *operand)
+{
+	operand->exponent = true;
 	return operand;
 }
+
 /* What has been listed so far is a forward's, the list a backward's: outputs named in `reads`
  * (separated by '|') are read, the others are not. */
 void forward_ends(struct operand_list *list, const char *reads);

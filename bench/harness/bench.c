@@ -216,7 +216,7 @@ static void record_measurement(struct variant *v, const struct bench_case *c, st
 {
 	if (v->predicted_ms > 0)
 		r->predicted_ms = v->predicted_ms;
-	r->rel_err = v->rel_err;
+	r->rel_err = v->found.rel_err;
 	if (v->status != STATUS_OK || v->n_samples == 0)
 		return;
 	struct summary s = summarize(v->samples, v->n_samples);
@@ -267,20 +267,6 @@ static enum status write_row(struct run *run, const struct bench_case *c, struct
 	return record_append(&run->file, &r);
 }
 
-/*
- * The error allowed in the worst row. bf16 keeps 8 bits; a model's logits and gradients pass
- * through more roundings. In fp32 the gradient of a gate's bias sums over all tokens what
- * nearly cancels: 7e-5 at T = 8192.
- */
-static double tolerance(enum dtype activation, enum pass pass)
-{
-	bool deep = passes[pass].deep;
-
-	if (activation == DTYPE_F32)
-		return deep ? 5e-4 : 1e-4;
-	return deep ? 3e-2 : 1.5e-2;
-}
-
 /* Whether any of a case's variants can run it. */
 static bool provider_takes(const struct run *run, int index)
 {
@@ -314,7 +300,7 @@ static bool reset_variants(struct run *run, int index, bool *finished)
 		v->predicted_ms = 0;
 		v->n_samples = 0;
 		v->sampling_seconds = 0;
-		v->rel_err = NAN;
+		v->found = (struct accuracy){NAN, NAN};
 		v->prefill_ms = NAN;
 		/* Any status but OK keeps a finished variant from being measured. */
 		v->status = finished[i] ? STATUS_SKIPPED : v->plan.status;
@@ -331,7 +317,6 @@ static enum status run_case(struct run *run, int index, struct experience *exper
 	struct measurement_rule rule = {
 	        .stop = {(int)o->samples, o->min_time, o->max_time, o->noise},
 	        .case_seconds = o->case_seconds,
-	        .tolerance = tolerance(run->device->activation, c->pass),
 	        .rows = o->rows,
 	        .seed = (uint64_t)o->seed,
 	        .warm = o->warm,

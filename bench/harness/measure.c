@@ -91,20 +91,21 @@ static enum status begin_variant(const struct subject *subject, const struct ben
 
 	context_range_push(&v->ctx, "verify");
 	status_set(STATUS_OK, "%s", "");
-	status = subject->verify(subject->self, &v->ctx, c, rule->rows, rule->seed, &v->rel_err);
+	status = subject->verify(subject->self, &v->ctx, c, rule->rows, rule->seed, &v->found);
 	context_range_pop(&v->ctx);
 	experience->verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
-	if (status == STATUS_OK && !(v->rel_err <= rule->tolerance)) {
+	if (status == STATUS_OK && !(v->found.share <= 1)) {
 		char where[MAX_MESSAGE];
 
 		snprintf(where, sizeof where, "%s", status_message());
 		v->n_samples = 0;
-		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, allowed %.3g", v->rel_err,
-		                  where[0] ? " in " : "", where, rule->tolerance);
+		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, %.3g times what is allowed",
+		                  v->found.rel_err, where[0] ? " in " : "", where, v->found.share);
 	}
 	if (status == STATUS_OK && status_message()[0])
-		snprintf(v->message, sizeof v->message, "worst: %s", status_message());
+		snprintf(v->message, sizeof v->message, "worst: %.*s, %.2f of its bound",
+		         MAX_MESSAGE - 64, status_message(), v->found.share);
 	return status;
 }
 

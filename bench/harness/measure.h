@@ -31,13 +31,13 @@ struct variant {
 	double samples[MAX_SAMPLES]; /* milliseconds */
 	int n_samples;
 	double sampling_seconds; /* spent on the samples, preparations included */
-	double rel_err, prefill_ms;
+	struct accuracy found;
+	double prefill_ms;
 };
 
 struct measurement_rule {
 	struct stopping_rule stop;
 	double case_seconds; /* 0: no limit */
-	double tolerance;    /* of rel_err */
 	int64_t rows;        /* to verify */
 	uint64_t seed;
 	bool warm;

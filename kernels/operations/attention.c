@@ -60,6 +60,7 @@ static void describe_rotate(void *args, struct operand_list *l)
 	add_moved(l, "q", &a->q, "q_out", &a->q_out, a, a->rope, false);
 	add_moved(l, "k", &a->k, "k_out", &a->k_out, a, a->rope, true);
 	add_moved(l, "v", &a->v, "v_out", &a->v_out, a, false, true);
+	keeps_fp32(l);
 }
 
 static double rotate_flops(const void *args)
@@ -105,6 +106,7 @@ static void describe_rotate_backward(void *args, struct operand_list *l)
 		o->alias = from_names[i];
 		o->written = moves ? o->written : 0;
 	}
+	keeps_fp32(l);
 }
 
 static double rotate_backward_flops(const void *args)
@@ -139,6 +141,7 @@ static void describe_rotate_step(void *args, struct operand_list *l)
 	        "q";
 	add_view(l, ROLE_OUTPUT, "k_out", &a->k_out, b, TOKENS(1), h, INNER(a->d_head))->alias =
 	        "k";
+	keeps_fp32(l);
 }
 
 static double rotate_step_flops(const void *args)
@@ -179,8 +182,9 @@ static void describe_attention(void *args, struct operand_list *l)
 	struct operand *o;
 
 	cut_heads(l, &a->batch, &a->n_heads, &a->q_heads);
-	add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d)->draw = DRAW_SCORES;
-	add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d);
+	exponent(add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d))->draw =
+	        DRAW_SCORES;
+	exponent(add_view(l, ROLE_INPUT, "k", &a->k, b, s, h, d));
 	add_view(l, ROLE_INPUT, "v", &a->v, b, s, h, d);
 	/* Chunk 0 sees no key: it needs the token's own. */
 	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
@@ -258,16 +262,14 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
 	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
-	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d), "dout", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, h, d), "dout", 0.1);
+	add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d);
+	add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, h, d);
+	add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, h, d);
 	if (a->gate.data)
-		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
+		add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d);
 	if (a->own_score) {
-		cancels(add_floats(l, ROLE_OUTPUT, "down_score", &x->down_score, b, t, h), "dout",
-		        0.1 * sqrt((double)a->d_head));
-		cancels(add_view(l, ROLE_OUTPUT, "down_value", &x->down_value, b, t, h, d), "dout",
-		        0.1);
+		add_floats(l, ROLE_OUTPUT, "down_score", &x->down_score, b, t, h);
+		add_view(l, ROLE_OUTPUT, "down_value", &x->down_value, b, t, h, d);
 	}
 }
 
@@ -321,6 +323,7 @@ static void describe_attention_step(void *args, struct operand_list *l)
 		o->written = width;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
+	keeps_fp32(l);
 }
 
 static double attention_step_flops(const void *args)

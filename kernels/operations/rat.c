@@ -41,6 +41,7 @@ static void describe_rat_scan(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "v_chunk", &a->v_chunk, b, chunks, h, d);
 	add_floats(l, ROLE_OUTPUT, "k_state", &a->k_state, b, h, d)->optional = true;
 	add_floats(l, ROLE_OUTPUT, "v_state", &a->v_state, b, h, d)->optional = true;
+	keeps_fp32(l);
 }
 
 /* The own score's product is counted by the attention that uses it, as a visible pair. */
@@ -78,6 +79,7 @@ static void describe_rat_scan_backward(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, g, d);
 	add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, t, g, d);
 	add_floats(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, INNER(1), h, d);
+	keeps_fp32(l);
 }
 
 BACKWARD(rat_scan, RAT_SCAN, 2.5);
@@ -134,6 +136,7 @@ static void describe_rat_step(void *args, struct operand_list *l)
 		o->written = position % a->chunk == a->chunk - 1 ? width : 0;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, h, d);
+	keeps_fp32(l);
 }
 
 static double rat_step_flops(const void *args)

@@ -51,6 +51,7 @@ static void describe_recurrence(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "h", &a->h, b, t, one, d)->optional = true;
 	add_view(l, ROLE_OUTPUT, "out|o", &a->out, b, t, one, d);
 	add_floats(l, ROLE_OUTPUT, "h_final|final_state", &a->h_final, one, b, d)->optional = true;
+	keeps_fp32(l);
 }
 
 static double recurrence_flops(const void *args)
@@ -83,10 +84,9 @@ static void describe_recurrence_backward(void *args, struct operand_list *l)
 	if (a->z.data)
 		add_view(l, ROLE_OUTPUT, "dz", &x->dz, b, t, one, d);
 	if (a->gate_bias)
-		cancels(add_vector(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, d), "dout",
-		        0.05);
-	cancels(optional(add_floats(l, ROLE_OUTPUT, "dh0", &x->dh0, one, b, d), false), "dout",
-	        0.05);
+		add_vector(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, d);
+	optional(add_floats(l, ROLE_OUTPUT, "dh0", &x->dh0, one, b, d), false);
+	keeps_fp32(l);
 }
 
 BACKWARD(recurrence, RECURRENCE, 2.5);
@@ -113,6 +113,7 @@ static void describe_recurrence_step(void *args, struct operand_list *l)
 	optional(add_view(l, ROLE_INPUT, "z", &a->z, b, one, one, d), a->form == GATE_SIGMOID);
 	add_floats(l, ROLE_STATE, "h", &a->h, one, b, d);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, one, d);
+	keeps_fp32(l);
 }
 
 static double recurrence_step_flops(const void *args)
@@ -191,8 +192,8 @@ static void add_matrix_inputs(struct operand_list *l, const struct matrix_inputs
 	o->draw = a->rule == RULE_DELTA ? DRAW_UNIT : DRAW_NORMAL;
 	add_view(l, ROLE_INPUT, "v", a->v, b, t, h, v);
 	if (has_decay(a->decay))
-		add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
-		         INNER(decay_width(a->decay, a->d_k)))
+		exponent(add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
+		                  INNER(decay_width(a->decay, a->d_k))))
 		        ->draw = DRAW_LOG_DECAY;
 	if (a->rule == RULE_BONUS) {
 		uniform(add_floats(l, ROLE_PARAMETER, "bonus|u", a->bonus, INNER(1), h, k), 2);
@@ -315,6 +316,7 @@ static void describe_matrix_recurrence_step(void *args, struct operand_list *l)
 	                  b, one);
 	add_array(l, ROLE_STATE, ELEMENT_FP32, "state", &a->state, b, h, k, v);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, h, v);
+	keeps_fp32(l);
 }
 
 static double matrix_recurrence_step_flops(const void *args)
