@@ -505,7 +505,8 @@ static enum status upload_kept(const struct check *c, const double *kept,
 		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int64_t i = 0; i < count; i++)
 		values[i] =
-		        kept[i] * (1 + gather->jitter * noise_jitter(gather->seed, (uint64_t)i));
+		        kept[i] * (1 + gather->jitter * noise_jitter(gather->seed, (uint64_t)i,
+		                                                     (uint64_t)gather->size[3]));
 	enum status status = device_upload(c->place, to, values, gather_bytes(gather));
 	free(values);
 	return status;
@@ -741,7 +742,7 @@ static enum status compare_output(const struct check *c, const struct group *g, 
 	                   .position = position_of(o),
 	                   .dtype = operand_dtype(o, c->device),
 	                   .scale = o->exact ? ROUNDING_FP32 / c->rounding : 1,
-	                   .bias = o->exact ? 1 : ROUNDING_FP32 / c->rounding,
+	                   .exact = o->exact || c->device->activation == DTYPE_F32,
 	                   .n_responses = x->n_probes};
 	enum status status;
 

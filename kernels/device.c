@@ -215,7 +215,9 @@ static double element(enum dtype dtype, const void *at)
 
 static double jittered(const struct gather *g, int64_t i, double value)
 {
-	return g->jitter > 0 ? value * (1 + g->jitter * noise_jitter(g->seed, (uint64_t)i)) : value;
+	return g->jitter > 0 ? value * (1 + g->jitter * noise_jitter(g->seed, (uint64_t)i,
+	                                                             (uint64_t)g->size[3]))
+	                     : value;
 }
 
 void gather_on_host(const struct gather *g, void *to)

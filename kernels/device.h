@@ -155,7 +155,7 @@ struct gather {
 	const int64_t *list;
 	int listed;
 	/* Of floating-point elements: element i of the dense tensor becomes 1 + jitter *
-	 * noise_jitter(seed, i) times as large. */
+	 * noise_jitter(seed, i, size[3]) times as large. */
 	double jitter;
 	uint64_t seed;
 };

@@ -35,8 +35,8 @@ struct judged {
 	int n_responses;
 	/* What the reference answers to inputs that are off by random roundings. */
 	double *response[MAX_RESPONSES];
+	bool exact;   /* kernels round nothing but the output itself */
 	double scale; /* one rounding of this output's kernels over one of the responses' */
-	double bias;  /* one rounding of fp32 over that */
 };
 
 /* The worst of all outputs so far. `share` is of what the bound allows: above 1 is a mismatch.

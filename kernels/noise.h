@@ -33,14 +33,20 @@ NOISE_FUNCTION float noise_unit(uint64_t half)
 	return (float)((half & 0xffffffu) + 1) * 0x1p-24f;
 }
 
-/* What the last bits of element `index` may be worth: of either sign, 1 in the mean, never near 0.
- */
-NOISE_FUNCTION double noise_jitter(uint64_t seed, uint64_t index)
+/* A number of either sign, about 1, never near 0. */
+NOISE_FUNCTION double noise_sign(uint64_t seed, uint64_t stream, uint64_t index)
 {
-	const uint64_t bits = noise_bits(seed, 0, index);
+	const uint64_t bits = noise_bits(seed, stream, index);
 	const double size = 0.5 + (double)noise_unit(bits);
 
 	return bits >> 63 ? size : -size;
+}
+
+/* What the last bits of element `index` of a tensor with rows of `width` may be worth, in units: a
+ * part of its own, and one that its row has in common, as where a weight of the row was rounded. */
+NOISE_FUNCTION double noise_jitter(uint64_t seed, uint64_t index, uint64_t width)
+{
+	return noise_sign(seed, 0, index) + noise_sign(seed, 1, index / width);
 }
 
 #ifdef __cplusplus

@@ -319,11 +319,14 @@ static void describe_attention_step(void *args, struct operand_list *l)
 		struct operand *o = add_view(l, ROLE_STATE, i == 0 ? "k_cache" : "v_cache",
 		                             caches[i], b, KEYS(a->kv_slots), h, d);
 
+		o->exponent = i == 0;
+		o->exact = true;
+
 		o->read = width * (double)others_seen(a);
 		o->written = width;
 	}
+	/* The token's own key may be the one that the cache gets, rounded. */
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
-	keeps_fp32(l);
 }
 
 static double attention_step_flops(const void *args)

@@ -30,7 +30,7 @@ static void describe_rat_scan(void *args, struct operand_list *l)
 
 	cut_heads(l, &a->batch, &a->n_heads, &a->groups);
 	add_view(l, ROLE_INPUT, "v", &a->v, b, t, h, d);
-	add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d)->scale = 2;
+	exponent(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d))->scale = 2;
 	add_view(l, ROLE_INPUT, "q", &a->q, b, t, g, d);
 	add_view(l, ROLE_INPUT, "k", &a->k, b, t, g, d);
 	uniform(add_floats(l, ROLE_PARAMETER, "gate_bias", &a->gate_bias, INNER(1), h, d), 3);
@@ -79,7 +79,6 @@ static void describe_rat_scan_backward(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, g, d);
 	add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, t, g, d);
 	add_floats(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, INNER(1), h, d);
-	keeps_fp32(l);
 }
 
 BACKWARD(rat_scan, RAT_SCAN, 2.5);

@@ -19,6 +19,7 @@ static void add_gate(struct operand_list *l, struct view *gate, const float **bi
 	struct operand *o =
 	        add_view(l, ROLE_INPUT, "gate|g", gate, dims[0], dims[1], dims[2], dims[3]);
 
+	o->exponent = true;
 	o->draw = form == GATE_LOG_DECAY ? DRAW_LOG_DECAY : DRAW_NORMAL;
 	o->scale = form == GATE_LOG_DECAY ? 1 : 2;
 	if (form == GATE_LOG_DECAY)
@@ -86,7 +87,6 @@ static void describe_recurrence_backward(void *args, struct operand_list *l)
 	if (a->gate_bias)
 		add_vector(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, d);
 	optional(add_floats(l, ROLE_OUTPUT, "dh0", &x->dh0, one, b, d), false);
-	keeps_fp32(l);
 }
 
 BACKWARD(recurrence, RECURRENCE, 2.5);
