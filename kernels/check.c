@@ -939,6 +939,9 @@ enum status check_begin(struct check **check, struct device *device, enum operat
 			if (c->list.operand[i].axis[j] == AXIS_TOKEN)
 				c->extent[AXIS_TOKEN] = c->list.operand[i].size[j];
 	find_reference(c);
+	if (!c->kernel)
+		return status_set(STATUS_UNSUPPORTED, "%s: not even the reference knows it",
+		                  operation_name(operation));
 	c->rounding = rounding_inside(c);
 	const bool whole = options->everything || (is_small(c) && !options->parts);
 	make_groups(c, whole);

@@ -89,6 +89,9 @@ struct operand_list {
 	 * SEQUENCE and ROW is a sum over it. */
 	unsigned apart;
 	bool sums_groups; /* outputs of a group are sums over its heads */
+	/* Options among several: where the argument struct keeps them. */
+	int n_options;
+	unsigned *options[2];
 	/* The first head's number, for what counts heads; NULL: nothing does. */
 	int64_t *first_head;
 };
@@ -213,6 +216,12 @@ static inline void cut_along(struct operand_list *list, enum axis axis, int64_t 
 {
 	list->extent[axis] = extent;
 	list->apart |= ALONG(axis);
+}
+
+/* An option of an enum type. */
+static inline void add_option(struct operand_list *list, void *option)
+{
+	list->options[list->n_options++] = (unsigned *)option;
 }
 
 /* The usual cuts of what mixes tokens in heads; `groups` may be NULL. */

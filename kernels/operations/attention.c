@@ -181,6 +181,7 @@ static void describe_attention(void *args, struct operand_list *l)
 	const struct dimension h = HEADS(a->n_heads), d = INNER(a->d_head), s = KEYS(a->kv_len);
 	struct operand *o;
 
+	add_option(l, &a->mask);
 	cut_heads(l, &a->batch, &a->n_heads, &a->q_heads);
 	exponent(add_view(l, ROLE_INPUT, "q", &a->q, b, t, GROUPS(a->q_heads), d))->draw =
 	        DRAW_SCORES;

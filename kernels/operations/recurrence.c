@@ -43,6 +43,7 @@ static void describe_recurrence(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len), one = INNER(1);
 	const struct dimension d = CHANNELS(a->d_model), dims[] = {b, t, one, d};
 
+	add_option(l, &a->form);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->d_model);
 	add_view(l, ROLE_INPUT, "x", &a->x, b, t, one, d);
@@ -106,6 +107,7 @@ static void describe_recurrence_step(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), one = INNER(1), d = CHANNELS(a->d_model);
 	const struct dimension dims[] = {b, one, one, d};
 
+	add_option(l, &a->form);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->d_model);
 	add_view(l, ROLE_INPUT, "x", &a->x, b, one, one, d);
@@ -208,6 +210,8 @@ static void describe_matrix_recurrence(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension h = HEADS(a->n_heads), k = INNER(a->d_k), v = CHANNELS(a->d_v);
 
+	add_option(l, &a->decay);
+	add_option(l, &a->rule);
 	cut_matrix(l, &a->batch, &a->n_heads, &a->d_v, &a->first_head);
 	add_matrix_inputs(l,
 	                  &(struct matrix_inputs){a->n_heads, a->d_k, a->d_v, a->decay, a->rule,
@@ -308,6 +312,8 @@ static void describe_matrix_recurrence_step(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), h = HEADS(a->n_heads), one = TOKENS(1);
 	const struct dimension k = INNER(a->d_k), v = CHANNELS(a->d_v);
 
+	add_option(l, &a->decay);
+	add_option(l, &a->rule);
 	cut_matrix(l, &a->batch, &a->n_heads, &a->d_v, &a->first_head);
 	add_matrix_inputs(l,
 	                  &(struct matrix_inputs){a->n_heads, a->d_k, a->d_v, a->decay, a->rule,
