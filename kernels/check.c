@@ -504,9 +504,7 @@ static enum status upload_kept(const struct check *c, const double *kept,
 	if (!values)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int64_t i = 0; i < count; i++)
-		values[i] =
-		        kept[i] * (1 + gather->jitter * noise_jitter(gather->seed, (uint64_t)i,
-		                                                     (uint64_t)gather->size[3]));
+		values[i] = kept[i] * gather_jitter(gather, i);
 	enum status status = device_upload(c->place, to, values, gather_bytes(gather));
 	free(values);
 	return status;
@@ -534,6 +532,8 @@ static enum status fill_operand(const struct check *c, const struct group *g, in
 	}
 	if (probe > 0) {
 		gather.jitter = jitter_of(c, i);
+		gather.row_jitter =
+		        o->by_element && c->rounding > ROUNDING_FP32 ? 0 : gather.jitter;
 		gather.seed = noise_bits(c->options.seed, (uint64_t)probe,
 		                         (uint64_t)(part * MAX_OPERANDS + i));
 	}

@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/noise.h"
-
 #ifdef WITH_CUDA
 extern const struct backend cuda_backend;
 #endif
@@ -215,9 +213,7 @@ static double element(enum dtype dtype, const void *at)
 
 static double jittered(const struct gather *g, int64_t i, double value)
 {
-	return g->jitter > 0 ? value * (1 + g->jitter * noise_jitter(g->seed, (uint64_t)i,
-	                                                             (uint64_t)g->size[3]))
-	                     : value;
+	return g->jitter > 0 ? value * gather_jitter(g, i) : value;
 }
 
 void gather_on_host(const struct gather *g, void *to)

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/noise.h"
 #include "kernels/status.h"
 
 #ifdef __cplusplus
@@ -154,11 +155,18 @@ struct gather {
 	 * ... */
 	const int64_t *list;
 	int listed;
-	/* Of floating-point elements: element i of the dense tensor becomes 1 + jitter *
-	 * noise_jitter(seed, i, size[3]) times as large. */
-	double jitter;
+	/* Of floating-point elements: by how much each becomes larger or smaller at random,
+	 * relative to itself; and each row, as where a weight of the row was rounded. */
+	double jitter, row_jitter;
 	uint64_t seed;
 };
+
+/* By how much element i of the dense tensor is multiplied. */
+NOISE_FUNCTION double gather_jitter(const struct gather *g, int64_t i)
+{
+	return 1 + g->jitter * noise_sign(g->seed, 0, (uint64_t)i) +
+	       g->row_jitter * noise_sign(g->seed, 1, (uint64_t)(i / g->size[3]));
+}
 
 extern const struct backend cpu_backend;
 

@@ -42,13 +42,6 @@ NOISE_FUNCTION double noise_sign(uint64_t seed, uint64_t stream, uint64_t index)
 	return bits >> 63 ? size : -size;
 }
 
-/* What the last bits of element `index` of a tensor with rows of `width` may be worth, in units: a
- * part of its own, and one that its row has in common, as where a weight of the row was rounded. */
-NOISE_FUNCTION double noise_jitter(uint64_t seed, uint64_t index, uint64_t width)
-{
-	return noise_sign(seed, 0, index) + noise_sign(seed, 1, index / width);
-}
-
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -72,6 +72,9 @@ struct operand {
 	bool exact;
 	/* Of an input: what kernels make of it goes into an exponential, in fp32. */
 	bool exponent;
+	/* Of an input: kernels round what they make of it element by element, and no weight of all
+	 * its row. */
+	bool by_element;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is
 	                     judged */
 	unsigned apart;   /* of an output: axes along which a part of it is what that part of the

@@ -187,9 +187,12 @@ static void add_matrix_inputs(struct operand_list *l, const struct matrix_inputs
 	const bool may_share = a->decay == DECAY_SCALAR && a->rule == RULE_PLAIN;
 	struct operand *o;
 
-	add_view(l, ROLE_INPUT, "q", a->q, b, t, h, k)->may_share = may_share;
+	o = add_view(l, ROLE_INPUT, "q", a->q, b, t, h, k);
+	o->may_share = may_share;
+	o->by_element = true;
 	o = add_view(l, ROLE_INPUT, "k", a->k, b, t, h, k);
 	o->may_share = may_share;
+	o->by_element = true;
 	/* Long keys would let the states of a delta rule grow. */
 	o->draw = a->rule == RULE_DELTA ? DRAW_UNIT : DRAW_NORMAL;
 	add_view(l, ROLE_INPUT, "v", a->v, b, t, h, v);
