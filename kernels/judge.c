@@ -291,7 +291,7 @@ enum status judge(const struct judged *j, struct check_result *result)
 		const double common = judge_rows(j, rows, result);
 
 		/* What is small beside its base is rounded away with one sign. */
-		if (!j->exact && !j->base)
+		if (j->carries && !j->base)
 			judge_drift(j, common / (double)j->size[3], cells, n_lanes, result);
 	}
 	free(rows);

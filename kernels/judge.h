@@ -35,7 +35,9 @@ struct judged {
 	int n_responses;
 	/* What the reference answers to inputs that are off by random roundings. */
 	double *response[MAX_RESPONSES];
-	bool exact;   /* kernels round nothing but the output itself */
+	/* Sums over positions, of roundings that no rows have in common: it is judged by what they
+	 * have. */
+	bool carries;
 	double scale; /* one rounding of this output's kernels over one of the responses' */
 };
 
