@@ -72,6 +72,8 @@ struct operand {
 	bool exact;
 	/* Of an input: what kernels make of it goes into an exponential, in fp32. */
 	bool exponent;
+	/* Of an fp32 input: kernels round what it is multiplied with, which they made themselves. */
+	bool factor;
 	/* Of an input: kernels round what they make of it element by element, and no weight of all
 	 * its row. */
 	bool by_element;

@@ -70,7 +70,8 @@ static void describe_rat_scan_backward(void *args, struct operand_list *l)
 	/* q is read as it was projected: the forward must not have rotated it in place. */
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dv_scan", &x->dv_scan, b, t, h, d);
-	add_floats(l, ROLE_INPUT, "down_score", &x->down_score, b, t, h);
+	/* Times keys of the scan. */
+	add_floats(l, ROLE_INPUT, "down_score", &x->down_score, b, t, h)->factor = true;
 	add_view(l, ROLE_INPUT, "dq_out", &x->dq_out, b, t, g, d);
 	add_view(l, ROLE_INPUT, "dk_chunk", &x->dk_chunk, b, chunks, h, d);
 	add_view(l, ROLE_INPUT, "dv_chunk", &x->dv_chunk, b, chunks, h, d);
