@@ -491,7 +491,8 @@ static double jitter_of(const struct check *c, int i)
 	for (int j = 0; j < c->list.count; j++)
 		if (c->list.operand[j].base && operand_is(o, c->list.operand[j].base))
 			return 0;
-	return o->exponent || (o->element == ELEMENT_FP32 && !o->factor) ? ROUNDING_FP32 : c->rounding;
+	return o->exponent || (o->element == ELEMENT_FP32 && !o->factor) ? ROUNDING_FP32
+	                                                                 : c->rounding;
 }
 
 /* What was kept, off as in a probe. */
