@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/noise.h"
 #include "kernels/status.h"
 
 #ifdef __cplusplus
@@ -183,6 +184,10 @@ struct gather {
 	 * ... */
 	const int64_t *list;
 	int listed;
+	/* Of floating-point elements: by how much each becomes larger or smaller at random,
+	 * relative to itself; and each row, as where a weight of the row was rounded. */
+	double jitter, row_jitter;
+	uint64_t seed;
 };
 
 /* Elements of a tensor that are to be written; size and stride as above. */
@@ -191,6 +196,13 @@ struct strided {
 	void *data;
 	int64_t size[GATHER_DIMS], stride[GATHER_DIMS];
 };
+
+/* By how much element i of the dense tensor is multiplied. */
+NOISE_FUNCTION double gather_jitter(const struct gather *g, int64_t i)
+{
+	return 1 + g->jitter * noise_sign(g->seed, 0, (uint64_t)i) +
+	       g->row_jitter * noise_sign(g->seed, 1, (uint64_t)(i / g->size[3]));
+}
 
 extern const struct backend cpu_backend;
 
