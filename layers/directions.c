@@ -98,11 +98,14 @@ static enum status add_to_rows(struct stack *stack, int layer, const struct dire
 {
 	const enum dtype dtype = stack->device->activation;
 	const int64_t d = stack->d_model;
-	float *row = malloc((size_t)d * (DATA_TOPICS + 1) * sizeof *row), *signs = row + d;
-	enum status status = row ? STATUS_OK : status_set(STATUS_OOM, "no memory for a row");
+	float *row = malloc((size_t)d * (DATA_TOPICS + 1) * sizeof *row);
+	enum status status = STATUS_OK;
 
-	if (row)
-		make_signs(stack->data, space, d, signs);
+	if (!row)
+		return status_set(STATUS_OOM, "no memory for a row");
+	float *signs = row + d;
+
+	make_signs(stack->data, space, d, signs);
 	for (int64_t i = 0; i < count && status == STATUS_OK; i++) {
 		void *place = (char *)stack->memory[layer].param[PARAM_IN_PROJ] +
 		              (size_t)((first + i) * d) * dtype_size(dtype);

@@ -342,7 +342,7 @@ static void write_pairs(int count, double ratio, bool alternate)
 
 	for (int i = 0; i < count; i++)
 		for (int new = 0; new < 2; new ++) {
-			char name[16], time[32];
+			char name[32], time[32];
 			const int at = alternate ? 2 * i + new : i + new *count;
 
 			snprintf(name, sizeof name, "%s-%d", new ? "new" : "base", i);
@@ -398,7 +398,7 @@ TEST(test_pairs_that_took_turns)
 TEST(test_a_file_a_run)
 {
 	for (int i = 0; i < 6; i++) {
-		char name[16], time[32];
+		char name[32], time[32];
 
 		snprintf(time, sizeof time, "2030-01-02T03:04:%02dZ", i);
 		for (int new = 0; new < 2; new ++) {

@@ -19,7 +19,7 @@ bool plan_device_wanted(const struct options *options, enum status opened);
 
 /* Opens it for plans, device_close() ends it; sets options->backend. STATUS_INVALID if the options
  * want to do more with it than plan. */
-enum status plan_device_open(struct options *options, struct device **device);
+enum status plan_device_open(struct options *options, struct device **opened);
 
 /* The rates of a GPU in the table, by its name, where none have been measured; left alone for
  * others. */
