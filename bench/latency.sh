@@ -11,6 +11,9 @@
 # attention is measured with the kernels of cuDNN and, where it is built, FlashAttention-3 besides;
 # --provider measures all blocks with others instead.
 #
+# Gradients of the linear-attention family are slow on a GPU so far, and bench-family has them: here
+# its blocks are trained on a CPU alone.
+#
 # PATTERNS and STACKS in the environment name other patterns (make bench-family); CHUNKS names chunk
 # lengths that gla's prefill takes besides its own.
 set -eu
@@ -41,6 +44,11 @@ if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
 	grouped='attention(kv_heads=8)/attention(kv_heads=2)'
 fi
 patterns=${PATTERNS-attention/$grouped/swa/recurrence/gla/rat(chunk=16|64|128)}
+trained=$patterns
+if [ "$rivals" ] && [ -z "${PATTERNS+set}" ]; then
+	trained=attention/$grouped/swa/recurrence/'rat(chunk=16|64|128)'
+fi
+passes=
 stacks=${STACKS-attention,swa/rat,swa}
 named=
 before=
@@ -49,6 +57,9 @@ for option; do
 	case $before$option in
 	--pass*prefill*) ;;
 	--pass?*) chunks= ;;
+	esac
+	case $before$option in
+	--pass=?*) passes=given ;;
 	esac
 	before=
 	# Options may be shortened. The first program alone starts the file anew.
@@ -60,7 +71,7 @@ for option; do
 	--br* | --dr* | --l*) measures= ;;
 	--prov*) rivals= ;;
 	--ch*) chunks= ;;
-	--pat*) patterns= stacks= chunks= ;;
+	--pat*) patterns= stacks= chunks= trained= ;;
 	--o*) named=yes ;;
 	esac
 	set -- "$@" "$option"
@@ -92,7 +103,12 @@ with_rivals() {
 if [ -z "$patterns$stacks" ]; then
 	with_rivals "$@"
 fi
-[ -z "$patterns" ] || with_rivals "$@" --pattern "$patterns"
+if [ "$patterns" != "$trained" ] && [ -z "$passes" ]; then
+	with_rivals "$@" --pattern "$patterns" --pass prefill,generation
+	with_rivals "$@" --pattern "$trained" --pass train
+elif [ "$patterns" ]; then
+	with_rivals "$@" --pattern "$patterns"
+fi
 [ -z "$stacks" ] || measure "$@" --pattern "$stacks" --baseline attention,swa
 [ -z "$chunks" ] || measure "$@" --pattern "gla(chunk=$chunks)" --pass prefill
 if [ "$measures" ] && [ -f "$out" ]; then

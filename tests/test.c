@@ -55,7 +55,8 @@ int tests_run(void)
 
 void *new_memory(size_t bytes)
 {
-	void *memory = malloc(bytes + 1);
+	enum { ALIGNMENT = 256 }; /* a device's memory has it, and kernels rely on that */
+	void *memory = aligned_alloc(ALIGNMENT, bytes / ALIGNMENT * ALIGNMENT + ALIGNMENT);
 
 	assert_non_null(memory);
 	return memory;

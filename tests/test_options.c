@@ -155,7 +155,7 @@ TEST(takes_fractions_and_choices)
 {
 	struct options options = completed("", "paper");
 
-	assert_float_equal(options.precision, 0.01, 1e-12);
+	assert_float_equal(options.precision, 0.02, 1e-12);
 	assert_string_equal(options.duty, "sustained");
 	assert_string_equal(options.baseline, "");
 	assert_false(options.apart);

@@ -8,6 +8,8 @@
 #include "bench/harness/noise.h"
 #include "bench/harness/progress.h"
 
+/* A launch from which on few samples have to do. */
+static const double LONG_MS = 1e3;
 /* Launch / roofline of a case nothing is known about yet. */
 static const double UNKNOWN_LAUNCH_PER_ROOFLINE = 4;
 /* A device that is kept busy is so for this long before the first round. */
@@ -75,7 +77,7 @@ static int floor_of(const struct bench_case *c, double ms)
 {
 	if (passes[c->pass].models)
 		return MODEL_FLOOR;
-	return ms < 1e3 ? SHORT_FLOOR : LONG_FLOOR;
+	return ms < LONG_MS ? SHORT_FLOOR : LONG_FLOOR;
 }
 
 static void check_time(struct variant *v, const struct bench_case *c,
@@ -270,8 +272,9 @@ static bool has_floor(const struct group *g, const struct variant *v,
 }
 
 /*
- * Whether another round is needed. All variants take part in every round, or the rest would be
- * measured beside other neighbours than before; so their time is one account.
+ * Whether another round is needed. All variants take part in every round (except that those of
+ * seconds leave), or the rest would be measured beside other neighbours than before; so their time
+ * is one account.
  */
 static bool enough(const struct group *g, const struct measurement_rule *rule)
 {
@@ -302,13 +305,22 @@ static uint32_t next_random(uint64_t *state)
 	return (uint32_t)(*state >> 33);
 }
 
-/* The variants that run, in random order; returns how many. */
-static int shuffle(const struct group *g, int *order, uint64_t *state)
+/* Whether a variant that takes seconds has had its share while others still need rounds. */
+static bool leaves(const struct group *g, const struct variant *v,
+                   const struct measurement_rule *rule)
+{
+	return rule->samples == 0 && v->n_samples > 0 && total_ms(v) / v->n_samples >= LONG_MS &&
+	       has_floor(g, v, rule) && v->sampling_seconds >= rule->max_time;
+}
+
+/* The variants of the next round, in random order; returns how many. */
+static int shuffle(const struct group *g, const struct measurement_rule *rule, int *order,
+                   uint64_t *state)
 {
 	int n = 0;
 
 	for (int i = 0; i < g->n_variants; i++)
-		if (runs(&g->variants[i]))
+		if (runs(&g->variants[i]) && !leaves(g, &g->variants[i], rule))
 			order[n++] = i;
 	for (int i = n - 1; i > 0; i--) {
 		const int j = (int)(next_random(state) % (uint32_t)(i + 1)), kept = order[i];
@@ -326,7 +338,7 @@ static void ramp(struct group *g, const struct measurement_rule *rule, uint64_t 
 	int order[MAX_GROUP_VARIANTS];
 
 	while (seconds_now() - began < RAMP_SECONDS) {
-		const int n = shuffle(g, order, state);
+		const int n = shuffle(g, rule, order, state);
 
 		if (n == 0)
 			return;
@@ -349,7 +361,7 @@ static void sample_rounds(struct group *g, const struct measurement_rule *rule)
 	if (!rule->burst && rule->samples == 0 && rule->min_time > 0 && !g->subject->verifies_last)
 		ramp(g, rule, &state);
 	for (int round = 1; !enough(g, rule); round++) {
-		const int n = shuffle(g, order, &state);
+		const int n = shuffle(g, rule, order, &state);
 
 		for (int i = 0; i < n; i++) {
 			struct variant *v = &g->variants[order[i]];

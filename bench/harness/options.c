@@ -168,7 +168,7 @@ static const struct {
         {NULL, "window", {"1024", "128", "16"}},
         {NULL, "min-time", {"0.05", "0.05", "0"}},
         {NULL, "max-time", {"0.5", "0.3", "0.02"}},
-        {NULL, "precision", {"1%", "2%", "0"}},
+        {NULL, "precision", {"2%", "2%", "0"}},
         {NULL, "case-seconds", {NULL, "60", NULL}},
         {NULL, "model", {"1.3B", "tiny", "tiny"}},
         {NULL, "prompt", {"3072", "384", "20"}},

@@ -682,6 +682,8 @@ template <int D, bool RESIDENT>
 __device__ __forceinline__ void consumer<D, RESIDENT>::begin(float (&o)[D / 2])
 {
 	if (p.own_score) {
+		uint32_t loaded = 0;
+
 		barrier_wait(rows + ROWS_OWN_FULL * 8, parity);
 #pragma unroll
 		for (int j = 0; j < D / 16; j++) {
@@ -694,11 +696,11 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::begin(float (&o)[D / 2])
 				o[8 * j + 2 * i] = low_bf16(value[i]);
 				o[8 * j + 2 * i + 1] = high_bf16(value[i]);
 			}
+			loaded |= value[0];
 		}
 		/* The next own values come by TMA, which does not wait for plain reads. */
 		fence_async_proxy();
-		__syncwarp();
-		release(rows + ROWS_OWN_EMPTY * 8);
+		warp_arrive_read(rows + ROWS_OWN_EMPTY * 8, loaded);
 	} else {
 #pragma unroll
 		for (int i = 0; i < D / 2; i++)

@@ -360,15 +360,16 @@ __device__ __forceinline__ void probabilities(state<D, OCTETS> &mine, float (&x)
 	}
 }
 
-/* This warp's sixteen keys of a tile, the first in this slot; `all`: every one is seen. */
+/* This warp's sixteen keys of a tile, the first in this slot; `all`: every one is seen. Returns
+ * what the values' loads left, for warp_arrive_read(); those of the keys have ended before. */
 template <int D, int OCTETS>
-__device__ __forceinline__ void fold_tile(const parameters &p, state<D, OCTETS> &mine,
-                                          uint32_t keys, int slot, const sight &seen, bool all)
+__device__ __forceinline__ uint32_t fold_tile(const parameters &p, state<D, OCTETS> &mine,
+                                              uint32_t keys, int slot, const sight &seen, bool all)
 {
 	const int lane = threadIdx.x % 32, token = threadIdx.x / 32 * 16;
 	const uint32_t values = keys + shared_layout<D, OCTETS>::HALF;
 	float x[OCTETS][4] = {}, odd[OCTETS][4] = {};
-	uint32_t right[OCTETS][2], a[4];
+	uint32_t right[OCTETS][2], a[4], loaded = 0;
 
 #pragma unroll
 	for (int s = 0; s < D / 16; s++) {
@@ -401,7 +402,11 @@ __device__ __forceinline__ void fold_tile(const parameters &p, state<D, OCTETS> 
 		for (int n = 0; n < OCTETS; n++)
 			mma_16816(mine.o[n][i], a[0] & kept[0], a[1] & kept[0], a[2] & kept[1],
 			          a[3] & kept[1], right[n][0], right[n][1]);
+		/* No registers are left for all of them; the SASS has those two read long before. */
+		if (OCTETS == 1 || i >= 2)
+			loaded |= a[0];
 	}
+	return loaded;
 }
 
 /*
@@ -585,9 +590,10 @@ __device__ __forceinline__ void consume(const parameters &p, const ring_history 
 			const int slot = past.first + i * TILE;
 
 			barrier_wait(barriers + (BAR_FULL + stage.slot) * 8, stage.parity);
-			fold_tile(p, mine, shared + stage.slot * 2 * layout::HALF, slot + warp * 16,
-			          seen, slot + TILE <= past.straight);
-			warp_arrive(barriers + (BAR_EMPTY + stage.slot) * 8);
+			const uint32_t loaded =
+			        fold_tile(p, mine, shared + stage.slot * 2 * layout::HALF,
+			                  slot + warp * 16, seen, slot + TILE <= past.straight);
+			warp_arrive_read(barriers + (BAR_EMPTY + stage.slot) * 8, loaded);
 			stage.advance();
 		}
 		merge_warps(mine, sums, maxima);

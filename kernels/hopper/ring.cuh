@@ -81,6 +81,20 @@ __device__ __forceinline__ void warp_arrive(uint32_t barrier)
 		barrier_arrive(barrier);
 }
 
+/*
+ * The same after reads whose place a bulk copy will take: `loaded` combines a register of each. The
+ * arrival may otherwise be issued while they are under way, and the copy belongs to another proxy,
+ * for which the arrival orders nothing. So the address depends on what was read; %ctaid.z is 0,
+ * which the compiler does not know.
+ */
+__device__ __forceinline__ void warp_arrive_read(uint32_t barrier, uint32_t loaded)
+{
+	uint32_t zero;
+
+	asm("mov.u32 %0, %%ctaid.z;" : "=r"(zero));
+	warp_arrive(barrier + (loaded & zero));
+}
+
 /* The same after writes that wgmma or a bulk store will read. */
 __device__ __forceinline__ void warp_publish(uint32_t barrier)
 {
