@@ -493,8 +493,10 @@ static enum status rewind_to_launch(void *self, struct context *ctx, const struc
                                     bool to_verify, double *prefill_ms)
 {
 	struct kernel_bench *bench = self;
-	const struct check_options options = {.rows = CHECKED_ROWS,
-	                                      .seed = bench->problem.form.seed};
+	const struct check_options options = {
+	        .rows = CHECKED_ROWS,
+	        .seed = bench->problem.form.seed,
+	        .kernel = kernel_select(ctx, bench->problem.operation, &bench->problem.args)};
 
 	if (!to_verify)
 		return STATUS_OK;

@@ -110,6 +110,7 @@ struct check {
 	struct operand_list list;
 	int64_t extent[N_AXES]; /* of the whole problem; 0: it has no such axis */
 	double rounding;        /* by which inputs of a probe are off */
+	bool rounds_scores;     /* the kernel that is checked */
 	int n_groups;
 	struct group groups[MAX_GROUPS];
 };
@@ -515,8 +516,9 @@ static double jitter_of(const struct check *c, int i)
 	for (int j = 0; j < c->list.count; j++)
 		if (c->list.operand[j].base && operand_is(o, c->list.operand[j].base))
 			return 0;
-	return o->exponent || (o->element == ELEMENT_FP32 && !o->factor) ? ROUNDING_FP32
-	                                                                 : c->rounding;
+	if (o->exponent)
+		return c->rounds_scores ? c->rounding : ROUNDING_FP32;
+	return o->element == ELEMENT_FP32 && !o->factor ? ROUNDING_FP32 : c->rounding;
 }
 
 /* What was kept, off as in a probe. */
@@ -529,7 +531,7 @@ static enum status upload_kept(const struct check *c, const double *kept,
 	if (!values)
 		return status_set(STATUS_OOM, "no memory to verify with");
 	for (int64_t i = 0; i < count; i++)
-		values[i] = kept[i] * gather_jitter(gather, i);
+		values[i] = gather_jittered(gather, i, kept[i]);
 	enum status status = device_upload(c->place, to, values, gather_bytes(gather));
 	free(values);
 	return status;
@@ -559,6 +561,7 @@ static enum status fill_operand(const struct check *c, const struct group *g, in
 		gather.jitter = jitter_of(c, i);
 		gather.row_jitter =
 		        o->by_element && c->rounding > ROUNDING_FP32 ? 0 : gather.jitter;
+		gather.absolute = o->decay ? ROUNDING_DECAY : 0;
 		gather.seed = noise_bits(c->options.seed, (uint64_t)probe,
 		                         (uint64_t)(part * MAX_OPERANDS + i));
 	}
@@ -735,6 +738,20 @@ static enum status fetch_input(const struct check *c, const struct group *g, int
 	return STATUS_OK;
 }
 
+/* What the fp32 of kernels may lose of an element: more of a long sum, which tensor cores truncate
+ * after every few terms. */
+static double lost_in_sums(const struct check *c, const struct operand *o)
+{
+	const int64_t *extent = c->extent;
+	const int64_t tokens = larger(larger(extent[AXIS_TOKEN], extent[AXIS_KEY]), 1);
+	const int64_t terms = o->role == ROLE_GRADIENT ? tokens * larger(extent[AXIS_SEQUENCE], 1) *
+	                                                         larger(extent[AXIS_ROW], 1)
+	                      : o->exact ? 1
+	                                 : tokens;
+
+	return fmin(fmax((double)terms * LOST_PER_TERM, ROUNDING_FP32), MOST_LOST);
+}
+
 /* The dimension of an output along which faults begin: its tokens, rows or keys; else the first. */
 static int position_of(const struct operand *o)
 {
@@ -767,6 +784,7 @@ static enum status compare_output(const struct check *c, const struct group *g, 
 	                   .position = position_of(o),
 	                   .dtype = operand_dtype(o, c->device),
 	                   .scale = o->exact ? ROUNDING_FP32 / c->rounding : 1,
+	                   .lost = lost_in_sums(c, o),
 	                   .carries = !o->exact && c->device->activation == DTYPE_BF16 &&
 	                              c->extent[AXIS_TOKEN] > 0,
 	                   .n_responses = x->n_probes};
@@ -969,6 +987,7 @@ enum status check_begin(struct check **check, struct device *device, enum operat
 		return status_set(STATUS_UNSUPPORTED, "%s: not even the reference knows it",
 		                  operation_name(operation));
 	c->rounding = rounding_inside(c);
+	c->rounds_scores = options->kernel && options->kernel->rounds_scores;
 	const bool whole = options->everything || (is_small(c) && !options->parts);
 	make_groups(c, whole);
 	for (int i = 0; i < c->n_groups && status == STATUS_OK; i++) {

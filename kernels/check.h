@@ -21,6 +21,7 @@ struct check_options {
 	bool in_place;    /* keep all inputs, which the operation may overwrite */
 	uint32_t ignored; /* outputs that are not looked at: bits 1 << index in the description */
 	bool with_nan;    /* only that no NaN of the reference is missing */
+	const struct kernel *kernel; /* that runs; NULL: any */
 };
 
 struct check;

@@ -232,7 +232,7 @@ static double element(enum dtype dtype, const void *at)
 
 static double jittered(const struct gather *g, int64_t i, double value)
 {
-	return g->jitter > 0 ? value * gather_jitter(g, i) : value;
+	return g->jitter > 0 ? gather_jittered(g, i, value) : value;
 }
 
 void gather_on_host(const struct gather *g, void *to)

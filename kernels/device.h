@@ -185,8 +185,8 @@ struct gather {
 	const int64_t *list;
 	int listed;
 	/* Of floating-point elements: by how much each becomes larger or smaller at random,
-	 * relative to itself; and each row, as where a weight of the row was rounded. */
-	double jitter, row_jitter;
+	 * relative to itself; each row, as where a weight of the row was rounded; and by itself. */
+	double jitter, row_jitter, absolute;
 	uint64_t seed;
 };
 
@@ -197,11 +197,13 @@ struct strided {
 	int64_t size[GATHER_DIMS], stride[GATHER_DIMS];
 };
 
-/* By how much element i of the dense tensor is multiplied. */
-NOISE_FUNCTION double gather_jitter(const struct gather *g, int64_t i)
+/* Element i of the dense tensor, off as is said above. */
+NOISE_FUNCTION double gather_jittered(const struct gather *g, int64_t i, double value)
 {
-	return 1 + g->jitter * noise_sign(g->seed, 0, (uint64_t)i) +
-	       g->row_jitter * noise_sign(g->seed, 1, (uint64_t)(i / g->size[3]));
+	const double sign = noise_sign(g->seed, 0, (uint64_t)i);
+	const double of_row = noise_sign(g->seed, 1, (uint64_t)(i / g->size[3]));
+
+	return value * (1 + g->jitter * sign + g->row_jitter * of_row) + g->absolute * sign;
 }
 
 extern const struct backend cpu_backend;

@@ -17,6 +17,12 @@ enum { JUDGED_DIMS = 4, MAX_RESPONSES = 8 };
  * factor were off by that. */
 #define ROUNDING_BF16 0x1p-9
 #define ROUNDING_FP32 0x1p-20
+/* That of the power of a log decay, which is close to 1 where the state remembers long. */
+#define ROUNDING_DECAY 0x1p-25
+/* What tensor cores lose per term of a sum, since they truncate it; measured are 2^-31 to 2^-29.
+ * And at most: memories end, and sums are cut into blocks. */
+#define LOST_PER_TERM 0x1p-28
+#define MOST_LOST 0x1p-12
 
 /* What is reported of a run: the worst row's ||a-b||/||b||, and the share of what is allowed; above
  * 1 is a mismatch. */
@@ -39,6 +45,7 @@ struct judged {
 	 * have. */
 	bool carries;
 	double scale; /* one rounding of this output's kernels over one of the responses' */
+	double lost;  /* what its sums may lose, relative to an element */
 };
 
 /* The worst of all outputs so far. `share` is of what the bound allows: above 1 is a mismatch.

@@ -681,6 +681,8 @@ struct kernel {
 	size_t (*workspace)(const struct device *device, const void *args);
 	/* Submits the work to the device's queue. */
 	enum status (*run)(struct device *device, const void *args, void *workspace);
+	/* What goes into exponentials it keeps in the type of activations. */
+	bool rounds_scores;
 };
 
 enum { MAX_PROVIDER_CHOICES = 16 };

@@ -75,8 +75,9 @@ struct operand {
 	/* Of an output: between it and the inputs kernels keep everything in fp32. Otherwise they
 	 * may round what they multiply to the activations' type. */
 	bool exact;
-	/* Of an input: what kernels make of it goes into an exponential, in fp32. */
-	bool exponent;
+	/* Of an input: what kernels make of it goes into an exponential, in fp32; and that is by
+	 * what a state is multiplied, token by token. */
+	bool exponent, decay;
 	/* Of an fp32 input: kernels round what it is multiplied with, which they made themselves.
 	 */
 	bool factor;
@@ -284,6 +285,13 @@ static inline void keeps_fp32(struct operand_list *list)
 {
 	for (int i = 0; i < list->count; i++)
 		list->operand[i].exact = true;
+}
+
+/* It is the logarithm of a decay. */
+static inline struct operand *log_of_decay(struct operand *operand)
+{
+	operand->exponent = operand->decay = true;
+	return operand;
 }
 
 /* It goes into an exponential. */

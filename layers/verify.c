@@ -170,9 +170,12 @@ static void take(struct verdict *verdict, enum operation operation,
 static enum status verify_call(const struct stack *stack, const struct operation_call *call,
                                const struct check_options *options, struct verdict *verdict)
 {
+	struct check_options of_kernel = *options;
 	struct check_result result = {0};
+
+	of_kernel.kernel = call->kernel;
 	enum status status =
-	        check_operation(stack->device, call->operation, &call->args, options, &result);
+	        check_operation(stack->device, call->operation, &call->args, &of_kernel, &result);
 
 	take(verdict, call->operation, &result);
 	return status;

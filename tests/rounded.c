@@ -100,7 +100,7 @@ OPERATIONS(X)
 #undef X
 
 static const struct kernel rounded_kernels[] = {
-#define X(constant, name) {OP_##constant, "rounded", NULL, NULL, rounded_##name},
+#define X(constant, name) {OP_##constant, "rounded", NULL, NULL, rounded_##name, false},
         OPERATIONS(X)
 #undef X
                 {0}};

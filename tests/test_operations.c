@@ -215,7 +215,8 @@ static void check_case(struct subject *s, const struct kernel *kernel, bool nan)
 	struct check_options options = {.seed = s->problem.form.seed,
 	                                .everything = true,
 	                                .in_place = true,
-	                                .with_nan = nan};
+	                                .with_nan = nan,
+	                                .kernel = kernel};
 	struct check_result result = {0}, of_parts = {0};
 	const char *touched;
 	struct check *check;
@@ -240,7 +241,10 @@ static void check_case(struct subject *s, const struct kernel *kernel, bool nan)
 	if (!keeps_inputs(&s->problem))
 		return;
 	/* The same from parts of the problem, as large ones are checked. */
-	options = (struct check_options){.rows = 24, .seed = s->problem.form.seed, .parts = true};
+	options = (struct check_options){.rows = 24,
+	                                 .seed = s->problem.form.seed,
+	                                 .parts = true,
+	                                 .kernel = kernel};
 	require(s, check_operation(s->device, s->operation, &s->problem.args, &options, &of_parts));
 	expect_right(s, &of_parts, " in parts");
 }

@@ -207,7 +207,7 @@ static __global__ void count_nonfinite_kernel(const __grid_constant__ struct gat
 
 static __device__ double jittered(const struct gather &g, int64_t i, double value)
 {
-	return g.jitter > 0 ? value * gather_jitter(&g, i) : value;
+	return g.jitter > 0 ? gather_jittered(&g, i, value) : value;
 }
 
 static __device__ int32_t jittered(const struct gather &g, int64_t i, int32_t value)

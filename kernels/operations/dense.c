@@ -120,9 +120,9 @@ static void describe_linear_residual(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, in);
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, in)->scale = 0.02f;
 	add_rows(l, ROLE_INPUT, "residual", &a->residual, NULL, n, out)->optional = true;
+	/* Kernels may round the product before they add to it. */
 	o = add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, n, out);
 	o->alias = o->base = "residual";
-	keeps_fp32(l);
 }
 
 static double linear_residual_flops(const void *args)

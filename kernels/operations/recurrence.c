@@ -20,6 +20,7 @@ static void add_gate(struct operand_list *l, struct view *gate, const float **bi
 	        add_view(l, ROLE_INPUT, "gate|g", gate, dims[0], dims[1], dims[2], dims[3]);
 
 	o->exponent = true;
+	o->decay = form == GATE_LOG_DECAY;
 	o->draw = form == GATE_LOG_DECAY ? DRAW_LOG_DECAY : DRAW_NORMAL;
 	o->scale = form == GATE_LOG_DECAY ? 1 : 2;
 	if (form == GATE_LOG_DECAY)
@@ -197,8 +198,8 @@ static void add_matrix_inputs(struct operand_list *l, const struct matrix_inputs
 	o->draw = a->rule == RULE_DELTA ? DRAW_UNIT : DRAW_NORMAL;
 	add_view(l, ROLE_INPUT, "v", a->v, b, t, h, v);
 	if (has_decay(a->decay))
-		exponent(add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
-		                  INNER(decay_width(a->decay, a->d_k))))
+		log_of_decay(add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
+		                      INNER(decay_width(a->decay, a->d_k))))
 		        ->draw = DRAW_LOG_DECAY;
 	if (a->rule == RULE_BONUS) {
 		uniform(add_floats(l, ROLE_PARAMETER, "bonus|u", a->bonus, INNER(1), h, k), 2);

@@ -30,6 +30,7 @@ static const char *unknown_option(enum operation operation, const void *args)
 OPERATIONS(X)
 #undef X
 
-#define X(constant, name) {OP_##constant, "reference", name##_unsupported, NULL, reference_##name},
+#define X(constant, name)                                                                          \
+	{OP_##constant, "reference", name##_unsupported, NULL, reference_##name, false},
 
 const struct kernel reference_kernels[] = {OPERATIONS(X){.run = NULL}};
