@@ -31,18 +31,18 @@ static bool is_known(const struct matrix_recurrence_args &a)
 	}
 
 const struct kernel cuda_reference_kernels[] = {
-        {OP_NORM_LINEAR, "reference", NULL, NULL, run<cuda_reference_norm_linear>},
-        {OP_NORM_LINEAR_BACKWARD, "reference", NULL, NULL,
-         run<cuda_reference_norm_linear_backward>},
-        {OP_LINEAR_RESIDUAL, "reference", NULL, NULL, run<cuda_reference_linear_residual>},
+        {OP_NORM_LINEAR, "reference", NULL, NULL, run<cuda_reference_norm_linear>, false},
+        {OP_NORM_LINEAR_BACKWARD, "reference", NULL, NULL, run<cuda_reference_norm_linear_backward>,
+         false},
+        {OP_LINEAR_RESIDUAL, "reference", NULL, NULL, run<cuda_reference_linear_residual>, false},
         {OP_LINEAR_RESIDUAL_BACKWARD, "reference", NULL, NULL,
-         run<cuda_reference_linear_residual_backward>},
+         run<cuda_reference_linear_residual_backward>, false},
         {OP_ATTENTION, "reference", WIDE(attention, d_head, MAX_HEAD), NULL,
-         run<cuda_reference_attention>},
+         run<cuda_reference_attention>, false},
         {OP_ATTENTION_BACKWARD, "reference", WIDE(attention, d_head, MAX_HEAD), NULL,
-         run<cuda_reference_attention_backward>},
+         run<cuda_reference_attention_backward>, false},
         {OP_MATRIX_RECURRENCE, "reference", WIDE(matrix_recurrence, d_k, MAX_STATE_ROWS), NULL,
-         run<cuda_reference_matrix_recurrence>},
+         run<cuda_reference_matrix_recurrence>, false},
         {OP_MATRIX_RECURRENCE_BACKWARD, "reference", WIDE(matrix_recurrence, d_k, MAX_STATE_ROWS),
-         NULL, run<cuda_reference_matrix_recurrence_backward>},
+         NULL, run<cuda_reference_matrix_recurrence_backward>, false},
         {}};
