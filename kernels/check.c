@@ -749,7 +749,74 @@ static double lost_in_sums(const struct check *c, const struct operand *o)
 	                      : o->exact ? 1
 	                                 : tokens;
 
-	return fmin(fmax((double)terms * LOST_PER_TERM, ROUNDING_FP32), MOST_LOST);
+	const double lost = fmax((double)terms * LOST_PER_TERM, ROUNDING_FP32);
+
+	return o->role == ROLE_GRADIENT ? lost : fmin(lost, MOST_LOST);
+}
+
+/* The operand of the logarithms of decays, or NULL. */
+static const struct operand *log_decay_of(const struct check *c)
+{
+	for (int i = 0; i < c->list.count; i++)
+		if (c->list.operand[i].decay && operand_is_read(&c->list.operand[i]))
+			return &c->list.operand[i];
+	return NULL;
+}
+
+/* alike [heads of the part]: what each channel's mean decay asks for, of the channel that asks for
+ * most. */
+static enum status alike_of_data(const struct check *c, const struct group *g, int part,
+                                 const struct operand *decay, double *alike)
+{
+	struct gather there = gather_part(c, g, &g->parts[part], decay);
+	double *values = NULL;
+	enum status status = fetch_input(c, g, part, decay, &values);
+
+	if (!g->kept[part * MAX_OPERANDS + (decay - c->list.operand)])
+		keep_rows(g, decay, &there);
+	const int64_t n = there.size[0] * there.size[1], heads = there.size[2], w = there.size[3];
+	for (int64_t i = 0; i < heads * w && status == STATUS_OK; i++) {
+		double sum = 0;
+
+		for (int64_t j = 0; j < n; j++)
+			sum += fabs(values[j * heads * w + i]);
+		alike[i / w] = fmax(alike[i / w], judge_alike(sum / (double)n));
+	}
+	free(values);
+	return status;
+}
+
+/* judged.alike of an output, in new memory, where a state in bf16 decays. */
+static enum status find_alike(const struct check *c, const struct group *g, int part,
+                              const struct operand *o, struct judged *j)
+{
+	const struct operand *decay = log_decay_of(c);
+	const struct part *p = &g->parts[part];
+	const bool cut = p->cut[AXIS_HEAD];
+	const int64_t heads = cut ? p->count[AXIS_HEAD] : c->extent[AXIS_HEAD];
+	enum status status = STATUS_OK;
+
+	if (!j->carries || heads == 0 || (!decay && !c->list.log_decay_of_head))
+		return STATUS_OK;
+	j->alike = calloc((size_t)heads, sizeof *j->alike);
+	if (!j->alike)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int64_t i = 0; i < heads && !decay; i++)
+		j->alike[i] = judge_alike(c->list.log_decay_of_head(
+		        *c->list.first_head +
+		        (cut ? p->first[AXIS_HEAD] + i * p->step[AXIS_HEAD] : i)));
+	if (decay)
+		status = alike_of_data(c, g, part, decay, j->alike);
+	j->heads = -1;
+	for (int d = 0; d < OPERAND_DIMS; d++)
+		if (o->axis[d] == AXIS_HEAD && j->size[d] == heads)
+			j->heads = d;
+	for (int64_t i = 1; i < heads && j->heads < 0; i++)
+		j->alike[0] = fmax(j->alike[0], j->alike[i]);
+	/* Of all but a state queries are a factor as well, or gradients, rounded like keys. */
+	for (int64_t i = 0; i < heads && has_axis(o, AXIS_TOKEN); i++)
+		j->alike[i] *= 2;
+	return status;
 }
 
 /* The dimension of an output along which faults begin: its tokens, rows or keys; else the first. */
@@ -800,6 +867,8 @@ static enum status compare_output(const struct check *c, const struct group *g, 
 		status = status_set(STATUS_OOM, "no memory to verify with");
 	if (status == STATUS_OK && base)
 		status = fetch_input(c, g, part, base, &j.base);
+	if (status == STATUS_OK)
+		status = find_alike(c, g, part, o, &j);
 	if (status == STATUS_OK) {
 		memcpy(j.expected, x->outputs[0][i], (size_t)count * sizeof *j.expected);
 		for (int r = 0; r < j.n_responses; r++)
@@ -816,6 +885,7 @@ static enum status compare_output(const struct check *c, const struct group *g, 
 	free(j.actual);
 	free(j.expected);
 	free(j.base);
+	free(j.alike);
 	return status;
 }
 

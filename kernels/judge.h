@@ -22,7 +22,9 @@ enum { JUDGED_DIMS = 4, MAX_RESPONSES = 8 };
 /* What tensor cores lose per term of a sum, since they truncate it; measured are 2^-31 to 2^-29.
  * And at most: memories end, and sums are cut into blocks. */
 #define LOST_PER_TERM 0x1p-28
-#define MOST_LOST 0x1p-12
+#define MOST_LOST     0x1p-12
+/* Tokens of a chunk within which kernels decay keys, at most. */
+#define MOST_CHUNK 256
 
 /* What is reported of a run: the worst row's ||a-b||/||b||, and the share of what is allowed; above
  * 1 is a mismatch. */
@@ -46,6 +48,10 @@ struct judged {
 	bool carries;
 	double scale; /* one rounding of this output's kernels over one of the responses' */
 	double lost;  /* what its sums may lose, relative to an element */
+	/* What all elements of a head may be off by alike, relative to themselves; and the
+	 * dimension that counts heads, -1: none, all are one. */
+	double *alike;
+	int heads;
 };
 
 /* The worst of all outputs so far. `share` is of what the bound allows: above 1 is a mismatch.
@@ -54,6 +60,10 @@ struct check_result {
 	double rel_err, share;
 	const char *name, *test;
 };
+
+/* What the elements of products with keys are off by alike, relative to themselves, because the
+ * keys were multiplied with decays of this logarithm and rounded to bf16. */
+double judge_alike(double log_decay);
 
 /* Raises *result. STATUS_OOM if there is no memory. */
 enum status judge(const struct judged *judged, struct check_result *result);

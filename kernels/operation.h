@@ -106,6 +106,9 @@ struct operand_list {
 	unsigned *options[2];
 	/* The first head's number, for what counts heads; NULL: nothing does. */
 	int64_t *first_head;
+	/* The logarithm of a head's decay, which is the same for all tokens; NULL: there is none.
+	 */
+	double (*log_decay_of_head)(int64_t head);
 };
 
 /* Sizes to choose from; an operation takes those it has. */

@@ -172,6 +172,12 @@ static bool has_decay(enum decay decay)
 	return decay == DECAY_DIAGONAL || decay == DECAY_SCALAR;
 }
 
+/* RetNet's. */
+static double log_decay_of_head(int64_t head)
+{
+	return log1p(-exp2(-5 - (double)head));
+}
+
 /* The inputs of both forms of the arguments, of which the step's has one token and no chunk. */
 struct matrix_inputs {
 	int64_t n_heads, d_k, d_v;
@@ -217,6 +223,7 @@ static void describe_matrix_recurrence(void *args, struct operand_list *l)
 	add_option(l, &a->decay);
 	add_option(l, &a->rule);
 	cut_matrix(l, &a->batch, &a->n_heads, &a->d_v, &a->first_head);
+	l->log_decay_of_head = a->decay == DECAY_CONSTANT ? log_decay_of_head : NULL;
 	add_matrix_inputs(l,
 	                  &(struct matrix_inputs){a->n_heads, a->d_k, a->d_v, a->decay, a->rule,
 	                                          &a->q, &a->k, &a->v, &a->log_decay, &a->beta,
