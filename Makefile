@@ -77,7 +77,7 @@ OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 
 .PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden clean run-latency FORCE
+	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -289,12 +289,19 @@ test-gpu:
 
 .PHONY: run-gpu-tests
 run-gpu-tests:
-	@BACKEND=cuda tests/run.sh $(GPU_TESTS) $(BUILD)/tests/test_operations
+	@BACKEND=cuda tests/run.sh $(GPU_TESTS) $(BUILD)/tests/test_operations $(BUILD)/tests/test_unknown
+	@$(BUILD)/tests/test_judgement 4 cuda test_blocks
 	@$(BUILD)/golden --backend cuda --allow-unsupported tests/golden/*.safetensors
 
 asan:
 	@$(BOOTSTRAP) test
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/asan SAN=address,undefined test
+
+# The verdict on correctness, on that many seeds of every block; JUDGE_BACKEND=cuda on a GPU.
+SEEDS ?= 1000
+judge:
+	@$(SUBMAKE) $(BUILD)/tests/test_judgement
+	@$(BUILD)/tests/test_judgement $(SEEDS) "$(JUDGE_BACKEND)"
 
 golden:
 	@$(SUBMAKE) programs
@@ -331,6 +338,7 @@ help:
 	@echo 'make test               every test that needs no GPU'
 	@echo 'make test-gpu           the tests of the CUDA backend'
 	@echo 'make golden             other projects'"'"' reference tensors, compared'
+	@echo 'make judge              random blocks of SEEDS=1000 seeds, none of which may be a mismatch'
 	@echo 'make flash3             FlashAttention-3 as a baseline (FLASH_ATTENTION=checkout, CUTLASS=checkout)'
 	@echo 'make check              format, clang-tidy, cppcheck'
 	@echo 'make asan               the tests under AddressSanitizer and UBSan'

@@ -129,9 +129,9 @@ static enum status launch(void *self, struct context *ctx, const struct bench_ca
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
-                          uint64_t seed, double *rel_err)
+                          uint64_t seed, struct accuracy *found)
 {
-	return stack_verify(&((struct block *)self)->stack, ctx, rows, seed, rel_err);
+	return stack_verify(&((struct block *)self)->stack, ctx, rows, seed, found);
 }
 
 static void release(void *self)

@@ -424,6 +424,10 @@ static enum status download_logits(const struct generation *g, int64_t row, floa
 	return device_download_floats(g->device, dtype, logits, from, vocab);
 }
 
+/* What the logits of a model may be off by: its layers' roundings add up, and nothing tells by how
+ * much. */
+static const double LOGITS_FP32 = 5e-4, LOGITS_BF16 = 3e-2;
+
 /* ||a - b|| / ||b||; anything that is not finite gives INFINITY. */
 static double relative_error(const float *a, const float *b, int64_t count)
 {
@@ -467,7 +471,7 @@ static enum status forward_afresh(struct generation *g, struct context *ctx,
  * generated, which has all the memory; the next rewind brings that back.
  */
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
-                          uint64_t seed, double *rel_err)
+                          uint64_t seed, struct accuracy *found)
 {
 	struct generation *g = self;
 	int64_t vocab = g->stack.vocab;
@@ -483,10 +487,12 @@ static enum status verify(void *self, struct context *ctx, const struct bench_ca
 		status = forward_afresh(g, &apart, c, fresh);
 	stack_release(&g->stack);
 	g->allocated = false;
-	*rel_err = 0;
+	*found = (struct accuracy){0};
 	for (int i = 0; status == STATUS_OK && i < N_CHECKED; i++)
-		*rel_err = fmax(*rel_err,
-		                relative_error(logits + i * vocab, fresh + i * vocab, vocab));
+		check_raise(&found->rel_err,
+		            relative_error(logits + i * vocab, fresh + i * vocab, vocab));
+	found->share =
+	        found->rel_err / (g->device->activation == DTYPE_BF16 ? LOGITS_BF16 : LOGITS_FP32);
 	free(logits);
 	return status;
 }

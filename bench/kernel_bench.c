@@ -493,8 +493,10 @@ static enum status rewind_to_launch(void *self, struct context *ctx, const struc
                                     bool to_verify, double *prefill_ms)
 {
 	struct kernel_bench *bench = self;
-	const struct check_options options = {.rows = CHECKED_ROWS,
-	                                      .seed = bench->problem.form.seed};
+	const struct check_options options = {
+	        .rows = CHECKED_ROWS,
+	        .seed = bench->problem.form.seed,
+	        .kernel = kernel_select(ctx, bench->problem.operation, &bench->problem.args)};
 
 	if (!to_verify)
 		return STATUS_OK;
@@ -508,15 +510,16 @@ static enum status rewind_to_launch(void *self, struct context *ctx, const struc
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
-                          uint64_t seed, double *rel_err)
+                          uint64_t seed, struct accuracy *found)
 {
 	struct kernel_bench *bench = self;
 	struct check_result result = {0};
 	enum status status = check_end(bench->check, &result);
 
-	*rel_err = result.worst_row;
+	*found = (struct accuracy){result.rel_err, result.share};
 	if (status == STATUS_OK && result.name)
-		status_set(STATUS_OK, "%.*s", (int)strcspn(result.name, "|"), result.name);
+		status_set(STATUS_OK, "%.*s, %s", (int)strcspn(result.name, "|"), result.name,
+		           result.test);
 	return status;
 }
 

@@ -24,12 +24,6 @@ static const double HOST_FLOPS = 4e9, DEVICE_FLOPS = 4e11;
 /* Elements of all operands of a problem that is computed again as a whole. */
 static const double HOST_ELEMENTS = 1 << 22, DEVICE_ELEMENTS = 1 << 24;
 
-void check_raise(double *worst, double error)
-{
-	if (!(error <= *worst))
-		*worst = isnan(error) ? (double)INFINITY : error;
-}
-
 /* ---- what to look at ---- */
 
 void check_pick(int64_t total, int64_t n, uint64_t seed, int64_t *picked)
@@ -115,6 +109,8 @@ struct check {
 	struct check_options options;
 	struct operand_list list;
 	int64_t extent[N_AXES]; /* of the whole problem; 0: it has no such axis */
+	double rounding;        /* by which inputs of a probe are off */
+	bool rounds_scores;     /* the kernel that is checked */
 	int n_groups;
 	struct group groups[MAX_GROUPS];
 };
@@ -508,15 +504,48 @@ static void subproblem_free(const struct check *c, struct subproblem *s)
 			device_release(c->place, s->memory[i]);
 }
 
-/* Fills operand i of a part: what is read with what is there, or was before the run; what is
- * written with NaN. */
-static enum status fill_operand(const struct check *c, const struct group *g, int part, int i,
-                                struct subproblem *s)
+/* By how much an input is off in a probe, relative to itself. Of what is added to an output
+ * nothing is rounded; weights need not be off where what they are multiplied with is. */
+static double jitter_of(const struct check *c, int i)
+{
+	const struct operand *o = &c->list.operand[i];
+
+	if (!operand_is_read(o) || o->element == ELEMENT_INT32 ||
+	    (o->role == ROLE_PARAMETER && o->element == ELEMENT_ACTIVATION))
+		return 0;
+	for (int j = 0; j < c->list.count; j++)
+		if (c->list.operand[j].base && operand_is(o, c->list.operand[j].base))
+			return 0;
+	if (o->exponent)
+		return c->rounds_scores ? c->rounding : ROUNDING_FP32;
+	return o->element == ELEMENT_FP32 && !o->factor ? ROUNDING_FP32 : c->rounding;
+}
+
+/* What was kept, off as in a probe. */
+static enum status upload_kept(const struct check *c, const double *kept,
+                               const struct gather *gather, void *to)
+{
+	const int64_t count = gather_count(gather);
+	double *values = malloc((size_t)count * sizeof *values + 1);
+
+	if (!values)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int64_t i = 0; i < count; i++)
+		values[i] = gather_jittered(gather, i, kept[i]);
+	enum status status = device_upload(c->place, to, values, gather_bytes(gather));
+	free(values);
+	return status;
+}
+
+/* Fills operand i of a part: what is read with what is there, or was before the run, in a probe
+ * off by random roundings; what is written with NaN. */
+static enum status fill_operand(const struct check *c, const struct group *g, int part, int probe,
+                                int i, struct subproblem *s)
 {
 	const struct operand *o = &c->list.operand[i];
 	const bool integer = o->element == ELEMENT_INT32;
 	const double *kept = g->kept[part * MAX_OPERANDS + i];
-	const struct gather gather = gather_part(c, g, &g->parts[part], o);
+	struct gather gather = gather_part(c, g, &g->parts[part], o);
 	const size_t bytes = gather_bytes(&gather);
 	enum status status = device_allocate(c->place, bytes + 1, &s->memory[i]);
 
@@ -528,15 +557,24 @@ static enum status fill_operand(const struct check *c, const struct group *g, in
 
 		return device_upload(c->place, s->memory[i], &position, sizeof position);
 	}
+	if (probe > 0) {
+		gather.jitter = jitter_of(c, i);
+		gather.row_jitter =
+		        o->by_element && c->rounding > ROUNDING_FP32 ? 0 : gather.jitter;
+		gather.absolute = o->decay ? ROUNDING_DECAY : 0;
+		gather.seed = noise_bits(c->options.seed, (uint64_t)probe,
+		                         (uint64_t)(part * MAX_OPERANDS + i));
+	}
 	if (kept)
-		return device_upload(c->place, s->memory[i], kept, bytes);
+		return upload_kept(c, kept, &gather, s->memory[i]);
 	if (operand_is_read(o) && (o->role != ROLE_STATE || integer))
 		return c->place == c->device ? device_gather(c->device, &gather, s->memory[i])
 		                             : gather_to_host(c->device, &gather, s->memory[i]);
 	return device_fill(c->place, s->memory[i], 0xff, bytes);
 }
 
-static enum status compute_part(const struct check *c, const struct group *g, int part,
+/* `probe` 0: as it is. */
+static enum status compute_part(const struct check *c, const struct group *g, int part, int probe,
                                 struct subproblem *s)
 {
 	const struct part *p = &g->parts[part];
@@ -553,7 +591,7 @@ static enum status compute_part(const struct check *c, const struct group *g, in
 	operation_describe(c->operation, &s->args, &s->list);
 	for (int i = 0; i < s->list.count && status == STATUS_OK; i++)
 		if (operand_data(&c->list.operand[i]))
-			status = fill_operand(c, g, part, i, s);
+			status = fill_operand(c, g, part, probe, i, s);
 	/* What follows from another operand's place. */
 	operation_describe(c->operation, &s->args, &s->list);
 	reference.rows = g->tokens.rows ? &g->tokens : NULL;
@@ -562,104 +600,92 @@ static enum status compute_part(const struct check *c, const struct group *g, in
 	return status;
 }
 
+/* An output of a part as the reference has it, of a sum all of it, else the rows to compare. */
+static enum status fetch_computed(const struct check *c, const struct group *g,
+                                  const struct subproblem *s, int i, double **values)
+{
+	const struct operand *o = &c->list.operand[i], *computed = &s->list.operand[i];
+	struct gather from = {.dtype = o->element == ELEMENT_INT32 ? DTYPE_I32 : DTYPE_F64,
+	                      .listed = -1,
+	                      .from = operand_data(computed)};
+
+	memcpy(from.size, computed->size, sizeof from.size);
+	memcpy(from.stride, computed->stride, sizeof from.stride);
+	if (o->role != ROLE_STATE && g->blocks == 1)
+		keep_rows(g, o, &from);
+	return fetch(c->place, &from, values);
+}
+
+/* Elements of that. */
+static int64_t output_count(const struct check *c, const struct group *g, int part, int i)
+{
+	const struct operand *o = &c->list.operand[i];
+	struct gather there = gather_part(c, g, &g->parts[part], o);
+
+	if (o->role != ROLE_STATE && g->blocks == 1)
+		keep_rows(g, o, &there);
+	return gather_count(&there);
+}
+
+static void free_outputs(double *outputs[MAX_OPERANDS])
+{
+	for (int i = 0; i < MAX_OPERANDS; i++) {
+		free(outputs[i]);
+		outputs[i] = NULL;
+	}
+}
+
+/* The outputs of the part at `first`, or the sums of `blocks` parts from there on. */
+static enum status compute_outputs(const struct check *c, const struct group *g, int first,
+                                   int probe, double *outputs[MAX_OPERANDS])
+{
+	enum status status = STATUS_OK;
+
+	for (int part = first; part < first + g->blocks && status == STATUS_OK; part++) {
+		struct subproblem s;
+
+		status = compute_part(c, g, part, probe, &s);
+		for (int j = 0; j < g->n_outputs && status == STATUS_OK; j++) {
+			const int i = g->outputs[j];
+			double *more = NULL;
+
+			status = fetch_computed(c, g, &s, i, part == first ? &outputs[i] : &more);
+			for (int64_t k = 0; more && k < operand_count(&s.list.operand[i]); k++)
+				outputs[i][k] += more[k];
+			free(more);
+		}
+		subproblem_free(c, &s);
+	}
+	return status;
+}
+
 /* ---- comparisons ---- */
 
-static double length_of(int64_t width, const double *row)
+static void condemn(const struct judged *j, struct check_result *result)
 {
-	double sum = 0;
-
-	for (int64_t i = 0; i < width; i++)
-		sum += row[i] * row[i];
-	return sqrt(sum);
+	result->rel_err = INFINITY;
+	judge_raise(result, INFINITY, j->name, "an element");
 }
 
-static double distance(int64_t width, const double *a, const double *b)
+static int64_t judged_count(const struct judged *j)
 {
-	double sum = 0;
-
-	for (int64_t i = 0; i < width; i++)
-		sum += (a[i] - b[i]) * (a[i] - b[i]);
-	return sqrt(sum);
-}
-
-static double relative(double error, double length)
-{
-	if (!isfinite(error) || !isfinite(length))
-		return INFINITY;
-	return error == 0 ? 0 : error / length;
-}
-
-/* Rows [n, width] of an output as it is, as it should be, and what was added to both, or NULL. */
-struct rows {
-	const char *name;
-	int64_t n, width;
-	double *actual, *expected, *base;
-	double unit;  /* half a unit in the last place of the output's type */
-	double least; /* root mean square of elements that count as nothing but cancellation */
-};
-
-/* Takes the base out of both; *slack [n]: what rounding the sums may have cost. */
-static void take_base_out(struct rows *x, double *slack)
-{
-	for (int64_t i = 0; i < x->n; i++) {
-		double *a = x->actual + i * x->width, *e = x->expected + i * x->width;
-
-		slack[i] = x->unit * length_of(x->width, a);
-		for (int64_t j = 0; j < x->width; j++) {
-			a[j] -= x->base[i * x->width + j];
-			e[j] -= x->base[i * x->width + j];
-		}
-	}
-}
-
-/*
- * A row's error is held against its own length, or a part of the rows' root mean square where that
- * is more: a row that is nothing but cancellation must not count. Narrow rows cancel more easily.
- */
-static void compare_rows(const struct rows *x, const double *slack, bool tolerant,
-                         struct check_result *result)
-{
-	const double total = length_of(x->n * x->width, x->expected);
-	const double part = fmin(1, fmax(tolerant ? 0.1 : 0.01, 4.0 / (double)x->width));
-	const double least = x->least * sqrt((double)x->width);
-	const double floor = fmax(part * total / sqrt((double)larger(x->n, 1)), least);
-	double worst = 0, squares = 0;
-
-	for (int64_t i = 0; i < x->n; i++) {
-		const double *e = x->expected + i * x->width;
-		double error = distance(x->width, x->actual + i * x->width, e);
-
-		if (isfinite(error) && slack)
-			error = fmax(error - slack[i], 0);
-		check_raise(&worst, relative(error, fmax(length_of(x->width, e), floor)));
-		squares += error * error;
-	}
-	const double overall = relative(sqrt(squares), fmax(total, least * sqrt((double)x->n)));
-	if (!(worst <= result->worst_row))
-		result->name = x->name;
-	check_raise(&result->worst_row, worst);
-	check_raise(&result->overall, overall);
+	return j->size[0] * j->size[1] * j->size[2] * j->size[3];
 }
 
 /* Tokens and positions are right or wrong. */
-static void compare_integers_of(const struct rows *x, struct check_result *result)
+static void compare_integers_of(const struct judged *j, struct check_result *result)
 {
-	for (int64_t i = 0; i < x->n * x->width; i++)
-		if (x->expected[i] != x->actual[i]) {
-			result->worst_row = result->overall = INFINITY;
-			result->name = x->name;
-		}
+	for (int64_t i = 0; i < judged_count(j); i++)
+		if (j->expected[i] != j->actual[i])
+			condemn(j, result);
 }
 
 /* Every NaN of the reference must be there. */
-static void compare_nans(const struct rows *x, struct check_result *result)
+static void compare_nans(const struct judged *j, struct check_result *result)
 {
-	for (int64_t i = 0; i < x->n * x->width; i++)
-		if (isnan(x->expected[i]) && !isnan(x->actual[i])) {
-			result->worst_row = result->overall = INFINITY;
-			result->name = x->name;
-			return;
-		}
+	for (int64_t i = 0; i < judged_count(j); i++)
+		if (isnan(j->expected[i]) && !isnan(j->actual[i]))
+			condemn(j, result);
 }
 
 /*
@@ -667,48 +693,22 @@ static void compare_nans(const struct rows *x, struct check_result *result)
  * bit: it may be a slot that nobody has ever filled. Without `before` the reference began with NaN.
  * Rows that are left alone become equal.
  */
-static void settle_unchanged(struct rows *x, const double *before, struct check_result *result)
+static void settle_unchanged(struct judged *j, const double *before, struct check_result *result)
 {
-	for (int64_t i = 0; i < x->n * x->width; i++) {
+	for (int64_t i = 0; i < judged_count(j); i++) {
 		const bool left_alone =
-		        before ? memcmp(&before[i], &x->expected[i], sizeof *before) == 0
-		               : isnan(x->expected[i]);
+		        before ? memcmp(&before[i], &j->expected[i], sizeof *before) == 0
+		               : isnan(j->expected[i]);
 
 		if (!left_alone)
 			continue;
 		if (before &&
-		    !(x->actual[i] == before[i] || (isnan(x->actual[i]) && isnan(before[i])))) {
-			result->worst_row = result->overall = INFINITY;
-			result->name = x->name;
-		}
-		x->actual[i] = x->expected[i] = 0;
+		    !(j->actual[i] == before[i] || (isnan(j->actual[i]) && isnan(before[i]))))
+			condemn(j, result);
+		j->actual[i] = j->expected[i] = 0;
+		for (int r = 0; r < j->n_responses; r++)
+			j->response[r][i] = 0;
 	}
-}
-
-static enum status compare(const struct check *c, const struct operand *o, struct rows *x,
-                           const double *before, struct check_result *result)
-{
-	double *slack = NULL;
-
-	if (o->role == ROLE_STATE)
-		settle_unchanged(x, before, result);
-	if (c->options.with_nan) {
-		compare_nans(x, result);
-		return STATUS_OK;
-	}
-	if (o->element == ELEMENT_INT32) {
-		compare_integers_of(x, result);
-		return STATUS_OK;
-	}
-	if (x->base) {
-		slack = malloc((size_t)x->n * sizeof *slack + 1);
-		if (!slack)
-			return status_set(STATUS_OOM, "no memory to verify with");
-		take_base_out(x, slack);
-	}
-	compare_rows(x, slack, c->options.tolerant, result);
-	free(slack);
-	return STATUS_OK;
 }
 
 /* The operand of this name, or NULL. */
@@ -722,138 +722,239 @@ static const struct operand *named(const struct check *c, const char *name)
 
 /* The rows that are compared of an input, as it was before the run if that may have changed it. */
 static enum status fetch_input(const struct check *c, const struct group *g, int part,
-                               const struct operand *o, double **values, int64_t *count)
+                               const struct operand *o, double **values)
 {
 	const double *kept = g->kept[part * MAX_OPERANDS + (o - c->list.operand)];
 	struct gather from = gather_part(c, g, &g->parts[part], o);
 
-	if (!kept)
+	if (!kept) {
 		keep_rows(g, o, &from);
-	*count = gather_count(&from);
-	if (!kept)
 		return fetch(c->device, &from, values);
-	*values = malloc((size_t)*count * sizeof **values + 1);
+	}
+	*values = malloc((size_t)gather_count(&from) * sizeof **values + 1);
 	if (!*values)
 		return status_set(STATUS_OOM, "no memory to verify with");
-	memcpy(*values, kept, (size_t)*count * sizeof **values);
+	memcpy(*values, kept, (size_t)gather_count(&from) * sizeof **values);
 	return STATUS_OK;
 }
 
-/* terms times the root mean squares of the inputs whose product an output is held against. */
-static enum status find_least(const struct check *c, const struct group *g, int part,
-                              const struct operand *o, double *least)
+/* What the fp32 of kernels may lose of an element: more of a long sum, which tensor cores truncate
+ * after every few terms. */
+static double lost_in_sums(const struct check *c, const struct operand *o)
 {
-	for (const char *name = o->against; name; name = strchr(name, '*')) {
-		char one[32];
-		double *values = NULL;
-		int64_t count = 0;
+	const int64_t *extent = c->extent;
+	const int64_t tokens = larger(larger(extent[AXIS_TOKEN], extent[AXIS_KEY]), 1);
+	const int64_t terms = o->role == ROLE_GRADIENT ? tokens * larger(extent[AXIS_SEQUENCE], 1) *
+	                                                         larger(extent[AXIS_ROW], 1)
+	                      : o->exact ? 1
+	                                 : tokens;
 
-		name += *name == '*';
-		snprintf(one, sizeof one, "%.*s", (int)strcspn(name, "*"), name);
-		const struct operand *against = named(c, one);
+	const double lost = fmax((double)terms * LOST_PER_TERM, ROUNDING_FP32);
 
-		if (!against)
-			return STATUS_OK;
-		TRY(fetch_input(c, g, part, against, &values, &count));
-		*least = name == o->against ? o->terms : *least;
-		*least *= count > 0 ? length_of(count, values) / sqrt((double)count) : 0;
-		free(values);
-	}
-	return STATUS_OK;
+	return o->role == ROLE_GRADIENT ? lost : fmin(lost, MOST_LOST);
 }
 
-/* Output i of a part that was computed, or of the sum of all, against what is there. */
-static enum status compare_output(const struct check *c, const struct group *g, int part, int i,
-                                  const struct subproblem *s, double *sum,
-                                  struct check_result *result)
+/* The operand of the logarithms of decays, or NULL. */
+static const struct operand *log_decay_of(const struct check *c)
 {
-	const struct operand *o = &c->list.operand[i], *base = named(c, o->base);
-	const struct operand *computed = &s->list.operand[i];
-	struct gather actual = gather_part(c, g, &g->parts[part], o);
-	struct gather expected = {.dtype = o->element == ELEMENT_INT32 ? DTYPE_I32 : DTYPE_F64,
-	                          .listed = -1,
-	                          .from = operand_data(computed)};
-	struct rows x = {.name = o->name,
-	                 .unit = operand_dtype(o, c->device) == DTYPE_BF16 ? 0x1p-9 : 0x1p-24};
-	double *before = NULL;
-	int64_t count;
-	enum status status;
+	for (int i = 0; i < c->list.count; i++)
+		if (c->list.operand[i].decay && operand_is_read(&c->list.operand[i]))
+			return &c->list.operand[i];
+	return NULL;
+}
 
-	memcpy(expected.size, computed->size, sizeof expected.size);
-	memcpy(expected.stride, computed->stride, sizeof expected.stride);
-	if (o->role != ROLE_STATE && !sum) {
-		keep_rows(g, o, &actual);
-		keep_rows(g, o, &expected);
+/* alike [heads of the part]: what each channel's mean decay asks for, of the channel that asks for
+ * most. */
+static enum status alike_of_data(const struct check *c, const struct group *g, int part,
+                                 const struct operand *decay, double *alike)
+{
+	struct gather there = gather_part(c, g, &g->parts[part], decay);
+	double *values = NULL;
+	enum status status = fetch_input(c, g, part, decay, &values);
+
+	if (!g->kept[part * MAX_OPERANDS + (decay - c->list.operand)])
+		keep_rows(g, decay, &there);
+	const int64_t n = there.size[0] * there.size[1], heads = there.size[2], w = there.size[3];
+	for (int64_t i = 0; i < heads * w && status == STATUS_OK; i++) {
+		double sum = 0;
+
+		for (int64_t j = 0; j < n; j++)
+			sum += fabs(values[j * heads * w + i]);
+		alike[i / w] = fmax(alike[i / w], judge_alike(sum / (double)n));
 	}
-	x.width = expected.size[OPERAND_DIMS - 1];
-	x.n = gather_count(&expected) / larger(x.width, 1);
-	status = fetch(c->device, &actual, &x.actual);
-	if (status == STATUS_OK && !sum)
-		status = fetch(c->place, &expected, &x.expected);
-	if (status == STATUS_OK && base)
-		status = fetch_input(c, g, part, base, &x.base, &count);
-	if (status == STATUS_OK)
-		status = find_least(c, g, part, o, &x.least);
-	if (status == STATUS_OK && o->role == ROLE_STATE)
-		before = g->kept[part * MAX_OPERANDS + i];
-	x.expected = sum ? sum : x.expected;
-	if (status == STATUS_OK)
-		status = compare(c, o, &x, before, result);
-	free(x.actual);
-	free(x.base);
-	if (!sum)
-		free(x.expected);
+	free(values);
 	return status;
 }
 
-/* Adds output i of a part to the sum of all, which it begins if there is none. */
-static enum status add_to_sum(const struct check *c, const struct subproblem *s, int i,
-                              double **sum)
+/* judged.alike of an output, in new memory, where a state in bf16 decays. */
+static enum status find_alike(const struct check *c, const struct group *g, int part,
+                              const struct operand *o, struct judged *j)
 {
-	const struct operand *o = &s->list.operand[i];
-	const size_t count = (size_t)operand_count(o);
-	double *more = malloc(count * sizeof *more + 1);
-	enum status status =
-	        more ? device_download(c->place, more, operand_data(o), count * sizeof *more)
-	             : status_set(STATUS_OOM, "no memory to verify with");
+	const struct operand *decay = log_decay_of(c);
+	const struct part *p = &g->parts[part];
+	const bool cut = p->cut[AXIS_HEAD];
+	const int64_t heads = cut ? p->count[AXIS_HEAD] : c->extent[AXIS_HEAD];
+	enum status status = STATUS_OK;
 
-	if (status == STATUS_OK && *sum)
-		for (size_t j = 0; j < count; j++)
-			(*sum)[j] += more[j];
-	if (status != STATUS_OK || *sum)
-		free(more);
-	else
-		*sum = more;
+	if (!j->carries || heads == 0 || (!decay && !c->list.log_decay_of_head))
+		return STATUS_OK;
+	j->alike = calloc((size_t)heads, sizeof *j->alike);
+	if (!j->alike)
+		return status_set(STATUS_OOM, "no memory to verify with");
+	for (int64_t i = 0; i < heads && !decay; i++)
+		j->alike[i] = judge_alike(c->list.log_decay_of_head(
+		        *c->list.first_head +
+		        (cut ? p->first[AXIS_HEAD] + i * p->step[AXIS_HEAD] : i)));
+	if (decay)
+		status = alike_of_data(c, g, part, decay, j->alike);
+	j->heads = -1;
+	for (int d = 0; d < OPERAND_DIMS; d++)
+		if (o->axis[d] == AXIS_HEAD && j->size[d] == heads)
+			j->heads = d;
+	for (int64_t i = 1; i < heads && j->heads < 0; i++)
+		j->alike[0] = fmax(j->alike[0], j->alike[i]);
+	/* Of all but a state queries are a factor as well, or gradients, rounded like keys. */
+	for (int64_t i = 0; i < heads && has_axis(o, AXIS_TOKEN); i++)
+		j->alike[i] *= 2;
+	return status;
+}
+
+/* The dimension of an output along which faults begin: its tokens, rows or keys; else the first. */
+static int position_of(const struct operand *o)
+{
+	static const enum axis axes[] = {AXIS_TOKEN, AXIS_ROW, AXIS_KEY};
+	int first = 0;
+
+	for (size_t a = 0; a < sizeof axes / sizeof *axes; a++)
+		for (int d = 0; d < OPERAND_DIMS; d++)
+			if (o->axis[d] == axes[a] && o->size[d] > 1)
+				return d;
+	while (first < OPERAND_DIMS - 1 && o->size[first] == 1)
+		first++;
+	return first;
+}
+
+/* What the outputs of a part, or of a sum, are as the reference has them: as its inputs are, and in
+ * probes. */
+struct computed {
+	int n_probes;
+	double *outputs[1 + MAX_RESPONSES][MAX_OPERANDS];
+};
+
+/* Output i against what is there. Takes x->outputs apart: a probe's becomes the response. */
+static enum status compare_output(const struct check *c, const struct group *g, int part, int i,
+                                  const struct computed *x, struct check_result *result)
+{
+	const struct operand *o = &c->list.operand[i], *base = named(c, o->base);
+	struct gather actual = gather_part(c, g, &g->parts[part], o);
+	struct judged j = {.name = o->name,
+	                   .position = position_of(o),
+	                   .dtype = operand_dtype(o, c->device),
+	                   .scale = o->exact ? ROUNDING_FP32 / c->rounding : 1,
+	                   .lost = lost_in_sums(c, o),
+	                   .carries = !o->exact && c->device->activation == DTYPE_BF16 &&
+	                              c->extent[AXIS_TOKEN] > 0,
+	                   .n_responses = x->n_probes};
+	enum status status;
+
+	if (o->role != ROLE_STATE && g->blocks == 1)
+		keep_rows(g, o, &actual);
+	memcpy(j.size, actual.size, sizeof j.size);
+	status = fetch(c->device, &actual, &j.actual);
+	const int64_t count = judged_count(&j);
+	j.expected = malloc((size_t)count * sizeof *j.expected + 1);
+	if (status == STATUS_OK && !j.expected)
+		status = status_set(STATUS_OOM, "no memory to verify with");
+	if (status == STATUS_OK && base)
+		status = fetch_input(c, g, part, base, &j.base);
+	if (status == STATUS_OK)
+		status = find_alike(c, g, part, o, &j);
+	if (status == STATUS_OK) {
+		memcpy(j.expected, x->outputs[0][i], (size_t)count * sizeof *j.expected);
+		for (int r = 0; r < j.n_responses; r++)
+			j.response[r] = x->outputs[1 + r][i];
+		if (o->role == ROLE_STATE)
+			settle_unchanged(&j, g->kept[part * MAX_OPERANDS + i], result);
+		if (c->options.with_nan)
+			compare_nans(&j, result);
+		else if (o->element == ELEMENT_INT32)
+			compare_integers_of(&j, result);
+		else
+			status = judge(&j, result);
+	}
+	free(j.actual);
+	free(j.expected);
+	free(j.base);
+	free(j.alike);
+	return status;
+}
+
+/* One more probe: how the outputs answer to it. */
+static enum status probe(const struct check *c, const struct group *g, int first,
+                         struct computed *x)
+{
+	double **answer = x->outputs[1 + x->n_probes];
+	enum status status = compute_outputs(c, g, first, 1 + x->n_probes, answer);
+
+	if (status != STATUS_OK)
+		return status;
+	x->n_probes++;
+	for (int j = 0; j < g->n_outputs; j++) {
+		const int i = g->outputs[j];
+		const int64_t count = output_count(c, g, first, i);
+
+		for (int64_t k = 0; k < count; k++)
+			answer[i][k] -= x->outputs[0][i][k];
+	}
+	return STATUS_OK;
+}
+
+static enum status compare_outputs(const struct check *c, const struct group *g, int first,
+                                   const struct computed *x, struct check_result *result)
+{
+	enum status status = STATUS_OK;
+
+	for (int j = 0; j < g->n_outputs && status == STATUS_OK; j++)
+		status = compare_output(c, g, first + g->blocks - 1, g->outputs[j], x, result);
+	return status;
+}
+
+/*
+ * A part, or parts that add up. One probe says what is allowed; where that is not enough, which may
+ * be by chance, others are asked as well.
+ */
+static enum status check_parts(const struct check *c, const struct group *g, int first,
+                               struct check_result *result)
+{
+	struct computed x = {0};
+	struct check_result found = {0};
+	enum status status = compute_outputs(c, g, first, 0, x.outputs[0]);
+
+	if (status == STATUS_OK && !c->options.with_nan)
+		status = probe(c, g, first, &x);
+	if (status == STATUS_OK)
+		status = compare_outputs(c, g, first, &x, &found);
+	if (status == STATUS_OK && found.share > 1 && isfinite(found.share)) {
+		while (x.n_probes < MAX_RESPONSES && status == STATUS_OK)
+			status = probe(c, g, first, &x);
+		found = (struct check_result){0};
+		if (status == STATUS_OK)
+			status = compare_outputs(c, g, first, &x, &found);
+	}
+	for (int i = 0; i <= MAX_RESPONSES; i++)
+		free_outputs(x.outputs[i]);
+	check_raise(&result->rel_err, found.rel_err);
+	judge_raise(result, found.share, found.name, found.test);
 	return status;
 }
 
 static enum status check_group(const struct check *c, const struct group *g,
                                struct check_result *result)
 {
-	double *sums[MAX_OPERANDS] = {0};
 	enum status status = STATUS_OK;
 
-	for (int part = 0; part < g->n_parts && status == STATUS_OK; part++) {
-		struct subproblem s;
-		const bool last = (part + 1) % g->blocks == 0;
-
-		status = compute_part(c, g, part, &s);
-		for (int j = 0; j < g->n_outputs && status == STATUS_OK; j++) {
-			const int i = g->outputs[j];
-
-			if (g->blocks > 1)
-				status = add_to_sum(c, &s, i, &sums[i]);
-			if (status == STATUS_OK && last)
-				status = compare_output(c, g, part, i, &s, sums[i], result);
-			if (last) {
-				free(sums[i]);
-				sums[i] = NULL;
-			}
-		}
-		subproblem_free(c, &s);
-	}
-	for (int i = 0; i < MAX_OPERANDS; i++)
-		free(sums[i]);
+	for (int part = 0; part < g->n_parts && status == STATUS_OK; part += g->blocks)
+		status = check_parts(c, g, part, result);
 	return status;
 }
 
@@ -871,8 +972,8 @@ static enum status check_finite(const struct check *c, const struct operand *o,
 	enum status status = c->device->backend->count_nonfinite(c->device, &all, &n);
 
 	if (n > 0) {
-		result->worst_row = result->overall = INFINITY;
-		result->name = o->name;
+		result->rel_err = INFINITY;
+		judge_raise(result, INFINITY, o->name, "an element");
 	}
 	return status;
 }
@@ -904,6 +1005,15 @@ static void find_reference(struct check *c)
 	                          .kernels = reference_kernels};
 	c->place = c->reference = &c->host;
 	c->kernel = kernel_of(c->reference, c->operation, &c->args);
+}
+
+/* What kernels may round what they make of their inputs to. */
+static double rounding_inside(const struct check *c)
+{
+	for (int i = 0; i < c->list.count && c->device->activation == DTYPE_BF16; i++)
+		if (operand_is_written(&c->list.operand[i]) && !c->list.operand[i].exact)
+			return ROUNDING_BF16;
+	return ROUNDING_FP32;
 }
 
 static enum status keep_operands(const struct check *c, struct group *g)
@@ -943,6 +1053,11 @@ enum status check_begin(struct check **check, struct device *device, enum operat
 			if (c->list.operand[i].axis[j] == AXIS_TOKEN)
 				c->extent[AXIS_TOKEN] = c->list.operand[i].size[j];
 	find_reference(c);
+	if (!c->kernel)
+		return status_set(STATUS_UNSUPPORTED, "%s: not even the reference knows it",
+		                  operation_name(operation));
+	c->rounding = rounding_inside(c);
+	c->rounds_scores = options->kernel && options->kernel->rounds_scores;
 	const bool whole = options->everything || (is_small(c) && !options->parts);
 	make_groups(c, whole);
 	for (int i = 0; i < c->n_groups && status == STATUS_OK; i++) {

@@ -10,25 +10,18 @@
 #ifndef KERNELS_CHECK_H
 #define KERNELS_CHECK_H
 
+#include "kernels/judge.h"
 #include "kernels/operation.h"
 
 struct check_options {
-	int64_t rows;    /* of each output to compare at least, where it has so many */
-	uint64_t seed;   /* of what to look at */
-	bool everything; /* however large */
-	bool parts;      /* parts, however small */
-	bool in_place;   /* keep all inputs, which the operation may overwrite */
-	/* The tests' view of an error: a row that vanishes is held against more of the others. */
-	bool tolerant;
+	int64_t rows;     /* of each output to compare at least, where it has so many */
+	uint64_t seed;    /* of what to look at */
+	bool everything;  /* however large */
+	bool parts;       /* parts, however small */
+	bool in_place;    /* keep all inputs, which the operation may overwrite */
 	uint32_t ignored; /* outputs that are not looked at: bits 1 << index in the description */
 	bool with_nan;    /* only that no NaN of the reference is missing */
-};
-
-/* The worst output's errors: ||a-b||/||b|| of its worst row and of all rows compared. INFINITY: NaN
- * or Inf. `name` is that output's. */
-struct check_result {
-	double worst_row, overall;
-	const char *name;
+	const struct kernel *kernel; /* that runs; NULL: any */
 };
 
 struct check;
@@ -47,9 +40,6 @@ void check_free(struct check *check);
 /* For an operation without states that has run: all of it. */
 enum status check_operation(struct device *device, enum operation operation, const void *args,
                             const struct check_options *options, struct check_result *result);
-
-/* *worst = error if that is more, INFINITY if it is a NaN. */
-void check_raise(double *worst, double error);
 
 /* `n` of 0 .. total-1, ascending and distinct, spread at random, 0 and total-1 among them. */
 void check_pick(int64_t total, int64_t n, uint64_t seed, int64_t *picked);

@@ -230,6 +230,11 @@ static double element(enum dtype dtype, const void *at)
 	                            : (double)float_from_bf16(*(const uint16_t *)at);
 }
 
+static double jittered(const struct gather *g, int64_t i, double value)
+{
+	return g->jitter > 0 ? gather_jittered(g, i, value) : value;
+}
+
 void gather_on_host(const struct gather *g, void *to)
 {
 	const int64_t n_rows = gather_rows(g), width = g->size[3];
@@ -246,7 +251,8 @@ void gather_on_host(const struct gather *g, void *to)
 			if (g->dtype == DTYPE_I32)
 				memcpy((int32_t *)to + row * width + l, at, size);
 			else
-				((double *)to)[row * width + l] = element(g->dtype, at);
+				((double *)to)[row * width + l] =
+				        jittered(g, row * width + l, element(g->dtype, at));
 		}
 	}
 }

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/noise.h"
 #include "kernels/status.h"
 
 #ifdef __cplusplus
@@ -183,6 +184,10 @@ struct gather {
 	 * ... */
 	const int64_t *list;
 	int listed;
+	/* Of floating-point elements: by how much each becomes larger or smaller at random,
+	 * relative to itself; each row, as where a weight of the row was rounded; and by itself. */
+	double jitter, row_jitter, absolute;
+	uint64_t seed;
 };
 
 /* Elements of a tensor that are to be written; size and stride as above. */
@@ -191,6 +196,15 @@ struct strided {
 	void *data;
 	int64_t size[GATHER_DIMS], stride[GATHER_DIMS];
 };
+
+/* Element i of the dense tensor, off as is said above. */
+NOISE_FUNCTION double gather_jittered(const struct gather *g, int64_t i, double value)
+{
+	const double sign = noise_sign(g->seed, 0, (uint64_t)i);
+	const double of_row = noise_sign(g->seed, 1, (uint64_t)(i / g->size[3]));
+
+	return value * (1 + g->jitter * sign + g->row_jitter * of_row) + g->absolute * sign;
+}
 
 extern const struct backend cpu_backend;
 

@@ -4,7 +4,8 @@
  *	X(OPERATION, "provider", function, checked, workspace)
  *
  * of a kernel that function() runs. `checked`: function_unsupported() says which arguments it
- * does not take; `any`: it takes all. `workspace`: function_workspace() says how much it wants;
+ * does not take; `rounding`: likewise, and what goes into exponentials it keeps in the type of
+ * activations; `any`: it takes all. `workspace`: function_workspace() says how much it wants;
  * `none`: it wants none. These macros make the rest of such a line.
  */
 #ifndef KERNELS_KERNEL_LIST_H
@@ -28,6 +29,7 @@
 #define KERNEL_PROTOTYPE_checked(function)                                                         \
 	KERNEL_LINKAGE const char *function##_unsupported(const struct device *device,             \
 	                                                  const void *args);
+#define KERNEL_PROTOTYPE_rounding(function) KERNEL_PROTOTYPE_checked(function)
 #define KERNEL_PROTOTYPE_any(function)
 #define KERNEL_PROTOTYPE_workspace(function)                                                       \
 	KERNEL_LINKAGE size_t function##_workspace(const struct device *device, const void *args);
@@ -38,11 +40,19 @@
 #define KERNEL_LIST(name, KERNELS, ...)                                                            \
 	const struct kernel name[] = {KERNELS(KERNEL_ENTRY) __VA_ARGS__}
 #define KERNEL_ENTRY(operation, provider, function, check, space)                                  \
-	{OP_##operation, provider, KERNEL_ENTRY_##check(function), KERNEL_ENTRY_##space(function), \
-	 KERNEL_RUNS(function)},
+	{OP_##operation,                                                                           \
+	 provider,                                                                                 \
+	 KERNEL_ENTRY_##check(function),                                                           \
+	 KERNEL_ENTRY_##space(function),                                                           \
+	 KERNEL_RUNS(function),                                                                    \
+	 KERNEL_ROUNDS_##check},
 #define KERNEL_ENTRY_checked(function)   function##_unsupported
+#define KERNEL_ENTRY_rounding(function)  function##_unsupported
 #define KERNEL_ENTRY_any(function)       NULL
 #define KERNEL_ENTRY_workspace(function) function##_workspace
 #define KERNEL_ENTRY_none(function)      NULL
+#define KERNEL_ROUNDS_checked            false
+#define KERNEL_ROUNDS_rounding           true
+#define KERNEL_ROUNDS_any                false
 
 #endif

@@ -636,6 +636,33 @@ struct argmax_args {
 	int32_t *position; /* in, out, or NULL */
 };
 
+/*
+ * Whether an option is one of those named, for kernels that have all of these. A kernel takes what
+ * it knows: an option that is new is refused by all that nobody has taught it, the reference
+ * included.
+ */
+static inline bool is_known_mask(enum mask mask)
+{
+	return mask == MASK_CAUSAL || mask == MASK_WINDOW || mask == MASK_CHUNK ||
+	       mask == MASK_FULL;
+}
+
+static inline bool is_known_gate(enum gate_form form)
+{
+	return form == GATE_SIGMOID || form == GATE_LOG_DECAY;
+}
+
+static inline bool is_known_decay(enum decay decay)
+{
+	return decay == DECAY_NONE || decay == DECAY_CONSTANT || decay == DECAY_SCALAR ||
+	       decay == DECAY_DIAGONAL;
+}
+
+static inline bool is_known_rule(enum rule rule)
+{
+	return rule == RULE_PLAIN || rule == RULE_BONUS || rule == RULE_DELTA;
+}
+
 /* Room for the arguments of any operation. */
 union any_args {
 #define X(constant, name) struct name##_args name;
@@ -654,6 +681,8 @@ struct kernel {
 	size_t (*workspace)(const struct device *device, const void *args);
 	/* Submits the work to the device's queue. */
 	enum status (*run)(struct device *device, const void *args, void *workspace);
+	/* What goes into exponentials it keeps in the type of activations. */
+	bool rounds_scores;
 };
 
 enum { MAX_PROVIDER_CHOICES = 16 };

@@ -33,6 +33,15 @@ NOISE_FUNCTION float noise_unit(uint64_t half)
 	return (float)((half & 0xffffffu) + 1) * 0x1p-24f;
 }
 
+/* A number of either sign, about 1, never near 0. */
+NOISE_FUNCTION double noise_sign(uint64_t seed, uint64_t stream, uint64_t index)
+{
+	const uint64_t bits = noise_bits(seed, stream, index);
+	const double size = 0.5 + (double)noise_unit(bits);
+
+	return bits >> 63 ? size : -size;
+}
+
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -72,10 +72,18 @@ struct operand {
 	float scale;
 	enum side side;
 	const char *alias; /* of an output: the input whose place it may take */
-	/* Of an output that may cancel to nothing: it is held against `terms` times the root mean
-	 * squares of these inputs, "dout*v*k", if that is more than what remains. */
-	const char *against;
-	float terms;
+	/* Of an output: between it and the inputs kernels keep everything in fp32. Otherwise they
+	 * may round what they multiply to the activations' type. */
+	bool exact;
+	/* Of an input: what kernels make of it goes into an exponential, in fp32; and that is by
+	 * what a state is multiplied, token by token. */
+	bool exponent, decay;
+	/* Of an fp32 input: kernels round what it is multiplied with, which they made themselves.
+	 */
+	bool factor;
+	/* Of an input: kernels round what they make of it element by element, and no weight of all
+	 * its row. */
+	bool by_element;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is
 	                     judged */
 	unsigned apart;   /* of an output: axes along which a part of it is what that part of the
@@ -93,8 +101,14 @@ struct operand_list {
 	 * SEQUENCE and ROW is a sum over it. */
 	unsigned apart;
 	bool sums_groups; /* outputs of a group, or of a key head, are sums over its heads */
+	/* Options among several: where the argument struct keeps them. */
+	int n_options;
+	unsigned *options[2];
 	/* The first head's number, for what counts heads; NULL: nothing does. */
 	int64_t *first_head;
+	/* The logarithm of a head's decay, which is the same for all tokens; NULL: there is none.
+	 */
+	double (*log_decay_of_head)(int64_t head);
 };
 
 /* Sizes to choose from; an operation takes those it has. */
@@ -220,6 +234,12 @@ static inline void cut_along(struct operand_list *list, enum axis axis, int64_t 
 	list->apart |= ALONG(axis);
 }
 
+/* An option of an enum type. */
+static inline void add_option(struct operand_list *list, void *option)
+{
+	list->options[list->n_options++] = (unsigned *)option;
+}
+
 /* The usual cuts of what mixes tokens in heads; `groups` may be NULL. */
 static inline void cut_heads(struct operand_list *list, int64_t *batch, int64_t *heads,
                              int64_t *groups)
@@ -263,13 +283,27 @@ static inline struct operand *optional(struct operand *operand, bool usual)
 	return operand;
 }
 
-/* The output may cancel to nothing. */
-static inline struct operand *cancels(struct operand *operand, const char *against, double terms)
+/* Kernels keep all in fp32 between the inputs and the outputs listed so far. */
+static inline void keeps_fp32(struct operand_list *list)
 {
-	operand->against = against;
-	operand->terms = (float)terms;
+	for (int i = 0; i < list->count; i++)
+		list->operand[i].exact = true;
+}
+
+/* It is the logarithm of a decay. */
+static inline struct operand *log_of_decay(struct operand *operand)
+{
+	operand->exponent = operand->decay = true;
 	return operand;
 }
+
+/* It goes into an exponential. */
+static inline struct operand *exponent(struct operand *operand)
+{
+	operand->exponent = true;
+	return operand;
+}
+
 /* What has been listed so far is a forward's, the list a backward's: outputs named in `reads`
  * (separated by '|') are read, the others are not. */
 void forward_ends(struct operand_list *list, const char *reads);

@@ -12,6 +12,7 @@
 #define LAYERS_STACK_H
 
 #include "kernels/data.h"
+#include "kernels/judge.h"
 #include "layers/layer.h"
 
 /* What every layer of a stack is made from. */
@@ -180,15 +181,15 @@ enum status stack_step(struct stack *stack, struct context *ctx, int64_t positio
 enum status stack_run(struct stack *stack, struct context *ctx);
 
 /*
- * Verification. The worst row's ||a-b||/||b|| of what each operation of the last run has written,
- * against the fp64 reference on the inputs that the run left it (kernels/check.h); what was added
- * to a residual is judged without it. NaN or Inf anywhere gives INFINITY. At least `min_rows` rows
+ * Verification: how far what each operation of the last run has written is from the fp64 reference
+ * on the inputs that the run left it (kernels/check.h), as kernels/judge.h has it. At least
+ * `min_rows` rows
  * of each tensor (all, where that is cheap). Of a model the operations whose inputs survive are
  * checked. For generation call stack_snapshot_state() before the step. ctx is the run's. After
- * STATUS_OK status_message() says where the worst is: "dq of attention_backward".
+ * STATUS_OK status_message() says where the worst is: "dq of attention_backward, a row".
  */
 enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t min_rows,
-                         uint64_t seed, double *rel_err);
+                         uint64_t seed, struct accuracy *found);
 /* Keeps states of some sequences (all, if that is cheap) for stack_verify(). */
 enum status stack_snapshot_state(struct stack *stack, uint64_t seed);
 /* Gives the copy back. */

@@ -152,31 +152,32 @@ static bool is_end(enum operation operation)
 
 /* ---- the checks ---- */
 
-/* The worst error so far, and where it is: "dq of attention_backward". */
+/* The worst so far, and the operation whose output has the largest share of its bound. */
 struct verdict {
-	double rel_err;
+	struct check_result worst;
 	enum operation operation;
-	const char *output;
 };
 
-static void judge(struct verdict *verdict, enum operation operation,
-                  const struct check_result *result)
+static void take(struct verdict *verdict, enum operation operation,
+                 const struct check_result *result)
 {
-	if (result->worst_row > verdict->rel_err) {
+	if (!(result->share <= verdict->worst.share))
 		verdict->operation = operation;
-		verdict->output = result->name;
-	}
-	check_raise(&verdict->rel_err, result->worst_row);
+	judge_raise(&verdict->worst, result->share, result->name, result->test);
+	check_raise(&verdict->worst.rel_err, result->rel_err);
 }
 
 static enum status verify_call(const struct stack *stack, const struct operation_call *call,
                                const struct check_options *options, struct verdict *verdict)
 {
+	struct check_options of_kernel = *options;
 	struct check_result result = {0};
-	enum status status =
-	        check_operation(stack->device, call->operation, &call->args, options, &result);
 
-	judge(verdict, call->operation, &result);
+	of_kernel.kernel = call->kernel;
+	enum status status =
+	        check_operation(stack->device, call->operation, &call->args, &of_kernel, &result);
+
+	take(verdict, call->operation, &result);
 	return status;
 }
 
@@ -216,14 +217,14 @@ static enum status verify_step(const struct stack *stack, struct verdict *verdic
 		struct check_result result = {0};
 		enum status status = check_end(snapshot->checks[i], &result);
 
-		judge(verdict, snapshot->operations[i], &result);
+		take(verdict, snapshot->operations[i], &result);
 		TRY(status);
 	}
 	return STATUS_OK;
 }
 
 enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t min_rows,
-                         uint64_t seed, double *rel_err)
+                         uint64_t seed, struct accuracy *found)
 {
 	const enum pass pass = stack->shape.pass;
 	struct call_list list;
@@ -238,10 +239,11 @@ enum status stack_verify(struct stack *stack, const struct context *ctx, int64_t
 			status = verify_run(stack, &list, min_rows, seed, &verdict);
 		free(list.calls);
 	}
-	*rel_err = verdict.rel_err;
-	if (status == STATUS_OK && verdict.output)
-		status_set(STATUS_OK, "%.*s of %s", (int)strcspn(verdict.output, "|"),
-		           verdict.output, operation_name(verdict.operation));
+	*found = (struct accuracy){verdict.worst.rel_err, verdict.worst.share};
+	if (status == STATUS_OK && verdict.worst.name)
+		status_set(STATUS_OK, "%.*s of %s, %s", (int)strcspn(verdict.worst.name, "|"),
+		           verdict.worst.name, operation_name(verdict.operation),
+		           verdict.worst.test);
 	return status;
 }
 

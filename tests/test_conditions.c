@@ -72,9 +72,9 @@ static enum status rewind_nothing(void *self, struct context *ctx, const struct 
 }
 
 static enum status verify(void *self, struct context *ctx, const struct bench_case *c, int64_t rows,
-                          uint64_t seed, double *rel_err)
+                          uint64_t seed, struct accuracy *found)
 {
-	*rel_err = 0;
+	*found = (struct accuracy){0, 0};
 	return STATUS_OK;
 }
 
@@ -114,7 +114,7 @@ static void measure(int n, const struct measurement_rule *rule)
 	measure_group(&group, rule);
 }
 
-static const struct measurement_rule ten = {.samples = 10, .precision = 0.01, .tolerance = 1};
+static const struct measurement_rule ten = {.samples = 10, .precision = 0.01};
 
 static struct record row_of(int variant)
 {
@@ -153,7 +153,7 @@ static unsigned long long sometimes_hot(int variant, int n)
 TEST(counts_the_share_that_is_throttled)
 {
 	fake.reasons = sometimes_hot;
-	measure(1, &(struct measurement_rule){.samples = 12, .tolerance = 1});
+	measure(1, &(struct measurement_rule){.samples = 12});
 	assert_true(fabs(row_of(0).throttled - 0.25) < 1e-12);
 	assert_string_equal(row_of(0).throttle_reasons, "heat+hardware");
 }
@@ -194,7 +194,7 @@ static double slower_when_hot(int variant, int n)
 
 TEST(says_why_a_row_is_noisy)
 {
-	const struct measurement_rule rule = {.samples = 40, .precision = 0.02, .tolerance = 1};
+	const struct measurement_rule rule = {.samples = 40, .precision = 0.02};
 
 	fake.ms = steady;
 	measure(1, &rule);
@@ -213,7 +213,7 @@ TEST(says_why_a_row_is_noisy)
 	assert_int_equal(group.variants[0].status, STATUS_NOISY);
 	assert_non_null(strstr(group.variants[0].message, "held down are +10.0%"));
 	/* Nobody asked. */
-	measure(1, &(struct measurement_rule){.samples = 40, .tolerance = 1});
+	measure(1, &(struct measurement_rule){.samples = 40});
 	assert_int_equal(group.variants[0].status, STATUS_OK);
 }
 
@@ -224,7 +224,7 @@ static double second_long(int variant, int n)
 
 TEST(takes_the_least_number_whatever_the_time)
 {
-	const struct measurement_rule rule = {.max_time = 0, .tolerance = 1};
+	const struct measurement_rule rule = {.max_time = 0};
 
 	measure(1, &rule);
 	assert_int_equal(group.variants[0].n_samples, SHORT_FLOOR);
@@ -238,8 +238,8 @@ TEST(takes_the_least_number_whatever_the_time)
 
 TEST(goes_on_until_it_is_precise)
 {
-	const struct measurement_rule coarse = {.max_time = 60, .precision = 0.2, .tolerance = 1};
-	const struct measurement_rule fine = {.max_time = 60, .precision = 0.06, .tolerance = 1};
+	const struct measurement_rule coarse = {.max_time = 60, .precision = 0.2};
+	const struct measurement_rule fine = {.max_time = 60, .precision = 0.06};
 
 	fake.ms = ragged;
 	measure(1, &coarse);
@@ -255,7 +255,7 @@ TEST(alternates_in_random_order)
 	int first[3] = {0};
 	double a[MAX_SAMPLES], b[MAX_SAMPLES];
 
-	measure(3, &(struct measurement_rule){.samples = 301, .tolerance = 1, .seed = 7});
+	measure(3, &(struct measurement_rule){.samples = 301, .seed = 7});
 	for (int i = 0; i < 3; i++) {
 		const struct variant *v = &group.variants[i];
 

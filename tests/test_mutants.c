@@ -72,7 +72,7 @@ static void expect_caught(const struct kernel *kernels, const char *path, const 
 	(const struct kernel[2])                                                                   \
 	{                                                                                          \
 		{                                                                                  \
-			operation, "mutant", NULL, workspace, run                                  \
+			operation, "mutant", NULL, workspace, run, false                              \
 		}                                                                                  \
 	}
 
@@ -91,8 +91,8 @@ EDITED(rat_scan_without_rope, rat_scan, a.rope = false)
 TEST(test_rope_left_out)
 {
 	const struct kernel no_rope[] = {
-	        {OP_ROTATE, "mutant", NULL, cpu_rotate_workspace, rotate_without_rope},
-	        {OP_RAT_SCAN, "mutant", NULL, cpu_rat_scan_workspace, rat_scan_without_rope},
+	        {OP_ROTATE, "mutant", NULL, cpu_rotate_workspace, rotate_without_rope, false},
+	        {OP_RAT_SCAN, "mutant", NULL, cpu_rat_scan_workspace, rat_scan_without_rope, false},
 	        {0},
 	};
 
@@ -214,13 +214,13 @@ KERNEL(attention_keys_tiled, return attend_grouped(device, args, tiled, tiled))
 TEST(test_heads_grouped_by_block)
 {
 	const struct kernel right[] = {
-	        {OP_RAT_SCAN, "mutant", NULL, NULL, rat_scan_tiled},
-	        {OP_ATTENTION, "mutant", NULL, NULL, attention_tiled},
+	        {OP_RAT_SCAN, "mutant", NULL, NULL, rat_scan_tiled, false},
+	        {OP_ATTENTION, "mutant", NULL, NULL, attention_tiled, false},
 	        {0},
 	};
 	const struct kernel wrong[] = {
-	        {OP_RAT_SCAN, "mutant", NULL, NULL, rat_scan_by_block},
-	        {OP_ATTENTION, "mutant", NULL, NULL, attention_by_block},
+	        {OP_RAT_SCAN, "mutant", NULL, NULL, rat_scan_by_block, false},
+	        {OP_ATTENTION, "mutant", NULL, NULL, attention_by_block, false},
 	        {0},
 	};
 
@@ -351,9 +351,9 @@ KERNEL(do_nothing, return STATUS_OK)
 TEST(test_unwritten_outputs)
 {
 	const struct kernel lazy[] = {
-	        {OP_ATTENTION, "mutant", NULL, NULL, do_nothing},
-	        {OP_MATRIX_RECURRENCE, "mutant", NULL, NULL, do_nothing},
-	        {OP_LINEAR_RESIDUAL_BACKWARD, "mutant", NULL, NULL, do_nothing},
+	        {OP_ATTENTION, "mutant", NULL, NULL, do_nothing, false},
+	        {OP_MATRIX_RECURRENCE, "mutant", NULL, NULL, do_nothing, false},
+	        {OP_LINEAR_RESIDUAL_BACKWARD, "mutant", NULL, NULL, do_nothing, false},
 	        {0},
 	};
 	assert_true(isnan(check_mutant(lazy, layer_attention, "y - x").rel_err));

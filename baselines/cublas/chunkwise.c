@@ -32,7 +32,7 @@ const char *cublas_matrix_recurrence_unsupported(const struct device *device, co
 	const struct matrix_recurrence_args *a = args;
 
 	(void)device;
-	if (a->rule != RULE_PLAIN || a->decay == DECAY_DIAGONAL)
+	if (a->rule != RULE_PLAIN || a->decay == DECAY_DIAGONAL || !is_known_decay(a->decay))
 		return "only the plain rule, and no decay of its own for each channel";
 	if (chunk_of(a) > LARGEST_CHUNK)
 		return "chunk must be at most 256";

@@ -12,7 +12,7 @@
 
 /* clang-format off */
 #define CUBLAS_KERNELS(X)                                                                          \
-	X(ATTENTION, "cublas", cublas_attention, checked, workspace)                               \
+	X(ATTENTION, "cublas", cublas_attention, rounding, workspace)                              \
 	X(MATRIX_RECURRENCE, "cublas", cublas_matrix_recurrence, checked, workspace)
 /* clang-format on */
 

@@ -250,7 +250,7 @@ static void record_measurement(const struct variant *v, const struct bench_case 
 
 	if (v->predicted_ms > 0)
 		r->predicted_ms = v->predicted_ms;
-	r->rel_err = v->rel_err;
+	r->rel_err = v->found.rel_err;
 	if (!status_measured(v->status) || v->n_samples == 0)
 		return;
 	latencies_of(v, ms);
@@ -340,7 +340,7 @@ static struct record ratio_row(struct run *run, int index, struct row_text *text
 	r.ratio_low = ratio.interval.low;
 	r.ratio_high = ratio.interval.high;
 	r.samples = n;
-	r.rel_err = v->rel_err;
+	r.rel_err = v->found.rel_err;
 	r.status = status_name(noisy ? STATUS_NOISY : STATUS_OK);
 	r.message = noisy ? "the ratio is not known as well as was asked for" : "";
 	return r;
@@ -407,20 +407,6 @@ static enum status write_rows(struct run *run)
 	return STATUS_OK;
 }
 
-/*
- * The error allowed in the worst row. bf16 keeps 8 bits; a model's logits and gradients pass
- * through more roundings. In fp32 the gradient of a gate's bias sums over all tokens what
- * nearly cancels: 7e-5 at T = 8192.
- */
-static double tolerance(enum dtype activation, enum pass pass)
-{
-	bool deep = passes[pass].deep;
-
-	if (activation == DTYPE_F32)
-		return deep ? 5e-4 : 1e-4;
-	return deep ? 3e-2 : 1.5e-2;
-}
-
 /* Whether any of a case's variants can run it. */
 static bool provider_takes(const struct run *run, int index)
 {
@@ -485,7 +471,8 @@ static enum status add_variants(struct run *run, int member)
 		v->plan = *plan;
 		v->known_ratio = v->known_verify = v->predicted_ms = v->sampling_seconds = 0;
 		v->n_samples = 0;
-		v->rel_err = v->prefill_ms = NAN;
+		v->found = (struct accuracy){NAN, NAN};
+		v->prefill_ms = NAN;
 		v->status = plan->status;
 		memcpy(v->requested, run->variants.of[i].requested, sizeof v->requested);
 		memcpy(v->message, plan->message, sizeof v->message);
@@ -671,7 +658,6 @@ static enum status run_group(struct run *run)
 	        .max_time = o->max_time,
 	        .precision = o->precision,
 	        .case_seconds = o->case_seconds,
-	        .tolerance = tolerance(run->device->activation, c->pass),
 	        .rows = o->rows,
 	        .seed = (uint64_t)o->seed,
 	        .warm = o->warm,

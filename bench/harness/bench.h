@@ -12,6 +12,7 @@
 #include "bench/harness/case.h"
 #include "bench/harness/driver.h"
 #include "bench/harness/record.h"
+#include "kernels/judge.h"
 #include "kernels/kernels.h"
 
 /*
@@ -57,10 +58,10 @@ struct subject {
 	enum status (*rewind)(void *self, struct context *ctx, const struct bench_case *c,
 	                      bool to_verify, double *prefill_ms);
 	enum status (*launch)(void *self, struct context *ctx, const struct bench_case *c);
-	/* The worst row's error in the buffers of the last launch (README, "What rel_err means");
-	 * the message may say of which output. */
+	/* The error in the buffers of the last launch, and its share of what is allowed
+	 * (docs/verification.md); the message may say of which output. */
 	enum status (*verify)(void *self, struct context *ctx, const struct bench_case *c,
-	                      int64_t rows, uint64_t seed, double *rel_err);
+	                      int64_t rows, uint64_t seed, struct accuracy *found);
 	void (*release)(void *self);
 };
 

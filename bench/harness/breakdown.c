@@ -59,14 +59,14 @@ static void end_range(struct device *device)
 /* One launch that is verified, with nothing in between, as a sample is. */
 static enum status verify_launch(const struct subject *subject, const struct bench_case *c,
                                  struct context *ctx, const struct breakdown_rule *rule,
-                                 double *rel_err)
+                                 struct accuracy *found)
 {
 	double prefill_ms;
 
 	TRY(subject->warm_up(subject->self, ctx, c));
 	TRY(subject->rewind(subject->self, ctx, c, true, &prefill_ms));
 	TRY(subject->launch(subject->self, ctx, c));
-	return subject->verify(subject->self, ctx, c, rule->rows, rule->seed, rel_err);
+	return subject->verify(subject->self, ctx, c, rule->rows, rule->seed, found);
 }
 
 static enum status trace_launches(const struct subject *subject, const struct bench_case *c,
@@ -166,7 +166,7 @@ enum status breakdown_case(FILE *file, const struct subject *subject, const stru
 	struct kernel_plan *work = calloc(1, sizeof *work);
 	struct trace *trace = calloc(1, sizeof *trace);
 	size_t bytes = 0;
-	double rel_err = NAN;
+	struct accuracy found = {NAN, NAN};
 	enum status status = work && trace ? subject->plan(subject->self, &planning, &chosen,
 	                                                   rule->memory_free, &bytes, work)
 	                                   : status_set(STATUS_OOM, "no memory for a plan");
@@ -177,14 +177,14 @@ enum status breakdown_case(FILE *file, const struct subject *subject, const stru
 	if (status == STATUS_OK) {
 		status = subject->acquire(subject->self, &running, &chosen, rule->seed);
 		if (status == STATUS_OK)
-			status = verify_launch(subject, &chosen, &running, rule, &rel_err);
+			status = verify_launch(subject, &chosen, &running, rule, &found);
 		if (status == STATUS_OK)
 			status = trace_launches(subject, &chosen, &running, trace);
 		subject->release(subject->self);
 	}
 	if (status == STATUS_OK) {
 		print_operations(file, trace, work, &ctx->device->ceilings);
-		fprintf(file, "\nrel_err %.2e\n\n", rel_err);
+		fprintf(file, "\nrel_err %.2e, %.2f of the bound\n\n", found.rel_err, found.share);
 	}
 	free(trace);
 	free(work);

@@ -165,24 +165,25 @@ static enum status verify_variant(struct group *g, struct variant *v,
 	context_range_push(&v->ctx, "verify");
 	status_set(STATUS_OK, "%s", "");
 	enum status status =
-	        subject->verify(m->self, &v->ctx, m->c, rule->rows, rule->seed, &v->rel_err);
+	        subject->verify(m->self, &v->ctx, m->c, rule->rows, rule->seed, &v->found);
 	context_range_pop(&v->ctx);
 	v->plan.verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
-	if (status == STATUS_OK && !(v->rel_err <= rule->tolerance)) {
+	if (status == STATUS_OK && !(v->found.share <= 1)) {
 		char where[MAX_MESSAGE];
 
 		snprintf(where, sizeof where, "%s", status_message());
 		v->n_samples = 0;
-		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, allowed %.3g", v->rel_err,
-		                  where[0] ? " in " : "", where, rule->tolerance);
+		return status_set(STATUS_MISMATCH, "rel_err %.3g%s%s, %.3g times what is allowed",
+		                  v->found.rel_err, where[0] ? " in " : "", where, v->found.share);
 	}
 	if (status == STATUS_OK && m->c->data == DATA_ZEROS) {
 		/* A kernel that does nothing right makes zeros of zeros, too. */
-		v->rel_err = NAN;
+		v->found = (struct accuracy){NAN, NAN};
 		snprintf(v->message, sizeof v->message, "zeros: finite, otherwise not verified");
 	} else if (status == STATUS_OK && status_message()[0]) {
-		snprintf(v->message, sizeof v->message, "worst: %s", status_message());
+		snprintf(v->message, sizeof v->message, "worst: %.*s, %.2f of its bound",
+		         MAX_MESSAGE - 64, status_message(), v->found.share);
 	}
 	return status;
 }
@@ -477,7 +478,7 @@ static void measure_members(struct group *g, const bool *chosen,
 		struct variant *v = &g->variants[i];
 		enum status status = STATUS_OK;
 
-		if (runs(v) && isnan(v->rel_err))
+		if (runs(v) && isnan(v->found.share))
 			status = verify_variant(g, v, rule);
 		if (status != STATUS_OK)
 			fail(v, status);

@@ -55,7 +55,8 @@ struct variant {
 	struct sample samples[MAX_SAMPLES];
 	int n_samples;
 	double sampling_seconds; /* spent on the samples, preparations included */
-	double rel_err, prefill_ms;
+	struct accuracy found;
+	double prefill_ms;
 };
 
 struct member {
@@ -80,7 +81,6 @@ struct measurement_rule {
 	double precision;    /* half width to reach of the 95% intervals of medians and ratios,
 	                        relative; 0: any */
 	double case_seconds; /* 0: no limit */
-	double tolerance;    /* of rel_err */
 	int64_t rows;        /* to verify */
 	uint64_t seed;
 	bool warm;  /* caches stay as the last sample left them */

@@ -17,18 +17,18 @@
 	X(LINEAR_RESIDUAL_BACKWARD, "cpu", cpu_linear_residual_backward, any, none)                \
 	X(ROTATE, "cpu", cpu_rotate, checked, workspace)                                           \
 	X(ROTATE_BACKWARD, "cpu", cpu_rotate_backward, checked, workspace)                         \
-	X(ATTENTION, "cpu", cpu_attention, any, workspace)                                         \
-	X(ATTENTION_BACKWARD, "cpu", cpu_attention_backward, any, workspace)                       \
+	X(ATTENTION, "cpu", cpu_attention, checked, workspace)                             \
+	X(ATTENTION_BACKWARD, "cpu", cpu_attention_backward, checked, workspace)           \
 	X(ATTENTION_STEP, "cpu", cpu_attention_step, any, workspace)                               \
 	X(RAT_SCAN, "cpu", cpu_rat_scan, any, workspace)                                           \
 	X(RAT_SCAN_BACKWARD, "cpu", cpu_rat_scan_backward, any, workspace)                         \
 	X(RAT_STEP, "cpu", cpu_rat_step, any, workspace)                                           \
-	X(RECURRENCE, "cpu", cpu_recurrence, any, workspace)                                       \
-	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, any, workspace)                     \
-	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, any, none)                                  \
-	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, any, workspace)                         \
-	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, any, workspace)       \
-	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, any, workspace)               \
+	X(RECURRENCE, "cpu", cpu_recurrence, checked, workspace)                           \
+	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, checked, workspace)         \
+	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, checked, none)                      \
+	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
+	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
+	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \
 	X(DECAY_GATE, "cpu", cpu_decay_gate, any, none)                                            \
 	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, any, workspace)                     \
 	X(NORM_GATE, "cpu", cpu_norm_gate, any, none)                                              \

@@ -205,6 +205,16 @@ static __global__ void count_nonfinite_kernel(const __grid_constant__ struct gat
 		atomicAdd(found, mine);
 }
 
+static __device__ double jittered(const struct gather &g, int64_t i, double value)
+{
+	return g.jitter > 0 ? gather_jittered(&g, i, value) : value;
+}
+
+static __device__ int32_t jittered(const struct gather &g, int64_t i, int32_t value)
+{
+	return value;
+}
+
 template <typename From, typename To>
 static __global__ void gather_kernel(const __grid_constant__ struct gather g, const int64_t *list,
                                      int64_t count, To *to)
@@ -212,7 +222,8 @@ static __global__ void gather_kernel(const __grid_constant__ struct gather g, co
 	const int64_t stride = (int64_t)gridDim.x * blockDim.x;
 
 	for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride)
-		to[i] = (To) static_cast<const From *>(g.from)[gathered_place(g, list, i)];
+		to[i] = jittered(
+		        g, i, (To) static_cast<const From *>(g.from)[gathered_place(g, list, i)]);
 }
 
 template <typename T> static __global__ void add_kernel(int64_t count, const T *from, T *to)

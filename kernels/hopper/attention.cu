@@ -1114,6 +1114,8 @@ extern "C" const char *hopper_attention_unsupported(const struct device *device,
 {
 	const auto *a = static_cast<const struct attention_args *>(args);
 
+	if (!is_known_mask(a->mask))
+		return "an unknown mask";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	return check_views(device, &a->q, &a->k, &a->v, &a->out, &a->own_value, &a->gate,

@@ -1042,6 +1042,8 @@ extern "C" const char *hopper_attention_backward_unsupported(const struct device
 	const auto *x = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *a = &x->forward;
 
+	if (!is_known_mask(a->mask))
+		return "an unknown mask";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	return check_views(device, &a->q, &a->k, &a->v, &a->out, &x->dout, &x->dq, &x->dk, &x->dv,

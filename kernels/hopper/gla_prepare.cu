@@ -165,7 +165,7 @@ namespace hopper
 
 const char *gla_unsupported(const struct device *device, const struct matrix_recurrence_args *a)
 {
-	if (a->decay != DECAY_DIAGONAL || a->rule == RULE_DELTA)
+	if (a->decay != DECAY_DIAGONAL || (a->rule != RULE_PLAIN && a->rule != RULE_BONUS))
 		return "only a diagonal decay, without the delta rule";
 	if (a->d_k != 64 && a->d_k != 128 && a->d_k != 256)
 		return "d_k must be 64, 128 or 256";

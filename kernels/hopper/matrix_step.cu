@@ -202,6 +202,10 @@ extern "C" const char *hopper_matrix_recurrence_step_unsupported(const struct de
 {
 	const auto *a = static_cast<const struct matrix_recurrence_step_args *>(args);
 
+	if (!is_known_decay(a->decay))
+		return "an unknown decay";
+	if (!is_known_rule(a->rule))
+		return "an unknown rule";
 	if (a->d_v % 4 || a->d_k > (a->rule == RULE_DELTA ? 256 : MAX_ROWS))
 		return "d_v must be a multiple of 4, d_k at most 1024, 256 under the delta rule";
 	if (a->batch > 65535 || a->n_heads > 65535)

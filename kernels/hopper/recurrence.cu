@@ -560,6 +560,8 @@ extern "C" const char *hopper_recurrence_unsupported(const struct device *device
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
 
+	if (!is_known_gate(a->form))
+		return "an unknown form of gate";
 	if (a->d_model % 8)
 		return "width must be a multiple of 8";
 	return check_views(device, &a->gate, &a->x, &a->z, &a->h, &a->out);

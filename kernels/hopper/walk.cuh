@@ -522,7 +522,7 @@ inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks
 inline const char *walk_unsupported(const struct device *device,
                                     const struct matrix_recurrence_args *a)
 {
-	if (a->decay == DECAY_DIAGONAL)
+	if (a->decay != DECAY_NONE && a->decay != DECAY_CONSTANT && a->decay != DECAY_SCALAR)
 		return "only decays that are the same for all channels";
 	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
 		return "heads must not share v";

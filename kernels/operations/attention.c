@@ -62,6 +62,7 @@ static void describe_rotate(void *args, struct operand_list *l)
 	add_moved(l, "q", &a->q, "q_out", &a->q_out, a, a->rope, false);
 	add_moved(l, "k", &a->k, "k_out", &a->k_out, a, a->rope, true);
 	add_moved(l, "v", &a->v, "v_out", &a->v_out, a, false, true);
+	keeps_fp32(l);
 }
 
 static double rotate_flops(const void *args)
@@ -109,6 +110,7 @@ static void describe_rotate_backward(void *args, struct operand_list *l)
 		o->alias = from_names[i];
 		o->written = moves ? o->written : 0;
 	}
+	keeps_fp32(l);
 }
 
 static double rotate_backward_flops(const void *args)
@@ -145,6 +147,7 @@ static void describe_rotate_step(void *args, struct operand_list *l)
 	        "q";
 	add_view(l, ROLE_OUTPUT, "k_out", &a->k_out, b, TOKENS(1), h, INNER(a->d_head))->alias =
 	        "k";
+	keeps_fp32(l);
 }
 
 static double rotate_step_flops(const void *args)
@@ -158,13 +161,14 @@ DESCRIPTION(rotate_step, .is_step = true);
 
 /* ---- attention ---- */
 
-static void add_queries(struct operand_list *l, struct view *q, struct dimension b,
-                        struct dimension t, struct dimension h, struct dimension d)
+static struct operand *add_queries(struct operand_list *l, struct view *q, struct dimension b,
+                                   struct dimension t, struct dimension h, struct dimension d)
 {
 	struct operand *o = add_view(l, ROLE_INPUT, "q", q, b, t, h, d);
 
 	o->draw = DRAW_SCORES;
 	o->side = SIDE_QUERIES;
+	return o;
 }
 
 static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
@@ -195,9 +199,10 @@ static void describe_attention(void *args, struct operand_list *l)
 	const struct dimension kv = KV_HEADS(a->kv_heads);
 	struct operand *o;
 
+	add_option(l, &a->mask);
 	cut_kv_heads(l, &a->batch, &a->n_heads, &a->q_heads, &a->kv_heads);
-	add_queries(l, &a->q, b, t, GROUPS(a->q_heads), d);
-	add_view(l, ROLE_INPUT, "k", &a->k, b, s, kv, d)->side = SIDE_KEYS;
+	exponent(add_queries(l, &a->q, b, t, GROUPS(a->q_heads), d));
+	exponent(add_view(l, ROLE_INPUT, "k", &a->k, b, s, kv, d))->side = SIDE_KEYS;
 	add_view(l, ROLE_INPUT, "v", &a->v, b, s, kv, d);
 	/* Chunk 0 sees no key: it needs the token's own. */
 	o = add_floats(l, ROLE_INPUT, "own_score", &a->own_score, b, t, h);
@@ -276,17 +281,14 @@ static void describe_attention_backward(void *args, struct operand_list *l)
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, h, d);
 	/* dS = P (dP - delta), where one key may have all the weight; dP is a sum over d. */
-	cancels(add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d), "dout*v*k",
-	        0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, kv, d), "dout*v*q", 0.1);
-	cancels(add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, kv, d), "dout", 0.1);
+	add_view(l, ROLE_OUTPUT, "dq", &x->dq, b, t, GROUPS(a->q_heads), d);
+	add_view(l, ROLE_OUTPUT, "dk", &x->dk, b, s, kv, d);
+	add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, s, kv, d);
 	if (a->gate.data)
-		cancels(add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d), "dout", 0.1);
+		add_view(l, ROLE_OUTPUT, "dgate", &x->dgate, b, t, h, d);
 	if (a->own_score) {
-		cancels(add_floats(l, ROLE_OUTPUT, "down_score", &x->down_score, b, t, h), "dout",
-		        0.1 * sqrt((double)a->d_head));
-		cancels(add_view(l, ROLE_OUTPUT, "down_value", &x->down_value, b, t, h, d), "dout",
-		        0.1);
+		add_floats(l, ROLE_OUTPUT, "down_score", &x->down_score, b, t, h);
+		add_view(l, ROLE_OUTPUT, "down_value", &x->down_value, b, t, h, d);
 	}
 }
 
@@ -341,10 +343,14 @@ static void describe_attention_step(void *args, struct operand_list *l)
 		struct operand *o = add_view(l, ROLE_STATE, i == 0 ? "k_cache" : "v_cache",
 		                             caches[i], b, KEYS(a->kv_slots), kv, d);
 
+		o->exponent = i == 0;
+		o->exact = true;
+
 		o->read = width * (double)others_seen(a);
 		o->written = width;
 		o->side = i == 0 ? SIDE_KEYS : SIDE_NONE;
 	}
+	/* The token's own key may be the one that the cache gets, rounded. */
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, TOKENS(1), h, d);
 }
 

@@ -43,6 +43,8 @@ static void describe_norm_linear(void *args, struct operand_list *l)
 	} else {
 		a->x_norm = (void *)a->x;
 	}
+	keeps_fp32(l);
+	/* The product's input is x_norm, rounded. */
 	add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, n, out);
 }
 
@@ -118,6 +120,7 @@ static void describe_linear_residual(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, in);
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, in)->scale = 0.02f;
 	add_rows(l, ROLE_INPUT, "residual", &a->residual, NULL, n, out)->optional = true;
+	/* Kernels may round the product before they add to it. */
 	o = add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, n, out);
 	o->alias = o->base = "residual";
 }
@@ -157,6 +160,7 @@ static void describe_linear_residual_backward(void *args, struct operand_list *l
 	add_rows(l, ROLE_INPUT, "dy", &a->dy, NULL, n, out);
 	add_rows(l, ROLE_OUTPUT, "dx", &a->dx, NULL, n, in);
 	add_floats(l, ROLE_GRADIENT, "dweight", &a->dweight, INNER(1), out, in);
+	keeps_fp32(l);
 }
 
 static double linear_residual_backward_flops(const void *args)
@@ -185,8 +189,8 @@ static void describe_gelu(void *args, struct operand_list *l)
 	cut_along(l, AXIS_ROW, &a->count);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, INNER(1), ROWS(a->count));
 	/* 1 + erf(x) vanishes on the left. */
-	cancels(add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, INNER(1), ROWS(a->count)), "x", 0.01)
-	        ->alias = "x";
+	add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, INNER(1), ROWS(a->count))->alias = "x";
+	keeps_fp32(l);
 }
 
 static double gelu_flops(const void *args)
@@ -208,8 +212,8 @@ static void describe_gelu_backward(void *args, struct operand_list *l)
 	cut_along(l, AXIS_ROW, &a->count);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, INNER(1), ROWS(a->count));
 	add_rows(l, ROLE_INPUT, "dy", &a->dy, NULL, INNER(1), ROWS(a->count));
-	cancels(add_rows(l, ROLE_OUTPUT, "dx", &a->dx, NULL, INNER(1), ROWS(a->count)), "dy", 0.01)
-	        ->alias = "dy";
+	add_rows(l, ROLE_OUTPUT, "dx", &a->dx, NULL, INNER(1), ROWS(a->count))->alias = "dy";
+	keeps_fp32(l);
 }
 
 static double gelu_backward_flops(const void *args)
@@ -242,6 +246,7 @@ static void describe_embedding(void *args, struct operand_list *l)
 	                 CHANNELS(a->d_model));
 	table->read = (double)(a->n_tokens * a->d_model);
 	add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, ROWS(a->n_tokens), CHANNELS(a->d_model));
+	keeps_fp32(l);
 }
 
 static double embedding_flops(const void *args)
@@ -271,6 +276,7 @@ static void describe_embedding_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "dy", &a->dy, NULL, ROWS(a->n_tokens), CHANNELS(a->d_model));
 	add_floats(l, ROLE_GRADIENT, "dtable", &a->dtable, INNER(1), INNER(a->vocab),
 	           CHANNELS(a->d_model));
+	keeps_fp32(l);
 }
 
 /* One addition per element. */
@@ -304,6 +310,7 @@ static void describe_cross_entropy(void *args, struct operand_list *l)
 	integers(add_vector(l, ROLE_INPUT, "targets", &a->targets, ROWS(a->n_tokens)), a->vocab);
 	add_vector(l, ROLE_OUTPUT, "loss", &a->loss, INNER(1));
 	add_vector(l, ROLE_SCRATCH, "losses", &a->losses, ROWS(a->n_tokens));
+	keeps_fp32(l);
 }
 
 static double cross_entropy_flops(const void *args)

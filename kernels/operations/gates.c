@@ -35,6 +35,7 @@ static void describe_decay_gate(void *args, struct operand_list *l)
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, rank);
 	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, out);
 	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, out);
+	keeps_fp32(l);
 }
 
 static double decay_gate_flops(const void *args)
@@ -102,6 +103,7 @@ static void describe_norm_gate(void *args, struct operand_list *l)
 	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->n_heads))->optional =
 	        true;
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+	keeps_fp32(l);
 }
 
 static double norm_gate_flops(const void *args)
@@ -125,6 +127,7 @@ static void describe_norm_gate_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
 	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
 	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(a->d_head));
+	keeps_fp32(l);
 }
 
 BACKWARD(norm_gate, NORM_GATE, 2);
@@ -171,6 +174,7 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
 	          INNER(CONV_HISTORY), c)
 	        ->optional = true;
+	keeps_fp32(l);
 }
 
 static double conv_flops(int64_t count)
@@ -209,6 +213,7 @@ static void describe_short_conv_backward(void *args, struct operand_list *l)
 	add_sequences(l, ROLE_OUTPUT, "dx", &x->dx, &a->x_stride, b, t, c);
 	add_floats(l, ROLE_GRADIENT, "dweight", &x->dweight, INNER(1), c, INNER(CONV_WIDTH));
 	add_vector(l, ROLE_GRADIENT, "dbias", &x->dbias, c);
+	keeps_fp32(l);
 }
 
 /* Adds the readers' gradients up first. */
@@ -244,6 +249,7 @@ static void describe_short_conv_step(void *args, struct operand_list *l)
 	add_array(l, ROLE_STATE, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
 	          INNER(CONV_HISTORY), c);
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, b, c);
+	keeps_fp32(l);
 }
 
 static double short_conv_step_flops(const void *args)
@@ -280,6 +286,7 @@ static void describe_time_step(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, n, width);
 	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, h);
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+	keeps_fp32(l);
 }
 
 static double time_step_flops(const void *args)
@@ -305,12 +312,12 @@ static void describe_time_step_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, h);
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
 	add_rows(l, ROLE_INPUT, "dskip", &b->dskip, NULL, n, width)->optional = true;
-	cancels(add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->logit_stride, n, h), "dout",
-	        0.05);
+	add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->logit_stride, n, h);
 	o = add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
 	o->alias = o->base = "dskip";
-	cancels(add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, h), "dout", 0.05);
-	cancels(add_vector(l, ROLE_GRADIENT, "dlog_rate", &b->dlog_rate, h), "dout", 0.05);
+	add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, h);
+	add_vector(l, ROLE_GRADIENT, "dlog_rate", &b->dlog_rate, h);
+	keeps_fp32(l);
 }
 
 static double time_step_backward_flops(const void *args)
@@ -347,6 +354,7 @@ static void describe_forget_gate(void *args, struct operand_list *l)
 	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, c);
 	add_rows(l, ROLE_OUTPUT, "key", &a->key, NULL, n, c)->optional = true;
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, c);
+	keeps_fp32(l);
 }
 
 static double forget_gate_flops(const void *args)
@@ -372,7 +380,8 @@ static void describe_forget_gate_backward(void *args, struct operand_list *l)
 		add_rows(l, ROLE_INPUT, "dkey", &b->dkey, NULL, n, c);
 	add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->stride, n, c);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->stride, n, c);
-	cancels(add_vector(l, ROLE_GRADIENT, "dbound", &b->dbound, c), "dout", 0.05);
+	add_vector(l, ROLE_GRADIENT, "dbound", &b->dbound, c);
+	keeps_fp32(l);
 }
 
 BACKWARD(forget_gate, FORGET_GATE, 2);
@@ -409,6 +418,7 @@ static void describe_gate_norm(void *args, struct operand_list *l)
 	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->groups))->optional =
 	        true;
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, width);
+	keeps_fp32(l);
 }
 
 static double gate_norm_flops(const void *args)
@@ -433,15 +443,13 @@ static void describe_gate_norm_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
 	if (a->skip) {
 		add_rows(l, ROLE_OUTPUT, "dskip", &b->dskip, NULL, n, width);
-		cancels(add_vector(l, ROLE_GRADIENT, "dskip_weight", &b->dskip_weight,
-		                   INNER(a->n_heads)),
-		        "dout", 0.05);
+		add_vector(l, ROLE_GRADIENT, "dskip_weight", &b->dskip_weight, INNER(a->n_heads));
 	}
 	if (a->gate)
 		add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
-	cancels(add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight,
-	                   INNER(a->n_heads * a->d_head / a->groups)),
-	        "dout", 0.05);
+	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight,
+	           INNER(a->n_heads * a->d_head / a->groups));
+	keeps_fp32(l);
 }
 
 BACKWARD(gate_norm, GATE_NORM, 2);

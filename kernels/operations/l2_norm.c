@@ -24,6 +24,7 @@ static void describe_l2_norm(void *args, struct operand_list *l)
 	add_view(l, ROLE_INPUT, "x|q", &a->x, b, t, h, d);
 	add_view(l, ROLE_OUTPUT, "y|o", &a->y, b, t, h, d)->alias = "x";
 	optional(add_floats(l, ROLE_OUTPUT, "inverse", &a->inverse, b, t, h), false);
+	keeps_fp32(l);
 }
 
 static double l2_norm_flops(const void *args)
@@ -50,6 +51,7 @@ static void describe_l2_norm_backward(void *args, struct operand_list *l)
 	operand_find(l, "x")->read = 0;
 	add_view(l, ROLE_INPUT, "dy|do", &x->dy, b, t, h, d);
 	add_view(l, ROLE_OUTPUT, "dx|dq", &x->dx, b, t, h, d)->alias = "dy";
+	keeps_fp32(l);
 }
 
 BACKWARD(l2_norm, L2_NORM, 2);

@@ -30,7 +30,7 @@ static void describe_rat_scan(void *args, struct operand_list *l)
 
 	cut_heads(l, &a->batch, &a->n_heads, &a->groups);
 	add_view(l, ROLE_INPUT, "v", &a->v, b, t, h, d);
-	add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d)->scale = 2;
+	exponent(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d))->scale = 2;
 	add_view(l, ROLE_INPUT, "q", &a->q, b, t, g, d);
 	add_view(l, ROLE_INPUT, "k", &a->k, b, t, g, d);
 	uniform(add_floats(l, ROLE_PARAMETER, "gate_bias", &a->gate_bias, INNER(1), h, d), 3);
@@ -41,6 +41,7 @@ static void describe_rat_scan(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "v_chunk", &a->v_chunk, b, chunks, h, d);
 	add_floats(l, ROLE_OUTPUT, "k_state", &a->k_state, b, h, d)->optional = true;
 	add_floats(l, ROLE_OUTPUT, "v_state", &a->v_state, b, h, d)->optional = true;
+	keeps_fp32(l);
 }
 
 /* The own score's product is counted by the attention that uses it, as a visible pair. */
@@ -69,7 +70,8 @@ static void describe_rat_scan_backward(void *args, struct operand_list *l)
 	/* q is read as it was projected: the forward must not have rotated it in place. */
 	l->sums_groups = true;
 	add_view(l, ROLE_INPUT, "dv_scan", &x->dv_scan, b, t, h, d);
-	add_floats(l, ROLE_INPUT, "down_score", &x->down_score, b, t, h);
+	/* Times keys of the scan. */
+	add_floats(l, ROLE_INPUT, "down_score", &x->down_score, b, t, h)->factor = true;
 	add_view(l, ROLE_INPUT, "dq_out", &x->dq_out, b, t, g, d);
 	add_view(l, ROLE_INPUT, "dk_chunk", &x->dk_chunk, b, chunks, h, d);
 	add_view(l, ROLE_INPUT, "dv_chunk", &x->dv_chunk, b, chunks, h, d);
@@ -135,6 +137,7 @@ static void describe_rat_step(void *args, struct operand_list *l)
 		o->side = i == 0 ? SIDE_KEYS : SIDE_NONE;
 	}
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, h, d);
+	keeps_fp32(l);
 }
 
 static double rat_step_flops(const void *args)

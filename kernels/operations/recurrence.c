@@ -19,6 +19,8 @@ static void add_gate(struct operand_list *l, struct view *gate, const float **bi
 	struct operand *o =
 	        add_view(l, ROLE_INPUT, "gate|g", gate, dims[0], dims[1], dims[2], dims[3]);
 
+	o->exponent = true;
+	o->decay = form == GATE_LOG_DECAY;
 	o->draw = form == GATE_LOG_DECAY ? DRAW_LOG_DECAY : DRAW_NORMAL;
 	o->scale = form == GATE_LOG_DECAY ? 1 : 2;
 	if (form == GATE_LOG_DECAY)
@@ -42,6 +44,7 @@ static void describe_recurrence(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len), one = INNER(1);
 	const struct dimension d = CHANNELS(a->d_model), dims[] = {b, t, one, d};
 
+	add_option(l, &a->form);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->d_model);
 	add_view(l, ROLE_INPUT, "x", &a->x, b, t, one, d);
@@ -51,6 +54,7 @@ static void describe_recurrence(void *args, struct operand_list *l)
 	add_view(l, ROLE_OUTPUT, "h", &a->h, b, t, one, d)->optional = true;
 	add_view(l, ROLE_OUTPUT, "out|o", &a->out, b, t, one, d);
 	add_floats(l, ROLE_OUTPUT, "h_final|final_state", &a->h_final, one, b, d)->optional = true;
+	keeps_fp32(l);
 }
 
 static double recurrence_flops(const void *args)
@@ -83,10 +87,8 @@ static void describe_recurrence_backward(void *args, struct operand_list *l)
 	if (a->z.data)
 		add_view(l, ROLE_OUTPUT, "dz", &x->dz, b, t, one, d);
 	if (a->gate_bias)
-		cancels(add_vector(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, d), "dout",
-		        0.05);
-	cancels(optional(add_floats(l, ROLE_OUTPUT, "dh0", &x->dh0, one, b, d), false), "dout",
-	        0.05);
+		add_vector(l, ROLE_GRADIENT, "dgate_bias", &x->dgate_bias, d);
+	optional(add_floats(l, ROLE_OUTPUT, "dh0", &x->dh0, one, b, d), false);
 }
 
 BACKWARD(recurrence, RECURRENCE, 2.5);
@@ -106,6 +108,7 @@ static void describe_recurrence_step(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), one = INNER(1), d = CHANNELS(a->d_model);
 	const struct dimension dims[] = {b, one, one, d};
 
+	add_option(l, &a->form);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->d_model);
 	add_view(l, ROLE_INPUT, "x", &a->x, b, one, one, d);
@@ -113,6 +116,7 @@ static void describe_recurrence_step(void *args, struct operand_list *l)
 	optional(add_view(l, ROLE_INPUT, "z", &a->z, b, one, one, d), a->form == GATE_SIGMOID);
 	add_floats(l, ROLE_STATE, "h", &a->h, one, b, d);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, one, d);
+	keeps_fp32(l);
 }
 
 static double recurrence_step_flops(const void *args)
@@ -168,6 +172,12 @@ static bool has_decay(enum decay decay)
 	return decay == DECAY_DIAGONAL || decay == DECAY_SCALAR;
 }
 
+/* RetNet's. */
+static double log_decay_of_head(int64_t head)
+{
+	return log1p(-exp2(-5 - (double)head));
+}
+
 /* The inputs of both forms of the arguments, of which the step's has one token and no chunk. */
 struct matrix_inputs {
 	int64_t n_heads, d_k, d_v;
@@ -184,15 +194,18 @@ static void add_matrix_inputs(struct operand_list *l, const struct matrix_inputs
 	const bool may_share = a->decay == DECAY_SCALAR && a->rule == RULE_PLAIN;
 	struct operand *o;
 
-	add_view(l, ROLE_INPUT, "q", a->q, b, t, h, k)->may_share = may_share;
+	o = add_view(l, ROLE_INPUT, "q", a->q, b, t, h, k);
+	o->may_share = may_share;
+	o->by_element = true;
 	o = add_view(l, ROLE_INPUT, "k", a->k, b, t, h, k);
 	o->may_share = may_share;
+	o->by_element = true;
 	/* Long keys would let the states of a delta rule grow. */
 	o->draw = a->rule == RULE_DELTA ? DRAW_UNIT : DRAW_NORMAL;
 	add_view(l, ROLE_INPUT, "v", a->v, b, t, h, v);
 	if (has_decay(a->decay))
-		add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
-		         INNER(decay_width(a->decay, a->d_k)))
+		log_of_decay(add_view(l, ROLE_INPUT, "log_decay|g|gk|w", a->log_decay, b, t, h,
+		                      INNER(decay_width(a->decay, a->d_k))))
 		        ->draw = DRAW_LOG_DECAY;
 	if (a->rule == RULE_BONUS) {
 		uniform(add_floats(l, ROLE_PARAMETER, "bonus|u", a->bonus, INNER(1), h, k), 2);
@@ -207,7 +220,10 @@ static void describe_matrix_recurrence(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension h = HEADS(a->n_heads), k = INNER(a->d_k), v = CHANNELS(a->d_v);
 
+	add_option(l, &a->decay);
+	add_option(l, &a->rule);
 	cut_matrix(l, &a->batch, &a->n_heads, &a->d_v, &a->first_head);
+	l->log_decay_of_head = a->decay == DECAY_CONSTANT ? log_decay_of_head : NULL;
 	add_matrix_inputs(l,
 	                  &(struct matrix_inputs){a->n_heads, a->d_k, a->d_v, a->decay, a->rule,
 	                                          &a->q, &a->k, &a->v, &a->log_decay, &a->beta,
@@ -307,6 +323,8 @@ static void describe_matrix_recurrence_step(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), h = HEADS(a->n_heads), one = TOKENS(1);
 	const struct dimension k = INNER(a->d_k), v = CHANNELS(a->d_v);
 
+	add_option(l, &a->decay);
+	add_option(l, &a->rule);
 	cut_matrix(l, &a->batch, &a->n_heads, &a->d_v, &a->first_head);
 	add_matrix_inputs(l,
 	                  &(struct matrix_inputs){a->n_heads, a->d_k, a->d_v, a->decay, a->rule,
@@ -315,6 +333,7 @@ static void describe_matrix_recurrence_step(void *args, struct operand_list *l)
 	                  b, one);
 	add_array(l, ROLE_STATE, ELEMENT_FP32, "state", &a->state, b, h, k, v);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, one, h, v);
+	keeps_fp32(l);
 }
 
 static double matrix_recurrence_step_flops(const void *args)

@@ -285,6 +285,8 @@ extern "C" const char *portable_attention_unsupported(const struct device *, con
 {
 	const auto *a = static_cast<const struct attention_args *>(args);
 
+	if (!is_known_mask(a->mask))
+		return "an unknown mask";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
 	if (a->mask == MASK_CHUNK && !a->own_score)

@@ -419,6 +419,8 @@ extern "C" const char *portable_attention_backward_unsupported(const struct devi
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *f = &a->forward;
 
+	if (!is_known_mask(f->mask))
+		return "an unknown mask";
 	return either(check_heads(f->d_head, f->n_heads, f->batch),
 	              check_aligned(&f->q, &f->k, &f->v, &f->own_value, &f->gate, &f->out,
 	                            &f->out_ungated, &a->dout, &a->dq, &a->dk, &a->dv, &a->dgate,

@@ -678,6 +678,8 @@ extern "C" const char *portable_matrix_recurrence_unsupported(const struct devic
 
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
+	if (!is_known_decay(a->decay))
+		return "an unknown decay";
 	if (a->chunk == 1 || a->chunk > ROWS)
 		return "chunk must be 2 to 64";
 	if (a->d_k % 8 || a->d_v % 8 || a->d_k > 512)

@@ -377,6 +377,8 @@ extern "C" const char *portable_matrix_recurrence_backward_unsupported(const str
 
 	if (f->rule != RULE_PLAIN)
 		return "only the plain rule";
+	if (!is_known_decay(f->decay))
+		return "an unknown decay";
 	if (f->d_k > MAX_ROWS)
 		return "d_k above 256";
 	return f->batch > 65535 || f->n_heads > 65535 ? "more than 65535 sequences or heads" : NULL;

@@ -84,6 +84,8 @@ extern "C" const char *portable_matrix_recurrence_step_unsupported(const struct 
 
 	if (a->rule != RULE_PLAIN)
 		return "only the plain rule";
+	if (!is_known_decay(a->decay))
+		return "an unknown decay";
 	if (a->d_v % 8)
 		return "d_v must be a multiple of 8";
 	if (a->batch > 65535 || a->n_heads > 65535)

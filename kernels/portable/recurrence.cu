@@ -200,6 +200,8 @@ extern "C" const char *portable_recurrence_unsupported(const struct device *, co
 {
 	const auto *a = static_cast<const struct recurrence_args *>(args);
 
+	if (!is_known_gate(a->form))
+		return "an unknown form of gate";
 	return either(check_widths(a->d_model),
 	              check_aligned(&a->x, &a->gate, &a->z, &a->h, &a->out));
 }
@@ -263,6 +265,8 @@ extern "C" const char *portable_recurrence_step_unsupported(const struct device 
 {
 	const auto *a = static_cast<const struct recurrence_step_args *>(args);
 
+	if (!is_known_gate(a->form))
+		return "an unknown form of gate";
 	return either(check_widths(a->d_model), check_aligned(&a->x, &a->gate, &a->z, &a->out));
 }
 

@@ -411,6 +411,8 @@ extern "C" const char *portable_recurrence_backward_unsupported(const struct dev
 	const auto *a = static_cast<const struct recurrence_backward_args *>(args);
 	const struct recurrence_args *f = &a->forward;
 
+	if (!is_known_gate(f->form))
+		return "an unknown form of gate";
 	if (f->d_model % 8)
 		return "width must be a multiple of 8";
 	if (divide_up(f->seq_len, TILE) * f->batch * divide_up(f->d_model, SLAB) > INT32_MAX)

@@ -252,6 +252,10 @@ extern "C" const char *portable_recurrent_form_unsupported(const struct device *
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
 
+	if (!is_known_decay(a->decay))
+		return "an unknown decay";
+	if (!is_known_rule(a->rule))
+		return "an unknown rule";
 	if (a->chunk > 1)
 		return "chunk must be 1 with this rule, or 0";
 	if (a->d_k % 8 || a->d_k > 512)

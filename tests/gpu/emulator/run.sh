@@ -36,8 +36,12 @@ link()
 	g++ -fopenmp -o "$out/$program" "$@" "$out"/*.o "$build/libtests.a" "$build/libblocks.a" -lopenblas -lcmocka -lcjson -lm
 }
 link test_operations "$build/tests/test_operations.o"
+link test_unknown "$build/tests/test_unknown.o"
+link test_judgement "$build/tests/test_judgement.o"
 link test_devices "$build/emulated_devices.o"
 link golden "$build"/bench/golden*.o "$build/bench/safetensors.o"
 "$out/test_devices"
+"$out/test_unknown" cuda
+"$out/test_judgement" "${SEEDS:-1}" cuda test_blocks
 "$out/test_operations" cuda "${FACTOR:-1}" "${OPERATION:-*}"
 "$out/golden" --backend cuda --allow-unsupported tests/golden/*.safetensors

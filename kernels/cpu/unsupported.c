@@ -1,0 +1,36 @@
+/* What the CPU's kernels do not take: options that nobody has taught them. */
+#include "kernels/cpu/kernels_cpu.h"
+
+static const char *check_matrix(enum decay decay, enum rule rule)
+{
+	return !is_known_decay(decay) ? "an unknown decay"
+	       : !is_known_rule(rule) ? "an unknown rule"
+	                              : NULL;
+}
+
+static const char *check_gate(enum gate_form form)
+{
+	return is_known_gate(form) ? NULL : "an unknown form of gate";
+}
+
+static const char *check_mask(enum mask mask)
+{
+	return is_known_mask(mask) ? NULL : "an unknown mask";
+}
+
+#define UNSUPPORTED(op, check)                                                                     \
+	const char *cpu_##op##_unsupported(const struct device *device, const void *args)          \
+	{                                                                                          \
+		const struct op##_args *a = args;                                                  \
+                                                                                                   \
+		return check;                                                                      \
+	}
+
+UNSUPPORTED(attention, check_mask(a->mask))
+UNSUPPORTED(attention_backward, check_mask(a->forward.mask))
+UNSUPPORTED(recurrence, check_gate(a->form))
+UNSUPPORTED(recurrence_backward, check_gate(a->forward.form))
+UNSUPPORTED(recurrence_step, check_gate(a->form))
+UNSUPPORTED(matrix_recurrence, check_matrix(a->decay, a->rule))
+UNSUPPORTED(matrix_recurrence_backward, check_matrix(a->forward.decay, a->forward.rule))
+UNSUPPORTED(matrix_recurrence_step, check_matrix(a->decay, a->rule))
