@@ -220,7 +220,8 @@ static enum status wrong_stride(struct device *device, const void *args, void *w
 
 TEST(test_operations_of_a_run)
 {
-	const struct kernel wrong[] = {{OP_ATTENTION, "reference", NULL, NULL, wrong_stride, false}, {0}};
+	const struct kernel wrong[] = {{OP_ATTENTION, "reference", NULL, NULL, wrong_stride, false},
+	                               {0}};
 	struct device mutant = mutant_of(cpu->reference, wrong), device = *cpu;
 
 	for (int i = 0; layer_classes[i]; i++)

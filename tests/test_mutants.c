@@ -72,7 +72,7 @@ static void expect_caught(const struct kernel *kernels, const char *path, const 
 	(const struct kernel[2])                                                                   \
 	{                                                                                          \
 		{                                                                                  \
-			operation, "mutant", NULL, workspace, run, false                              \
+			operation, "mutant", NULL, workspace, run, false                           \
 		}                                                                                  \
 	}
 

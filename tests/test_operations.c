@@ -241,10 +241,8 @@ static void check_case(struct subject *s, const struct kernel *kernel, bool nan)
 	if (!keeps_inputs(&s->problem))
 		return;
 	/* The same from parts of the problem, as large ones are checked. */
-	options = (struct check_options){.rows = 24,
-	                                 .seed = s->problem.form.seed,
-	                                 .parts = true,
-	                                 .kernel = kernel};
+	options = (struct check_options){
+	        .rows = 24, .seed = s->problem.form.seed, .parts = true, .kernel = kernel};
 	require(s, check_operation(s->device, s->operation, &s->problem.args, &options, &of_parts));
 	expect_right(s, &of_parts, " in parts");
 }

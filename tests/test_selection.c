@@ -25,8 +25,9 @@ static enum status run(struct device *device, const void *args, void *workspace)
 
 static const struct kernel narrow[] = {{OP_GELU, "narrow", too_wide, NULL, run, false}, {0}};
 static const struct kernel even[] = {{OP_GELU, "even", odd, NULL, run, false}, {0}};
-static const struct kernel library[] = {
-        {OP_GELU, "library", missing, NULL, run, false}, {OP_ARGMAX, "library", missing, NULL, run, false}, {0}};
+static const struct kernel library[] = {{OP_GELU, "library", missing, NULL, run, false},
+                                        {OP_ARGMAX, "library", missing, NULL, run, false},
+                                        {0}};
 
 /* What is said of an operation `count` wide, or who runs it; "" for any provider. */
 static const char *selected(enum operation operation, int64_t count, const char *provider)

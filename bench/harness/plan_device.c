@@ -228,7 +228,7 @@ static enum status never_run(struct device *device, const void *args, void *work
 
 #define PLANNED(operation, provider, workspace)                                                    \
 	{                                                                                          \
-		OP_##operation, provider, NULL, workspace, never_run, false                             \
+		OP_##operation, provider, NULL, workspace, never_run, false                        \
 	}
 
 /* Those whose workspaces count; behind them one of every operation. */
