@@ -14,8 +14,8 @@ typedef enum status rounded_fault(struct device *cpu, const struct kernel *kerne
 /* A device with activations of this type, F32 or BF16, that computes on the CPU `cpu`. */
 struct device rounded_device(struct device *cpu, enum dtype activation);
 
-/* Operation `operation` is computed by `fault` from now on; NULL: all as they should be. */
-void rounded_break(enum operation operation, rounded_fault *fault);
+/* Operation `operation` is computed by `how` from now on; NULL: all as they should be. */
+void rounded_break(enum operation operation, rounded_fault *how);
 
 /* Runs a CPU kernel with a workspace of its own. */
 enum status rounded_run(struct device *cpu, const struct kernel *kernel, const void *args);
