@@ -12,6 +12,7 @@
 
 #include "bench/harness/about.h"
 #include "bench/harness/sides.h"
+#include "bench/harness/streams.h"
 #include "bench/harness/verdict.h"
 
 static const char usage[] =
@@ -643,6 +644,7 @@ int main(int argc, char **argv)
 	struct comparison c = {.rule = usual_rule, .statistic = statistics[0].offset};
 	bool help = false;
 
+	streams_open();
 	if (about_asked(argc, argv, "compare"))
 		return 0;
 	c.sides.base.name = "base";
@@ -651,7 +653,7 @@ int main(int argc, char **argv)
 
 	if (status == STATUS_OK && help) {
 		fputs(usage, stdout);
-		return 0;
+		return stdout_finish() == STATUS_OK ? 0 : 2;
 	}
 	if (status == STATUS_OK)
 		status = sides_check(&c.sides, &c.allowed);
@@ -664,8 +666,8 @@ int main(int argc, char **argv)
 	int code = status == STATUS_OK ? exit_code(&c) : 2;
 
 	/* A table that could not be written says nothing. */
-	if (fflush(stdout) != 0 || ferror(stdout)) {
-		perror("compare: standard output");
+	if (stdout_finish() != STATUS_OK) {
+		fprintf(stderr, "compare: %s\n", status_message());
 		code = 2;
 	}
 	sides_release(&c.sides);
