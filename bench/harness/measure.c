@@ -268,7 +268,7 @@ static bool has_floor(const struct group *g, const struct variant *v,
 	if (rule->samples > 0)
 		return v->n_samples >= rule->samples;
 	return v->n_samples >= floor_of(g->members[v->member].c, ms / v->n_samples) &&
-	       (1e-3 * ms >= rule->min_time || v->n_samples == MAX_SAMPLES);
+	       (1e-3 * ms >= rule->min_time || v->n_samples >= MANY_SAMPLES);
 }
 
 /*
