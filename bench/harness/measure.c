@@ -167,7 +167,8 @@ static enum status verify_variant(struct group *g, struct variant *v,
 	enum status status =
 	        subject->verify(m->self, &v->ctx, m->c, rule->rows, rule->seed, &v->found);
 	context_range_pop(&v->ctx);
-	v->plan.verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
+	v->verifying_seconds = seconds_now() - before;
+	v->plan.verify_ms_per_flop = 1e3 * v->verifying_seconds / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
 	if (status == STATUS_OK && !(v->found.share <= 1)) {
 		char where[MAX_MESSAGE];

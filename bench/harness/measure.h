@@ -55,7 +55,8 @@ struct variant {
 	char message[MAX_MESSAGE];
 	struct sample samples[MAX_SAMPLES];
 	int n_samples;
-	double sampling_seconds; /* spent on the samples, preparations included */
+	double sampling_seconds; /* spent on the samples, preparations included, */
+	double verifying_seconds;
 	struct accuracy found;
 	double prefill_ms;
 };
