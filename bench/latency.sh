@@ -11,8 +11,10 @@
 # attention is measured with the kernels of cuDNN and, where it is built, FlashAttention-3 besides;
 # --provider measures all blocks with others instead.
 #
-# Gradients of the linear-attention family are slow on a GPU so far, and bench-family has them: here
-# its blocks are trained on a CPU alone.
+# On a GPU all of it takes less than ten minutes. Gradients of the linear-attention family are slow
+# there so far, and bench-family has them: here its blocks are trained on a CPU alone. Training and
+# the stacks are measured at four of the seven lengths, and blocks of one kind once, for its reference
+# takes time; --seq-len asks for others.
 #
 # PATTERNS and STACKS in the environment name other patterns (make bench-family); CHUNKS names chunk
 # lengths that gla's prefill takes besides its own.
@@ -43,10 +45,12 @@ if printf '%s\n' "$list" | grep -q '^backend now: cuda'; then
 	rivals=yes
 	grouped='attention(kv_heads=8)/attention(kv_heads=2)'
 fi
-patterns=${PATTERNS-attention/$grouped/swa/recurrence/gla/rat(chunk=16|64|128)}
+patterns=${PATTERNS-attention/$grouped/swa/recurrence/gla/rat(chunk=16|64)}
 trained=$patterns
+lengths=
 if [ "$rivals" ] && [ -z "${PATTERNS+set}" ]; then
-	trained=attention/$grouped/swa/recurrence/'rat(chunk=16|64|128)'
+	trained='attention/attention(kv_heads=2)/swa/recurrence/rat'
+	lengths=4096,32768,131072,262144
 fi
 passes=
 stacks=${STACKS-attention,swa/rat,swa}
@@ -71,6 +75,7 @@ for option; do
 	--br* | --dr* | --l*) measures= ;;
 	--prov*) rivals= ;;
 	--ch*) chunks= ;;
+	--s*q* | --pre*) lengths= ;;
 	--pat*) patterns= stacks= chunks= trained= ;;
 	--o*) named=yes ;;
 	esac
@@ -105,11 +110,12 @@ if [ -z "$patterns$stacks" ]; then
 fi
 if [ "$patterns" != "$trained" ] && [ -z "$passes" ]; then
 	with_rivals "$@" --pattern "$patterns" --pass prefill,generation
-	with_rivals "$@" --pattern "$trained" --pass train
+	with_rivals "$@" --pattern "$trained" --pass train ${lengths:+--seq-len "$lengths"}
 elif [ "$patterns" ]; then
 	with_rivals "$@" --pattern "$patterns"
 fi
-[ -z "$stacks" ] || measure "$@" --pattern "$stacks" --baseline attention,swa
+[ -z "$stacks" ] || measure "$@" --pattern "$stacks" --baseline attention,swa \
+	${lengths:+--seq-len "$lengths"}
 [ -z "$chunks" ] || measure "$@" --pattern "gla(chunk=$chunks)" --pass prefill
 if [ "$measures" ] && [ -f "$out" ]; then
 	BUILD=$(realpath -- "$build") "$(dirname "$0")/../plots/draw.sh" "$out" ||

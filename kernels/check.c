@@ -11,17 +11,19 @@
 
 enum {
 	MAX_GROUPS = 6,
-	MOST_PARTS = 8,         /* of an output that is not a sum */
-	FEWEST_ROWS = 16,       /* of a part */
-	SLICE = 64,             /* channels, or columns of a product, that are looked at together */
-	ROW_BLOCK = 4096,       /* rows of a sum that are computed together, */
-	TOKEN_BLOCK = 65536,    /* and tokens of sequences */
-	KEPT_DOUBLES = 32 << 20 /* of states before a run; two parts in any case */
+	MOST_PARTS = 8,      /* of an output that is not a sum */
+	FEWEST_ROWS = 16,    /* of a part */
+	SLICE = 64,          /* channels, or columns of a product, that are looked at together */
+	ROW_BLOCK = 4096,    /* rows of a sum that are computed together at least, */
+	TOKEN_BLOCK = 65536, /* and tokens of sequences */
+	KEPT_DOUBLES = 32 << 20, /* of states before a run; two parts in any case */
+	TOKENS_IN_TURN = 1 << 19 /* that the reference takes one by one, likewise */
 };
 
 /* What the reference may cost on the host, where nothing else can compute. */
-static const double HOST_FLOPS = 4e9, DEVICE_FLOPS = 4e11;
-/* Elements of all operands of a problem that is computed again as a whole. */
+static const double HOST_FLOPS = 4e9, DEVICE_FLOPS = 2e11;
+/* Elements of all operands of a problem that is computed again as a whole, or of rows that are
+ * computed together. */
 static const double HOST_ELEMENTS = 1 << 22, DEVICE_ELEMENTS = 1 << 24;
 
 /* ---- what to look at ---- */
@@ -261,6 +263,12 @@ static void cut_slice(const struct check *c, const struct group *g, int64_t slic
 	}
 }
 
+/* Whether rows of tokens can be computed apart from those before. */
+static bool is_of_pairs(const struct check *c)
+{
+	return c->operation == OP_ATTENTION || c->operation == OP_ATTENTION_BACKWARD;
+}
+
 /* States of one part, in elements. */
 static double state_elements(const struct check *c, const struct group *g)
 {
@@ -276,7 +284,7 @@ static double state_elements(const struct check *c, const struct group *g)
 static enum status pick_tokens(struct check *c, struct group *g, int64_t n_parts)
 {
 	const struct attention_args *a = &c->args.attention;
-	const bool pairs = c->operation == OP_ATTENTION || c->operation == OP_ATTENTION_BACKWARD;
+	const bool pairs = is_of_pairs(c);
 	const int64_t tokens = c->extent[AXIS_TOKEN];
 	int64_t n = larger(c->options.rows / larger(n_parts, 1), FEWEST_ROWS), count, keys = 0;
 
@@ -310,7 +318,9 @@ static enum status pick_tokens(struct check *c, struct group *g, int64_t n_parts
 static int64_t sampled_parts(const struct check *c, const struct group *g, int64_t n_sequences,
                              int64_t slices)
 {
-	const int64_t n = smaller(n_sequences * slices, MOST_PARTS);
+	const int64_t tokens = larger(c->extent[AXIS_TOKEN], 1);
+	const int64_t in_turn = is_of_pairs(c) ? MOST_PARTS : larger(TOKENS_IN_TURN / tokens, 2);
+	const int64_t n = smaller(n_sequences * slices, smaller(in_turn, MOST_PARTS));
 	const double states = state_elements(c, g);
 
 	if (states * (double)n <= KEPT_DOUBLES)
@@ -359,12 +369,33 @@ static enum status make_rows(struct check *c, struct group *g)
 	return status;
 }
 
+/* Rows of a sum that are computed together. */
+static int64_t row_block(const struct check *c, const struct group *g)
+{
+	int64_t width = 1;
+
+	for (int i = 0; i < c->list.count; i++) {
+		const struct operand *o = &c->list.operand[i];
+		int64_t w = has_axis(o, AXIS_ROW) ? 1 : 0;
+
+		for (int d = 0; d < OPERAND_DIMS; d++)
+			if (o->axis[d] != AXIS_ROW)
+				w *= o->axis[d] != AXIS_INNER && g->apart & ALONG(o->axis[d])
+				             ? smaller(o->size[d], SLICE)
+				             : o->size[d];
+		width += w;
+	}
+	const double most = on_host(c) ? HOST_ELEMENTS : DEVICE_ELEMENTS;
+
+	return larger((int64_t)(most / (double)width), ROW_BLOCK);
+}
+
 /* Two slices, of each all sequences or rows, block by block: they add up. */
 static enum status make_sums(struct check *c, struct group *g)
 {
 	const enum axis axis = g->sums ? AXIS_SEQUENCE : AXIS_ROW;
 	const int64_t total = c->extent[axis], tokens = larger(c->extent[AXIS_TOKEN], 1);
-	const int64_t block = g->sums ? larger(TOKEN_BLOCK / tokens, 1) : ROW_BLOCK;
+	const int64_t block = g->sums ? larger(TOKEN_BLOCK / tokens, 1) : row_block(c, g);
 	const int64_t slices = slices_of(c, g), n = smaller(slices, g->sums ? 2 : 1);
 	int64_t picked[2];
 

@@ -236,6 +236,20 @@ TEST(takes_the_least_number_whatever_the_time)
 	group = (struct group){0};
 }
 
+static double thousand_apart(int variant, int n)
+{
+	return variant == 0 ? 0.03 : 30;
+}
+
+/* The longest is not launched until the shortest has been sampled for long. */
+TEST(waits_for_the_shortest_a_hundred_rounds)
+{
+	fake.ms = thousand_apart;
+	measure(2, &(struct measurement_rule){.min_time = 0.05, .max_time = 60, .precision = 0.01});
+	assert_int_equal(group.variants[0].n_samples, MANY_SAMPLES);
+	assert_int_equal(group.variants[1].n_samples, MANY_SAMPLES);
+}
+
 TEST(goes_on_until_it_is_precise)
 {
 	const struct measurement_rule coarse = {.max_time = 60, .precision = 0.2};

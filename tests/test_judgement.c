@@ -21,10 +21,11 @@ static const char *backend_name;
 static struct stack_options any_options(struct dice *dice, const char *pattern)
 {
 	static const int64_t heads[] = {1, 2, 4}, widths[] = {64, 128};
+	const int most = n_seeds > 10 ? 1 : 2;
 	struct stack_options options = small_options(pattern);
 
-	options.n_heads = heads[dice_integer(dice, 0, 2)];
-	options.d_model = options.n_heads * widths[dice_integer(dice, 0, 1)];
+	options.n_heads = heads[dice_integer(dice, 0, most)];
+	options.d_model = options.n_heads * widths[dice_integer(dice, 0, most - 1)];
 	options.groups = options.n_heads > 1 && dice_bits(dice) & 1 ? 2 : 1;
 	options.chunk = (int64_t)16 << dice_integer(dice, 0, 2);
 	options.window = dice_integer(dice, 0, 200);
@@ -37,7 +38,10 @@ static enum status try_block(struct device *device, const char *pattern, enum pa
 {
 	struct dice dice = {seed, 0};
 	struct stack_options options = any_options(&dice, pattern);
-	const int64_t n = dice_integer(&dice, 1, 3), length = dice_integer(&dice, 64, 300);
+	/* Many seeds are of small cases, down to a token. */
+	const bool small = n_seeds > 10;
+	const int64_t n = dice_integer(&dice, 1, 3);
+	const int64_t length = small ? dice_integer(&dice, 1, 80) : dice_integer(&dice, 64, 300);
 	struct layer_shape shape = shape_of(pass, n, length);
 	struct stack *stack = new_memory(sizeof *stack);
 	struct context ctx = {.device = device};
@@ -389,6 +393,11 @@ TEST(test_product_rounded_once_too_often)
 
 int main(int argc, char **argv)
 {
+#ifdef __SANITIZE_ADDRESS__
+	/* Shares of bounds are the same; it would take ten minutes. */
+	n_seeds = 1;
+	cmocka_set_test_filter("test_blocks");
+#endif
 	n_seeds = argc > 1 ? atoi(argv[1]) : n_seeds;
 	backend_name = argc > 2 && argv[2][0] ? argv[2] : NULL;
 	if (argc > 3)

@@ -51,6 +51,7 @@ struct run {
 	struct sample_file samples;
 	struct progress progress;
 	int rows_by_status[STATUS_COUNT];
+	double started, sampling_seconds, verifying_seconds;
 };
 
 /* Baselines are other people's kernels for GPUs. */
@@ -469,7 +470,8 @@ static enum status add_variants(struct run *run, int member)
 		v->ctx = (struct context){
 		        .device = run->device, .choice = v->choice, .ranges = run->options.nvtx};
 		v->plan = *plan;
-		v->known_ratio = v->known_verify = v->predicted_ms = v->sampling_seconds = 0;
+		v->known_ratio = v->known_verify = v->predicted_ms = 0;
+		v->sampling_seconds = v->verifying_seconds = 0;
 		v->n_samples = 0;
 		v->found = (struct accuracy){NAN, NAN};
 		v->prefill_ms = NAN;
@@ -675,6 +677,10 @@ static enum status run_group(struct run *run)
 	if (status == STATUS_OK)
 		status = check_rooflines(run);
 	keep_experience(run);
+	for (int i = 0; i < g->n_variants; i++) {
+		run->sampling_seconds += g->variants[i].sampling_seconds;
+		run->verifying_seconds += g->variants[i].verifying_seconds;
+	}
 	if (status == STATUS_OK)
 		status = write_rows(run);
 	free_members(g);
@@ -726,6 +732,10 @@ static void print_totals(const struct run *run)
 		        status_name((enum status)s));
 		separator = ", ";
 	}
+	if (*separator)
+		fprintf(stderr, " in %.0f s, of which %.0f sampling and %.0f verifying",
+		        seconds_now() - run->started, run->sampling_seconds,
+		        run->verifying_seconds);
 	fprintf(stderr, "%s -> %s\n", *separator ? "" : "nothing left to do", run->file.path);
 }
 
@@ -921,6 +931,7 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 	streams_open();
 	run = (struct run){.driver = driver,
 	                   .subject = subject,
+	                   .started = seconds_now(),
 	                   .file = {.descriptor = -1},
 	                   .samples = {.descriptor = -1}};
 	enum status status = options_parse(&run.options, driver, argc, argv);

@@ -167,7 +167,8 @@ static enum status verify_variant(struct group *g, struct variant *v,
 	enum status status =
 	        subject->verify(m->self, &v->ctx, m->c, rule->rows, rule->seed, &v->found);
 	context_range_pop(&v->ctx);
-	v->plan.verify_ms_per_flop = 1e3 * (seconds_now() - before) / v->plan.flops;
+	v->verifying_seconds = seconds_now() - before;
+	v->plan.verify_ms_per_flop = 1e3 * v->verifying_seconds / v->plan.flops;
 	/* Written so that NaN is a mismatch. */
 	if (status == STATUS_OK && !(v->found.share <= 1)) {
 		char where[MAX_MESSAGE];
@@ -268,7 +269,7 @@ static bool has_floor(const struct group *g, const struct variant *v,
 	if (rule->samples > 0)
 		return v->n_samples >= rule->samples;
 	return v->n_samples >= floor_of(g->members[v->member].c, ms / v->n_samples) &&
-	       (1e-3 * ms >= rule->min_time || v->n_samples == MAX_SAMPLES);
+	       (1e-3 * ms >= rule->min_time || v->n_samples >= MANY_SAMPLES);
 }
 
 /*

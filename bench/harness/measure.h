@@ -17,7 +17,8 @@ enum {
 	MAX_GROUP_VARIANTS = 48, /* of them all */
 	SHORT_FLOOR = 10,        /* samples at least, of what takes less than a second */
 	LONG_FLOOR = 5,          /* of the rest */
-	MODEL_FLOOR = 3          /* of whole models */
+	MODEL_FLOOR = 3,         /* of whole models */
+	MANY_SAMPLES = 100       /* in place of min_time: all variants wait for the shortest */
 };
 
 /* What one launch of a case wants and does. */
@@ -54,7 +55,8 @@ struct variant {
 	char message[MAX_MESSAGE];
 	struct sample samples[MAX_SAMPLES];
 	int n_samples;
-	double sampling_seconds; /* spent on the samples, preparations included */
+	double sampling_seconds; /* spent on the samples, preparations included, */
+	double verifying_seconds;
 	struct accuracy found;
 	double prefill_ms;
 };
