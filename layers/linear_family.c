@@ -40,7 +40,7 @@ enum {
 	SAVED_OUT,
 	SAVED_OUT_RSTD,
 	SAVED_BETA,
-	SAVED_INVERSE, /* lengths of q and k */
+	SAVED_INVERSE, /* 1 / the lengths of q and k */
 	SAVED_GATE,    /* logits of the low-rank gate */
 	N_SAVED
 };
@@ -229,6 +229,7 @@ int family_parameters(const struct layer_config *config, struct tensor_spec *spe
 	int64_t d = family_value_width(config), h = config->n_heads;
 	int64_t decay = decay_width(config);
 	int64_t rank = gate_rank(config), low_rank = has_low_rank_decay(config) ? decay : 0;
+	int64_t gk_bias = m->input == INPUT_DECAY_GATE ? decay : 0;
 	int64_t forget = m->input == INPUT_FORGET_GATE ? decay : 0;
 	int64_t conv = convolves(config) ? conv_width(config) : 0;
 	int64_t conv_bias = m->input == INPUT_CONVOLVED ? conv : 0;
@@ -238,7 +239,7 @@ int family_parameters(const struct layer_config *config, struct tensor_spec *spe
 	const struct tensor_spec own[] = {
 	        {"out_norm", STORAGE_FP32, 1, {d / norm_groups(config)}, INIT_ONES},
 	        {"gk_weight", STORAGE_ACTIVATION, 2, {low_rank, rank}, INIT_NORMAL},
-	        {"gk_bias", STORAGE_FP32, 1, {low_rank - (steps > 0 ? low_rank : 0)}, INIT_ZEROS},
+	        {"gk_bias", STORAGE_FP32, 1, {gk_bias}, INIT_ZEROS},
 	        {"lower_bound", STORAGE_FP32, 1, {forget}, INIT_LOWER_BOUND},
 	        {"conv_weight", STORAGE_FP32, 2, {conv, CONV_WIDTH}, INIT_CONV},
 	        {"conv_bias", STORAGE_FP32, 1, {conv_bias}, INIT_ZEROS},
