@@ -1,0 +1,1844 @@
+/*
+ * Gradients of the matrix recurrence of the delta rules (DeltaNet, Gated DeltaNet, KDA) and of
+ * RWKV-6's bonus, chunkwise on the tensor cores, 64 tokens at a time, without atomics.
+ *
+ * Of a chunk, S the state before it, D the gradient of the state after it, G_t the sum of the log2
+ * decays up to token t, of each channel (one for all where the decay is a scalar), E its last:
+ *   A_ts = sum_c k_t k_s 2^(G_t - G_s), s < t;  P_ts = scale sum_c q_t k_s 2^(G_t - G_s), s <= t;
+ *   M = (I + A diag(beta))^-1;  e = M (v - (k 2^G) S), which is written as k^T (beta e);
+ *   S' = 2^(G_E) S + (k 2^(G_E - G))^T (beta e);
+ *   x = P^T dout + (k 2^(G_E - G)) D;  y = M^T (beta x) = dv;
+ *   D' = 2^(G_E) D + scale (q 2^G)^T dout - (k 2^G)^T y.
+ * With X1_ts = scale dout_t.e_s, X2_ts = y_t.e_s, s < t, and x_t = X1_tt:
+ *   dq = scale 2^G (dout S^T) + (X1 beta 2^(G_t - G_s)) k + beta x k;
+ *   r  = -2^G (y S^T) - (X2 beta 2^(G_t - G_s)) k;
+ *   u  = 2^(G_E - G) (e D^T) + (X1 2^(G_t - G_s))^T q - (X2 2^(G_t - G_s))^T k + x q;
+ *   dk = r + beta u;  dbeta = k.u;
+ *   dlog_decay_t = sum_{i >= t} (q dq + k r - beta k u)_i + 2^(G_E) rowsum(S D)
+ *                  + sum_s beta k 2^(G_E - G_s) (e D^T)_s, without the terms with x, which cancel.
+ * The bonus is the same with e = v, beta = 1, no y and M, G_(t-1) in the place of q's G_t, and x
+ * times the bonus. Every exponent is <= 0, except inside a sub-chunk of 16 tokens that decays by
+ * no more than 2^-MILD; other sub-chunks are taken pair by pair within.
+ *
+ *   1. prepare: P, M, the chunk's decays and, where they differ by channel, the decayed q and k;
+ *      a block per chunk and head;
+ *   2. forward walk: e, and S before every chunk;
+ *   3. reverse walk: dv, and D behind every chunk. In both a block takes 32 columns of the state
+ *      of one head, in fp32 in registers, a warp a quarter of the rows;
+ *   4. gradient: all that sums over columns; a block per chunk and head.
+ * What passes hand on is bf16, in the workspace; channels and columns are padded with zeros.
+ * docs/kernels/delta_backward.md.
+ */
+#include "kernels/portable/column_sums.cuh"
+#include "kernels/portable/device.cuh"
+#include "kernels/portable/kernels.h"
+
+namespace
+{
+
+constexpr int THREADS = 128, CHUNK = 64, SUB = 16;
+constexpr int SLAB = 64;    /* channels at a time where there is a block per chunk */
+constexpr int COLUMNS = 32; /* of the state, of a block that walks; of v at a time */
+constexpr int STRIDE = 68;  /* of fp32 tiles of 64 columns */
+constexpr int MILD = 60;
+constexpr int MAX_KEYS = 128;
+/* Of a chunk: beta, 2^G and 2^(G_E - G) of its tokens, then 2^(G_E) of the channels. */
+constexpr int BETA = 0, FROM_START = CHUNK, TO_END = 2 * CHUNK, WHOLE = 3 * CHUNK;
+
+struct problem {
+	struct matrix_recurrence_backward_args a;
+	int64_t chunks, column_blocks;
+	int keys, values; /* d_k and d_v, padded */
+	bool aligned;     /* views can be read and written 16 bytes at a time */
+	/* Of every sequence, head and chunk: */
+	float *factors;           /* [WHOLE + keys] */
+	bf16 *scores, *inverse;   /* [64, 64]: P, M */
+	bf16 *q, *k, *k_end;      /* [64, keys]: scale q 2^G, k 2^G, k 2^(G_E - G) */
+	bf16 *states, *gradients; /* [keys, values]: S, D */
+	bf16 *errors;             /* [64, values]: e */
+	float *dbonus;            /* [B, chunks, H, d_k] */
+};
+
+/* A chunk of a head. */
+struct place {
+	int64_t b, h, sequence, chunk, record, first;
+	int tokens;
+};
+
+static __device__ __forceinline__ struct place place_of(const struct problem &p, int64_t sequence,
+                                                        int64_t chunk)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	struct place x;
+
+	x.sequence = sequence;
+	x.b = sequence / f.n_heads;
+	x.h = sequence % f.n_heads;
+	x.chunk = chunk;
+	x.record = sequence * p.chunks + chunk;
+	x.first = chunk * CHUNK;
+	x.tokens = (int)min((int64_t)CHUNK, f.seq_len - x.first);
+	return x;
+}
+
+/* ---- tiles of bf16 in shared memory ---- */
+
+/* Element offset of 16-byte piece `piece` of a row in a tile of W-wide rows, conflict-free. */
+template <int W> static __device__ __forceinline__ int swizzled(int row, int piece)
+{
+	return row * W + (W == 32 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7)) * 8;
+}
+
+template <int W> static __device__ __forceinline__ int element(int row, int column)
+{
+	return swizzled<W>(row, column / 8) + column % 8;
+}
+
+/* A fragment, rows row .. row + 15, inner k .. k + 15, of a tile [row, inner]. */
+template <int W>
+static __device__ __forceinline__ void left(uint32_t (&a)[4], const bf16 *tile, int row, int k)
+{
+	const int lane = threadIdx.x % WARP;
+
+	load_matrices(a, tile + swizzled<W>(row + lane % 16, k / 8 + lane / 16));
+}
+
+/* The same of a tile [inner, row]. */
+template <int W>
+static __device__ __forceinline__ void left_transposed(uint32_t (&a)[4], const bf16 *tile, int row,
+                                                       int k)
+{
+	const int lane = threadIdx.x % WARP;
+
+	load_matrices_transposed(
+	        a, tile + swizzled<W>(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+}
+
+/* B fragments of columns n .. n + 7 (b[0], b[1]) and n + 8 .. n + 15 of a tile [inner, column]. */
+template <int W>
+static __device__ __forceinline__ void right(uint32_t (&b)[4], const bf16 *tile, int k, int n)
+{
+	const int lane = threadIdx.x % WARP;
+
+	load_matrices_transposed(b, tile + swizzled<W>(k + lane % 16, n / 8 + lane / 16));
+}
+
+/* The same of a tile [column, inner]. */
+template <int W>
+static __device__ __forceinline__ void right_transposed(uint32_t (&b)[4], const bf16 *tile, int k,
+                                                        int n)
+{
+	const int lane = threadIdx.x % WARP;
+
+	load_matrices(b, tile + swizzled<W>(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+}
+
+/* 64 rows of W elements from a view, zeros past `rows` and `width`; in the background if aligned.
+ */
+template <int W>
+static __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *from, int64_t stride,
+                                                 int rows, int64_t width, bool is_aligned)
+{
+	for (int i = threadIdx.x; i < CHUNK * W / 8; i += THREADS) {
+		const int row = i / (W / 8), column = i % (W / 8) * 8;
+		bf16 *to = tile + swizzled<W>(row, column / 8);
+		const bool valid = row < rows && column < width;
+
+		if (is_aligned) {
+			copy16_async(to, from + (valid ? row * stride + column : 0), valid);
+			continue;
+		}
+		float x[8];
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			x[j] = valid && column + j < width
+			               ? __bfloat162float(from[row * stride + column + j])
+			               : 0.0f;
+		store8(to, x);
+	}
+}
+
+/* ROWS rows of W elements of a matrix of the workspace, in the background. */
+template <int W, int ROWS>
+static __device__ __forceinline__ void load_dense(bf16 *tile, const bf16 *from, int64_t stride)
+{
+#pragma unroll
+	for (int i = threadIdx.x; i < ROWS * W / 8; i += THREADS) {
+		const int row = i / (W / 8), piece = i % (W / 8);
+
+		copy16_async(tile + swizzled<W>(row, piece), from + row * stride + 8 * piece, true);
+	}
+}
+
+/* `count` floats of the workspace, in the background. */
+static __device__ __forceinline__ void load_floats(float *to, const float *from, int count)
+{
+	for (int i = 4 * threadIdx.x; i < count; i += 4 * THREADS)
+		copy16_async(to + i, from + i, true);
+}
+
+/* The pair of a tile at this lane's place in a product: row, columns column, column + 1. */
+template <int W>
+static __device__ __forceinline__ uint32_t &pair_at(bf16 *tile, int row, int column)
+{
+	return *reinterpret_cast<uint32_t *>(tile + element<W>(row, column));
+}
+
+/*
+ * Writes one of the two row halves of a product of N / 8 tiles: this lane's row begins at `row`,
+ * NULL to write nothing; `width` columns. The four lanes of a row trade pairs first, so that they
+ * write 32 bytes side by side.
+ */
+template <int N>
+static __device__ __forceinline__ void store_row(bf16 *row, const float (&d)[N][4], int half,
+                                                 int64_t width, bool is_aligned)
+{
+	const int c = threadIdx.x % 4;
+
+#pragma unroll
+	for (int n = 0; n < N; n += 2) {
+		if (!is_aligned) {
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				const int m = n + i / 2, column = 8 * m + 2 * c + i % 2;
+
+				if (row && column < width)
+					row[column] = __float2bfloat16(d[m][2 * half + i % 2]);
+			}
+			continue;
+		}
+		const uint32_t a = pack(d[n][2 * half], d[n][2 * half + 1]);
+		const uint32_t b = pack(d[n + 1][2 * half], d[n + 1][2 * half + 1]);
+		const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
+		const uint32_t low = c < 2 ? a : far, high = c < 2 ? far : b;
+		const uint32_t near = __shfl_xor_sync(0xffffffffu, c % 2 ? low : high, 1);
+		const int column = 8 * n + 4 * c;
+
+		if (row && column < width)
+			*reinterpret_cast<uint2 *>(row + column) =
+			        make_uint2(c % 2 ? near : low, c % 2 ? high : near);
+	}
+}
+
+/* ---- decays ---- */
+
+static __device__ __forceinline__ bool decays_by_data(const struct matrix_recurrence_args &f)
+{
+	return f.decay == DECAY_SCALAR || f.decay == DECAY_DIAGONAL;
+}
+
+/* log2 decay of a token where it is the same for all channels. */
+static __device__ __forceinline__ float scalar_decay(const struct matrix_recurrence_args &f,
+                                                     const struct place &x, int row)
+{
+	if (row >= x.tokens || f.decay == DECAY_NONE)
+		return 0.0f;
+	if (f.decay == DECAY_CONSTANT)
+		return log1pf(-exp2f(-5.0f - (float)(f.first_head + x.h))) * LOG2E;
+	return __bfloat162float(*at(f.log_decay, x.b, x.first + row, x.h)) * LOG2E;
+}
+
+/* g[t] = G_t, g [2 * 64] with scratch. Synchronizes. */
+static __device__ void sum_scalar(float *g, const struct matrix_recurrence_args &f,
+                                  const struct place &x)
+{
+	float *single = g + CHUNK, sum = 0.0f;
+
+	if (threadIdx.x < CHUNK)
+		single[threadIdx.x] = scalar_decay(f, x, threadIdx.x);
+	__syncthreads();
+	if (threadIdx.x < CHUNK) {
+		for (int row = 0; row <= (int)threadIdx.x; row++)
+			sum += single[row];
+		g[threadIdx.x] = sum;
+	}
+	__syncthreads();
+}
+
+/* g[(t + 1) * STRIDE + c] = G_t of a slab's channels, row 0 zero; `totals` [64]. Synchronizes. */
+static __device__ void sum_diagonal(float *g, float *totals, const struct problem &p,
+                                    const struct place &x, int slab)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int channel = threadIdx.x % SLAB, half = threadIdx.x / SLAB;
+
+	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += THREADS) {
+		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
+		const int64_t first = slab * SLAB + column;
+		float y[8] = {};
+
+		if (row < x.tokens && first < f.d_k) {
+			const bf16 *from = at(f.log_decay, x.b, x.first + row, x.h) + first;
+
+			if (p.aligned)
+				load8(y, from);
+			else
+				for (int j = 0; j < 8 && first + j < f.d_k; j++)
+					y[j] = __bfloat162float(from[j]);
+		}
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			g[(row + 1) * STRIDE + column + j] = y[j] * LOG2E;
+	}
+	__syncthreads();
+	float *mine = g + (half * CHUNK / 2 + 1) * STRIDE + channel, sum = 0.0f;
+
+#pragma unroll 8
+	for (int row = 0; row < CHUNK / 2; row++) {
+		sum += mine[row * STRIDE];
+		mine[row * STRIDE] = sum;
+	}
+	if (half == 0) {
+		totals[channel] = sum;
+		g[channel] = 0.0f;
+	}
+	__syncthreads();
+	if (half == 1) {
+		const float before = totals[channel];
+
+#pragma unroll 8
+		for (int row = 0; row < CHUNK / 2; row++)
+			mine[row * STRIDE] += before;
+	}
+	__syncthreads();
+}
+
+/* Whether no channel of the slab decays by more than 2^-MILD inside this warp's sub-chunk. */
+static __device__ __forceinline__ bool decays_mildly(const float *g)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const float *begin = g + SUB * warp * STRIDE + 2 * lane, *end = begin + SUB * STRIDE;
+
+	return __all_sync(0xffffffffu, begin[0] - end[0] <= MILD && begin[1] - end[1] <= MILD);
+}
+
+static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float x, float y)
+{
+	return pack(low_half(pair) * x, high_half(pair) * y);
+}
+
+/* The register of a B fragment, of tokens row and row + 1, times 2^(sign (G - reference)). */
+static __device__ __forceinline__ uint32_t decayed_rows(uint32_t pair, const float *g, int row,
+                                                        float reference, float sign)
+{
+	return scaled(pair, exp2_fast(sign * (g[row * STRIDE] - reference)),
+	              exp2_fast(sign * (g[(row + 1) * STRIDE] - reference)));
+}
+
+/* ---- 1. prepare ---- */
+
+struct prepare_memory {
+	union {
+		struct {
+			float g[(CHUNK + 1) * STRIDE];
+			float totals[SLAB];
+		};
+		float system[CHUNK * STRIDE];
+	};
+	float pairs[CHUNK / SUB][2][SUB * SUB]; /* within sub-chunks, of A and P */
+	float products[SUB * CHUNK];
+	float beta[CHUNK], own[CHUNK];
+	float scalars[2 * CHUNK];
+	bf16 q[CHUNK * SLAB], k[CHUNK * SLAB];
+};
+
+/* Adds one slab's part of A and P of the pairs in this warp's sub-chunk, exactly; s < t. */
+static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int lag, bool delta)
+{
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+
+	for (int i = lane; i < SUB * SUB; i += WARP) {
+		const int t = SUB * warp + i / SUB, s = SUB * warp + i % SUB;
+		float a = 0.0f, b = 0.0f;
+
+		if (s >= t)
+			continue;
+		for (int c = 0; c < SLAB; c += 2) {
+			const uint32_t k = pair_at<SLAB>(m.k, s, c), q = pair_at<SLAB>(m.q, t, c);
+			const uint32_t l = pair_at<SLAB>(m.k, t, c);
+			const float *now = m.g + (t + 1 - lag) * STRIDE + c;
+			const float *then = m.g + (s + 1) * STRIDE + c;
+			const float x = low_half(k) * exp2_fast(now[0] - then[0]);
+			const float y = high_half(k) * exp2_fast(now[1] - then[1]);
+
+			b += low_half(q) * x + high_half(q) * y;
+			if (delta)
+				a += low_half(l) * x + high_half(l) * y;
+		}
+		m.pairs[warp][0][i] += a;
+		m.pairs[warp][1][i] += b;
+	}
+	__syncwarp();
+}
+
+/* One slab's part of A and P where decays differ by channel. */
+template <bool DELTA>
+static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[8][4],
+                                                   struct prepare_memory &m)
+{
+	constexpr int LAG = DELTA ? 0 : 1;
+	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int row = SUB * warp + lane / 4;
+	const bool mild = decays_mildly(m.g);
+	const float *reference = m.g + SUB * warp * STRIDE;
+
+#pragma unroll
+	for (int step = 0; step < SLAB / 16; step++) {
+		uint32_t q[4], k[4];
+
+		left<SLAB>(q, m.q, SUB * warp, 16 * step);
+		left<SLAB>(k, m.k, SUB * warp, 16 * step);
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			const int channel = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
+			const float *now = m.g + (row + 8 * (i % 2) + 1 - LAG) * STRIDE + channel;
+			const float x = exp2_fast(now[0] - reference[channel]);
+			const float y = exp2_fast(now[1] - reference[channel + 1]);
+
+			q[i] = scaled(q[i], x, y);
+			k[i] = scaled(k[i], x, y);
+		}
+#pragma unroll
+		for (int n = 0; n < 8; n++) {
+			uint32_t to[2];
+
+			if (n / 2 > warp || (n / 2 == warp && !mild))
+				break;
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				const int s = 8 * n + lane / 4;
+				const int channel = 16 * step + 2 * (lane % 4) + 8 * i;
+				const float *then = m.g + (s + 1) * STRIDE + channel;
+
+				to[i] = scaled(pair_at<SLAB>(m.k, s, channel),
+				               exp2_fast(reference[channel] - then[0]),
+				               exp2_fast(reference[channel + 1] - then[1]));
+			}
+			if (DELTA)
+				multiply_add(a[n], k, to[0], to[1]);
+			multiply_add(b[n], q, to[0], to[1]);
+		}
+	}
+	if (!mild)
+		add_pairs(m, LAG, DELTA);
+}
+
+/* One slab's part where they do not: undecayed products. */
+static __device__ __forceinline__ void add_undecayed(float (&a)[8][4], float (&b)[8][4],
+                                                     const struct prepare_memory &m)
+{
+	const int warp = threadIdx.x / WARP;
+
+#pragma unroll
+	for (int step = 0; step < SLAB / 16; step++) {
+		uint32_t q[4], k[4], to[4];
+
+		left<SLAB>(q, m.q, SUB * warp, 16 * step);
+		left<SLAB>(k, m.k, SUB * warp, 16 * step);
+#pragma unroll
+		for (int n = 0; n < 4; n++) {
+			if (n > warp)
+				break;
+			right_transposed<SLAB>(to, m.k, 16 * step, 16 * n);
+			multiply_add(a[2 * n], k, to[0], to[1]);
+			multiply_add(a[2 * n + 1], k, to[2], to[3]);
+			multiply_add(b[2 * n], q, to[0], to[1]);
+			multiply_add(b[2 * n + 1], q, to[2], to[3]);
+		}
+	}
+}
+
+/* The slab's decayed q and k, and the chunk's decays of its channels, into the workspace. */
+template <bool DELTA>
+static __device__ __forceinline__ void store_decayed(const struct problem &p, const struct place &x,
+                                                     const struct prepare_memory &m, int slab)
+{
+	constexpr int LAG = DELTA ? 0 : 1;
+	const float *end = m.g + CHUNK * STRIDE;
+
+	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += THREADS) {
+		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
+		const int64_t to = (x.record * CHUNK + row) * p.keys + slab * SLAB + column;
+		const float *now = m.g + (row + 1) * STRIDE + column;
+		float q[8], k[8], y[8];
+
+		load8(q, m.q + swizzled<SLAB>(row, column / 8));
+		load8(k, m.k + swizzled<SLAB>(row, column / 8));
+#pragma unroll
+		for (int j = 0; j < 8; j++) {
+			q[j] *= p.a.forward.scale * exp2_fast(now[j - LAG * STRIDE]);
+			y[j] = k[j] * exp2_fast(end[column + j] - now[j]);
+			k[j] *= exp2_fast(now[j]);
+		}
+		store8(p.q + to, q);
+		store8(p.k_end + to, y);
+		if (DELTA)
+			store8(p.k + to, k);
+	}
+	if (threadIdx.x < SLAB)
+		p.factors[x.record * (WHOLE + p.keys) + WHOLE + slab * SLAB + threadIdx.x] =
+		        exp2_fast(end[threadIdx.x]);
+}
+
+/* Adds to own[t] the slab's part of sum_c q_t bonus k_t. */
+static __device__ __forceinline__ void add_own(struct prepare_memory &m, const struct problem &p,
+                                               const struct place &x, int slab)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int t = threadIdx.x / 2, first = threadIdx.x % 2 * (SLAB / 2);
+	float sum = 0.0f;
+
+	for (int i = 0; i < SLAB / 2; i += 8) {
+		float q[8], k[8];
+
+		load8(q, m.q + swizzled<SLAB>(t, (first + i) / 8));
+		load8(k, m.k + swizzled<SLAB>(t, (first + i) / 8));
+#pragma unroll
+		for (int j = 0; j < 8; j++) {
+			const int64_t channel = slab * SLAB + first + i + j;
+
+			if (channel < f.d_k)
+				sum += q[j] * k[j] * f.bonus[x.h * f.d_k + channel];
+		}
+	}
+	sum = group_sum(sum, 2);
+	if (threadIdx.x % 2 == 0)
+		m.own[t] += sum;
+}
+
+/* The inverse of I plus a strictly lower 16 x 16 block of the system, in its place; by one warp. */
+static __device__ __forceinline__ void invert_block(float *block)
+{
+	const int lane = threadIdx.x % WARP, column = lane % SUB;
+	float x[SUB];
+
+#pragma unroll
+	for (int r = 0; r < SUB; r++) {
+		float even = r == column ? 1.0f : 0.0f, odd = 0.0f;
+
+#pragma unroll
+		for (int j = 0; j < r; j += 2) {
+			even = fmaf(-block[r * STRIDE + j], x[j], even);
+			if (j + 1 < r)
+				odd = fmaf(-block[r * STRIDE + j + 1], x[j + 1], odd);
+		}
+		x[r] = even + odd;
+	}
+	__syncwarp();
+	if (lane < SUB)
+#pragma unroll
+		for (int r = 0; r < SUB; r++)
+			block[r * STRIDE + column] = x[r];
+}
+
+/* Four rows of `to` = sign a b: a [4, inner], b [inner, columns]; a lane every 32nd column. */
+static __device__ __forceinline__ void multiply_fp32(float *to, int to_stride, const float *a,
+                                                     const float *b, int b_stride, int inner,
+                                                     int columns, float sign)
+{
+	for (int column = threadIdx.x % WARP; column < columns; column += WARP) {
+		float sum[4] = {};
+
+#pragma unroll 2
+		for (int i = 0; i < inner; i += 4) {
+			float y[4];
+
+#pragma unroll
+			for (int j = 0; j < 4; j++)
+				y[j] = b[(i + j) * b_stride + column];
+#pragma unroll
+			for (int r = 0; r < 4; r++) {
+				const float4 x =
+				        *reinterpret_cast<const float4 *>(a + r * STRIDE + i);
+
+				sum[r] += x.x * y[0] + x.y * y[1] + x.z * y[2] + x.w * y[3];
+			}
+		}
+#pragma unroll
+		for (int r = 0; r < 4; r++)
+			to[r * to_stride + column] = sign * sum[r];
+	}
+}
+
+/* The inverse of I plus the strictly lower system, in its place: with D_i the inverses of blocks on
+ * the diagonal, block row i is -D_i (A_i. T) left of it. Synchronizes. */
+static __device__ void invert(struct prepare_memory &m)
+{
+	const int warp = threadIdx.x / WARP;
+
+	__syncthreads();
+	invert_block(m.system + warp * SUB * (STRIDE + 1));
+	for (int i = 1; i < CHUNK / SUB; i++) {
+		float *row = m.system + (i * SUB + 4 * warp) * STRIDE;
+
+		__syncthreads();
+		multiply_fp32(m.products + 4 * warp * CHUNK, CHUNK, row, m.system, STRIDE, i * SUB,
+		              i * SUB, 1.0f);
+		__syncthreads();
+		multiply_fp32(row, STRIDE, row + i * SUB, m.products, CHUNK, SUB, i * SUB, -1.0f);
+	}
+	__syncthreads();
+}
+
+template <bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(THREADS, 3)
+        prepare_kernel(const __grid_constant__ struct problem p)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct place x = place_of(p, blockIdx.x / p.chunks, blockIdx.x % p.chunks);
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	struct prepare_memory &m = *reinterpret_cast<struct prepare_memory *>(shared_memory);
+	float *factors = p.factors + x.record * (WHOLE + p.keys);
+	float a[8][4] = {}, b[8][4] = {}; /* 16 rows of A and P */
+
+	if (threadIdx.x < CHUNK) {
+		const int t = threadIdx.x;
+		const float beta = !DELTA || t >= x.tokens
+		                           ? 1.0f
+		                           : __bfloat162float(*at(f.beta, x.b, x.first + t, x.h));
+
+		m.beta[t] = beta;
+		m.own[t] = 0.0f;
+		factors[BETA + t] = beta;
+	}
+	for (int i = threadIdx.x; DIAGONAL && i < 2 * CHUNK * SUB; i += THREADS)
+		(&m.pairs[0][0][0])[i] = 0.0f;
+	if (!DIAGONAL) {
+		sum_scalar(m.scalars, f, x);
+		if (threadIdx.x < CHUNK) {
+			factors[FROM_START + threadIdx.x] = exp2_fast(m.scalars[threadIdx.x]);
+			factors[TO_END + threadIdx.x] =
+			        exp2_fast(m.scalars[CHUNK - 1] - m.scalars[threadIdx.x]);
+		}
+	}
+	for (int slab = 0; slab < p.keys / SLAB; slab++) {
+		__syncthreads();
+		load_rows<SLAB>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token, x.tokens,
+		                f.d_k - slab * SLAB, p.aligned);
+		load_rows<SLAB>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token, x.tokens,
+		                f.d_k - slab * SLAB, p.aligned);
+		copy_commit();
+		if (DIAGONAL)
+			sum_diagonal(m.g, m.totals, p, x, slab);
+		copy_wait<0>();
+		__syncthreads();
+		if (DIAGONAL) {
+			add_decayed<DELTA>(a, b, m);
+			store_decayed<DELTA>(p, x, m, slab);
+		} else {
+			add_undecayed(a, b, m);
+		}
+		if (!DELTA)
+			add_own(m, p, x, slab);
+		else if (DIAGONAL && threadIdx.x % 2 == 0) {
+			/* The token's own score, which pairs and other references leave out. */
+			const int t = threadIdx.x / 2;
+			float sum = 0.0f;
+
+			for (int i = 0; i < SLAB; i += 8) {
+				float y[8], z[8];
+
+				load8(y, m.q + swizzled<SLAB>(t, i / 8));
+				load8(z, m.k + swizzled<SLAB>(t, i / 8));
+#pragma unroll
+				for (int j = 0; j < 8; j++)
+					sum += y[j] * z[j];
+			}
+			m.own[t] += sum;
+		}
+	}
+	__syncthreads();
+	/* Lower triangles, decayed, into the system and the workspace. */
+#pragma unroll
+	for (int n = 0; n < 8; n++) {
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			const int t = SUB * warp + lane / 4 + 8 * (i / 2);
+			const int s = 8 * n + 2 * (lane % 4) + i % 2;
+			float factor = 1.0f;
+
+			if (DIAGONAL && n / 2 == warp) {
+				const int pair = t % SUB * SUB + s % SUB;
+
+				a[n][i] = (s < t ? a[n][i] : 0.0f) + m.pairs[warp][0][pair];
+				b[n][i] = (s < t ? b[n][i] : 0.0f) + m.pairs[warp][1][pair];
+				if (s == t)
+					b[n][i] = m.own[t];
+			}
+			if (!DIAGONAL && s <= t)
+				factor = exp2_fast(m.scalars[t] - m.scalars[s]);
+			b[n][i] = s <= t ? f.scale * factor * b[n][i] : 0.0f;
+			if (DELTA)
+				m.system[t * STRIDE + s] =
+				        s < t ? m.beta[s] * factor * a[n][i] : 0.0f;
+		}
+	}
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const int t = SUB * warp + lane / 4 + 8 * half;
+
+		store_row(p.scores + (x.record * CHUNK + t) * CHUNK, b, half, CHUNK, true);
+	}
+	if (!DELTA)
+		return;
+	invert(m);
+	for (int i = threadIdx.x; i < CHUNK * CHUNK / 8; i += THREADS) {
+		const int row = i / (CHUNK / 8), column = i % (CHUNK / 8) * 8;
+		float y[8];
+
+		load8f(y, m.system + row * STRIDE + column);
+		store8(p.inverse + x.record * CHUNK * CHUNK + 8 * i, y);
+	}
+}
+
+/* ---- 2. and 3. the walks ---- */
+
+/* A warp's rows of a block's columns of the state or its gradient. */
+template <int KEYS> struct state {
+	static constexpr int TILES = KEYS / 64;
+	float x[TILES][COLUMNS / 8][4];
+
+	/* The row of x[m][.][2 half]. */
+	static __device__ __forceinline__ int row(int m, int half)
+	{
+		return threadIdx.x / WARP * (KEYS / 4) + 16 * m + threadIdx.x % WARP / 4 + 8 * half;
+	}
+
+	__device__ __forceinline__ void to_tile(bf16 *tile) const
+	{
+#pragma unroll
+		for (int m = 0; m < TILES; m++)
+#pragma unroll
+			for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+				for (int half = 0; half < 2; half++)
+					pair_at<COLUMNS>(tile, row(m, half),
+					                 8 * n + 2 * (threadIdx.x % 4)) =
+					        pack(x[m][n][2 * half], x[m][n][2 * half + 1]);
+	}
+
+	template <bool DIAGONAL> __device__ __forceinline__ void decay(const float *factors)
+	{
+#pragma unroll
+		for (int m = 0; m < TILES; m++)
+#pragma unroll
+			for (int half = 0; half < 2; half++) {
+				/* Past the sequence's end nothing decays. */
+				const float whole = DIAGONAL ? factors[WHOLE + row(m, half)]
+				                             : factors[FROM_START + CHUNK - 1];
+
+#pragma unroll
+				for (int n = 0; n < COLUMNS / 8; n++) {
+					x[m][n][2 * half] *= whole;
+					x[m][n][2 * half + 1] *= whole;
+				}
+			}
+	}
+
+	/* x += keys^T values, tiles of 64 tokens. */
+	__device__ __forceinline__ void add(const bf16 *keys, const bf16 *values)
+	{
+		const int first = threadIdx.x / WARP * (KEYS / 4);
+
+#pragma unroll
+		for (int step = 0; step < CHUNK / 16; step++) {
+			uint32_t a[TILES][4], b[4];
+
+#pragma unroll
+			for (int m = 0; m < TILES; m++)
+				left_transposed<KEYS>(a[m], keys, first + 16 * m, 16 * step);
+#pragma unroll
+			for (int n = 0; n < COLUMNS / 16; n++) {
+				right<COLUMNS>(b, values, 16 * step, 16 * n);
+#pragma unroll
+				for (int m = 0; m < TILES; m++) {
+					multiply_add(x[m][2 * n], a[m], b[0], b[1]);
+					multiply_add(x[m][2 * n + 1], a[m], b[2], b[3]);
+				}
+			}
+		}
+	}
+};
+
+/* d = this warp's 16 rows of keys [64, KEYS] times the state's tile. */
+template <int KEYS>
+static __device__ __forceinline__ void multiply_state(float (&d)[COLUMNS / 8][4], const bf16 *keys,
+                                                      const bf16 *tile)
+{
+	const int warp = threadIdx.x / WARP;
+	uint32_t a[4], b[4];
+
+#pragma unroll
+	for (int i = 0; i < COLUMNS / 8 * 4; i++)
+		d[i / 4][i % 4] = 0.0f;
+#pragma unroll
+	for (int step = 0; step < KEYS / 16; step++) {
+		left<KEYS>(a, keys, SUB * warp, 16 * step);
+#pragma unroll
+		for (int n = 0; n < COLUMNS / 16; n++) {
+			right<COLUMNS>(b, tile, 16 * step, 16 * n);
+			multiply_add(d[2 * n], a, b[0], b[1]);
+			multiply_add(d[2 * n + 1], a, b[2], b[3]);
+		}
+	}
+}
+
+/* d += 16 rows of a lower triangular tile [64, 64], or of its transpose, times a tile. */
+template <bool TRANSPOSED>
+static __device__ __forceinline__ void multiply_triangle(float (&d)[COLUMNS / 8][4],
+                                                         const bf16 *triangle, const bf16 *tile)
+{
+	const int warp = threadIdx.x / WARP;
+	uint32_t a[4], b[4];
+
+	for (int step = TRANSPOSED ? warp : 0; step < (TRANSPOSED ? CHUNK / 16 : warp + 1);
+	     step++) {
+		if (TRANSPOSED)
+			left_transposed<CHUNK>(a, triangle, SUB * warp, 16 * step);
+		else
+			left<CHUNK>(a, triangle, SUB * warp, 16 * step);
+#pragma unroll
+		for (int n = 0; n < COLUMNS / 16; n++) {
+			right<COLUMNS>(b, tile, 16 * step, 16 * n);
+			multiply_add(d[2 * n], a, b[0], b[1]);
+			multiply_add(d[2 * n + 1], a, b[2], b[3]);
+		}
+	}
+}
+
+/* A tile of the state into its columns of the workspace. */
+template <int KEYS>
+static __device__ __forceinline__ void keep_state(bf16 *to, int64_t stride, const bf16 *tile)
+{
+	for (int i = threadIdx.x; i < KEYS * COLUMNS / 8; i += THREADS) {
+		const int row = i / (COLUMNS / 8), piece = i % (COLUMNS / 8);
+
+		*reinterpret_cast<vector8 *>(to + row * stride + 8 * piece) =
+		        load8(tile + swizzled<COLUMNS>(row, piece));
+	}
+}
+
+/* This warp's 16 rows of a tile of bf16 values, each times a factor. */
+static __device__ __forceinline__ void to_tile(bf16 *tile, const float (&d)[COLUMNS / 8][4],
+                                               float factor0, float factor1)
+{
+	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
+
+#pragma unroll
+	for (int n = 0; n < COLUMNS / 8; n++) {
+		const int column = 8 * n + 2 * (lane % 4);
+
+		pair_at<COLUMNS>(tile, row, column) = pack(factor0 * d[n][0], factor0 * d[n][1]);
+		pair_at<COLUMNS>(tile, row + 8, column) =
+		        pack(factor1 * d[n][2], factor1 * d[n][3]);
+	}
+}
+
+/* k: two chunks' k; where decays differ by channel, k 2^G and k 2^(G_E - G) of one. */
+template <int KEYS> struct forward_memory {
+	bf16 k[2][CHUNK * KEYS];
+	bf16 v[2][CHUNK * COLUMNS]; /* then what the chunk adds to the state */
+	bf16 inverse[CHUNK * CHUNK];
+	bf16 s[KEYS * COLUMNS];
+	bf16 w[CHUNK * COLUMNS];
+	float factors[2][WHOLE + KEYS];
+};
+
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(THREADS, 3)
+        forward_kernel(const __grid_constant__ struct problem p)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int64_t sequence = blockIdx.x / p.column_blocks;
+	const int64_t column = blockIdx.x % p.column_blocks * COLUMNS;
+	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
+	auto &m = *reinterpret_cast<struct forward_memory<KEYS> *>(shared_memory);
+	struct state<KEYS> s;
+
+#pragma unroll
+	for (int i = 0; i < KEYS / 64 * (COLUMNS / 8) * 4; i++) {
+		const int tile = i / (COLUMNS / 2), n = i / 4 % (COLUMNS / 8), e = i % 4;
+		const int key = s.row(tile, e / 2), at_column = 8 * n + 2 * (lane % 4) + e % 2;
+
+		s.x[tile][n][e] =
+		        f.h0 && key < f.d_k && column + at_column < f.d_v
+		                ? f.h0[(sequence * f.d_k + key) * f.d_v + column + at_column]
+		                : 0.0f;
+	}
+	const auto load_first = [&](int64_t chunk) {
+		const struct place x = place_of(p, sequence, chunk);
+		const int slot = chunk % 2;
+
+		if (DIAGONAL && DELTA)
+			load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS);
+		if (!DIAGONAL)
+			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
+			                f.d_k, p.aligned);
+		load_rows<COLUMNS>(m.v[slot], at(f.v, x.b, x.first, x.h) + column, f.v.token,
+		                   x.tokens, f.d_v - column, p.aligned);
+		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+	};
+	const auto load_inverse = [&](int64_t chunk) {
+		if (DELTA)
+			load_dense<CHUNK, CHUNK>(
+			        m.inverse,
+			        p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK, CHUNK);
+	};
+
+	load_first(0);
+	copy_commit();
+	load_inverse(0);
+	copy_commit();
+	for (int64_t chunk = 0; chunk < p.chunks; chunk++) {
+		const int slot = chunk % 2;
+		const int64_t record = sequence * p.chunks + chunk;
+		const float *factors = m.factors[slot];
+		const bf16 *ends = DIAGONAL ? m.k[1] : m.k[slot];
+		float d[COLUMNS / 8][4];
+
+		s.to_tile(m.s);
+		copy_wait<1>();
+		__syncthreads();
+		if (DIAGONAL)
+			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS);
+		copy_commit();
+		keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values, m.s);
+		if (DELTA) {
+			multiply_state<KEYS>(d, DIAGONAL ? m.k[0] : m.k[slot], m.s);
+#pragma unroll
+			for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+				for (int half = 0; half < 2; half++) {
+					const uint32_t v = pair_at<COLUMNS>(
+					        m.v[slot], row + 8 * half, 8 * n + 2 * (lane % 4));
+					const float power =
+					        DIAGONAL ? 1.0f
+					                 : factors[FROM_START + row + 8 * half];
+
+					d[n][2 * half] = low_half(v) - power * d[n][2 * half];
+					d[n][2 * half + 1] =
+					        high_half(v) - power * d[n][2 * half + 1];
+				}
+			to_tile(m.w, d, 1.0f, 1.0f);
+		}
+		copy_wait<1>();
+		__syncthreads();
+		if (chunk + 1 < p.chunks)
+			load_first(chunk + 1);
+		copy_commit();
+		if (DELTA) {
+			float factor[2];
+
+#pragma unroll
+			for (int i = 0; i < COLUMNS / 8 * 4; i++)
+				d[i / 4][i % 4] = 0.0f;
+			multiply_triangle<false>(d, m.inverse, m.w);
+#pragma unroll
+			for (int half = 0; half < 2; half++) {
+				const int t = row + 8 * half;
+
+				store_row(p.errors + (record * CHUNK + t) * p.values + column, d,
+				          half, COLUMNS, true);
+				factor[half] =
+				        factors[BETA + t] * (DIAGONAL ? 1.0f : factors[TO_END + t]);
+			}
+			to_tile(m.v[slot], d, factor[0], factor[1]);
+		}
+		copy_wait<1>();
+		__syncthreads();
+		if (chunk + 1 < p.chunks)
+			load_inverse(chunk + 1);
+		copy_commit();
+		s.template decay<DIAGONAL>(factors);
+		s.add(ends, m.v[slot]);
+	}
+	copy_wait<0>();
+}
+
+/* k: two chunks' k; where decays differ by channel, k 2^G and k 2^(G_E - G) of one. */
+template <int KEYS> struct reverse_memory {
+	bf16 q[CHUNK * KEYS], k[2][CHUNK * KEYS];
+	bf16 dout[2][CHUNK * COLUMNS];
+	bf16 scores[CHUNK * CHUNK], inverse[CHUNK * CHUNK];
+	bf16 d[KEYS * COLUMNS];
+	bf16 w[CHUNK * COLUMNS], y[CHUNK * COLUMNS];
+	float factors[2][WHOLE + KEYS];
+};
+
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(THREADS, 2)
+        reverse_kernel(const __grid_constant__ struct problem p)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int64_t sequence = blockIdx.x / p.column_blocks;
+	const int64_t column = blockIdx.x % p.column_blocks * COLUMNS;
+	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
+	auto &m = *reinterpret_cast<struct reverse_memory<KEYS> *>(shared_memory);
+	struct state<KEYS> s = {
+	};
+
+	/* Of k, k 2^(G_E - G) where decays differ by channel. */
+	const auto load_first = [&](int64_t chunk) {
+		const struct place x = place_of(p, sequence, chunk);
+		const int slot = chunk % 2;
+
+		if (DIAGONAL)
+			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS);
+		else
+			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
+			                f.d_k, p.aligned);
+		load_dense<CHUNK, CHUNK>(m.scores, p.scores + x.record * CHUNK * CHUNK, CHUNK);
+		load_rows<COLUMNS>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
+		                   p.a.dout.token, x.tokens, f.d_v - column, p.aligned);
+		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+	};
+	const auto load_inverse = [&](int64_t chunk) {
+		if (DELTA)
+			load_dense<CHUNK, CHUNK>(
+			        m.inverse,
+			        p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK, CHUNK);
+	};
+
+	load_first(p.chunks - 1);
+	copy_commit();
+	load_inverse(p.chunks - 1);
+	copy_commit();
+	for (int64_t chunk = p.chunks - 1; chunk >= 0; chunk--) {
+		const struct place x = place_of(p, sequence, chunk);
+		const int slot = chunk % 2;
+		const float *factors = m.factors[slot];
+		float d[COLUMNS / 8][4];
+
+		s.to_tile(m.d);
+		copy_wait<1>();
+		__syncthreads();
+		if (DIAGONAL) {
+			load_dense<KEYS, CHUNK>(m.q, p.q + x.record * CHUNK * KEYS, KEYS);
+			if (DELTA)
+				load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS,
+				                        KEYS);
+		} else {
+			load_rows<KEYS>(m.q, at(f.q, x.b, x.first, x.h), f.q.token, x.tokens, f.d_k,
+			                p.aligned);
+		}
+		copy_commit();
+		keep_state<KEYS>(p.gradients + x.record * KEYS * p.values + column, p.values, m.d);
+		multiply_state<KEYS>(d, DIAGONAL ? m.k[1] : m.k[slot], m.d);
+#pragma unroll
+		for (int i = 0; !DIAGONAL && i < COLUMNS / 8 * 4; i++)
+			d[i / 4][i % 4] *= factors[TO_END + row + i % 4 / 2 * 8];
+		multiply_triangle<true>(d, m.scores, m.dout[slot]);
+		if (DELTA)
+			to_tile(m.w, d, factors[BETA + row], factors[BETA + row + 8]);
+		copy_wait<1>();
+		__syncthreads();
+		if (chunk > 0)
+			load_first(chunk - 1);
+		copy_commit();
+		if (!DIAGONAL) {
+			for (int i = threadIdx.x; i < CHUNK * COLUMNS / 8; i += THREADS) {
+				const int t = i / (COLUMNS / 8);
+				bf16 *piece =
+				        m.dout[slot] + swizzled<COLUMNS>(t, i % (COLUMNS / 8));
+				float y[8];
+
+				load8(y, piece);
+#pragma unroll
+				for (int j = 0; j < 8; j++)
+					y[j] *= f.scale * factors[FROM_START + t];
+				store8(piece, y);
+			}
+		}
+		if (DELTA) {
+#pragma unroll
+			for (int i = 0; i < COLUMNS / 8 * 4; i++)
+				d[i / 4][i % 4] = 0.0f;
+			multiply_triangle<true>(d, m.inverse, m.w);
+			to_tile(m.y, d, DIAGONAL ? -1.0f : -factors[FROM_START + row],
+			        DIAGONAL ? -1.0f : -factors[FROM_START + row + 8]);
+		}
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const int t = row + 8 * half;
+
+			store_row(t < x.tokens ? at(p.a.dv, x.b, x.first + t, x.h) + column : NULL,
+			          d, half, f.d_v - column, p.aligned);
+		}
+		copy_wait<1>();
+		__syncthreads();
+		if (chunk > 0)
+			load_inverse(chunk - 1);
+		copy_commit();
+		s.template decay<DIAGONAL>(factors);
+		s.add(m.q, m.dout[slot]);
+		if (DELTA)
+			s.add(DIAGONAL ? m.k[0] : m.k[slot], m.y);
+	}
+	copy_wait<0>();
+#pragma unroll
+	for (int i = 0; i < KEYS / 64 * (COLUMNS / 8) * 4; i++) {
+		const int tile = i / (COLUMNS / 2), n = i / 4 % (COLUMNS / 8), e = i % 4;
+		const int key = s.row(tile, e / 2), at_column = 8 * n + 2 * (lane % 4) + e % 2;
+
+		if (p.a.dh0 && key < f.d_k && column + at_column < f.d_v)
+			p.a.dh0[(sequence * f.d_k + key) * f.d_v + column + at_column] =
+			        s.x[tile][n][e];
+	}
+}
+
+/* ---- 4. gradients that sum over columns ---- */
+
+enum { DOUT, ERRORS, VALUES, STATES, GRADIENTS, N_OPERANDS };
+
+/* 32 columns of a chunk's tokens and of a slab's rows of the states. */
+typedef bf16 stage[N_OPERANDS][CHUNK * COLUMNS];
+
+struct gradient_memory {
+	union {
+		stage stages[2];
+		struct {
+			float g[(CHUNK + 1) * STRIDE];
+			float flow[CHUNK * STRIDE]; /* q dq + k r - beta k u */
+		};
+	};
+	bf16 q[CHUNK * SLAB], k[CHUNK * SLAB];
+	bf16 x1[CHUNK * CHUNK], x2[CHUNK * CHUNK]; /* X1, -X2, strictly lower */
+	float own[CHUNK];                          /* x */
+	float factors[WHOLE];
+	float scalars[2 * CHUNK];
+	float ends[SLAB];                 /* rowsum(S D) of channels */
+	float written[CHUNK / SUB][SLAB]; /* sums of what tokens add to it */
+	float totals[2][SLAB];
+	float sums[THREADS / WARP];
+	float bonus[SLAB];
+};
+
+/* Rows of dq, r and u, as products leave them. */
+struct gradients {
+	float q[8][4], r[8][4], u[8][4];
+};
+
+static __device__ __forceinline__ void load_stage(stage &to, const struct problem &p,
+                                                  const struct place &x, bool delta, int slab,
+                                                  int64_t column)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+
+	load_rows<COLUMNS>(to[DOUT], at(p.a.dout, x.b, x.first, x.h) + column, p.a.dout.token,
+	                   x.tokens, f.d_v - column, p.aligned);
+	if (delta) {
+		load_dense<COLUMNS, CHUNK>(
+		        to[ERRORS], p.errors + x.record * CHUNK * p.values + column, p.values);
+		load_rows<COLUMNS>(to[VALUES], at(p.a.dv, x.b, x.first, x.h) + column, p.a.dv.token,
+		                   x.tokens, f.d_v - column, p.aligned);
+	} else {
+		load_rows<COLUMNS>(to[ERRORS], at(f.v, x.b, x.first, x.h) + column, f.v.token,
+		                   x.tokens, f.d_v - column, p.aligned);
+	}
+	if (slab >= 0) {
+		const int64_t from = (x.record * p.keys + slab * SLAB) * p.values + column;
+
+		load_dense<COLUMNS, SLAB>(to[STATES], p.states + from, p.values);
+		load_dense<COLUMNS, SLAB>(to[GRADIENTS], p.gradients + from, p.values);
+	}
+	copy_commit();
+}
+
+/* X1 and X2 and the tokens' own x into shared memory. Synchronizes. */
+template <bool DIAGONAL, bool DELTA>
+static __device__ __forceinline__ void
+multiply_tokens(struct gradient_memory &m, const struct problem &p, const struct place &x)
+{
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int count = p.values / COLUMNS;
+	float x1[8][4] = {}, x2[8][4] = {};
+
+	load_stage(m.stages[0], p, x, DELTA, -1, 0);
+	for (int i = 0; i < count; i++) {
+		const stage &from = m.stages[i % 2];
+
+		copy_wait<0>();
+		__syncthreads();
+		if (i + 1 < count)
+			load_stage(m.stages[(i + 1) % 2], p, x, DELTA, -1, (i + 1) * COLUMNS);
+#pragma unroll
+		for (int step = 0; step < COLUMNS / 16; step++) {
+			uint32_t dout[4], y[4], e[4];
+
+			left<COLUMNS>(dout, from[DOUT], SUB * warp, 16 * step);
+			if (DELTA)
+				left<COLUMNS>(y, from[VALUES], SUB * warp, 16 * step);
+#pragma unroll
+			for (int n = 0; n < 4; n++) {
+				if (n > warp)
+					break;
+				right_transposed<COLUMNS>(e, from[ERRORS], 16 * step, 16 * n);
+				multiply_add(x1[2 * n], dout, e[0], e[1]);
+				multiply_add(x1[2 * n + 1], dout, e[2], e[3]);
+				if (DELTA) {
+					multiply_add(x2[2 * n], y, e[0], e[1]);
+					multiply_add(x2[2 * n + 1], y, e[2], e[3]);
+				}
+			}
+		}
+	}
+#pragma unroll
+	for (int n = 0; n < 8; n++) {
+		if (n / 2 > warp)
+			break;
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const int t = SUB * warp + lane / 4 + 8 * half;
+			float one[2], two[2];
+
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				const int s = 8 * n + 2 * (lane % 4) + i;
+				const float power =
+				        DIAGONAL || s > t ? 1.0f
+				                          : exp2_fast(m.scalars[t] - m.scalars[s]);
+
+				one[i] = p.a.forward.scale * x1[n][2 * half + i];
+				two[i] = -power * x2[n][2 * half + i];
+				if (s == t)
+					m.own[t] = one[i];
+				one[i] = s < t ? power * one[i] : 0.0f;
+				two[i] = s < t ? two[i] : 0.0f;
+			}
+			pair_at<CHUNK>(m.x1, t, 8 * n + 2 * (lane % 4)) = pack(one[0], one[1]);
+			if (DELTA)
+				pair_at<CHUNK>(m.x2, t, 8 * n + 2 * (lane % 4)) =
+				        pack(two[0], two[1]);
+		}
+	}
+	__syncthreads();
+}
+
+/* d = dout S^T, y S^T, e D^T of a slab's channels; m.ends. Synchronizes. */
+template <bool DELTA>
+static __device__ __forceinline__ void
+multiply_states(struct gradients &d, struct gradient_memory &m, const struct problem &p,
+                const struct place &x, int slab)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int warp = threadIdx.x / WARP, count = p.values / COLUMNS;
+	float end = 0.0f;
+
+	load_rows<SLAB>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token, x.tokens,
+	                f.d_k - slab * SLAB, p.aligned);
+	load_rows<SLAB>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token, x.tokens,
+	                f.d_k - slab * SLAB, p.aligned);
+	load_stage(m.stages[0], p, x, DELTA, slab, 0);
+#pragma unroll
+	for (int i = 0; i < 32; i++)
+		d.q[i / 4][i % 4] = d.r[i / 4][i % 4] = d.u[i / 4][i % 4] = 0.0f;
+	for (int i = 0; i < count; i++) {
+		const stage &from = m.stages[i % 2];
+
+		copy_wait<0>();
+		__syncthreads();
+		if (i + 1 < count)
+			load_stage(m.stages[(i + 1) % 2], p, x, DELTA, slab, (i + 1) * COLUMNS);
+#pragma unroll
+		for (int step = 0; step < COLUMNS / 16; step++) {
+			uint32_t dout[4], y[4], e[4], b[4];
+
+			left<COLUMNS>(dout, from[DOUT], SUB * warp, 16 * step);
+			left<COLUMNS>(e, from[ERRORS], SUB * warp, 16 * step);
+			if (DELTA)
+				left<COLUMNS>(y, from[VALUES], SUB * warp, 16 * step);
+#pragma unroll
+			for (int n = 0; n < SLAB / 16; n++) {
+				right_transposed<COLUMNS>(b, from[STATES], 16 * step, 16 * n);
+				multiply_add(d.q[2 * n], dout, b[0], b[1]);
+				multiply_add(d.q[2 * n + 1], dout, b[2], b[3]);
+				if (DELTA) {
+					multiply_add(d.r[2 * n], y, b[0], b[1]);
+					multiply_add(d.r[2 * n + 1], y, b[2], b[3]);
+				}
+				right_transposed<COLUMNS>(b, from[GRADIENTS], 16 * step, 16 * n);
+				multiply_add(d.u[2 * n], e, b[0], b[1]);
+				multiply_add(d.u[2 * n + 1], e, b[2], b[3]);
+			}
+		}
+		if (decays_by_data(f)) {
+			const int channel = threadIdx.x / 2, first = threadIdx.x % 2 * 2;
+
+#pragma unroll
+			for (int piece = first; piece < first + 2; piece++) {
+				float s[8], g[8];
+
+				load8(s, from[STATES] + swizzled<COLUMNS>(channel, piece));
+				load8(g, from[GRADIENTS] + swizzled<COLUMNS>(channel, piece));
+#pragma unroll
+				for (int j = 0; j < 8; j++)
+					end += s[j] * g[j];
+			}
+		}
+	}
+	end = group_sum(end, 2);
+	if (threadIdx.x % 2 == 0)
+		m.ends[threadIdx.x / 2] = end;
+	__syncthreads();
+}
+
+/* The columns of an A fragment, of tokens first .. first + 15, times beta. */
+static __device__ __forceinline__ void scale_columns(uint32_t (&a)[4], const float *beta)
+{
+	const float *mine = beta + 2 * (threadIdx.x % 4);
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		a[i] = scaled(a[i], mine[i / 2 * 8], mine[i / 2 * 8 + 1]);
+}
+
+/* What tokens of the chunk give each other, where decays are in X1 and X2 already. */
+static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gradient_memory &m)
+{
+	const int warp = threadIdx.x / WARP;
+
+	for (int step = 0; step < CHUNK / 16; step++) {
+		uint32_t one[4], two[4], q[4], k[4];
+
+		if (step <= warp) {
+			left<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+			left<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+			scale_columns(one, m.factors + BETA + 16 * step);
+			scale_columns(two, m.factors + BETA + 16 * step);
+#pragma unroll
+			for (int n = 0; n < SLAB / 16; n++) {
+				right<SLAB>(k, m.k, 16 * step, 16 * n);
+				multiply_add(d.q[2 * n], one, k[0], k[1]);
+				multiply_add(d.q[2 * n + 1], one, k[2], k[3]);
+				multiply_add(d.r[2 * n], two, k[0], k[1]);
+				multiply_add(d.r[2 * n + 1], two, k[2], k[3]);
+			}
+		}
+		if (step >= warp) {
+			left_transposed<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+			left_transposed<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+#pragma unroll
+			for (int n = 0; n < SLAB / 16; n++) {
+				right<SLAB>(q, m.q, 16 * step, 16 * n);
+				right<SLAB>(k, m.k, 16 * step, 16 * n);
+				multiply_add(d.u[2 * n], one, q[0], q[1]);
+				multiply_add(d.u[2 * n + 1], one, q[2], q[3]);
+				multiply_add(d.u[2 * n], two, k[0], k[1]);
+				multiply_add(d.u[2 * n + 1], two, k[2], k[3]);
+			}
+		}
+	}
+}
+
+/* The same where decays differ by channel: as keys of the tokens of this warp's sub-chunk, relative
+ * to its start; as queries relative to its end. */
+template <bool DELTA>
+static __device__ __forceinline__ void add_decayed_tokens(struct gradients &d,
+                                                          struct gradient_memory &m, bool mild)
+{
+	constexpr int LAG = DELTA ? 0 : 1;
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const float *start = m.g + SUB * warp * STRIDE, *end = start + SUB * STRIDE;
+
+	for (int step = 0; step < warp + mild; step++) {
+		uint32_t one[4], two[4], k[4];
+
+		left<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+		if (DELTA) {
+			left<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+			scale_columns(one, m.factors + BETA + 16 * step);
+			scale_columns(two, m.factors + BETA + 16 * step);
+		}
+#pragma unroll
+		for (int n = 0; n < SLAB / 16; n++) {
+			right<SLAB>(k, m.k, 16 * step, 16 * n);
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				const int channel = 16 * n + lane / 4 + i / 2 * 8;
+				const int row = 16 * step + 2 * (lane % 4) + i % 2 * 8;
+
+				k[i] = decayed_rows(k[i], m.g + STRIDE + channel, row,
+				                    start[channel], -1.0f);
+			}
+			multiply_add(d.q[2 * n], one, k[0], k[1]);
+			multiply_add(d.q[2 * n + 1], one, k[2], k[3]);
+			if (DELTA) {
+				multiply_add(d.r[2 * n], two, k[0], k[1]);
+				multiply_add(d.r[2 * n + 1], two, k[2], k[3]);
+			}
+		}
+	}
+	for (int step = mild ? warp : warp + 1; step < CHUNK / 16; step++) {
+		uint32_t one[4], two[4], q[4], k[4];
+
+		left_transposed<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+		if (DELTA)
+			left_transposed<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+#pragma unroll
+		for (int n = 0; n < SLAB / 16; n++) {
+			right<SLAB>(q, m.q, 16 * step, 16 * n);
+			if (DELTA)
+				right<SLAB>(k, m.k, 16 * step, 16 * n);
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				const int channel = 16 * n + lane / 4 + i / 2 * 8;
+				const int row = 16 * step + 2 * (lane % 4) + i % 2 * 8;
+
+				q[i] = decayed_rows(q[i], m.g + (1 - LAG) * STRIDE + channel, row,
+				                    end[channel], 1.0f);
+				if (DELTA)
+					k[i] = decayed_rows(k[i], m.g + STRIDE + channel, row,
+					                    end[channel], 1.0f);
+			}
+			multiply_add(d.u[2 * n], one, q[0], q[1]);
+			multiply_add(d.u[2 * n + 1], one, q[2], q[3]);
+			if (DELTA) {
+				multiply_add(d.u[2 * n], two, k[0], k[1]);
+				multiply_add(d.u[2 * n + 1], two, k[2], k[3]);
+			}
+		}
+	}
+}
+
+static __device__ __forceinline__ float value_at(const bf16 *tile, int row, int column)
+{
+	return __bfloat162float(tile[element<64>(row, column)]);
+}
+
+/*
+ * One of dq, r and u (which: 0, 1, 2) of what the tokens of this warp's sub-chunk give each other,
+ * pair by pair, into its rows of m.flow.
+ */
+static __device__ __noinline__ void add_pairs(struct gradient_memory &m, int which, int lag)
+{
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, first = SUB * warp;
+
+	for (int i = lane; i < SUB * SLAB; i += WARP) {
+		const int mine = first + i / SLAB, channel = i % SLAB;
+		const float *g = m.g + channel; /* of token t at t + 1 */
+		float sum = 0.0f;
+
+		if (which < 2) {
+			const float now = g[(mine + 1 - (which == 0 ? lag : 0)) * STRIDE];
+			const bf16 *weights = which == 0 ? m.x1 : m.x2;
+
+			for (int s = first; s < mine; s++)
+				sum += value_at(weights, mine, s) * m.factors[BETA + s] *
+				       value_at(m.k, s, channel) *
+				       exp2_fast(now - g[(s + 1) * STRIDE]);
+		} else {
+			const float now = g[(mine + 1) * STRIDE];
+
+			for (int t = mine + 1; t < first + SUB; t++) {
+				sum += value_at(m.x1, t, mine) * value_at(m.q, t, channel) *
+				       exp2_fast(g[(t + 1 - lag) * STRIDE] - now);
+				if (lag == 0)
+					sum += value_at(m.x2, t, mine) * value_at(m.k, t, channel) *
+					       exp2_fast(g[(t + 1) * STRIDE] - now);
+			}
+		}
+		m.flow[mine * STRIDE + channel] = sum;
+	}
+	__syncwarp();
+}
+
+/* Adds this warp's rows of m.flow. */
+static __device__ __forceinline__ void add_flow(float (&d)[8][4], const struct gradient_memory &m)
+{
+	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
+
+#pragma unroll
+	for (int i = 0; i < 32; i++)
+		d[i / 4][i % 4] +=
+		        m.flow[(row + i % 4 / 2 * 8) * STRIDE + i / 4 * 8 + 2 * (lane % 4) + i % 2];
+	__syncwarp();
+}
+
+/* Of a slab's channels, decays that differ among them: strict parts of dq, r and u, and the sums
+ * m.written. */
+template <bool DELTA>
+static __device__ __forceinline__ void finish_decayed(struct gradients &d,
+                                                      struct gradient_memory &m, float scale)
+{
+	constexpr int LAG = DELTA ? 0 : 1;
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int row = SUB * warp + lane / 4;
+	const bool mild = decays_mildly(m.g);
+	const float *start = m.g + SUB * warp * STRIDE, *end = start + SUB * STRIDE;
+
+#pragma unroll
+	for (int i = 0; i < 16; i++) {
+		const int n = i / 2, channel = 8 * n + 2 * (lane % 4) + i % 2;
+		const float from = exp2_fast(start[channel]);
+		const float to = exp2_fast(m.g[CHUNK * STRIDE + channel] - end[channel]);
+		float sum = 0.0f;
+
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const int t = row + 8 * half, e = 2 * half + i % 2;
+
+			d.q[n][e] *= scale * from;
+			d.r[n][e] *= -from;
+			d.u[n][e] *= to;
+			sum += m.factors[BETA + t] * value_at(m.k, t, channel) *
+			       exp2_fast(end[channel] - m.g[(t + 1) * STRIDE + channel]) *
+			       d.u[n][e];
+		}
+#pragma unroll
+		for (int offset = 4; offset < WARP; offset *= 2)
+			sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+		if (lane < 4)
+			m.written[warp][channel] = sum;
+	}
+	add_decayed_tokens<DELTA>(d, m, mild);
+#pragma unroll
+	for (int i = 0; i < 32; i++) {
+		const int n = i / 4, e = i % 4, t = row + e / 2 * 8;
+		const int channel = 8 * n + 2 * (lane % 4) + e % 2;
+		const float *now = m.g + (t + 1) * STRIDE + channel;
+		const float power = exp2_fast(now[0] - start[channel]);
+
+		d.q[n][e] *= LAG ? exp2_fast(now[-LAG * STRIDE] - start[channel]) : power;
+		if (DELTA)
+			d.r[n][e] *= power;
+		d.u[n][e] *= exp2_fast(end[channel] - now[0]);
+	}
+	if (mild)
+		return;
+	add_pairs(m, 0, LAG);
+	add_flow(d.q, m);
+	if (DELTA) {
+		add_pairs(m, 1, LAG);
+		add_flow(d.r, m);
+	}
+	add_pairs(m, 2, LAG);
+	add_flow(d.u, m);
+}
+
+/* dlog_decay of a slab's channels, from m.flow; dbonus. Synchronizes. */
+template <bool DELTA>
+static __device__ __forceinline__ void
+store_decays(struct gradient_memory &m, const struct problem &p, const struct place &x, int slab)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int column = threadIdx.x % SLAB, half = threadIdx.x / SLAB;
+	float *mine = m.flow + half * (CHUNK / 2) * STRIDE + column, sum = 0.0f, bonus = 0.0f;
+
+	__syncthreads();
+#pragma unroll 8
+	for (int t = CHUNK / 2 - 1; t >= 0; t--) {
+		sum += mine[t * STRIDE];
+		mine[t * STRIDE] = sum;
+	}
+	m.totals[half][column] = sum;
+	if (!DELTA) {
+		for (int t = half * (CHUNK / 2); t < (half + 1) * (CHUNK / 2); t++)
+			bonus += m.own[t] * value_at(m.q, t, column) * value_at(m.k, t, column);
+		if (half == 0)
+			m.bonus[column] = bonus;
+	}
+	__syncthreads();
+	float end = exp2_fast(m.g[CHUNK * STRIDE + column]) * m.ends[column];
+
+#pragma unroll
+	for (int i = 0; i < CHUNK / SUB; i++)
+		end += m.written[i][column];
+	if (half == 0)
+		end += m.totals[1][column];
+#pragma unroll 8
+	for (int t = 0; t < CHUNK / 2; t++)
+		mine[t * STRIDE] += end;
+	/* Nothing decays, where rounding would leave something. */
+	if (half == 0 && x.first == 0 && !f.h0 && !isnan(mine[0]))
+		mine[0] = 0.0f;
+	if (!DELTA && half == 1 && slab * SLAB + column < f.d_k)
+		p.dbonus[((x.b * p.chunks + x.chunk) * f.n_heads + x.h) * f.d_k + slab * SLAB +
+		         column] = m.bonus[column] + bonus;
+	__syncthreads();
+	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += THREADS) {
+		const int t = i / (SLAB / 8), first = i % (SLAB / 8) * 8;
+		const int64_t channel = slab * SLAB + first;
+		float y[8];
+
+		if (t >= x.tokens || channel >= f.d_k)
+			continue;
+		bf16 *to = at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel;
+		load8f(y, m.flow + t * STRIDE + first);
+		if (p.aligned)
+			store8(to, y);
+		else
+			for (int j = 0; j < 8 && channel + j < f.d_k; j++)
+				to[j] = __float2bfloat16(y[j]);
+	}
+	__syncthreads();
+}
+
+template <bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(THREADS, 2)
+        gradient_kernel(const __grid_constant__ struct problem p)
+{
+	constexpr int LAG = DELTA ? 0 : 1;
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct place x = place_of(p, blockIdx.x / p.chunks, blockIdx.x % p.chunks);
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	auto &m = *reinterpret_cast<struct gradient_memory *>(shared_memory);
+	/* Of this lane's two tokens, over its channels: k.u, what the token gives the chunk's decay
+	 * by channel sums, and what it writes. */
+	float dbeta[2] = {}, flow[2] = {}, written[2] = {}, ends = 0.0f;
+	struct gradients d;
+
+	for (int i = threadIdx.x; i < WHOLE; i += THREADS)
+		m.factors[i] = p.factors[x.record * (WHOLE + p.keys) + i];
+	if (!DIAGONAL)
+		sum_scalar(m.scalars, f, x);
+	multiply_tokens<DIAGONAL, DELTA>(m, p, x);
+	for (int slab = 0; slab < p.keys / SLAB; slab++) {
+		multiply_states<DELTA>(d, m, p, x, slab);
+		if (DIAGONAL) {
+			sum_diagonal(m.g, m.totals[0], p, x, slab);
+			finish_decayed<DELTA>(d, m, f.scale);
+			if (!DELTA && threadIdx.x < SLAB)
+				m.bonus[threadIdx.x] =
+				        slab * SLAB + threadIdx.x < f.d_k
+				                ? f.bonus[x.h * f.d_k + slab * SLAB + threadIdx.x]
+				                : 0.0f;
+			if (!DELTA)
+				__syncthreads();
+		} else {
+#pragma unroll
+			for (int i = 0; i < 32; i++) {
+				const int n = i / 4, e = i % 4, half = e / 2;
+				const int t = SUB * warp + lane / 4 + 8 * half;
+				const float from = m.factors[FROM_START + t];
+
+				d.q[n][e] *= f.scale * from;
+				d.r[n][e] *= -from;
+				d.u[n][e] *= m.factors[TO_END + t];
+				written[half] += value_at(m.k, t, 8 * n + 2 * (lane % 4) + e % 2) *
+				                 d.u[n][e];
+			}
+			add_tokens(d, m);
+		}
+#pragma unroll
+		for (int i = 0; i < 16; i++) {
+			const int n = i / 2, half = i % 2, t = SUB * warp + lane / 4 + 8 * half;
+			const int channel = 8 * n + 2 * (lane % 4);
+			const float beta = m.factors[BETA + t], own = m.own[t];
+			const uint32_t qs = pair_at<SLAB>(m.q, t, channel);
+			const uint32_t ks = pair_at<SLAB>(m.k, t, channel);
+
+#pragma unroll
+			for (int j = 0; j < 2; j++) {
+				const int e = 2 * half + j;
+				const float q = j ? high_half(qs) : low_half(qs);
+				const float k = j ? high_half(ks) : low_half(ks);
+				const float x_bonus = DELTA ? own : own * m.bonus[channel + j];
+				const float of_key = k * d.r[n][e] - beta * k * d.u[n][e];
+
+				if (!DIAGONAL)
+					flow[half] += q * d.q[n][e] + of_key;
+				else
+					m.flow[t * STRIDE + channel + j] =
+					        (LAG ? 0.0f : q * d.q[n][e]) + of_key;
+				/* Of the pair (q, dq), kept for the token before. */
+				if (LAG)
+					d.r[n][e] = q * d.q[n][e];
+				d.q[n][e] += beta * x_bonus * k;
+				d.u[n][e] += x_bonus * q;
+				if (DELTA) {
+					dbeta[half] += k * d.u[n][e];
+					d.u[n][e] = d.r[n][e] + beta * d.u[n][e];
+				}
+			}
+		}
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const int t = SUB * warp + lane / 4 + 8 * half;
+			const bool valid = t < x.tokens;
+			const int64_t first = slab * SLAB, left_over = f.d_k - first;
+
+			store_row(valid ? at(p.a.dq, x.b, x.first + t, x.h) + first : NULL, d.q,
+			          half, left_over, p.aligned);
+			store_row(valid ? at(p.a.dk, x.b, x.first + t, x.h) + first : NULL, d.u,
+			          half, left_over, p.aligned);
+		}
+		if (LAG) {
+			__syncthreads();
+#pragma unroll
+			for (int i = 0; i < 32; i++) {
+				const int t = SUB * warp + lane / 4 + i % 4 / 2 * 8;
+
+				if (t > 0)
+					m.flow[(t - 1) * STRIDE + i / 4 * 8 + 2 * (lane % 4) +
+					       i % 2] += d.r[i / 4][i % 4];
+			}
+		}
+		if (DIAGONAL)
+			store_decays<DELTA>(m, p, x, slab);
+		else
+			ends += threadIdx.x < SLAB ? m.ends[threadIdx.x] : 0.0f;
+		/* The stages are free again. */
+		__syncthreads();
+	}
+	if (!DELTA)
+		return;
+	float all = 0.0f;
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const int t = SUB * warp + lane / 4 + 8 * half;
+
+		dbeta[half] = group_sum(dbeta[half], 4);
+		if (lane % 4 == 0 && t < x.tokens)
+			*at(p.a.dbeta, x.b, x.first + t, x.h) = __float2bfloat16(dbeta[half]);
+		all += m.factors[BETA + t] * written[half];
+		if (!DIAGONAL) {
+			flow[half] = group_sum(flow[half], 4);
+			if (lane % 4 == 0)
+				m.scalars[t] = flow[half];
+		}
+	}
+	if (DIAGONAL || f.decay != DECAY_SCALAR)
+		return;
+	all = group_sum(all + m.factors[FROM_START + CHUNK - 1] * ends, WARP);
+	if (lane == 0)
+		m.sums[warp] = all;
+	__syncthreads();
+	if (threadIdx.x < x.tokens) {
+		float sum = m.sums[0] + m.sums[1] + m.sums[2] + m.sums[3];
+
+		for (int t = CHUNK - 1; t >= (int)threadIdx.x; t--)
+			sum += m.scalars[t];
+		if (x.first + threadIdx.x == 0 && !f.h0 && !isnan(sum))
+			sum = 0.0f; /* nothing decays, where rounding would leave something */
+		*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
+	}
+}
+
+/* ---- the operation ---- */
+
+static bool is_bonus(const struct matrix_recurrence_args *f)
+{
+	return f->rule == RULE_BONUS;
+}
+
+static bool all_aligned(const struct matrix_recurrence_backward_args *a)
+{
+	const struct matrix_recurrence_args *f = &a->forward;
+	const bool diagonal = f->decay == DECAY_DIAGONAL;
+
+	return f->d_k % 8 == 0 && f->d_v % 8 == 0 && is_aligned(&f->q) && is_aligned(&f->k) &&
+	       is_aligned(&f->v) && is_aligned(&a->dout) && is_aligned(&a->dq) &&
+	       is_aligned(&a->dk) && is_aligned(&a->dv) &&
+	       (!diagonal || (is_aligned(&f->log_decay) && is_aligned(&a->dlog_decay)));
+}
+
+/* Takes bytes of the workspace, in order. */
+template <typename T> static T *take(size_t *used, void *workspace, int64_t count)
+{
+	char *at = static_cast<char *>(workspace) + *used;
+
+	*used += (size_t)divide_up(count * (int64_t)sizeof(T), 256) * 256;
+	return reinterpret_cast<T *>(at);
+}
+
+static struct problem problem_of(const struct matrix_recurrence_backward_args *a, void *workspace,
+                                 size_t *bytes)
+{
+	const struct matrix_recurrence_args *f = &a->forward;
+	const bool diagonal = f->decay == DECAY_DIAGONAL, bonus = is_bonus(f);
+	struct problem p = {};
+
+	p.a = *a;
+	p.chunks = divide_up(f->seq_len, CHUNK);
+	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
+	p.column_blocks = divide_up(f->d_v, COLUMNS);
+	p.values = (int)(p.column_blocks * COLUMNS);
+	p.aligned = all_aligned(a);
+	const int64_t records = f->batch * f->n_heads * p.chunks, keys = CHUNK * p.keys;
+	const int64_t decayed = diagonal ? records * keys : 0;
+
+	*bytes = 0;
+	p.factors = take<float>(bytes, workspace, records * (WHOLE + p.keys));
+	p.dbonus = take<float>(bytes, workspace, bonus ? records * f->d_k : 0);
+	p.scores = take<bf16>(bytes, workspace, records * CHUNK * CHUNK);
+	p.inverse = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * CHUNK);
+	p.q = take<bf16>(bytes, workspace, decayed);
+	p.k_end = take<bf16>(bytes, workspace, decayed);
+	p.k = take<bf16>(bytes, workspace, bonus ? 0 : decayed);
+	p.states = take<bf16>(bytes, workspace, records * p.keys * p.values);
+	p.gradients = take<bf16>(bytes, workspace, records * p.keys * p.values);
+	p.errors = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * p.values);
+	return p;
+}
+
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static enum status run(struct device *device, const struct problem &p)
+{
+	const char *name = "matrix_recurrence_backward";
+	const struct matrix_recurrence_args *f = &p.a.forward;
+	const int64_t heads = f->batch * f->n_heads;
+	const dim3 chunks((unsigned)(heads * p.chunks)), walks((unsigned)(heads * p.column_blocks));
+	enum status status = launch(device, name, prepare_kernel<DIAGONAL, DELTA>, chunks, THREADS,
+	                            sizeof(struct prepare_memory), p);
+
+	if (status == STATUS_OK)
+		status = launch(device, name, forward_kernel<KEYS, DIAGONAL, DELTA>, walks, THREADS,
+		                sizeof(struct forward_memory<KEYS>), p);
+	if (status == STATUS_OK)
+		status = launch(device, name, reverse_kernel<KEYS, DIAGONAL, DELTA>, walks, THREADS,
+		                sizeof(struct reverse_memory<KEYS>), p);
+	if (status == STATUS_OK)
+		status = launch(device, name, gradient_kernel<DIAGONAL, DELTA>, chunks, THREADS,
+		                sizeof(struct gradient_memory), p);
+	if (status == STATUS_OK && !DELTA)
+		status = column_sums(device, name, p.dbonus, f->batch * p.chunks,
+		                     f->n_heads * f->d_k, f->n_heads * f->d_k, p.a.dbonus);
+	return status;
+}
+
+template <int KEYS> static enum status run(struct device *device, const struct problem &p)
+{
+	if (is_bonus(&p.a.forward))
+		return run<KEYS, true, false>(device, p);
+	return p.a.forward.decay == DECAY_DIAGONAL ? run<KEYS, true, true>(device, p)
+	                                           : run<KEYS, false, true>(device, p);
+}
+
+} // namespace
+
+extern "C" const char *portable_delta_backward_unsupported(const struct device *, const void *args)
+{
+	const struct matrix_recurrence_args *f =
+	        &static_cast<const struct matrix_recurrence_backward_args *>(args)->forward;
+
+	if (f->rule == RULE_PLAIN)
+		return "not the plain rule";
+	if (is_bonus(f) && f->decay != DECAY_DIAGONAL)
+		return "the bonus only with diagonal decays";
+	if (f->d_k > MAX_KEYS)
+		return "d_k above 128 with the delta rule or the bonus";
+	return f->batch * f->n_heads > (int64_t)INT32_MAX / divide_up(f->seq_len, CHUNK) ||
+	                       f->batch * f->n_heads >
+	                               (int64_t)INT32_MAX / divide_up(f->d_v, COLUMNS)
+	               ? "too many chunks"
+	               : NULL;
+}
+
+extern "C" size_t portable_delta_backward_workspace(const struct device *, const void *args)
+{
+	size_t bytes;
+
+	problem_of(static_cast<const struct matrix_recurrence_backward_args *>(args), NULL, &bytes);
+	return bytes;
+}
+
+extern "C" enum status portable_delta_backward(struct device *device, const void *args,
+                                               void *workspace)
+{
+	size_t bytes;
+	const struct problem p =
+	        problem_of(static_cast<const struct matrix_recurrence_backward_args *>(args),
+	                   workspace, &bytes);
+
+	return p.keys == 64 ? run<64>(device, p) : run<MAX_KEYS>(device, p);
+}
