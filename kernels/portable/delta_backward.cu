@@ -1703,7 +1703,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	if (lane == 0)
 		m.sums[warp] = all;
 	__syncthreads();
-	if (threadIdx.x < x.tokens) {
+	if ((int)threadIdx.x < x.tokens) {
 		float sum = m.sums[0] + m.sums[1] + m.sums[2] + m.sums[3];
 
 		for (int t = CHUNK - 1; t >= (int)threadIdx.x; t--)
