@@ -789,10 +789,13 @@ static __device__ __forceinline__ void multiply_triangle(float (&d)[COLUMNS / 8]
                                                          const bf16 *triangle, const bf16 *tile)
 {
 	const int warp = threadIdx.x / WARP;
-	uint32_t a[4], b[4];
 
-	for (int step = TRANSPOSED ? warp : 0; step < (TRANSPOSED ? CHUNK / 16 : warp + 1);
-	     step++) {
+	/* Zeros too: the warp with the most work sets the pace, and no branch breaks the loads up.
+	 */
+#pragma unroll
+	for (int step = 0; step < CHUNK / 16; step++) {
+		uint32_t a[4], b[4];
+
 		if (TRANSPOSED)
 			left_transposed<CHUNK>(a, triangle, SUB * warp, 16 * step);
 		else
@@ -804,6 +807,28 @@ static __device__ __forceinline__ void multiply_triangle(float (&d)[COLUMNS / 8]
 			multiply_add(d[2 * n + 1], a, b[2], b[3]);
 		}
 	}
+}
+
+/* Whether a lower triangular [64, 64] has anything in that piece of a row. */
+static __device__ __forceinline__ bool in_triangle(int row, int piece)
+{
+	return piece < 2 * (row / SUB + 1);
+}
+
+/* A lower triangle of the workspace, in the background; zeros are there already. */
+static __device__ __forceinline__ void load_triangle(bf16 *tile, const bf16 *from)
+{
+#pragma unroll
+	for (int i = threadIdx.x; i < CHUNK * CHUNK / 8; i += THREADS)
+		if (in_triangle(i / 8, i % 8))
+			copy16_async(tile + swizzled<CHUNK>(i / 8, i % 8), from + 8 * i, true);
+}
+
+static __device__ __forceinline__ void clear_above(bf16 *tile)
+{
+	for (int i = threadIdx.x; i < CHUNK * CHUNK / 8; i += THREADS)
+		if (!in_triangle(i / 8, i % 8))
+			*reinterpret_cast<vector8 *>(tile + swizzled<CHUNK>(i / 8, i % 8)) = {};
 }
 
 /* A tile of the state into its columns of the workspace. */
@@ -880,11 +905,11 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	};
 	const auto load_inverse = [&](int64_t chunk) {
 		if (DELTA)
-			load_dense<CHUNK, CHUNK>(
-			        m.inverse,
-			        p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK, CHUNK);
+			load_triangle(m.inverse,
+			              p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK);
 	};
 
+	clear_above(m.inverse);
 	load_first(0);
 	copy_commit();
 	load_inverse(0);
@@ -987,18 +1012,19 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		else
 			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
 			                f.d_k, p.aligned);
-		load_dense<CHUNK, CHUNK>(m.scores, p.scores + x.record * CHUNK * CHUNK, CHUNK);
+		load_triangle(m.scores, p.scores + x.record * CHUNK * CHUNK);
 		load_rows<COLUMNS>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
 		                   p.a.dout.token, x.tokens, f.d_v - column, p.aligned);
 		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
 	};
 	const auto load_inverse = [&](int64_t chunk) {
 		if (DELTA)
-			load_dense<CHUNK, CHUNK>(
-			        m.inverse,
-			        p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK, CHUNK);
+			load_triangle(m.inverse,
+			              p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK);
 	};
 
+	clear_above(m.inverse);
+	clear_above(m.scores);
 	load_first(p.chunks - 1);
 	copy_commit();
 	load_inverse(p.chunks - 1);
