@@ -135,11 +135,11 @@ static __device__ __forceinline__ void right_transposed(uint32_t (&b)[4], const 
 
 /* 64 rows of W elements from a view, zeros past `rows` and `width`; in the background if aligned.
  */
-template <int W>
+template <int W, int N = THREADS>
 static __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *from, int64_t stride,
                                                  int rows, int64_t width, bool is_aligned)
 {
-	for (int i = threadIdx.x; i < CHUNK * W / 8; i += THREADS) {
+	for (int i = threadIdx.x; i < CHUNK * W / 8; i += N) {
 		const int row = i / (W / 8), column = i % (W / 8) * 8;
 		bf16 *to = tile + swizzled<W>(row, column / 8);
 		const bool valid = row < rows && column < width;
@@ -159,11 +159,11 @@ static __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *from, i
 }
 
 /* ROWS rows of W elements of a matrix of the workspace, in the background. */
-template <int W, int ROWS>
+template <int W, int ROWS, int N = THREADS>
 static __device__ __forceinline__ void load_dense(bf16 *tile, const bf16 *from, int64_t stride)
 {
 #pragma unroll
-	for (int i = threadIdx.x; i < ROWS * W / 8; i += THREADS) {
+	for (int i = threadIdx.x; i < ROWS * W / 8; i += N) {
 		const int row = i / (W / 8), piece = i % (W / 8);
 
 		copy16_async(tile + swizzled<W>(row, piece), from + row * stride + 8 * piece, true);
@@ -255,14 +255,16 @@ static __device__ void sum_scalar(float *g, const struct matrix_recurrence_args 
 	__syncthreads();
 }
 
-/* g[(t + 1) * STRIDE + c] = G_t of a slab's channels, row 0 zero; `totals` [64]. Synchronizes. */
+/* g[(t + 1) * STRIDE + c] = G_t of a slab's channels, row 0 zero; `totals` [N]. Synchronizes. */
+template <int N>
 static __device__ void sum_diagonal(float *g, float *totals, const struct problem &p,
                                     const struct place &x, int slab)
 {
+	constexpr int ROWS = CHUNK / (N / SLAB);
 	const struct matrix_recurrence_args &f = p.a.forward;
-	const int channel = threadIdx.x % SLAB, half = threadIdx.x / SLAB;
+	const int channel = threadIdx.x % SLAB, part = threadIdx.x / SLAB;
 
-	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += THREADS) {
+	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += N) {
 		const int row = i / (SLAB / 8), column = i % (SLAB / 8) * 8;
 		const int64_t first = slab * SLAB + column;
 		float y[8] = {};
@@ -281,35 +283,36 @@ static __device__ void sum_diagonal(float *g, float *totals, const struct proble
 			g[(row + 1) * STRIDE + column + j] = y[j] * LOG2E;
 	}
 	__syncthreads();
-	float *mine = g + (half * CHUNK / 2 + 1) * STRIDE + channel, sum = 0.0f;
+	float *mine = g + (part * ROWS + 1) * STRIDE + channel, sum = 0.0f;
 
 #pragma unroll 8
-	for (int row = 0; row < CHUNK / 2; row++) {
+	for (int row = 0; row < ROWS; row++) {
 		sum += mine[row * STRIDE];
 		mine[row * STRIDE] = sum;
 	}
-	if (half == 0) {
-		totals[channel] = sum;
+	totals[threadIdx.x] = sum;
+	if (part == 0)
 		g[channel] = 0.0f;
-	}
 	__syncthreads();
-	if (half == 1) {
-		const float before = totals[channel];
+	if (part > 0) {
+		float before = 0.0f;
 
+		for (int i = 0; i < part; i++)
+			before += totals[i * SLAB + channel];
 #pragma unroll 8
-		for (int row = 0; row < CHUNK / 2; row++)
+		for (int row = 0; row < ROWS; row++)
 			mine[row * STRIDE] += before;
 	}
 	__syncthreads();
 }
 
-/* Whether no channel of the slab decays by more than 2^-MILD inside this warp's sub-chunk. */
-static __device__ __forceinline__ bool decays_mildly(const float *g)
+/* Whether none of 32 channels decays by more than 2^-MILD inside a sub-chunk, from the row before
+ * it on. */
+static __device__ __forceinline__ bool decays_mildly(const float *before)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-	const float *begin = g + SUB * warp * STRIDE + 2 * lane, *end = begin + SUB * STRIDE;
+	const float *mine = before + threadIdx.x % WARP;
 
-	return __all_sync(0xffffffffu, begin[0] - end[0] <= MILD && begin[1] - end[1] <= MILD);
+	return __all_sync(0xffffffffu, mine[0] - mine[SUB * STRIDE] <= MILD);
 }
 
 static __device__ __forceinline__ uint32_t scaled(uint32_t pair, float x, float y)
@@ -331,7 +334,7 @@ struct prepare_memory {
 	union {
 		struct {
 			float g[(CHUNK + 1) * STRIDE];
-			float totals[SLAB];
+			float totals[THREADS];
 		};
 		float system[CHUNK * STRIDE];
 	};
@@ -379,8 +382,9 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 	constexpr int LAG = DELTA ? 0 : 1;
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 	const int row = SUB * warp + lane / 4;
-	const bool mild = decays_mildly(m.g);
 	const float *reference = m.g + SUB * warp * STRIDE;
+	const bool first_mild = decays_mildly(reference);
+	const bool mild = decays_mildly(reference + WARP) && first_mild;
 
 #pragma unroll
 	for (int step = 0; step < SLAB / 16; step++) {
@@ -619,7 +623,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
 		                f.d_k - slab * SLAB, p.aligned);
 		copy_commit();
 		if (DIAGONAL)
-			sum_diagonal(m.g, m.totals, p, x, slab);
+			sum_diagonal<THREADS>(m.g, m.totals, p, x, slab);
 		copy_wait<0>();
 		__syncthreads();
 		if (DIAGONAL) {
@@ -1114,6 +1118,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 /* ---- 4. gradients that sum over columns ---- */
 
+/* A warp takes 16 tokens, and half of a slab's channels or of the tokens as keys. */
+constexpr int GRADIENT_THREADS = 256, STAGES = 3, HALF = 32, TILES = HALF / 8;
+
 enum { DOUT, ERRORS, VALUES, STATES, GRADIENTS, N_OPERANDS };
 
 /* 32 columns of a chunk's tokens and of a slab's rows of the states. */
@@ -1121,7 +1128,7 @@ typedef bf16 stage[N_OPERANDS][CHUNK * COLUMNS];
 
 struct gradient_memory {
 	union {
-		stage stages[2];
+		stage stages[STAGES];
 		struct {
 			float g[(CHUNK + 1) * STRIDE];
 			float flow[CHUNK * STRIDE]; /* q dq + k r - beta k u */
@@ -1134,177 +1141,195 @@ struct gradient_memory {
 	float scalars[2 * CHUNK];
 	float ends[SLAB];                 /* rowsum(S D) of channels */
 	float written[CHUNK / SUB][SLAB]; /* sums of what tokens add to it */
-	float totals[2][SLAB];
-	float sums[THREADS / WARP];
+	float totals[GRADIENT_THREADS], bonuses[GRADIENT_THREADS];
+	float sums[GRADIENT_THREADS / WARP];
+	float rows[2][CHUNK]; /* dbeta and flows of the second half of channels */
 	float bonus[SLAB];
 };
 
 /* Rows of dq, r and u, as products leave them. */
 struct gradients {
-	float q[8][4], r[8][4], u[8][4];
+	float q[TILES][4], r[TILES][4], u[TILES][4];
 };
 
-static __device__ __forceinline__ void load_stage(stage &to, const struct problem &p,
-                                                  const struct place &x, bool delta, int slab,
-                                                  int64_t column)
+/* Where this thread is in the products: its warp's first token and first channel or key. */
+struct corner {
+	int token, channel;
+};
+
+static __device__ __forceinline__ struct corner corner_of()
 {
-	const struct matrix_recurrence_args &f = p.a.forward;
+	const int warp = threadIdx.x / WARP;
 
-	load_rows<COLUMNS>(to[DOUT], at(p.a.dout, x.b, x.first, x.h) + column, p.a.dout.token,
-	                   x.tokens, f.d_v - column, p.aligned);
-	if (delta) {
-		load_dense<COLUMNS, CHUNK>(
-		        to[ERRORS], p.errors + x.record * CHUNK * p.values + column, p.values);
-		load_rows<COLUMNS>(to[VALUES], at(p.a.dv, x.b, x.first, x.h) + column, p.a.dv.token,
-		                   x.tokens, f.d_v - column, p.aligned);
-	} else {
-		load_rows<COLUMNS>(to[ERRORS], at(f.v, x.b, x.first, x.h) + column, f.v.token,
-		                   x.tokens, f.d_v - column, p.aligned);
-	}
-	if (slab >= 0) {
-		const int64_t from = (x.record * p.keys + slab * SLAB) * p.values + column;
-
-		load_dense<COLUMNS, SLAB>(to[STATES], p.states + from, p.values);
-		load_dense<COLUMNS, SLAB>(to[GRADIENTS], p.gradients + from, p.values);
-	}
-	copy_commit();
+	return {warp % (CHUNK / SUB) * SUB, warp / (CHUNK / SUB) * HALF};
 }
 
-/* X1 and X2 and the tokens' own x into shared memory. Synchronizes. */
-template <bool DIAGONAL, bool DELTA>
-static __device__ __forceinline__ void
-multiply_tokens(struct gradient_memory &m, const struct problem &p, const struct place &x)
+/* This lane's token and channel of element e of tile n. */
+static __device__ __forceinline__ int token_of(struct corner c, int e)
 {
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const int count = p.values / COLUMNS;
-	float x1[8][4] = {}, x2[8][4] = {};
+	return c.token + threadIdx.x % WARP / 4 + e / 2 * 8;
+}
 
-	load_stage(m.stages[0], p, x, DELTA, -1, 0);
-	for (int i = 0; i < count; i++) {
-		const stage &from = m.stages[i % 2];
+static __device__ __forceinline__ int channel_of(struct corner c, int n, int e)
+{
+	return c.channel + 8 * n + threadIdx.x % 4 * 2 + e % 2;
+}
 
-		copy_wait<0>();
-		__syncthreads();
-		if (i + 1 < count)
-			load_stage(m.stages[(i + 1) % 2], p, x, DELTA, -1, (i + 1) * COLUMNS);
-#pragma unroll
-		for (int step = 0; step < COLUMNS / 16; step++) {
-			uint32_t dout[4], y[4], e[4];
+/* Columns of the operands of a slab's products, in the background. */
+template <bool DELTA>
+static __device__ __forceinline__ void load_stage(stage &to, const struct problem &p,
+                                                  const struct place &x, int slab, int64_t column)
+{
+	constexpr int N = GRADIENT_THREADS;
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const int64_t from = (x.record * p.keys + slab * SLAB) * p.values + column;
 
-			left<COLUMNS>(dout, from[DOUT], SUB * warp, 16 * step);
-			if (DELTA)
-				left<COLUMNS>(y, from[VALUES], SUB * warp, 16 * step);
-#pragma unroll
-			for (int n = 0; n < 4; n++) {
-				if (n > warp)
-					break;
-				right_transposed<COLUMNS>(e, from[ERRORS], 16 * step, 16 * n);
-				multiply_add(x1[2 * n], dout, e[0], e[1]);
-				multiply_add(x1[2 * n + 1], dout, e[2], e[3]);
-				if (DELTA) {
-					multiply_add(x2[2 * n], y, e[0], e[1]);
-					multiply_add(x2[2 * n + 1], y, e[2], e[3]);
-				}
-			}
-		}
+	load_rows<COLUMNS, N>(to[DOUT], at(p.a.dout, x.b, x.first, x.h) + column, p.a.dout.token,
+	                      x.tokens, f.d_v - column, p.aligned);
+	if (DELTA) {
+		load_dense<COLUMNS, CHUNK, N>(
+		        to[ERRORS], p.errors + x.record * CHUNK * p.values + column, p.values);
+		load_rows<COLUMNS, N>(to[VALUES], at(p.a.dv, x.b, x.first, x.h) + column,
+		                      p.a.dv.token, x.tokens, f.d_v - column, p.aligned);
+	} else {
+		load_rows<COLUMNS, N>(to[ERRORS], at(f.v, x.b, x.first, x.h) + column, f.v.token,
+		                      x.tokens, f.d_v - column, p.aligned);
 	}
+	load_dense<COLUMNS, SLAB, N>(to[STATES], p.states + from, p.values);
+	load_dense<COLUMNS, SLAB, N>(to[GRADIENTS], p.gradients + from, p.values);
+}
+
+/* X1 and X2 and the tokens' own x into shared memory. */
+template <bool DIAGONAL, bool DELTA>
+static __device__ __forceinline__ void store_tokens(struct gradient_memory &m,
+                                                    const float (&x1)[TILES][4],
+                                                    const float (&x2)[TILES][4], float scale)
+{
+	const struct corner c = corner_of();
+
 #pragma unroll
-	for (int n = 0; n < 8; n++) {
-		if (n / 2 > warp)
+	for (int n = 0; n < TILES; n++) {
+		if (c.channel + n / 2 * SUB > c.token)
 			break;
 #pragma unroll
 		for (int half = 0; half < 2; half++) {
-			const int t = SUB * warp + lane / 4 + 8 * half;
+			const int t = token_of(c, 2 * half), first = channel_of(c, n, 0);
 			float one[2], two[2];
 
 #pragma unroll
 			for (int i = 0; i < 2; i++) {
-				const int s = 8 * n + 2 * (lane % 4) + i;
+				const int s = first + i;
 				const float power =
 				        DIAGONAL || s > t ? 1.0f
 				                          : exp2_fast(m.scalars[t] - m.scalars[s]);
 
-				one[i] = p.a.forward.scale * x1[n][2 * half + i];
-				two[i] = -power * x2[n][2 * half + i];
+				one[i] = scale * x1[n][2 * half + i];
 				if (s == t)
 					m.own[t] = one[i];
 				one[i] = s < t ? power * one[i] : 0.0f;
-				two[i] = s < t ? two[i] : 0.0f;
+				two[i] = s < t ? -power * x2[n][2 * half + i] : 0.0f;
 			}
-			pair_at<CHUNK>(m.x1, t, 8 * n + 2 * (lane % 4)) = pack(one[0], one[1]);
+			pair_at<CHUNK>(m.x1, t, first) = pack(one[0], one[1]);
 			if (DELTA)
-				pair_at<CHUNK>(m.x2, t, 8 * n + 2 * (lane % 4)) =
-				        pack(two[0], two[1]);
+				pair_at<CHUNK>(m.x2, t, first) = pack(two[0], two[1]);
 		}
 	}
-	__syncthreads();
 }
 
-/* d = dout S^T, y S^T, e D^T of a slab's channels; m.ends. Synchronizes. */
-template <bool DELTA>
+/*
+ * d = dout S^T, y S^T, e D^T of a slab's channels, m.ends; FIRST: also what store_tokens() stores,
+ * of the first slab. The stages of the next slab are on their way afterwards, unless decays of
+ * channels take their place. Synchronizes.
+ */
+template <bool DIAGONAL, bool DELTA, bool FIRST>
 static __device__ __forceinline__ void
 multiply_states(struct gradients &d, struct gradient_memory &m, const struct problem &p,
                 const struct place &x, int slab)
 {
 	const struct matrix_recurrence_args &f = p.a.forward;
-	const int warp = threadIdx.x / WARP, count = p.values / COLUMNS;
-	float end = 0.0f;
+	const struct corner c = corner_of();
+	const int count = p.values / COLUMNS, first = slab * count;
+	const int limit = DIAGONAL ? first + count : p.keys / SLAB * count;
+	float x1[TILES][4] = {}, x2[TILES][4] = {}, end = 0.0f;
+	const auto load = [&](int step) {
+		if (step < limit)
+			load_stage<DELTA>(m.stages[step % STAGES], p, x, step / count,
+			                  step % count * COLUMNS);
+		copy_commit();
+	};
 
-	load_rows<SLAB>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token, x.tokens,
-	                f.d_k - slab * SLAB, p.aligned);
-	load_rows<SLAB>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token, x.tokens,
-	                f.d_k - slab * SLAB, p.aligned);
-	load_stage(m.stages[0], p, x, DELTA, slab, 0);
+	load_rows<SLAB, GRADIENT_THREADS>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token,
+	                                  x.tokens, f.d_k - slab * SLAB, p.aligned);
+	load_rows<SLAB, GRADIENT_THREADS>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token,
+	                                  x.tokens, f.d_k - slab * SLAB, p.aligned);
+	if (DIAGONAL || FIRST) {
+		load(first);
+		load(first + 1);
+	}
 #pragma unroll
-	for (int i = 0; i < 32; i++)
+	for (int i = 0; i < TILES * 4; i++)
 		d.q[i / 4][i % 4] = d.r[i / 4][i % 4] = d.u[i / 4][i % 4] = 0.0f;
-	for (int i = 0; i < count; i++) {
-		const stage &from = m.stages[i % 2];
+#pragma unroll 1
+	for (int i = first; i < first + count; i++) {
+		const stage &from = m.stages[i % STAGES];
 
-		copy_wait<0>();
+		copy_wait<1>();
 		__syncthreads();
-		if (i + 1 < count)
-			load_stage(m.stages[(i + 1) % 2], p, x, DELTA, slab, (i + 1) * COLUMNS);
+		load(i + 2);
 #pragma unroll
-		for (int step = 0; step < COLUMNS / 16; step++) {
+		for (int step = 0; step < COLUMNS; step += 16) {
 			uint32_t dout[4], y[4], e[4], b[4];
 
-			left<COLUMNS>(dout, from[DOUT], SUB * warp, 16 * step);
-			left<COLUMNS>(e, from[ERRORS], SUB * warp, 16 * step);
+			left<COLUMNS>(dout, from[DOUT], c.token, step);
+			left<COLUMNS>(e, from[ERRORS], c.token, step);
 			if (DELTA)
-				left<COLUMNS>(y, from[VALUES], SUB * warp, 16 * step);
+				left<COLUMNS>(y, from[VALUES], c.token, step);
 #pragma unroll
-			for (int n = 0; n < SLAB / 16; n++) {
-				right_transposed<COLUMNS>(b, from[STATES], 16 * step, 16 * n);
-				multiply_add(d.q[2 * n], dout, b[0], b[1]);
-				multiply_add(d.q[2 * n + 1], dout, b[2], b[3]);
+			for (int n = 0; n < TILES; n += 2) {
+				const int channel = c.channel + 8 * n;
+
+				right_transposed<COLUMNS>(b, from[STATES], step, channel);
+				multiply_add(d.q[n], dout, b[0], b[1]);
+				multiply_add(d.q[n + 1], dout, b[2], b[3]);
 				if (DELTA) {
-					multiply_add(d.r[2 * n], y, b[0], b[1]);
-					multiply_add(d.r[2 * n + 1], y, b[2], b[3]);
+					multiply_add(d.r[n], y, b[0], b[1]);
+					multiply_add(d.r[n + 1], y, b[2], b[3]);
 				}
-				right_transposed<COLUMNS>(b, from[GRADIENTS], 16 * step, 16 * n);
-				multiply_add(d.u[2 * n], e, b[0], b[1]);
-				multiply_add(d.u[2 * n + 1], e, b[2], b[3]);
+				right_transposed<COLUMNS>(b, from[GRADIENTS], step, channel);
+				multiply_add(d.u[n], e, b[0], b[1]);
+				multiply_add(d.u[n + 1], e, b[2], b[3]);
+				if (!FIRST || channel > c.token)
+					continue;
+				right_transposed<COLUMNS>(b, from[ERRORS], step, channel);
+				multiply_add(x1[n], dout, b[0], b[1]);
+				multiply_add(x1[n + 1], dout, b[2], b[3]);
+				if (DELTA) {
+					multiply_add(x2[n], y, b[0], b[1]);
+					multiply_add(x2[n + 1], y, b[2], b[3]);
+				}
 			}
 		}
 		if (decays_by_data(f)) {
-			const int channel = threadIdx.x / 2, first = threadIdx.x % 2 * 2;
+			const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
+			float s[8], g[8];
 
+			load8(s, from[STATES] + swizzled<COLUMNS>(row, piece));
+			load8(g, from[GRADIENTS] + swizzled<COLUMNS>(row, piece));
 #pragma unroll
-			for (int piece = first; piece < first + 2; piece++) {
-				float s[8], g[8];
-
-				load8(s, from[STATES] + swizzled<COLUMNS>(channel, piece));
-				load8(g, from[GRADIENTS] + swizzled<COLUMNS>(channel, piece));
-#pragma unroll
-				for (int j = 0; j < 8; j++)
-					end += s[j] * g[j];
-			}
+			for (int j = 0; j < 8; j++)
+				end += s[j] * g[j];
 		}
 	}
-	end = group_sum(end, 2);
-	if (threadIdx.x % 2 == 0)
-		m.ends[threadIdx.x / 2] = end;
+	end = group_sum(end, 4);
+	if (threadIdx.x % 4 == 0)
+		m.ends[threadIdx.x / 4] = end;
+	if (FIRST)
+		store_tokens<DIAGONAL, DELTA>(m, x1, x2, f.scale);
+	/* q and k, of a later slab with the third of its stages. */
+	if (DIAGONAL || FIRST || count < 3)
+		copy_wait<0>();
+	else
+		copy_wait<2>();
 	__syncthreads();
 }
 
@@ -1321,106 +1346,113 @@ static __device__ __forceinline__ void scale_columns(uint32_t (&a)[4], const flo
 /* What tokens of the chunk give each other, where decays are in X1 and X2 already. */
 static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gradient_memory &m)
 {
-	const int warp = threadIdx.x / WARP;
+	const struct corner c = corner_of();
 
-	for (int step = 0; step < CHUNK / 16; step++) {
+#pragma unroll 1
+	for (int step = 0; step < CHUNK; step += 16) {
 		uint32_t one[4], two[4], q[4], k[4];
 
-		if (step <= warp) {
-			left<CHUNK>(one, m.x1, SUB * warp, 16 * step);
-			left<CHUNK>(two, m.x2, SUB * warp, 16 * step);
-			scale_columns(one, m.factors + BETA + 16 * step);
-			scale_columns(two, m.factors + BETA + 16 * step);
+		if (step <= c.token) {
+			left<CHUNK>(one, m.x1, c.token, step);
+			left<CHUNK>(two, m.x2, c.token, step);
+			scale_columns(one, m.factors + BETA + step);
+			scale_columns(two, m.factors + BETA + step);
 #pragma unroll
-			for (int n = 0; n < SLAB / 16; n++) {
-				right<SLAB>(k, m.k, 16 * step, 16 * n);
-				multiply_add(d.q[2 * n], one, k[0], k[1]);
-				multiply_add(d.q[2 * n + 1], one, k[2], k[3]);
-				multiply_add(d.r[2 * n], two, k[0], k[1]);
-				multiply_add(d.r[2 * n + 1], two, k[2], k[3]);
+			for (int n = 0; n < TILES; n += 2) {
+				right<SLAB>(k, m.k, step, c.channel + 8 * n);
+				multiply_add(d.q[n], one, k[0], k[1]);
+				multiply_add(d.q[n + 1], one, k[2], k[3]);
+				multiply_add(d.r[n], two, k[0], k[1]);
+				multiply_add(d.r[n + 1], two, k[2], k[3]);
 			}
 		}
-		if (step >= warp) {
-			left_transposed<CHUNK>(one, m.x1, SUB * warp, 16 * step);
-			left_transposed<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+		if (step >= c.token) {
+			left_transposed<CHUNK>(one, m.x1, c.token, step);
+			left_transposed<CHUNK>(two, m.x2, c.token, step);
 #pragma unroll
-			for (int n = 0; n < SLAB / 16; n++) {
-				right<SLAB>(q, m.q, 16 * step, 16 * n);
-				right<SLAB>(k, m.k, 16 * step, 16 * n);
-				multiply_add(d.u[2 * n], one, q[0], q[1]);
-				multiply_add(d.u[2 * n + 1], one, q[2], q[3]);
-				multiply_add(d.u[2 * n], two, k[0], k[1]);
-				multiply_add(d.u[2 * n + 1], two, k[2], k[3]);
+			for (int n = 0; n < TILES; n += 2) {
+				right<SLAB>(q, m.q, step, c.channel + 8 * n);
+				right<SLAB>(k, m.k, step, c.channel + 8 * n);
+				multiply_add(d.u[n], one, q[0], q[1]);
+				multiply_add(d.u[n + 1], one, q[2], q[3]);
+				multiply_add(d.u[n], two, k[0], k[1]);
+				multiply_add(d.u[n + 1], two, k[2], k[3]);
 			}
 		}
 	}
 }
 
-/* The same where decays differ by channel: as keys of the tokens of this warp's sub-chunk, relative
- * to its start; as queries relative to its end. */
+/*
+ * The same where decays differ by channel: to the tokens of this warp's sub-chunk as queries
+ * relative to its start, as keys relative to its end.
+ */
 template <bool DELTA>
 static __device__ __forceinline__ void add_decayed_tokens(struct gradients &d,
                                                           struct gradient_memory &m, bool mild)
 {
 	constexpr int LAG = DELTA ? 0 : 1;
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const float *start = m.g + SUB * warp * STRIDE, *end = start + SUB * STRIDE;
+	const struct corner c = corner_of();
+	const int lane = threadIdx.x % WARP;
+	const float *start = m.g + c.token * STRIDE, *end = start + SUB * STRIDE;
 
-	for (int step = 0; step < warp + mild; step++) {
+#pragma unroll 1
+	for (int step = 0; step < c.token + (mild ? SUB : 0); step += 16) {
 		uint32_t one[4], two[4], k[4];
 
-		left<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+		left<CHUNK>(one, m.x1, c.token, step);
 		if (DELTA) {
-			left<CHUNK>(two, m.x2, SUB * warp, 16 * step);
-			scale_columns(one, m.factors + BETA + 16 * step);
-			scale_columns(two, m.factors + BETA + 16 * step);
+			left<CHUNK>(two, m.x2, c.token, step);
+			scale_columns(one, m.factors + BETA + step);
+			scale_columns(two, m.factors + BETA + step);
 		}
 #pragma unroll
-		for (int n = 0; n < SLAB / 16; n++) {
-			right<SLAB>(k, m.k, 16 * step, 16 * n);
+		for (int n = 0; n < TILES; n += 2) {
+			right<SLAB>(k, m.k, step, c.channel + 8 * n);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
-				const int channel = 16 * n + lane / 4 + i / 2 * 8;
-				const int row = 16 * step + 2 * (lane % 4) + i % 2 * 8;
+				const int channel = c.channel + 8 * n + lane / 4 + i / 2 * 8;
+				const int row = step + 2 * (lane % 4) + i % 2 * 8;
 
 				k[i] = decayed_rows(k[i], m.g + STRIDE + channel, row,
 				                    start[channel], -1.0f);
 			}
-			multiply_add(d.q[2 * n], one, k[0], k[1]);
-			multiply_add(d.q[2 * n + 1], one, k[2], k[3]);
+			multiply_add(d.q[n], one, k[0], k[1]);
+			multiply_add(d.q[n + 1], one, k[2], k[3]);
 			if (DELTA) {
-				multiply_add(d.r[2 * n], two, k[0], k[1]);
-				multiply_add(d.r[2 * n + 1], two, k[2], k[3]);
+				multiply_add(d.r[n], two, k[0], k[1]);
+				multiply_add(d.r[n + 1], two, k[2], k[3]);
 			}
 		}
 	}
-	for (int step = mild ? warp : warp + 1; step < CHUNK / 16; step++) {
+#pragma unroll 1
+	for (int step = c.token + (mild ? 0 : SUB); step < CHUNK; step += 16) {
 		uint32_t one[4], two[4], q[4], k[4];
 
-		left_transposed<CHUNK>(one, m.x1, SUB * warp, 16 * step);
+		left_transposed<CHUNK>(one, m.x1, c.token, step);
 		if (DELTA)
-			left_transposed<CHUNK>(two, m.x2, SUB * warp, 16 * step);
+			left_transposed<CHUNK>(two, m.x2, c.token, step);
 #pragma unroll
-		for (int n = 0; n < SLAB / 16; n++) {
-			right<SLAB>(q, m.q, 16 * step, 16 * n);
+		for (int n = 0; n < TILES; n += 2) {
+			right<SLAB>(q, m.q, step, c.channel + 8 * n);
 			if (DELTA)
-				right<SLAB>(k, m.k, 16 * step, 16 * n);
+				right<SLAB>(k, m.k, step, c.channel + 8 * n);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
-				const int channel = 16 * n + lane / 4 + i / 2 * 8;
-				const int row = 16 * step + 2 * (lane % 4) + i % 2 * 8;
+				const int channel = c.channel + 8 * n + lane / 4 + i / 2 * 8;
+				const int row = step + 2 * (lane % 4) + i % 2 * 8;
+				const float *now = m.g + (row + 1 - LAG) * STRIDE + channel;
+				const float a = exp2_fast(now[0] - end[channel]);
+				const float b = exp2_fast(now[STRIDE] - end[channel]);
 
-				q[i] = decayed_rows(q[i], m.g + (1 - LAG) * STRIDE + channel, row,
-				                    end[channel], 1.0f);
+				q[i] = scaled(q[i], a, b);
 				if (DELTA)
-					k[i] = decayed_rows(k[i], m.g + STRIDE + channel, row,
-					                    end[channel], 1.0f);
+					k[i] = scaled(k[i], a, b);
 			}
-			multiply_add(d.u[2 * n], one, q[0], q[1]);
-			multiply_add(d.u[2 * n + 1], one, q[2], q[3]);
+			multiply_add(d.u[n], one, q[0], q[1]);
+			multiply_add(d.u[n + 1], one, q[2], q[3]);
 			if (DELTA) {
-				multiply_add(d.u[2 * n], two, k[0], k[1]);
-				multiply_add(d.u[2 * n + 1], two, k[2], k[3]);
+				multiply_add(d.u[n], two, k[0], k[1]);
+				multiply_add(d.u[n + 1], two, k[2], k[3]);
 			}
 		}
 	}
@@ -1433,29 +1465,29 @@ static __device__ __forceinline__ float value_at(const bf16 *tile, int row, int 
 
 /*
  * One of dq, r and u (which: 0, 1, 2) of what the tokens of this warp's sub-chunk give each other,
- * pair by pair, into its rows of m.flow.
+ * pair by pair, into its part of m.flow.
  */
 static __device__ __noinline__ void add_pairs(struct gradient_memory &m, int which, int lag)
 {
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, first = SUB * warp;
+	const struct corner c = corner_of();
+	const int channel = c.channel + threadIdx.x % WARP;
+	const float *g = m.g + channel; /* of token t at t + 1 */
 
-	for (int i = lane; i < SUB * SLAB; i += WARP) {
-		const int mine = first + i / SLAB, channel = i % SLAB;
-		const float *g = m.g + channel; /* of token t at t + 1 */
+	for (int mine = c.token; mine < c.token + SUB; mine++) {
 		float sum = 0.0f;
 
 		if (which < 2) {
 			const float now = g[(mine + 1 - (which == 0 ? lag : 0)) * STRIDE];
 			const bf16 *weights = which == 0 ? m.x1 : m.x2;
 
-			for (int s = first; s < mine; s++)
+			for (int s = c.token; s < mine; s++)
 				sum += value_at(weights, mine, s) * m.factors[BETA + s] *
 				       value_at(m.k, s, channel) *
 				       exp2_fast(now - g[(s + 1) * STRIDE]);
 		} else {
 			const float now = g[(mine + 1) * STRIDE];
 
-			for (int t = mine + 1; t < first + SUB; t++) {
+			for (int t = mine + 1; t < c.token + SUB; t++) {
 				sum += value_at(m.x1, t, mine) * value_at(m.q, t, channel) *
 				       exp2_fast(g[(t + 1 - lag) * STRIDE] - now);
 				if (lag == 0)
@@ -1468,40 +1500,41 @@ static __device__ __noinline__ void add_pairs(struct gradient_memory &m, int whi
 	__syncwarp();
 }
 
-/* Adds this warp's rows of m.flow. */
-static __device__ __forceinline__ void add_flow(float (&d)[8][4], const struct gradient_memory &m)
+/* Adds this warp's part of m.flow. */
+static __device__ __forceinline__ void add_flow(float (&d)[TILES][4],
+                                                const struct gradient_memory &m)
 {
-	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
+	const struct corner c = corner_of();
 
 #pragma unroll
-	for (int i = 0; i < 32; i++)
+	for (int i = 0; i < TILES * 4; i++)
 		d[i / 4][i % 4] +=
-		        m.flow[(row + i % 4 / 2 * 8) * STRIDE + i / 4 * 8 + 2 * (lane % 4) + i % 2];
+		        m.flow[token_of(c, i % 4) * STRIDE + channel_of(c, i / 4, i % 4)];
 	__syncwarp();
 }
 
-/* Of a slab's channels, decays that differ among them: strict parts of dq, r and u, and the sums
+/* Where decays differ by channel: dq, r and u without the tokens' own parts, and the sums
  * m.written. */
 template <bool DELTA>
 static __device__ __forceinline__ void finish_decayed(struct gradients &d,
                                                       struct gradient_memory &m, float scale)
 {
 	constexpr int LAG = DELTA ? 0 : 1;
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const int row = SUB * warp + lane / 4;
-	const bool mild = decays_mildly(m.g);
-	const float *start = m.g + SUB * warp * STRIDE, *end = start + SUB * STRIDE;
+	const struct corner c = corner_of();
+	const int lane = threadIdx.x % WARP;
+	const float *start = m.g + c.token * STRIDE, *end = start + SUB * STRIDE;
+	const bool mild = decays_mildly(start + c.channel);
 
 #pragma unroll
-	for (int i = 0; i < 16; i++) {
-		const int n = i / 2, channel = 8 * n + 2 * (lane % 4) + i % 2;
+	for (int i = 0; i < TILES * 2; i++) {
+		const int n = i / 2, channel = channel_of(c, n, i % 2);
 		const float from = exp2_fast(start[channel]);
 		const float to = exp2_fast(m.g[CHUNK * STRIDE + channel] - end[channel]);
 		float sum = 0.0f;
 
 #pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const int t = row + 8 * half, e = 2 * half + i % 2;
+		for (int e = i % 2; e < 4; e += 2) {
+			const int t = token_of(c, e);
 
 			d.q[n][e] *= scale * from;
 			d.r[n][e] *= -from;
@@ -1514,19 +1547,17 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 		for (int offset = 4; offset < WARP; offset *= 2)
 			sum += __shfl_xor_sync(0xffffffffu, sum, offset);
 		if (lane < 4)
-			m.written[warp][channel] = sum;
+			m.written[c.token / SUB][channel] = sum;
 	}
 	add_decayed_tokens<DELTA>(d, m, mild);
 #pragma unroll
-	for (int i = 0; i < 32; i++) {
-		const int n = i / 4, e = i % 4, t = row + e / 2 * 8;
-		const int channel = 8 * n + 2 * (lane % 4) + e % 2;
-		const float *now = m.g + (t + 1) * STRIDE + channel;
-		const float power = exp2_fast(now[0] - start[channel]);
+	for (int i = 0; i < TILES * 4; i++) {
+		const int n = i / 4, e = i % 4, channel = channel_of(c, n, e);
+		const float *now = m.g + (token_of(c, e) + 1) * STRIDE + channel;
+		const float power = exp2_fast(now[-LAG * STRIDE] - start[channel]);
 
-		d.q[n][e] *= LAG ? exp2_fast(now[-LAG * STRIDE] - start[channel]) : power;
-		if (DELTA)
-			d.r[n][e] *= power;
+		d.q[n][e] *= power;
+		d.r[n][e] *= power;
 		d.u[n][e] *= exp2_fast(end[channel] - now[0]);
 	}
 	if (mild)
@@ -1541,203 +1572,247 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 	add_flow(d.u, m);
 }
 
+/* Where they do not, the same; written[]: of this lane's two tokens what they add to the state. */
+static __device__ __forceinline__ void
+finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, float (&written)[2])
+{
+	const struct corner c = corner_of();
+
+#pragma unroll
+	for (int i = 0; i < TILES * 4; i++) {
+		const int n = i / 4, e = i % 4, t = token_of(c, e);
+		const float from = m.factors[FROM_START + t];
+
+		d.q[n][e] *= scale * from;
+		d.r[n][e] *= -from;
+		d.u[n][e] *= m.factors[TO_END + t];
+		written[e / 2] += value_at(m.k, t, channel_of(c, n, e)) * d.u[n][e];
+	}
+	add_tokens(d, m);
+}
+
 /* dlog_decay of a slab's channels, from m.flow; dbonus. Synchronizes. */
 template <bool DELTA>
 static __device__ __forceinline__ void
 store_decays(struct gradient_memory &m, const struct problem &p, const struct place &x, int slab)
 {
+	constexpr int PARTS = GRADIENT_THREADS / SLAB, ROWS = CHUNK / PARTS;
 	const struct matrix_recurrence_args &f = p.a.forward;
-	const int column = threadIdx.x % SLAB, half = threadIdx.x / SLAB;
-	float *mine = m.flow + half * (CHUNK / 2) * STRIDE + column, sum = 0.0f, bonus = 0.0f;
+	const int column = threadIdx.x % SLAB, part = threadIdx.x / SLAB, first = part * ROWS;
+	float *mine = m.flow + first * STRIDE + column, sum = 0.0f, bonus = 0.0f;
 
 	__syncthreads();
-#pragma unroll 8
-	for (int t = CHUNK / 2 - 1; t >= 0; t--) {
+#pragma unroll
+	for (int t = ROWS - 1; t >= 0; t--) {
 		sum += mine[t * STRIDE];
 		mine[t * STRIDE] = sum;
 	}
-	m.totals[half][column] = sum;
-	if (!DELTA) {
-		for (int t = half * (CHUNK / 2); t < (half + 1) * (CHUNK / 2); t++)
-			bonus += m.own[t] * value_at(m.q, t, column) * value_at(m.k, t, column);
-		if (half == 0)
-			m.bonus[column] = bonus;
-	}
+	m.totals[threadIdx.x] = sum;
+	for (int t = first; !DELTA && t < first + ROWS; t++)
+		bonus += m.own[t] * value_at(m.q, t, column) * value_at(m.k, t, column);
+	m.bonuses[threadIdx.x] = bonus;
 	__syncthreads();
 	float end = exp2_fast(m.g[CHUNK * STRIDE + column]) * m.ends[column];
 
 #pragma unroll
 	for (int i = 0; i < CHUNK / SUB; i++)
 		end += m.written[i][column];
-	if (half == 0)
-		end += m.totals[1][column];
-#pragma unroll 8
-	for (int t = 0; t < CHUNK / 2; t++)
+	for (int i = part + 1; i < PARTS; i++)
+		end += m.totals[i * SLAB + column];
+#pragma unroll
+	for (int t = 0; t < ROWS; t++)
 		mine[t * STRIDE] += end;
 	/* Nothing decays, where rounding would leave something. */
-	if (half == 0 && x.first == 0 && !f.h0 && !isnan(mine[0]))
+	if (part == 0 && x.first == 0 && !f.h0 && !isnan(mine[0]))
 		mine[0] = 0.0f;
-	if (!DELTA && half == 1 && slab * SLAB + column < f.d_k)
+	if (!DELTA && part == 0 && slab * SLAB + column < f.d_k) {
+		bonus = 0.0f;
+		for (int i = 0; i < PARTS; i++)
+			bonus += m.bonuses[i * SLAB + column];
 		p.dbonus[((x.b * p.chunks + x.chunk) * f.n_heads + x.h) * f.d_k + slab * SLAB +
-		         column] = m.bonus[column] + bonus;
+		         column] = bonus;
+	}
 	__syncthreads();
-	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += THREADS) {
-		const int t = i / (SLAB / 8), first = i % (SLAB / 8) * 8;
-		const int64_t channel = slab * SLAB + first;
+	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += GRADIENT_THREADS) {
+		const int t = i / (SLAB / 8), at_column = i % (SLAB / 8) * 8;
+		const int64_t channel = slab * SLAB + at_column;
 		float y[8];
 
 		if (t >= x.tokens || channel >= f.d_k)
 			continue;
 		bf16 *to = at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel;
-		load8f(y, m.flow + t * STRIDE + first);
+		load8f(y, m.flow + t * STRIDE + at_column);
 		if (p.aligned)
 			store8(to, y);
 		else
 			for (int j = 0; j < 8 && channel + j < f.d_k; j++)
 				to[j] = __float2bfloat16(y[j]);
 	}
+}
+
+/* dq and dk of a slab; the tokens' parts of dbeta and of the decays' gradients. */
+template <bool DIAGONAL, bool DELTA>
+static __device__ __forceinline__ void store_keys(struct gradients &d, struct gradient_memory &m,
+                                                  const struct problem &p, const struct place &x,
+                                                  int slab, float (&dbeta)[2], float (&flow)[2])
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct corner c = corner_of();
+	const int64_t first = slab * SLAB + c.channel, width = f.d_k - first;
+
+#pragma unroll
+	for (int i = 0; i < TILES * 2; i++) {
+		const int n = i / 2, half = i % 2, t = token_of(c, 2 * half);
+		const int channel = channel_of(c, n, 0);
+		const float beta = m.factors[BETA + t];
+		const uint32_t qs = pair_at<SLAB>(m.q, t, channel);
+		const uint32_t ks = pair_at<SLAB>(m.k, t, channel);
+
+#pragma unroll
+		for (int j = 0; j < 2; j++) {
+			const int e = 2 * half + j;
+			const float q = j ? high_half(qs) : low_half(qs);
+			const float k = j ? high_half(ks) : low_half(ks);
+			const float own = DELTA ? m.own[t] : m.own[t] * m.bonus[channel + j];
+			const float of_query = q * d.q[n][e];
+			const float of_key = k * d.r[n][e] - beta * k * d.u[n][e];
+
+			if (!DIAGONAL)
+				flow[half] += of_query + of_key;
+			else
+				m.flow[t * STRIDE + channel + j] =
+				        DELTA ? of_query + of_key : of_key;
+			d.q[n][e] += beta * own * k;
+			d.u[n][e] += own * q;
+			if (DELTA) {
+				dbeta[half] += k * d.u[n][e];
+				d.u[n][e] = d.r[n][e] + beta * d.u[n][e];
+			} else {
+				d.r[n][e] = of_query; /* it is the token before that decays it */
+			}
+		}
+	}
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const int t = token_of(c, 2 * half);
+		const bool valid = t < x.tokens && width > 0;
+
+		store_row(valid ? at(p.a.dq, x.b, x.first + t, x.h) + first : NULL, d.q, half,
+		          width, p.aligned);
+		store_row(valid ? at(p.a.dk, x.b, x.first + t, x.h) + first : NULL, d.u, half,
+		          width, p.aligned);
+	}
+	if (DELTA)
+		return;
 	__syncthreads();
+#pragma unroll
+	for (int i = 0; i < TILES * 4; i++) {
+		const int t = token_of(c, i % 4);
+
+		if (t > 0)
+			m.flow[(t - 1) * STRIDE + channel_of(c, i / 4, i % 4)] += d.r[i / 4][i % 4];
+	}
+}
+
+/* dbeta, and dlog_decay where it is a scalar. `written` sums over all tokens and channels. */
+static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
+                                                     const struct problem &p, const struct place &x,
+                                                     float (&dbeta)[2], float (&flow)[2],
+                                                     float written)
+{
+	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct corner c = corner_of();
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+
+	written = group_sum(written, WARP);
+	if (lane == 0)
+		m.sums[warp] = written;
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const int t = token_of(c, 2 * half);
+
+		dbeta[half] = group_sum(dbeta[half], 4);
+		flow[half] = group_sum(flow[half], 4);
+		if (lane % 4 == 0 && c.channel > 0) {
+			m.rows[0][t] = dbeta[half];
+			m.rows[1][t] = flow[half];
+		}
+	}
+	__syncthreads();
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const int t = token_of(c, 2 * half);
+
+		if (lane % 4 != 0 || c.channel > 0)
+			continue;
+		if (t < x.tokens)
+			*at(p.a.dbeta, x.b, x.first + t, x.h) =
+			        __float2bfloat16(dbeta[half] + m.rows[0][t]);
+		m.scalars[t] = flow[half] + m.rows[1][t];
+	}
+	if (f.decay != DECAY_SCALAR)
+		return;
+	__syncthreads();
+	if ((int)threadIdx.x >= x.tokens)
+		return;
+	float sum = 0.0f;
+
+	for (int i = 0; i < GRADIENT_THREADS / WARP; i++)
+		sum += m.sums[i];
+	for (int t = CHUNK - 1; t >= (int)threadIdx.x; t--)
+		sum += m.scalars[t];
+	if (x.first + threadIdx.x == 0 && !f.h0 && !isnan(sum))
+		sum = 0.0f; /* nothing decays, where rounding would leave something */
+	*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
 }
 
 template <bool DIAGONAL, bool DELTA>
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
         gradient_kernel(const __grid_constant__ struct problem p)
 {
-	constexpr int LAG = DELTA ? 0 : 1;
 	const struct matrix_recurrence_args &f = p.a.forward;
 	const struct place x = place_of(p, blockIdx.x / p.chunks, blockIdx.x % p.chunks);
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const struct corner c = corner_of();
 	auto &m = *reinterpret_cast<struct gradient_memory *>(shared_memory);
-	/* Of this lane's two tokens, over its channels: k.u, what the token gives the chunk's decay
-	 * by channel sums, and what it writes. */
 	float dbeta[2] = {}, flow[2] = {}, written[2] = {}, ends = 0.0f;
 	struct gradients d;
 
-	for (int i = threadIdx.x; i < WHOLE; i += THREADS)
-		m.factors[i] = p.factors[x.record * (WHOLE + p.keys) + i];
+	if (threadIdx.x < WHOLE)
+		m.factors[threadIdx.x] = p.factors[x.record * (WHOLE + p.keys) + threadIdx.x];
 	if (!DIAGONAL)
 		sum_scalar(m.scalars, f, x);
-	multiply_tokens<DIAGONAL, DELTA>(m, p, x);
+#pragma unroll 1
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
-		multiply_states<DELTA>(d, m, p, x, slab);
+		if (slab == 0)
+			multiply_states<DIAGONAL, DELTA, true>(d, m, p, x, slab);
+		else
+			multiply_states<DIAGONAL, DELTA, false>(d, m, p, x, slab);
+		if (!DELTA && threadIdx.x < SLAB)
+			m.bonus[threadIdx.x] =
+			        slab * SLAB + threadIdx.x < f.d_k
+			                ? f.bonus[x.h * f.d_k + slab * SLAB + threadIdx.x]
+			                : 0.0f;
 		if (DIAGONAL) {
-			sum_diagonal(m.g, m.totals[0], p, x, slab);
+			sum_diagonal<GRADIENT_THREADS>(m.g, m.totals, p, x, slab);
 			finish_decayed<DELTA>(d, m, f.scale);
-			if (!DELTA && threadIdx.x < SLAB)
-				m.bonus[threadIdx.x] =
-				        slab * SLAB + threadIdx.x < f.d_k
-				                ? f.bonus[x.h * f.d_k + slab * SLAB + threadIdx.x]
-				                : 0.0f;
-			if (!DELTA)
-				__syncthreads();
 		} else {
-#pragma unroll
-			for (int i = 0; i < 32; i++) {
-				const int n = i / 4, e = i % 4, half = e / 2;
-				const int t = SUB * warp + lane / 4 + 8 * half;
-				const float from = m.factors[FROM_START + t];
-
-				d.q[n][e] *= f.scale * from;
-				d.r[n][e] *= -from;
-				d.u[n][e] *= m.factors[TO_END + t];
-				written[half] += value_at(m.k, t, 8 * n + 2 * (lane % 4) + e % 2) *
-				                 d.u[n][e];
-			}
-			add_tokens(d, m);
+			finish_undecayed(d, m, f.scale, written);
+			ends += threadIdx.x < SLAB ? m.ends[threadIdx.x] : 0.0f;
 		}
-#pragma unroll
-		for (int i = 0; i < 16; i++) {
-			const int n = i / 2, half = i % 2, t = SUB * warp + lane / 4 + 8 * half;
-			const int channel = 8 * n + 2 * (lane % 4);
-			const float beta = m.factors[BETA + t], own = m.own[t];
-			const uint32_t qs = pair_at<SLAB>(m.q, t, channel);
-			const uint32_t ks = pair_at<SLAB>(m.k, t, channel);
-
-#pragma unroll
-			for (int j = 0; j < 2; j++) {
-				const int e = 2 * half + j;
-				const float q = j ? high_half(qs) : low_half(qs);
-				const float k = j ? high_half(ks) : low_half(ks);
-				const float x_bonus = DELTA ? own : own * m.bonus[channel + j];
-				const float of_key = k * d.r[n][e] - beta * k * d.u[n][e];
-
-				if (!DIAGONAL)
-					flow[half] += q * d.q[n][e] + of_key;
-				else
-					m.flow[t * STRIDE + channel + j] =
-					        (LAG ? 0.0f : q * d.q[n][e]) + of_key;
-				/* Of the pair (q, dq), kept for the token before. */
-				if (LAG)
-					d.r[n][e] = q * d.q[n][e];
-				d.q[n][e] += beta * x_bonus * k;
-				d.u[n][e] += x_bonus * q;
-				if (DELTA) {
-					dbeta[half] += k * d.u[n][e];
-					d.u[n][e] = d.r[n][e] + beta * d.u[n][e];
-				}
-			}
-		}
-#pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const int t = SUB * warp + lane / 4 + 8 * half;
-			const bool valid = t < x.tokens;
-			const int64_t first = slab * SLAB, left_over = f.d_k - first;
-
-			store_row(valid ? at(p.a.dq, x.b, x.first + t, x.h) + first : NULL, d.q,
-			          half, left_over, p.aligned);
-			store_row(valid ? at(p.a.dk, x.b, x.first + t, x.h) + first : NULL, d.u,
-			          half, left_over, p.aligned);
-		}
-		if (LAG) {
-			__syncthreads();
-#pragma unroll
-			for (int i = 0; i < 32; i++) {
-				const int t = SUB * warp + lane / 4 + i % 4 / 2 * 8;
-
-				if (t > 0)
-					m.flow[(t - 1) * STRIDE + i / 4 * 8 + 2 * (lane % 4) +
-					       i % 2] += d.r[i / 4][i % 4];
-			}
-		}
+		store_keys<DIAGONAL, DELTA>(d, m, p, x, slab, dbeta, flow);
 		if (DIAGONAL)
 			store_decays<DELTA>(m, p, x, slab);
-		else
-			ends += threadIdx.x < SLAB ? m.ends[threadIdx.x] : 0.0f;
-		/* The stages are free again. */
+		/* q, k and, where decays took their place, the stages are free again. */
 		__syncthreads();
 	}
 	if (!DELTA)
 		return;
-	float all = 0.0f;
-#pragma unroll
-	for (int half = 0; half < 2; half++) {
-		const int t = SUB * warp + lane / 4 + 8 * half;
-
-		dbeta[half] = group_sum(dbeta[half], 4);
-		if (lane % 4 == 0 && t < x.tokens)
-			*at(p.a.dbeta, x.b, x.first + t, x.h) = __float2bfloat16(dbeta[half]);
-		all += m.factors[BETA + t] * written[half];
-		if (!DIAGONAL) {
-			flow[half] = group_sum(flow[half], 4);
-			if (lane % 4 == 0)
-				m.scalars[t] = flow[half];
-		}
-	}
-	if (DIAGONAL || f.decay != DECAY_SCALAR)
-		return;
-	all = group_sum(all + m.factors[FROM_START + CHUNK - 1] * ends, WARP);
-	if (lane == 0)
-		m.sums[warp] = all;
-	__syncthreads();
-	if ((int)threadIdx.x < x.tokens) {
-		float sum = m.sums[0] + m.sums[1] + m.sums[2] + m.sums[3];
-
-		for (int t = CHUNK - 1; t >= (int)threadIdx.x; t--)
-			sum += m.scalars[t];
-		if (x.first + threadIdx.x == 0 && !f.h0 && !isnan(sum))
-			sum = 0.0f; /* nothing decays, where rounding would leave something */
-		*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
-	}
+	copy_wait<0>();
+	if (!DIAGONAL)
+		ends *= m.factors[FROM_START + CHUNK - 1];
+	store_scalars(m, p, x, dbeta, flow,
+	              ends + m.factors[BETA + token_of(c, 0)] * written[0] +
+	                      m.factors[BETA + token_of(c, 2)] * written[1]);
 }
 
 /* ---- the operation ---- */
@@ -1814,8 +1889,8 @@ static enum status run(struct device *device, const struct problem &p)
 		status = launch(device, name, reverse_kernel<KEYS, DIAGONAL, DELTA>, walks, THREADS,
 		                sizeof(struct reverse_memory<KEYS>), p);
 	if (status == STATUS_OK)
-		status = launch(device, name, gradient_kernel<DIAGONAL, DELTA>, chunks, THREADS,
-		                sizeof(struct gradient_memory), p);
+		status = launch(device, name, gradient_kernel<DIAGONAL, DELTA>, chunks,
+		                GRADIENT_THREADS, sizeof(struct gradient_memory), p);
 	if (status == STATUS_OK && !DELTA)
 		status = column_sums(device, name, p.dbonus, f->batch * p.chunks,
 		                     f->n_heads * f->d_k, f->n_heads * f->d_k, p.a.dbonus);
