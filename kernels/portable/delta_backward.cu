@@ -49,7 +49,6 @@ struct problem {
 	struct matrix_recurrence_backward_args a;
 	int64_t chunks, column_blocks;
 	int keys, values; /* d_k and d_v, padded */
-	bool aligned;     /* views can be read and written 16 bytes at a time */
 	/* Of every sequence, head and chunk: */
 	float *factors;           /* [WHOLE + keys] */
 	bf16 *scores, *inverse;   /* [64, 64]: P, M */
@@ -133,37 +132,36 @@ static __device__ __forceinline__ void right_transposed(uint32_t (&b)[4], const 
 	load_matrices(b, tile + swizzled<W>(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
 }
 
-/* 64 rows of W elements from a view, zeros past `rows` and `width`; in the background if aligned.
- */
+/* The same number, of which the compiler does not know that: what follows from it is computed where
+ * it is used, and takes no registers elsewhere. */
+static __device__ __forceinline__ int hidden(int x)
+{
+	asm volatile("" : "+r"(x));
+	return x;
+}
+
+/* 64 rows of W elements from a view, zeros past `rows` and `width`, in the background. */
 template <int W, int N = THREADS>
 static __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *from, int64_t stride,
-                                                 int rows, int64_t width, bool is_aligned)
+                                                 int rows, int64_t width, int thread)
 {
-	for (int i = threadIdx.x; i < CHUNK * W / 8; i += N) {
+#pragma unroll
+	for (int i = thread; i < CHUNK * W / 8; i += N) {
 		const int row = i / (W / 8), column = i % (W / 8) * 8;
-		bf16 *to = tile + swizzled<W>(row, column / 8);
 		const bool valid = row < rows && column < width;
 
-		if (is_aligned) {
-			copy16_async(to, from + (valid ? row * stride + column : 0), valid);
-			continue;
-		}
-		float x[8];
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			x[j] = valid && column + j < width
-			               ? __bfloat162float(from[row * stride + column + j])
-			               : 0.0f;
-		store8(to, x);
+		copy16_async(tile + swizzled<W>(row, column / 8),
+		             from + (valid ? row * stride + column : 0), valid);
 	}
 }
 
 /* ROWS rows of W elements of a matrix of the workspace, in the background. */
 template <int W, int ROWS, int N = THREADS>
-static __device__ __forceinline__ void load_dense(bf16 *tile, const bf16 *from, int64_t stride)
+static __device__ __forceinline__ void load_dense(bf16 *tile, const bf16 *from, int64_t stride,
+                                                  int thread)
 {
 #pragma unroll
-	for (int i = threadIdx.x; i < ROWS * W / 8; i += N) {
+	for (int i = thread; i < ROWS * W / 8; i += N) {
 		const int row = i / (W / 8), piece = i % (W / 8);
 
 		copy16_async(tile + swizzled<W>(row, piece), from + row * stride + 8 * piece, true);
@@ -191,22 +189,12 @@ static __device__ __forceinline__ uint32_t &pair_at(bf16 *tile, int row, int col
  */
 template <int N>
 static __device__ __forceinline__ void store_row(bf16 *row, const float (&d)[N][4], int half,
-                                                 int64_t width, bool is_aligned)
+                                                 int64_t width)
 {
 	const int c = threadIdx.x % 4;
 
 #pragma unroll
 	for (int n = 0; n < N; n += 2) {
-		if (!is_aligned) {
-#pragma unroll
-			for (int i = 0; i < 4; i++) {
-				const int m = n + i / 2, column = 8 * m + 2 * c + i % 2;
-
-				if (row && column < width)
-					row[column] = __float2bfloat16(d[m][2 * half + i % 2]);
-			}
-			continue;
-		}
 		const uint32_t a = pack(d[n][2 * half], d[n][2 * half + 1]);
 		const uint32_t b = pack(d[n + 1][2 * half], d[n + 1][2 * half + 1]);
 		const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
@@ -269,15 +257,8 @@ static __device__ void sum_diagonal(float *g, float *totals, const struct proble
 		const int64_t first = slab * SLAB + column;
 		float y[8] = {};
 
-		if (row < x.tokens && first < f.d_k) {
-			const bf16 *from = at(f.log_decay, x.b, x.first + row, x.h) + first;
-
-			if (p.aligned)
-				load8(y, from);
-			else
-				for (int j = 0; j < 8 && first + j < f.d_k; j++)
-					y[j] = __bfloat162float(from[j]);
-		}
+		if (row < x.tokens && first < f.d_k)
+			load8(y, at(f.log_decay, x.b, x.first + row, x.h) + first);
 #pragma unroll
 		for (int j = 0; j < 8; j++)
 			g[(row + 1) * STRIDE + column + j] = y[j] * LOG2E;
@@ -618,9 +599,9 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
 		__syncthreads();
 		load_rows<SLAB>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token, x.tokens,
-		                f.d_k - slab * SLAB, p.aligned);
+		                f.d_k - slab * SLAB, threadIdx.x);
 		load_rows<SLAB>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token, x.tokens,
-		                f.d_k - slab * SLAB, p.aligned);
+		                f.d_k - slab * SLAB, threadIdx.x);
 		copy_commit();
 		if (DIAGONAL)
 			sum_diagonal<THREADS>(m.g, m.totals, p, x, slab);
@@ -681,7 +662,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	for (int half = 0; half < 2; half++) {
 		const int t = SUB * warp + lane / 4 + 8 * half;
 
-		store_row(p.scores + (x.record * CHUNK + t) * CHUNK, b, half, CHUNK, true);
+		store_row(p.scores + (x.record * CHUNK + t) * CHUNK, b, half, CHUNK);
 	}
 	if (!DELTA)
 		return;
@@ -899,12 +880,13 @@ static __global__ void __launch_bounds__(THREADS, 3)
 		const int slot = chunk % 2;
 
 		if (DIAGONAL && DELTA)
-			load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS);
+			load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
+			                        threadIdx.x);
 		if (!DIAGONAL)
 			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
-			                f.d_k, p.aligned);
+			                f.d_k, threadIdx.x);
 		load_rows<COLUMNS>(m.v[slot], at(f.v, x.b, x.first, x.h) + column, f.v.token,
-		                   x.tokens, f.d_v - column, p.aligned);
+		                   x.tokens, f.d_v - column, threadIdx.x);
 		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
 	};
 	const auto load_inverse = [&](int64_t chunk) {
@@ -929,7 +911,8 @@ static __global__ void __launch_bounds__(THREADS, 3)
 		copy_wait<1>();
 		__syncthreads();
 		if (DIAGONAL)
-			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS);
+			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS,
+			                        threadIdx.x);
 		copy_commit();
 		keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values, m.s);
 		if (DELTA) {
@@ -967,7 +950,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
 				const int t = row + 8 * half;
 
 				store_row(p.errors + (record * CHUNK + t) * p.values + column, d,
-				          half, COLUMNS, true);
+				          half, COLUMNS);
 				factor[half] =
 				        factors[BETA + t] * (DIAGONAL ? 1.0f : factors[TO_END + t]);
 			}
@@ -1012,13 +995,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		const int slot = chunk % 2;
 
 		if (DIAGONAL)
-			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS);
+			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS,
+			                        threadIdx.x);
 		else
 			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
-			                f.d_k, p.aligned);
+			                f.d_k, threadIdx.x);
 		load_triangle(m.scores, p.scores + x.record * CHUNK * CHUNK);
 		load_rows<COLUMNS>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
-		                   p.a.dout.token, x.tokens, f.d_v - column, p.aligned);
+		                   p.a.dout.token, x.tokens, f.d_v - column, threadIdx.x);
 		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
 	};
 	const auto load_inverse = [&](int64_t chunk) {
@@ -1043,13 +1027,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		copy_wait<1>();
 		__syncthreads();
 		if (DIAGONAL) {
-			load_dense<KEYS, CHUNK>(m.q, p.q + x.record * CHUNK * KEYS, KEYS);
+			load_dense<KEYS, CHUNK>(m.q, p.q + x.record * CHUNK * KEYS, KEYS,
+			                        threadIdx.x);
 			if (DELTA)
-				load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS,
-				                        KEYS);
+				load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
+				                        threadIdx.x);
 		} else {
 			load_rows<KEYS>(m.q, at(f.q, x.b, x.first, x.h), f.q.token, x.tokens, f.d_k,
-			                p.aligned);
+			                threadIdx.x);
 		}
 		copy_commit();
 		keep_state<KEYS>(p.gradients + x.record * KEYS * p.values + column, p.values, m.d);
@@ -1092,7 +1077,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			const int t = row + 8 * half;
 
 			store_row(t < x.tokens ? at(p.a.dv, x.b, x.first + t, x.h) + column : NULL,
-			          d, half, f.d_v - column, p.aligned);
+			          d, half, f.d_v - column);
 		}
 		copy_wait<1>();
 		__syncthreads();
@@ -1154,25 +1139,25 @@ struct gradients {
 
 /* Where this thread is in the products: its warp's first token and first channel or key. */
 struct corner {
-	int token, channel;
+	int token, channel, lane;
 };
 
 static __device__ __forceinline__ struct corner corner_of()
 {
-	const int warp = threadIdx.x / WARP;
+	const int thread = hidden(threadIdx.x), warp = thread / WARP;
 
-	return {warp % (CHUNK / SUB) * SUB, warp / (CHUNK / SUB) * HALF};
+	return {warp % (CHUNK / SUB) * SUB, warp / (CHUNK / SUB) * HALF, thread % WARP};
 }
 
 /* This lane's token and channel of element e of tile n. */
 static __device__ __forceinline__ int token_of(struct corner c, int e)
 {
-	return c.token + threadIdx.x % WARP / 4 + e / 2 * 8;
+	return c.token + c.lane / 4 + e / 2 * 8;
 }
 
 static __device__ __forceinline__ int channel_of(struct corner c, int n, int e)
 {
-	return c.channel + 8 * n + threadIdx.x % 4 * 2 + e % 2;
+	return c.channel + 8 * n + c.lane % 4 * 2 + e % 2;
 }
 
 /* Columns of the operands of a slab's products, in the background. */
@@ -1182,30 +1167,31 @@ static __device__ __forceinline__ void load_stage(stage &to, const struct proble
 {
 	constexpr int N = GRADIENT_THREADS;
 	const struct matrix_recurrence_args &f = p.a.forward;
+	const int thread = hidden(threadIdx.x);
 	const int64_t from = (x.record * p.keys + slab * SLAB) * p.values + column;
 
 	load_rows<COLUMNS, N>(to[DOUT], at(p.a.dout, x.b, x.first, x.h) + column, p.a.dout.token,
-	                      x.tokens, f.d_v - column, p.aligned);
+	                      x.tokens, f.d_v - column, thread);
 	if (DELTA) {
-		load_dense<COLUMNS, CHUNK, N>(
-		        to[ERRORS], p.errors + x.record * CHUNK * p.values + column, p.values);
+		load_dense<COLUMNS, CHUNK, N>(to[ERRORS],
+		                              p.errors + x.record * CHUNK * p.values + column,
+		                              p.values, thread);
 		load_rows<COLUMNS, N>(to[VALUES], at(p.a.dv, x.b, x.first, x.h) + column,
-		                      p.a.dv.token, x.tokens, f.d_v - column, p.aligned);
+		                      p.a.dv.token, x.tokens, f.d_v - column, thread);
 	} else {
 		load_rows<COLUMNS, N>(to[ERRORS], at(f.v, x.b, x.first, x.h) + column, f.v.token,
-		                      x.tokens, f.d_v - column, p.aligned);
+		                      x.tokens, f.d_v - column, thread);
 	}
-	load_dense<COLUMNS, SLAB, N>(to[STATES], p.states + from, p.values);
-	load_dense<COLUMNS, SLAB, N>(to[GRADIENTS], p.gradients + from, p.values);
+	load_dense<COLUMNS, SLAB, N>(to[STATES], p.states + from, p.values, thread);
+	load_dense<COLUMNS, SLAB, N>(to[GRADIENTS], p.gradients + from, p.values, thread);
 }
 
 /* X1 and X2 and the tokens' own x into shared memory. */
 template <bool DIAGONAL, bool DELTA>
-static __device__ __forceinline__ void store_tokens(struct gradient_memory &m,
-                                                    const float (&x1)[TILES][4],
-                                                    const float (&x2)[TILES][4], float scale)
+static __device__ __forceinline__ void
+store_tokens(struct gradient_memory &m, const float (&x1)[TILES][4], const float (&x2)[TILES][4],
+             float scale, struct corner c)
 {
-	const struct corner c = corner_of();
 
 #pragma unroll
 	for (int n = 0; n < TILES; n++) {
@@ -1259,9 +1245,9 @@ multiply_states(struct gradients &d, struct gradient_memory &m, const struct pro
 	};
 
 	load_rows<SLAB, GRADIENT_THREADS>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token,
-	                                  x.tokens, f.d_k - slab * SLAB, p.aligned);
+	                                  x.tokens, f.d_k - slab * SLAB, threadIdx.x);
 	load_rows<SLAB, GRADIENT_THREADS>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token,
-	                                  x.tokens, f.d_k - slab * SLAB, p.aligned);
+	                                  x.tokens, f.d_k - slab * SLAB, threadIdx.x);
 	if (DIAGONAL || FIRST) {
 		load(first);
 		load(first + 1);
@@ -1324,7 +1310,7 @@ multiply_states(struct gradients &d, struct gradient_memory &m, const struct pro
 	if (threadIdx.x % 4 == 0)
 		m.ends[threadIdx.x / 4] = end;
 	if (FIRST)
-		store_tokens<DIAGONAL, DELTA>(m, x1, x2, f.scale);
+		store_tokens<DIAGONAL, DELTA>(m, x1, x2, f.scale, c);
 	/* q and k, of a later slab with the third of its stages. */
 	if (DIAGONAL || FIRST || count < 3)
 		copy_wait<0>();
@@ -1344,9 +1330,9 @@ static __device__ __forceinline__ void scale_columns(uint32_t (&a)[4], const flo
 }
 
 /* What tokens of the chunk give each other, where decays are in X1 and X2 already. */
-static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gradient_memory &m)
+static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gradient_memory &m,
+                                                  struct corner c)
 {
-	const struct corner c = corner_of();
 
 #pragma unroll 1
 	for (int step = 0; step < CHUNK; step += 16) {
@@ -1387,12 +1373,11 @@ static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gr
  * relative to its start, as keys relative to its end.
  */
 template <bool DELTA>
-static __device__ __forceinline__ void add_decayed_tokens(struct gradients &d,
-                                                          struct gradient_memory &m, bool mild)
+static __device__ __forceinline__ void
+add_decayed_tokens(struct gradients &d, struct gradient_memory &m, bool mild, struct corner c)
 {
 	constexpr int LAG = DELTA ? 0 : 1;
-	const struct corner c = corner_of();
-	const int lane = threadIdx.x % WARP;
+	const int lane = c.lane;
 	const float *start = m.g + c.token * STRIDE, *end = start + SUB * STRIDE;
 
 #pragma unroll 1
@@ -1502,9 +1487,8 @@ static __device__ __noinline__ void add_pairs(struct gradient_memory &m, int whi
 
 /* Adds this warp's part of m.flow. */
 static __device__ __forceinline__ void add_flow(float (&d)[TILES][4],
-                                                const struct gradient_memory &m)
+                                                const struct gradient_memory &m, struct corner c)
 {
-	const struct corner c = corner_of();
 
 #pragma unroll
 	for (int i = 0; i < TILES * 4; i++)
@@ -1521,7 +1505,7 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 {
 	constexpr int LAG = DELTA ? 0 : 1;
 	const struct corner c = corner_of();
-	const int lane = threadIdx.x % WARP;
+	const int lane = c.lane;
 	const float *start = m.g + c.token * STRIDE, *end = start + SUB * STRIDE;
 	const bool mild = decays_mildly(start + c.channel);
 
@@ -1549,7 +1533,7 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 		if (lane < 4)
 			m.written[c.token / SUB][channel] = sum;
 	}
-	add_decayed_tokens<DELTA>(d, m, mild);
+	add_decayed_tokens<DELTA>(d, m, mild, c);
 #pragma unroll
 	for (int i = 0; i < TILES * 4; i++) {
 		const int n = i / 4, e = i % 4, channel = channel_of(c, n, e);
@@ -1563,13 +1547,13 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 	if (mild)
 		return;
 	add_pairs(m, 0, LAG);
-	add_flow(d.q, m);
+	add_flow(d.q, m, c);
 	if (DELTA) {
 		add_pairs(m, 1, LAG);
-		add_flow(d.r, m);
+		add_flow(d.r, m, c);
 	}
 	add_pairs(m, 2, LAG);
-	add_flow(d.u, m);
+	add_flow(d.u, m, c);
 }
 
 /* Where they do not, the same; written[]: of this lane's two tokens what they add to the state. */
@@ -1588,7 +1572,7 @@ finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, fl
 		d.u[n][e] *= m.factors[TO_END + t];
 		written[e / 2] += value_at(m.k, t, channel_of(c, n, e)) * d.u[n][e];
 	}
-	add_tokens(d, m);
+	add_tokens(d, m, c);
 }
 
 /* dlog_decay of a slab's channels, from m.flow; dbonus. Synchronizes. */
@@ -1640,13 +1624,8 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 
 		if (t >= x.tokens || channel >= f.d_k)
 			continue;
-		bf16 *to = at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel;
 		load8f(y, m.flow + t * STRIDE + at_column);
-		if (p.aligned)
-			store8(to, y);
-		else
-			for (int j = 0; j < 8 && channel + j < f.d_k; j++)
-				to[j] = __float2bfloat16(y[j]);
+		store8(at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel, y);
 	}
 }
 
@@ -1698,9 +1677,9 @@ static __device__ __forceinline__ void store_keys(struct gradients &d, struct gr
 		const bool valid = t < x.tokens && width > 0;
 
 		store_row(valid ? at(p.a.dq, x.b, x.first + t, x.h) + first : NULL, d.q, half,
-		          width, p.aligned);
+		          width);
 		store_row(valid ? at(p.a.dk, x.b, x.first + t, x.h) + first : NULL, d.u, half,
-		          width, p.aligned);
+		          width);
 	}
 	if (DELTA)
 		return;
@@ -1772,7 +1751,6 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 {
 	const struct matrix_recurrence_args &f = p.a.forward;
 	const struct place x = place_of(p, blockIdx.x / p.chunks, blockIdx.x % p.chunks);
-	const struct corner c = corner_of();
 	auto &m = *reinterpret_cast<struct gradient_memory *>(shared_memory);
 	float dbeta[2] = {}, flow[2] = {}, written[2] = {}, ends = 0.0f;
 	struct gradients d;
@@ -1808,6 +1786,7 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 	if (!DELTA)
 		return;
 	copy_wait<0>();
+	const struct corner c = corner_of();
 	if (!DIAGONAL)
 		ends *= m.factors[FROM_START + CHUNK - 1];
 	store_scalars(m, p, x, dbeta, flow,
@@ -1820,17 +1799,6 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 static bool is_bonus(const struct matrix_recurrence_args *f)
 {
 	return f->rule == RULE_BONUS;
-}
-
-static bool all_aligned(const struct matrix_recurrence_backward_args *a)
-{
-	const struct matrix_recurrence_args *f = &a->forward;
-	const bool diagonal = f->decay == DECAY_DIAGONAL;
-
-	return f->d_k % 8 == 0 && f->d_v % 8 == 0 && is_aligned(&f->q) && is_aligned(&f->k) &&
-	       is_aligned(&f->v) && is_aligned(&a->dout) && is_aligned(&a->dq) &&
-	       is_aligned(&a->dk) && is_aligned(&a->dv) &&
-	       (!diagonal || (is_aligned(&f->log_decay) && is_aligned(&a->dlog_decay)));
 }
 
 /* Takes bytes of the workspace, in order. */
@@ -1854,7 +1822,6 @@ static struct problem problem_of(const struct matrix_recurrence_backward_args *a
 	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
 	p.column_blocks = divide_up(f->d_v, COLUMNS);
 	p.values = (int)(p.column_blocks * COLUMNS);
-	p.aligned = all_aligned(a);
 	const int64_t records = f->batch * f->n_heads * p.chunks, keys = CHUNK * p.keys;
 	const int64_t decayed = diagonal ? records * keys : 0;
 
@@ -1909,8 +1876,8 @@ template <int KEYS> static enum status run(struct device *device, const struct p
 
 extern "C" const char *portable_delta_backward_unsupported(const struct device *, const void *args)
 {
-	const struct matrix_recurrence_args *f =
-	        &static_cast<const struct matrix_recurrence_backward_args *>(args)->forward;
+	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
+	const struct matrix_recurrence_args *f = &a->forward;
 
 	if (f->rule == RULE_PLAIN)
 		return "not the plain rule";
@@ -1918,11 +1885,14 @@ extern "C" const char *portable_delta_backward_unsupported(const struct device *
 		return "the bonus only with diagonal decays";
 	if (f->d_k > MAX_KEYS)
 		return "d_k above 128 with the delta rule or the bonus";
-	return f->batch * f->n_heads > (int64_t)INT32_MAX / divide_up(f->seq_len, CHUNK) ||
-	                       f->batch * f->n_heads >
-	                               (int64_t)INT32_MAX / divide_up(f->d_v, COLUMNS)
-	               ? "too many chunks"
-	               : NULL;
+	if (f->batch * f->n_heads >
+	    INT32_MAX / max(divide_up(f->seq_len, CHUNK), divide_up(f->d_v, COLUMNS)))
+		return "more chunks than a grid has blocks";
+	if (f->decay == DECAY_DIAGONAL &&
+	    !(is_aligned(&f->log_decay) && is_aligned(&a->dlog_decay)))
+		return "views must be 16-byte aligned";
+	return either(check_widths(f->d_k, f->d_v),
+	              check_aligned(&f->q, &f->k, &f->v, &a->dout, &a->dq, &a->dk, &a->dv));
 }
 
 extern "C" size_t portable_delta_backward_workspace(const struct device *, const void *args)
