@@ -236,8 +236,12 @@ static __device__ void sum_scalar(float *g, const struct matrix_recurrence_args 
 		single[threadIdx.x] = scalar_decay(f, x, threadIdx.x);
 	__syncthreads();
 	if (threadIdx.x < CHUNK) {
-		for (int row = 0; row <= (int)threadIdx.x; row++)
-			sum += single[row];
+#pragma unroll
+		for (int row = 0; row < CHUNK; row++) {
+			const float more = single[row];
+
+			sum += row <= (int)threadIdx.x ? more : 0.0f;
+		}
 		g[threadIdx.x] = sum;
 	}
 	__syncthreads();
@@ -676,44 +680,66 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	}
 }
 
-/* ---- 2. and 3. the walks ---- */
+/* ---- 2. the walks ---- */
 
-/* A warp's rows of a block's columns of the state or its gradient. */
+/* A block's columns of the state; a warp has half of them, and a quarter of the rows or tokens. */
+constexpr int WALK_THREADS = 256, WALK_COLUMNS = 64, HALF = 32, TILES = HALF / 8;
+
+/* Where this thread is in the products: its warp's part of rows, its first column, its lane. */
+struct position {
+	int part, column, lane;
+};
+
+static __device__ __forceinline__ struct position position_of()
+{
+	const int thread = hidden(threadIdx.x), warp = thread / WARP;
+
+	return {warp % 4, warp / 4 * HALF, thread % WARP};
+}
+
+/* A warp's part of the state or its gradient. */
 template <int KEYS> struct state {
-	static constexpr int TILES = KEYS / 64;
-	float x[TILES][COLUMNS / 8][4];
+	static constexpr int ROW_TILES = KEYS / 64;
+	float x[ROW_TILES][TILES][4];
 
 	/* The row of x[m][.][2 half]. */
-	static __device__ __forceinline__ int row(int m, int half)
+	static __device__ __forceinline__ int row(struct position at, int m, int half)
 	{
-		return threadIdx.x / WARP * (KEYS / 4) + 16 * m + threadIdx.x % WARP / 4 + 8 * half;
+		return at.part * (KEYS / 4) + 16 * m + at.lane / 4 + 8 * half;
+	}
+
+	/* The column of x[.][n][0]. */
+	static __device__ __forceinline__ int column(struct position at, int n)
+	{
+		return at.column + 8 * n + at.lane % 4 * 2;
 	}
 
 	__device__ __forceinline__ void to_tile(bf16 *tile) const
 	{
+		const struct position at = position_of();
+
 #pragma unroll
-		for (int m = 0; m < TILES; m++)
+		for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-			for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-				for (int half = 0; half < 2; half++)
-					pair_at<COLUMNS>(tile, row(m, half),
-					                 8 * n + 2 * (threadIdx.x % 4)) =
-					        pack(x[m][n][2 * half], x[m][n][2 * half + 1]);
+			for (int i = 0; i < 2 * TILES; i++)
+				pair_at<WALK_COLUMNS>(tile, row(at, m, i % 2), column(at, i / 2)) =
+				        pack(x[m][i / 2][i % 2 * 2], x[m][i / 2][i % 2 * 2 + 1]);
 	}
 
+	/* factors are those of a chunk, past whose end nothing decays. */
 	template <bool DIAGONAL> __device__ __forceinline__ void decay(const float *factors)
 	{
+		const struct position at = position_of();
+
 #pragma unroll
-		for (int m = 0; m < TILES; m++)
+		for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
 			for (int half = 0; half < 2; half++) {
-				/* Past the sequence's end nothing decays. */
-				const float whole = DIAGONAL ? factors[WHOLE + row(m, half)]
+				const float whole = DIAGONAL ? factors[WHOLE + row(at, m, half)]
 				                             : factors[FROM_START + CHUNK - 1];
 
 #pragma unroll
-				for (int n = 0; n < COLUMNS / 8; n++) {
+				for (int n = 0; n < TILES; n++) {
 					x[m][n][2 * half] *= whole;
 					x[m][n][2 * half + 1] *= whole;
 				}
@@ -723,76 +749,102 @@ template <int KEYS> struct state {
 	/* x += keys^T values, tiles of 64 tokens. */
 	__device__ __forceinline__ void add(const bf16 *keys, const bf16 *values)
 	{
-		const int first = threadIdx.x / WARP * (KEYS / 4);
+		const struct position at = position_of();
 
 #pragma unroll
-		for (int step = 0; step < CHUNK / 16; step++) {
-			uint32_t a[TILES][4], b[4];
+		for (int step = 0; step < CHUNK; step += 16) {
+			uint32_t a[ROW_TILES][4], b[4];
 
 #pragma unroll
-			for (int m = 0; m < TILES; m++)
-				left_transposed<KEYS>(a[m], keys, first + 16 * m, 16 * step);
+			for (int m = 0; m < ROW_TILES; m++)
+				left_transposed<KEYS>(a[m], keys, at.part * (KEYS / 4) + 16 * m,
+				                      step);
 #pragma unroll
-			for (int n = 0; n < COLUMNS / 16; n++) {
-				right<COLUMNS>(b, values, 16 * step, 16 * n);
+			for (int n = 0; n < TILES; n += 2) {
+				right<WALK_COLUMNS>(b, values, step, at.column + 8 * n);
 #pragma unroll
-				for (int m = 0; m < TILES; m++) {
-					multiply_add(x[m][2 * n], a[m], b[0], b[1]);
-					multiply_add(x[m][2 * n + 1], a[m], b[2], b[3]);
+				for (int m = 0; m < ROW_TILES; m++) {
+					multiply_add(x[m][n], a[m], b[0], b[1]);
+					multiply_add(x[m][n + 1], a[m], b[2], b[3]);
 				}
 			}
 		}
 	}
+
+	/* From or, with STORE, to the state of a head in memory, NULL for zeros. */
+	template <bool STORE>
+	__device__ __forceinline__ void move(float *memory, const struct matrix_recurrence_args &f,
+	                                     int64_t sequence, int64_t first)
+	{
+		const struct position at = position_of();
+
+#pragma unroll
+		for (int i = 0; i < ROW_TILES * TILES * 4; i++) {
+			const int m = i / (4 * TILES), n = i / 4 % TILES, e = i % 4;
+			const int64_t key = row(at, m, e / 2),
+			              value = first + column(at, n) + e % 2;
+			float *const place = memory + (sequence * f.d_k + key) * f.d_v + value;
+			const bool valid = memory && key < f.d_k && value < f.d_v;
+
+			if (!STORE)
+				x[m][n][e] = valid ? *place : 0.0f;
+			else if (valid)
+				*place = x[m][n][e];
+		}
+	}
 };
 
-/* d = this warp's 16 rows of keys [64, KEYS] times the state's tile. */
-template <int KEYS>
-static __device__ __forceinline__ void multiply_state(float (&d)[COLUMNS / 8][4], const bf16 *keys,
-                                                      const bf16 *tile)
-{
-	const int warp = threadIdx.x / WARP;
-	uint32_t a[4], b[4];
+/* 16 tokens and 32 columns of what walks pass from product to product. */
+struct rows {
+	float x[TILES][4];
+
+	__device__ __forceinline__ void clear()
+	{
+#pragma unroll
+		for (int i = 0; i < TILES * 4; i++)
+			x[i / 4][i % 4] = 0.0f;
+	}
+
+	/* += this warp's rows of keys [64, INNER] times a tile [INNER, 64]. */
+	template <int INNER, bool TRANSPOSED>
+	__device__ __forceinline__ void add(const bf16 *keys, const bf16 *tile)
+	{
+		const struct position at = position_of();
 
 #pragma unroll
-	for (int i = 0; i < COLUMNS / 8 * 4; i++)
-		d[i / 4][i % 4] = 0.0f;
+		for (int step = 0; step < INNER; step += 16) {
+			uint32_t a[4], b[4];
+
+			if (TRANSPOSED)
+				left_transposed<INNER>(a, keys, SUB * at.part, step);
+			else
+				left<INNER>(a, keys, SUB * at.part, step);
 #pragma unroll
-	for (int step = 0; step < KEYS / 16; step++) {
-		left<KEYS>(a, keys, SUB * warp, 16 * step);
-#pragma unroll
-		for (int n = 0; n < COLUMNS / 16; n++) {
-			right<COLUMNS>(b, tile, 16 * step, 16 * n);
-			multiply_add(d[2 * n], a, b[0], b[1]);
-			multiply_add(d[2 * n + 1], a, b[2], b[3]);
+			for (int n = 0; n < TILES; n += 2) {
+				right<WALK_COLUMNS>(b, tile, step, at.column + 8 * n);
+				multiply_add(x[n], a, b[0], b[1]);
+				multiply_add(x[n + 1], a, b[2], b[3]);
+			}
 		}
 	}
-}
 
-/* d += 16 rows of a lower triangular tile [64, 64], or of its transpose, times a tile. */
-template <bool TRANSPOSED>
-static __device__ __forceinline__ void multiply_triangle(float (&d)[COLUMNS / 8][4],
-                                                         const bf16 *triangle, const bf16 *tile)
-{
-	const int warp = threadIdx.x / WARP;
+	/* Into their place in a tile, times factors of this lane's two tokens. */
+	__device__ __forceinline__ void to_tile(bf16 *tile, float factor0, float factor1) const
+	{
+		const struct position at = position_of();
+		const int row = SUB * at.part + at.lane / 4;
 
-	/* Zeros too: the warp with the most work sets the pace, and no branch breaks the loads up.
-	 */
 #pragma unroll
-	for (int step = 0; step < CHUNK / 16; step++) {
-		uint32_t a[4], b[4];
+		for (int n = 0; n < TILES; n++) {
+			const int column = at.column + 8 * n + at.lane % 4 * 2;
 
-		if (TRANSPOSED)
-			left_transposed<CHUNK>(a, triangle, SUB * warp, 16 * step);
-		else
-			left<CHUNK>(a, triangle, SUB * warp, 16 * step);
-#pragma unroll
-		for (int n = 0; n < COLUMNS / 16; n++) {
-			right<COLUMNS>(b, tile, 16 * step, 16 * n);
-			multiply_add(d[2 * n], a, b[0], b[1]);
-			multiply_add(d[2 * n + 1], a, b[2], b[3]);
+			pair_at<WALK_COLUMNS>(tile, row, column) =
+			        pack(factor0 * x[n][0], factor0 * x[n][1]);
+			pair_at<WALK_COLUMNS>(tile, row + 8, column) =
+			        pack(factor1 * x[n][2], factor1 * x[n][3]);
 		}
 	}
-}
+};
 
 /* Whether a lower triangular [64, 64] has anything in that piece of a row. */
 static __device__ __forceinline__ bool in_triangle(int row, int piece)
@@ -800,18 +852,19 @@ static __device__ __forceinline__ bool in_triangle(int row, int piece)
 	return piece < 2 * (row / SUB + 1);
 }
 
-/* A lower triangle of the workspace, in the background; zeros are there already. */
+/* A lower triangle of the workspace, in the background; clear_above() has to be called too. */
 static __device__ __forceinline__ void load_triangle(bf16 *tile, const bf16 *from)
 {
 #pragma unroll
-	for (int i = threadIdx.x; i < CHUNK * CHUNK / 8; i += THREADS)
+	for (int i = hidden(threadIdx.x); i < CHUNK * CHUNK / 8; i += WALK_THREADS)
 		if (in_triangle(i / 8, i % 8))
 			copy16_async(tile + swizzled<CHUNK>(i / 8, i % 8), from + 8 * i, true);
 }
 
 static __device__ __forceinline__ void clear_above(bf16 *tile)
 {
-	for (int i = threadIdx.x; i < CHUNK * CHUNK / 8; i += THREADS)
+#pragma unroll
+	for (int i = hidden(threadIdx.x); i < CHUNK * CHUNK / 8; i += WALK_THREADS)
 		if (!in_triangle(i / 8, i % 8))
 			*reinterpret_cast<vector8 *>(tile + swizzled<CHUNK>(i / 8, i % 8)) = {};
 }
@@ -820,171 +873,141 @@ static __device__ __forceinline__ void clear_above(bf16 *tile)
 template <int KEYS>
 static __device__ __forceinline__ void keep_state(bf16 *to, int64_t stride, const bf16 *tile)
 {
-	for (int i = threadIdx.x; i < KEYS * COLUMNS / 8; i += THREADS) {
-		const int row = i / (COLUMNS / 8), piece = i % (COLUMNS / 8);
+#pragma unroll
+	for (int i = hidden(threadIdx.x); i < KEYS * WALK_COLUMNS / 8; i += WALK_THREADS) {
+		const int row = i / (WALK_COLUMNS / 8), piece = i % (WALK_COLUMNS / 8);
 
 		*reinterpret_cast<vector8 *>(to + row * stride + 8 * piece) =
-		        load8(tile + swizzled<COLUMNS>(row, piece));
-	}
-}
-
-/* This warp's 16 rows of a tile of bf16 values, each times a factor. */
-static __device__ __forceinline__ void to_tile(bf16 *tile, const float (&d)[COLUMNS / 8][4],
-                                               float factor0, float factor1)
-{
-	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
-
-#pragma unroll
-	for (int n = 0; n < COLUMNS / 8; n++) {
-		const int column = 8 * n + 2 * (lane % 4);
-
-		pair_at<COLUMNS>(tile, row, column) = pack(factor0 * d[n][0], factor0 * d[n][1]);
-		pair_at<COLUMNS>(tile, row + 8, column) =
-		        pack(factor1 * d[n][2], factor1 * d[n][3]);
+		        load8(tile + swizzled<WALK_COLUMNS>(row, piece));
 	}
 }
 
 /* k: two chunks' k; where decays differ by channel, k 2^G and k 2^(G_E - G) of one. */
 template <int KEYS> struct forward_memory {
 	bf16 k[2][CHUNK * KEYS];
-	bf16 v[2][CHUNK * COLUMNS]; /* then what the chunk adds to the state */
+	bf16 v[2][CHUNK * WALK_COLUMNS]; /* then what the chunk adds to the state */
 	bf16 inverse[CHUNK * CHUNK];
-	bf16 s[KEYS * COLUMNS];
-	bf16 w[CHUNK * COLUMNS];
+	bf16 s[KEYS * WALK_COLUMNS];
+	bf16 w[CHUNK * WALK_COLUMNS];
 	float factors[2][WHOLE + KEYS];
 };
 
 template <int KEYS, bool DIAGONAL, bool DELTA>
-static __global__ void __launch_bounds__(THREADS, 3)
-        forward_kernel(const __grid_constant__ struct problem p)
+static __device__ __forceinline__ void walk_forward(const struct problem &p, int64_t sequence,
+                                                    int64_t column)
 {
+	constexpr int N = WALK_THREADS;
 	const struct matrix_recurrence_args &f = p.a.forward;
-	const int64_t sequence = blockIdx.x / p.column_blocks;
-	const int64_t column = blockIdx.x % p.column_blocks * COLUMNS;
-	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
 	auto &m = *reinterpret_cast<struct forward_memory<KEYS> *>(shared_memory);
 	struct state<KEYS> s;
 
-#pragma unroll
-	for (int i = 0; i < KEYS / 64 * (COLUMNS / 8) * 4; i++) {
-		const int tile = i / (COLUMNS / 2), n = i / 4 % (COLUMNS / 8), e = i % 4;
-		const int key = s.row(tile, e / 2), at_column = 8 * n + 2 * (lane % 4) + e % 2;
-
-		s.x[tile][n][e] =
-		        f.h0 && key < f.d_k && column + at_column < f.d_v
-		                ? f.h0[(sequence * f.d_k + key) * f.d_v + column + at_column]
-		                : 0.0f;
-	}
 	const auto load_first = [&](int64_t chunk) {
 		const struct place x = place_of(p, sequence, chunk);
-		const int slot = chunk % 2;
+		const int slot = chunk % 2, thread = hidden(threadIdx.x);
 
 		if (DIAGONAL && DELTA)
-			load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
-			                        threadIdx.x);
+			load_dense<KEYS, CHUNK, N>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
+			                           thread);
 		if (!DIAGONAL)
-			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
-			                f.d_k, threadIdx.x);
-		load_rows<COLUMNS>(m.v[slot], at(f.v, x.b, x.first, x.h) + column, f.v.token,
-		                   x.tokens, f.d_v - column, threadIdx.x);
+			load_rows<KEYS, N>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token,
+			                   x.tokens, f.d_k, thread);
+		load_rows<WALK_COLUMNS, N>(m.v[slot], at(f.v, x.b, x.first, x.h) + column,
+		                           f.v.token, x.tokens, f.d_v - column, thread);
 		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+		copy_commit();
 	};
 	const auto load_inverse = [&](int64_t chunk) {
-		if (DELTA)
+		if (DELTA && chunk < p.chunks)
 			load_triangle(m.inverse,
 			              p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK);
+		copy_commit();
 	};
 
+	s.template move<false>(const_cast<float *>(f.h0), f, sequence, column);
 	clear_above(m.inverse);
 	load_first(0);
-	copy_commit();
 	load_inverse(0);
-	copy_commit();
+#pragma unroll 1
 	for (int64_t chunk = 0; chunk < p.chunks; chunk++) {
 		const int slot = chunk % 2;
 		const int64_t record = sequence * p.chunks + chunk;
 		const float *factors = m.factors[slot];
-		const bf16 *ends = DIAGONAL ? m.k[1] : m.k[slot];
-		float d[COLUMNS / 8][4];
+		struct rows d;
 
 		s.to_tile(m.s);
 		copy_wait<1>();
 		__syncthreads();
 		if (DIAGONAL)
-			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS,
-			                        threadIdx.x);
+			load_dense<KEYS, CHUNK, N>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS,
+			                           hidden(threadIdx.x));
 		copy_commit();
 		keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values, m.s);
 		if (DELTA) {
-			multiply_state<KEYS>(d, DIAGONAL ? m.k[0] : m.k[slot], m.s);
-#pragma unroll
-			for (int n = 0; n < COLUMNS / 8; n++)
-#pragma unroll
-				for (int half = 0; half < 2; half++) {
-					const uint32_t v = pair_at<COLUMNS>(
-					        m.v[slot], row + 8 * half, 8 * n + 2 * (lane % 4));
-					const float power =
-					        DIAGONAL ? 1.0f
-					                 : factors[FROM_START + row + 8 * half];
+			const struct position at = position_of();
 
-					d[n][2 * half] = low_half(v) - power * d[n][2 * half];
-					d[n][2 * half + 1] =
-					        high_half(v) - power * d[n][2 * half + 1];
-				}
-			to_tile(m.w, d, 1.0f, 1.0f);
+			d.clear();
+			d.template add<KEYS, false>(DIAGONAL ? m.k[0] : m.k[slot], m.s);
+#pragma unroll
+			for (int i = 0; i < 2 * TILES; i++) {
+				const int n = i / 2, e = i % 2 * 2;
+				const int row = SUB * at.part + at.lane / 4 + 4 * e;
+				const uint32_t v = pair_at<WALK_COLUMNS>(
+				        m.v[slot], row, at.column + 8 * n + at.lane % 4 * 2);
+				const float power = DIAGONAL ? 1.0f : factors[FROM_START + row];
+
+				d.x[n][e] = low_half(v) - power * d.x[n][e];
+				d.x[n][e + 1] = high_half(v) - power * d.x[n][e + 1];
+			}
+			d.to_tile(m.w, 1.0f, 1.0f);
 		}
 		copy_wait<1>();
 		__syncthreads();
 		if (chunk + 1 < p.chunks)
 			load_first(chunk + 1);
-		copy_commit();
+		else
+			copy_commit();
 		if (DELTA) {
-			float factor[2];
+			const struct position at = position_of();
+			const int row = SUB * at.part + at.lane / 4;
+			bf16 *errors =
+			        p.errors + (record * CHUNK + row) * p.values + column + at.column;
 
-#pragma unroll
-			for (int i = 0; i < COLUMNS / 8 * 4; i++)
-				d[i / 4][i % 4] = 0.0f;
-			multiply_triangle<false>(d, m.inverse, m.w);
-#pragma unroll
-			for (int half = 0; half < 2; half++) {
-				const int t = row + 8 * half;
-
-				store_row(p.errors + (record * CHUNK + t) * p.values + column, d,
-				          half, COLUMNS);
-				factor[half] =
-				        factors[BETA + t] * (DIAGONAL ? 1.0f : factors[TO_END + t]);
-			}
-			to_tile(m.v[slot], d, factor[0], factor[1]);
+			d.clear();
+			d.template add<CHUNK, false>(m.inverse, m.w);
+			store_row(errors, d.x, 0, HALF);
+			store_row(errors + 8 * p.values, d.x, 1, HALF);
+			d.to_tile(m.v[slot],
+			          factors[BETA + row] * (DIAGONAL ? 1.0f : factors[TO_END + row]),
+			          factors[BETA + row + 8] *
+			                  (DIAGONAL ? 1.0f : factors[TO_END + row + 8]));
 		}
 		copy_wait<1>();
 		__syncthreads();
-		if (chunk + 1 < p.chunks)
-			load_inverse(chunk + 1);
-		copy_commit();
+		load_inverse(chunk + 1);
 		s.template decay<DIAGONAL>(factors);
-		s.add(ends, m.v[slot]);
+		s.add(DIAGONAL ? m.k[1] : m.k[slot], m.v[slot]);
 	}
 	copy_wait<0>();
 }
 
-/* k: two chunks' k; where decays differ by channel, k 2^G and k 2^(G_E - G) of one. */
+/*
+ * k: two chunks' k; where decays differ by channel, k 2^G and k 2^(G_E - G) of one. beta x takes
+ * the place of P, and y that of D, once those are read.
+ */
 template <int KEYS> struct reverse_memory {
 	bf16 q[CHUNK * KEYS], k[2][CHUNK * KEYS];
-	bf16 dout[2][CHUNK * COLUMNS];
+	bf16 dout[2][CHUNK * WALK_COLUMNS];
 	bf16 scores[CHUNK * CHUNK], inverse[CHUNK * CHUNK];
-	bf16 d[KEYS * COLUMNS];
-	bf16 w[CHUNK * COLUMNS], y[CHUNK * COLUMNS];
+	bf16 d[KEYS * WALK_COLUMNS];
 	float factors[2][WHOLE + KEYS];
 };
 
 template <int KEYS, bool DIAGONAL, bool DELTA>
-static __global__ void __launch_bounds__(THREADS, 2)
-        reverse_kernel(const __grid_constant__ struct problem p)
+static __device__ __forceinline__ void walk_back(const struct problem &p, int64_t sequence,
+                                                 int64_t column)
 {
+	constexpr int N = WALK_THREADS;
 	const struct matrix_recurrence_args &f = p.a.forward;
-	const int64_t sequence = blockIdx.x / p.column_blocks;
-	const int64_t column = blockIdx.x % p.column_blocks * COLUMNS;
-	const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * SUB + lane / 4;
 	auto &m = *reinterpret_cast<struct reverse_memory<KEYS> *>(shared_memory);
 	struct state<KEYS> s = {
 	};
@@ -992,69 +1015,81 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	/* Of k, k 2^(G_E - G) where decays differ by channel. */
 	const auto load_first = [&](int64_t chunk) {
 		const struct place x = place_of(p, sequence, chunk);
-		const int slot = chunk % 2;
+		const int slot = chunk % 2, thread = hidden(threadIdx.x);
 
 		if (DIAGONAL)
-			load_dense<KEYS, CHUNK>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS,
-			                        threadIdx.x);
+			load_dense<KEYS, CHUNK, N>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS,
+			                           thread);
 		else
-			load_rows<KEYS>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token, x.tokens,
-			                f.d_k, threadIdx.x);
-		load_triangle(m.scores, p.scores + x.record * CHUNK * CHUNK);
-		load_rows<COLUMNS>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
-		                   p.a.dout.token, x.tokens, f.d_v - column, threadIdx.x);
+			load_rows<KEYS, N>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token,
+			                   x.tokens, f.d_k, thread);
+		load_rows<WALK_COLUMNS, N>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
+		                           p.a.dout.token, x.tokens, f.d_v - column, thread);
 		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+		copy_commit();
 	};
-	const auto load_inverse = [&](int64_t chunk) {
-		if (DELTA)
-			load_triangle(m.inverse,
-			              p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK);
+	const auto load_triangles = [&](int64_t chunk) {
+		const int64_t from = (sequence * p.chunks + chunk) * CHUNK * CHUNK;
+
+		if (chunk >= 0)
+			load_triangle(m.scores, p.scores + from);
+		copy_commit();
+		if (DELTA && chunk >= 0)
+			load_triangle(m.inverse, p.inverse + from);
+		copy_commit();
 	};
 
-	clear_above(m.inverse);
 	clear_above(m.scores);
+	clear_above(m.inverse);
 	load_first(p.chunks - 1);
-	copy_commit();
-	load_inverse(p.chunks - 1);
-	copy_commit();
+	load_triangles(p.chunks - 1);
+#pragma unroll 1
 	for (int64_t chunk = p.chunks - 1; chunk >= 0; chunk--) {
 		const struct place x = place_of(p, sequence, chunk);
 		const int slot = chunk % 2;
 		const float *factors = m.factors[slot];
-		float d[COLUMNS / 8][4];
+		struct rows d;
 
 		s.to_tile(m.d);
 		copy_wait<1>();
 		__syncthreads();
 		if (DIAGONAL) {
-			load_dense<KEYS, CHUNK>(m.q, p.q + x.record * CHUNK * KEYS, KEYS,
-			                        threadIdx.x);
+			load_dense<KEYS, CHUNK, N>(m.q, p.q + x.record * CHUNK * KEYS, KEYS,
+			                           hidden(threadIdx.x));
 			if (DELTA)
-				load_dense<KEYS, CHUNK>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
-				                        threadIdx.x);
+				load_dense<KEYS, CHUNK, N>(m.k[0], p.k + x.record * CHUNK * KEYS,
+				                           KEYS, hidden(threadIdx.x));
 		} else {
-			load_rows<KEYS>(m.q, at(f.q, x.b, x.first, x.h), f.q.token, x.tokens, f.d_k,
-			                threadIdx.x);
+			load_rows<KEYS, N>(m.q, at(f.q, x.b, x.first, x.h), f.q.token, x.tokens,
+			                   f.d_k, hidden(threadIdx.x));
 		}
 		copy_commit();
 		keep_state<KEYS>(p.gradients + x.record * KEYS * p.values + column, p.values, m.d);
-		multiply_state<KEYS>(d, DIAGONAL ? m.k[1] : m.k[slot], m.d);
+		const struct position at_row = position_of();
+		const int row = SUB * at_row.part + at_row.lane / 4;
+
+		d.clear();
+		d.template add<KEYS, false>(DIAGONAL ? m.k[1] : m.k[slot], m.d);
 #pragma unroll
-		for (int i = 0; !DIAGONAL && i < COLUMNS / 8 * 4; i++)
-			d[i / 4][i % 4] *= factors[TO_END + row + i % 4 / 2 * 8];
-		multiply_triangle<true>(d, m.scores, m.dout[slot]);
-		if (DELTA)
-			to_tile(m.w, d, factors[BETA + row], factors[BETA + row + 8]);
+		for (int i = 0; !DIAGONAL && i < TILES * 4; i++)
+			d.x[i / 4][i % 4] *= factors[TO_END + row + i % 4 / 2 * 8];
+		d.template add<CHUNK, true>(m.scores, m.dout[slot]);
+		if (DELTA) {
+			__syncthreads();
+			d.to_tile(m.scores, factors[BETA + row], factors[BETA + row + 8]);
+		}
 		copy_wait<1>();
 		__syncthreads();
 		if (chunk > 0)
 			load_first(chunk - 1);
-		copy_commit();
+		else
+			copy_commit();
 		if (!DIAGONAL) {
-			for (int i = threadIdx.x; i < CHUNK * COLUMNS / 8; i += THREADS) {
-				const int t = i / (COLUMNS / 8);
-				bf16 *piece =
-				        m.dout[slot] + swizzled<COLUMNS>(t, i % (COLUMNS / 8));
+#pragma unroll
+			for (int i = hidden(threadIdx.x); i < CHUNK * WALK_COLUMNS / 8; i += N) {
+				const int t = i / (WALK_COLUMNS / 8);
+				bf16 *piece = m.dout[slot] +
+				              swizzled<WALK_COLUMNS>(t, i % (WALK_COLUMNS / 8));
 				float y[8];
 
 				load8(y, piece);
@@ -1065,46 +1100,54 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			}
 		}
 		if (DELTA) {
-#pragma unroll
-			for (int i = 0; i < COLUMNS / 8 * 4; i++)
-				d[i / 4][i % 4] = 0.0f;
-			multiply_triangle<true>(d, m.inverse, m.w);
-			to_tile(m.y, d, DIAGONAL ? -1.0f : -factors[FROM_START + row],
-			        DIAGONAL ? -1.0f : -factors[FROM_START + row + 8]);
+			d.clear();
+			d.template add<CHUNK, true>(m.inverse, m.scores);
+			d.to_tile(m.d, DIAGONAL ? -1.0f : -factors[FROM_START + row],
+			          DIAGONAL ? -1.0f : -factors[FROM_START + row + 8]);
 		}
 #pragma unroll
 		for (int half = 0; half < 2; half++) {
 			const int t = row + 8 * half;
+			const int64_t first = column + at_row.column;
 
-			store_row(t < x.tokens ? at(p.a.dv, x.b, x.first + t, x.h) + column : NULL,
-			          d, half, f.d_v - column);
+			store_row(t < x.tokens ? at(p.a.dv, x.b, x.first + t, x.h) + first : NULL,
+			          d.x, half, f.d_v - first);
 		}
 		copy_wait<1>();
 		__syncthreads();
-		if (chunk > 0)
-			load_inverse(chunk - 1);
-		copy_commit();
+		if (DELTA)
+			clear_above(m.scores);
+		load_triangles(chunk - 1);
 		s.template decay<DIAGONAL>(factors);
 		s.add(m.q, m.dout[slot]);
-		if (DELTA)
-			s.add(DIAGONAL ? m.k[0] : m.k[slot], m.y);
+		if (DELTA) {
+			s.add(DIAGONAL ? m.k[0] : m.k[slot], m.d);
+			__syncthreads();
+		}
 	}
 	copy_wait<0>();
-#pragma unroll
-	for (int i = 0; i < KEYS / 64 * (COLUMNS / 8) * 4; i++) {
-		const int tile = i / (COLUMNS / 2), n = i / 4 % (COLUMNS / 8), e = i % 4;
-		const int key = s.row(tile, e / 2), at_column = 8 * n + 2 * (lane % 4) + e % 2;
-
-		if (p.a.dh0 && key < f.d_k && column + at_column < f.d_v)
-			p.a.dh0[(sequence * f.d_k + key) * f.d_v + column + at_column] =
-			        s.x[tile][n][e];
-	}
+	s.template move<true>(p.a.dh0, f, sequence, column);
 }
 
-/* ---- 4. gradients that sum over columns ---- */
+/* The first half of blocks walk back, which takes longer. */
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(WALK_THREADS, 2)
+        walk_kernel(const __grid_constant__ struct problem p)
+{
+	const int64_t walks = gridDim.x / 2, walk = blockIdx.x % walks;
+	const int64_t sequence = walk / p.column_blocks;
+	const int64_t column = walk % p.column_blocks * WALK_COLUMNS;
+
+	if (blockIdx.x < walks)
+		walk_back<KEYS, DIAGONAL, DELTA>(p, sequence, column);
+	else
+		walk_forward<KEYS, DIAGONAL, DELTA>(p, sequence, column);
+}
+
+/* ---- 3. gradients that sum over columns ---- */
 
 /* A warp takes 16 tokens, and half of a slab's channels or of the tokens as keys. */
-constexpr int GRADIENT_THREADS = 256, STAGES = 3, HALF = 32, TILES = HALF / 8;
+constexpr int GRADIENT_THREADS = 256, STAGES = 3;
 
 enum { DOUT, ERRORS, VALUES, STATES, GRADIENTS, N_OPERANDS };
 
@@ -1311,10 +1354,11 @@ multiply_states(struct gradients &d, struct gradient_memory &m, const struct pro
 		m.ends[threadIdx.x / 4] = end;
 	if (FIRST)
 		store_tokens<DIAGONAL, DELTA>(m, x1, x2, f.scale, c);
-	/* q and k, of a later slab with the third of its stages. */
-	if (DIAGONAL || FIRST || count < 3)
+	/* q and k, which a later slab's third stage brings; the first slab's have been waited for.
+	 */
+	if (DIAGONAL || (!FIRST && count < 3))
 		copy_wait<0>();
-	else
+	else if (!FIRST)
 		copy_wait<2>();
 	__syncthreads();
 }
@@ -1738,8 +1782,12 @@ static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
 
 	for (int i = 0; i < GRADIENT_THREADS / WARP; i++)
 		sum += m.sums[i];
-	for (int t = CHUNK - 1; t >= (int)threadIdx.x; t--)
-		sum += m.scalars[t];
+#pragma unroll
+	for (int t = CHUNK - 1; t >= 0; t--) {
+		const float more = m.scalars[t];
+
+		sum += t >= (int)threadIdx.x ? more : 0.0f;
+	}
 	if (x.first + threadIdx.x == 0 && !f.h0 && !isnan(sum))
 		sum = 0.0f; /* nothing decays, where rounding would leave something */
 	*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
@@ -1820,8 +1868,8 @@ static struct problem problem_of(const struct matrix_recurrence_backward_args *a
 	p.a = *a;
 	p.chunks = divide_up(f->seq_len, CHUNK);
 	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
-	p.column_blocks = divide_up(f->d_v, COLUMNS);
-	p.values = (int)(p.column_blocks * COLUMNS);
+	p.column_blocks = divide_up(f->d_v, WALK_COLUMNS);
+	p.values = (int)(p.column_blocks * WALK_COLUMNS);
 	const int64_t records = f->batch * f->n_heads * p.chunks, keys = CHUNK * p.keys;
 	const int64_t decayed = diagonal ? records * keys : 0;
 
@@ -1845,16 +1893,17 @@ static enum status run(struct device *device, const struct problem &p)
 	const char *name = "matrix_recurrence_backward";
 	const struct matrix_recurrence_args *f = &p.a.forward;
 	const int64_t heads = f->batch * f->n_heads;
-	const dim3 chunks((unsigned)(heads * p.chunks)), walks((unsigned)(heads * p.column_blocks));
+	const dim3 chunks((unsigned)(heads * p.chunks));
+	const dim3 walks((unsigned)(2 * heads * p.column_blocks));
 	enum status status = launch(device, name, prepare_kernel<DIAGONAL, DELTA>, chunks, THREADS,
 	                            sizeof(struct prepare_memory), p);
 
 	if (status == STATUS_OK)
-		status = launch(device, name, forward_kernel<KEYS, DIAGONAL, DELTA>, walks, THREADS,
-		                sizeof(struct forward_memory<KEYS>), p);
-	if (status == STATUS_OK)
-		status = launch(device, name, reverse_kernel<KEYS, DIAGONAL, DELTA>, walks, THREADS,
-		                sizeof(struct reverse_memory<KEYS>), p);
+		status = launch(device, name, walk_kernel<KEYS, DIAGONAL, DELTA>, walks,
+		                WALK_THREADS,
+		                max(sizeof(struct forward_memory<KEYS>),
+		                    sizeof(struct reverse_memory<KEYS>)),
+		                p);
 	if (status == STATUS_OK)
 		status = launch(device, name, gradient_kernel<DIAGONAL, DELTA>, chunks,
 		                GRADIENT_THREADS, sizeof(struct gradient_memory), p);
@@ -1886,7 +1935,7 @@ extern "C" const char *portable_delta_backward_unsupported(const struct device *
 	if (f->d_k > MAX_KEYS)
 		return "d_k above 128 with the delta rule or the bonus";
 	if (f->batch * f->n_heads >
-	    INT32_MAX / max(divide_up(f->seq_len, CHUNK), divide_up(f->d_v, COLUMNS)))
+	    INT32_MAX / max(divide_up(f->seq_len, CHUNK), 2 * divide_up(f->d_v, WALK_COLUMNS)))
 		return "more chunks than a grid has blocks";
 	if (f->decay == DECAY_DIAGONAL &&
 	    !(is_aligned(&f->log_decay) && is_aligned(&a->dlog_decay)))
