@@ -146,8 +146,8 @@ static __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *from, i
                                                  int rows, int64_t width, int thread)
 {
 #pragma unroll
-	for (int i = thread; i < CHUNK * W / 8; i += N) {
-		const int row = i / (W / 8), column = i % (W / 8) * 8;
+	for (int j = 0; j < CHUNK * W / 8 / N; j++) {
+		const int i = thread + j * N, row = i / (W / 8), column = i % (W / 8) * 8;
 		const bool valid = row < rows && column < width;
 
 		copy16_async(tile + swizzled<W>(row, column / 8),
@@ -161,17 +161,19 @@ static __device__ __forceinline__ void load_dense(bf16 *tile, const bf16 *from, 
                                                   int thread)
 {
 #pragma unroll
-	for (int i = thread; i < ROWS * W / 8; i += N) {
-		const int row = i / (W / 8), piece = i % (W / 8);
+	for (int j = 0; j < ROWS * W / 8 / N; j++) {
+		const int i = thread + j * N, row = i / (W / 8), piece = i % (W / 8);
 
 		copy16_async(tile + swizzled<W>(row, piece), from + row * stride + 8 * piece, true);
 	}
 }
 
-/* `count` floats of the workspace, in the background. */
+/* `count` floats of the workspace, up to four a thread, in the background. */
 static __device__ __forceinline__ void load_floats(float *to, const float *from, int count)
 {
-	for (int i = 4 * threadIdx.x; i < count; i += 4 * THREADS)
+	const int i = 4 * threadIdx.x;
+
+	if (i < count)
 		copy16_async(to + i, from + i, true);
 }
 
@@ -856,17 +858,23 @@ static __device__ __forceinline__ bool in_triangle(int row, int piece)
 static __device__ __forceinline__ void load_triangle(bf16 *tile, const bf16 *from)
 {
 #pragma unroll
-	for (int i = hidden(threadIdx.x); i < CHUNK * CHUNK / 8; i += WALK_THREADS)
+	for (int j = 0; j < CHUNK * CHUNK / 8 / WALK_THREADS; j++) {
+		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
+
 		if (in_triangle(i / 8, i % 8))
 			copy16_async(tile + swizzled<CHUNK>(i / 8, i % 8), from + 8 * i, true);
+	}
 }
 
 static __device__ __forceinline__ void clear_above(bf16 *tile)
 {
 #pragma unroll
-	for (int i = hidden(threadIdx.x); i < CHUNK * CHUNK / 8; i += WALK_THREADS)
+	for (int j = 0; j < CHUNK * CHUNK / 8 / WALK_THREADS; j++) {
+		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
+
 		if (!in_triangle(i / 8, i % 8))
 			*reinterpret_cast<vector8 *>(tile + swizzled<CHUNK>(i / 8, i % 8)) = {};
+	}
 }
 
 /* A tile of the state into its columns of the workspace. */
@@ -874,7 +882,8 @@ template <int KEYS>
 static __device__ __forceinline__ void keep_state(bf16 *to, int64_t stride, const bf16 *tile)
 {
 #pragma unroll
-	for (int i = hidden(threadIdx.x); i < KEYS * WALK_COLUMNS / 8; i += WALK_THREADS) {
+	for (int j = 0; j < KEYS * WALK_COLUMNS / 8 / WALK_THREADS; j++) {
+		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
 		const int row = i / (WALK_COLUMNS / 8), piece = i % (WALK_COLUMNS / 8);
 
 		*reinterpret_cast<vector8 *>(to + row * stride + 8 * piece) =
@@ -1086,7 +1095,8 @@ static __device__ __forceinline__ void walk_back(const struct problem &p, int64_
 			copy_commit();
 		if (!DIAGONAL) {
 #pragma unroll
-			for (int i = hidden(threadIdx.x); i < CHUNK * WALK_COLUMNS / 8; i += N) {
+			for (int k = 0; k < CHUNK * WALK_COLUMNS / 8 / N; k++) {
+				const int i = hidden(threadIdx.x) + k * N;
 				const int t = i / (WALK_COLUMNS / 8);
 				bf16 *piece = m.dout[slot] +
 				              swizzled<WALK_COLUMNS>(t, i % (WALK_COLUMNS / 8));
