@@ -93,33 +93,46 @@ template <int W> static __device__ __forceinline__ int element(int row, int colu
 	return swizzled<W>(row, column / 8) + column % 8;
 }
 
-/* A fragment, rows row .. row + 15, inner k .. k + 15, of a tile [row, inner]. */
+/* The offset of what lies `column` columns, a multiple of 8 that sets no bit of the column there,
+ * right of an offset. */
+template <int W> static __device__ __forceinline__ int moved(int offset, int column)
+{
+	constexpr int SWIZZLED = W == 32 ? 24 : 56;
+
+	return (offset ^ (column & SWIZZLED)) + (column & ~63);
+}
+
+/* A fragment, rows row .. row + 15, inner k .. k + 15, of a tile [row, inner]. Here and below,
+ * places are multiples of 16. */
 template <int W>
 static __device__ __forceinline__ void left(uint32_t (&a)[4], const bf16 *tile, int row, int k)
 {
 	const int lane = threadIdx.x % WARP;
 
-	load_matrices(a, tile + swizzled<W>(row + lane % 16, k / 8 + lane / 16));
+	load_matrices(a, tile + row * W + moved<W>(swizzled<W>(lane % 16, lane / 16), k));
 }
 
-/* The same of a tile [inner, row]. */
+/* The same of a tile [inner, row]; of row + more, more below 32 and row a multiple of 32. */
 template <int W>
 static __device__ __forceinline__ void left_transposed(uint32_t (&a)[4], const bf16 *tile, int row,
-                                                       int k)
+                                                       int k, int more = 0)
 {
 	const int lane = threadIdx.x % WARP;
+	const int place = swizzled<W>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 
-	load_matrices_transposed(
-	        a, tile + swizzled<W>(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+	load_matrices_transposed(a, tile + k * W + moved<W>(moved<W>(place, row), more));
 }
 
-/* B fragments of columns n .. n + 7 (b[0], b[1]) and n + 8 .. n + 15 of a tile [inner, column]. */
+/* B fragments of columns n .. n + 7 (b[0], b[1]) and n + 8 .. n + 15 of a tile [inner, column];
+ * of n + more, as above. */
 template <int W>
-static __device__ __forceinline__ void right(uint32_t (&b)[4], const bf16 *tile, int k, int n)
+static __device__ __forceinline__ void right(uint32_t (&b)[4], const bf16 *tile, int k, int n,
+                                             int more = 0)
 {
 	const int lane = threadIdx.x % WARP;
+	const int place = swizzled<W>(lane % 16, lane / 16);
 
-	load_matrices_transposed(b, tile + swizzled<W>(k + lane % 16, n / 8 + lane / 16));
+	load_matrices_transposed(b, tile + k * W + moved<W>(moved<W>(place, n), more));
 }
 
 /* The same of a tile [column, inner]. */
@@ -129,7 +142,8 @@ static __device__ __forceinline__ void right_transposed(uint32_t (&b)[4], const 
 {
 	const int lane = threadIdx.x % WARP;
 
-	load_matrices(b, tile + swizzled<W>(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+	load_matrices(b, tile + n * W +
+	                         moved<W>(swizzled<W>(lane / 16 * 8 + lane % 8, lane / 8 % 2), k));
 }
 
 /* The same number, of which the compiler does not know that: what follows from it is computed where
@@ -177,11 +191,23 @@ static __device__ __forceinline__ void load_floats(float *to, const float *from,
 		copy16_async(to + i, from + i, true);
 }
 
-/* The pair of a tile at this lane's place in a product: row, columns column, column + 1. */
+/* The pair at (row, column) of a tile. */
 template <int W>
 static __device__ __forceinline__ uint32_t &pair_at(bf16 *tile, int row, int column)
 {
 	return *reinterpret_cast<uint32_t *>(tile + element<W>(row, column));
+}
+
+/* This lane's pair of a product's 8 x 8 block at row, column + more; more below 32, column a
+ * multiple of 32. */
+template <int W>
+static __device__ __forceinline__ uint32_t &own_pair(bf16 *tile, int row, int column, int more = 0)
+{
+	const int lane = threadIdx.x % WARP;
+	const int place = swizzled<W>(lane / 4, 0) + 2 * (lane % 4);
+
+	return *reinterpret_cast<uint32_t *>(tile + row * W +
+	                                     moved<W>(moved<W>(place, column), more));
 }
 
 /*
@@ -694,9 +720,9 @@ struct position {
 
 static __device__ __forceinline__ struct position position_of()
 {
-	const int thread = hidden(threadIdx.x), warp = thread / WARP;
+	const int warp = threadIdx.x / WARP;
 
-	return {warp % 4, warp / 4 * HALF, thread % WARP};
+	return {warp % 4, warp / 4 * HALF, (int)threadIdx.x % WARP};
 }
 
 /* A warp's part of the state or its gradient. */
@@ -724,7 +750,9 @@ template <int KEYS> struct state {
 		for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
 			for (int i = 0; i < 2 * TILES; i++)
-				pair_at<WALK_COLUMNS>(tile, row(at, m, i % 2), column(at, i / 2)) =
+				own_pair<WALK_COLUMNS>(tile,
+				                       at.part * (KEYS / 4) + 16 * m + i % 2 * 8,
+				                       at.column, i / 2 * 8) =
 				        pack(x[m][i / 2][i % 2 * 2], x[m][i / 2][i % 2 * 2 + 1]);
 	}
 
@@ -759,11 +787,11 @@ template <int KEYS> struct state {
 
 #pragma unroll
 			for (int m = 0; m < ROW_TILES; m++)
-				left_transposed<KEYS>(a[m], keys, at.part * (KEYS / 4) + 16 * m,
-				                      step);
+				left_transposed<KEYS>(a[m], keys, at.part * (KEYS / 4), step,
+				                      16 * m);
 #pragma unroll
 			for (int n = 0; n < TILES; n += 2) {
-				right<WALK_COLUMNS>(b, values, step, at.column + 8 * n);
+				right<WALK_COLUMNS>(b, values, step, at.column, 8 * n);
 #pragma unroll
 				for (int m = 0; m < ROW_TILES; m++) {
 					multiply_add(x[m][n], a[m], b[0], b[1]);
@@ -823,7 +851,7 @@ struct rows {
 				left<INNER>(a, keys, SUB * at.part, step);
 #pragma unroll
 			for (int n = 0; n < TILES; n += 2) {
-				right<WALK_COLUMNS>(b, tile, step, at.column + 8 * n);
+				right<WALK_COLUMNS>(b, tile, step, at.column, 8 * n);
 				multiply_add(x[n], a, b[0], b[1]);
 				multiply_add(x[n + 1], a, b[2], b[3]);
 			}
@@ -834,17 +862,46 @@ struct rows {
 	__device__ __forceinline__ void to_tile(bf16 *tile, float factor0, float factor1) const
 	{
 		const struct position at = position_of();
-		const int row = SUB * at.part + at.lane / 4;
 
 #pragma unroll
 		for (int n = 0; n < TILES; n++) {
-			const int column = at.column + 8 * n + at.lane % 4 * 2;
-
-			pair_at<WALK_COLUMNS>(tile, row, column) =
+			own_pair<WALK_COLUMNS>(tile, SUB * at.part, at.column, 8 * n) =
 			        pack(factor0 * x[n][0], factor0 * x[n][1]);
-			pair_at<WALK_COLUMNS>(tile, row + 8, column) =
+			own_pair<WALK_COLUMNS>(tile, SUB * at.part + 8, at.column, 8 * n) =
 			        pack(factor1 * x[n][2], factor1 * x[n][3]);
 		}
+	}
+};
+
+/* This thread's part of tiles of 64 rows of W elements, one a chunk, in the background; zeros past
+ * `rows` and where the first has no column. */
+template <int W> struct stream {
+	static constexpr int ROWS = WALK_THREADS / (W / 8); /* between a thread's rows */
+	const bf16 *first;
+	int64_t stride;
+	int row, place;
+	bool inside;
+
+	/* From a view's token 0, or a matrix of the workspace. */
+	__device__ __forceinline__ stream(const bf16 *from, int64_t stride_of_rows, int64_t width)
+	{
+		const int column = threadIdx.x % (W / 8) * 8;
+
+		row = threadIdx.x / (W / 8);
+		place = swizzled<W>(row, column / 8);
+		first = from + row * stride_of_rows + column;
+		stride = stride_of_rows;
+		inside = column < width;
+	}
+
+	__device__ __forceinline__ void load(bf16 *tile, int64_t chunk, int rows) const
+	{
+		const bf16 *from = first + chunk * (CHUNK * stride);
+
+#pragma unroll
+		for (int i = 0; i < CHUNK / ROWS; i++)
+			copy16_async(tile + place + i * ROWS * W, from + i * ROWS * stride,
+			             inside && row + i * ROWS < rows);
 	}
 };
 
@@ -859,7 +916,7 @@ static __device__ __forceinline__ void load_triangle(bf16 *tile, const bf16 *fro
 {
 #pragma unroll
 	for (int j = 0; j < CHUNK * CHUNK / 8 / WALK_THREADS; j++) {
-		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
+		const int i = threadIdx.x + j * WALK_THREADS;
 
 		if (in_triangle(i / 8, i % 8))
 			copy16_async(tile + swizzled<CHUNK>(i / 8, i % 8), from + 8 * i, true);
@@ -870,7 +927,7 @@ static __device__ __forceinline__ void clear_above(bf16 *tile)
 {
 #pragma unroll
 	for (int j = 0; j < CHUNK * CHUNK / 8 / WALK_THREADS; j++) {
-		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
+		const int i = threadIdx.x + j * WALK_THREADS;
 
 		if (!in_triangle(i / 8, i % 8))
 			*reinterpret_cast<vector8 *>(tile + swizzled<CHUNK>(i / 8, i % 8)) = {};
@@ -879,11 +936,11 @@ static __device__ __forceinline__ void clear_above(bf16 *tile)
 
 /* A tile of the state into its columns of the workspace. */
 template <int KEYS>
-static __device__ __forceinline__ void keep_state(bf16 *to, int64_t stride, const bf16 *tile)
+static __device__ __forceinline__ void keep_state(bf16 *to, int stride, const bf16 *tile)
 {
 #pragma unroll
 	for (int j = 0; j < KEYS * WALK_COLUMNS / 8 / WALK_THREADS; j++) {
-		const int i = hidden(threadIdx.x) + j * WALK_THREADS;
+		const int i = threadIdx.x + j * WALK_THREADS;
 		const int row = i / (WALK_COLUMNS / 8), piece = i % (WALK_COLUMNS / 8);
 
 		*reinterpret_cast<vector8 *>(to + row * stride + 8 * piece) =
@@ -905,30 +962,35 @@ template <int KEYS, bool DIAGONAL, bool DELTA>
 static __device__ __forceinline__ void walk_forward(const struct problem &p, int64_t sequence,
                                                     int64_t column)
 {
-	constexpr int N = WALK_THREADS;
 	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct place head = place_of(p, sequence, 0);
+	const struct position at = position_of();
+	const int row = SUB * at.part + at.lane / 4;
 	auto &m = *reinterpret_cast<struct forward_memory<KEYS> *>(shared_memory);
+	const int64_t tokens = head.record * CHUNK;
+	const struct stream<KEYS> k =
+	        DIAGONAL ? stream<KEYS>(p.k + tokens * KEYS, KEYS, KEYS)
+	                 : stream<KEYS>(::at(f.k, head.b, 0, head.h), f.k.token, f.d_k);
+	const struct stream<KEYS> ends(p.k_end + tokens * KEYS, KEYS, KEYS);
+	const struct stream<WALK_COLUMNS> v(::at(f.v, head.b, 0, head.h) + column, f.v.token,
+	                                    f.d_v - column);
+	bf16 *const errors = p.errors + (tokens + row) * p.values + column + at.column;
 	struct state<KEYS> s;
 
 	const auto load_first = [&](int64_t chunk) {
-		const struct place x = place_of(p, sequence, chunk);
-		const int slot = chunk % 2, thread = hidden(threadIdx.x);
+		const int slot = chunk % 2;
+		const int rows = (int)min((int64_t)CHUNK, f.seq_len - chunk * CHUNK);
 
-		if (DIAGONAL && DELTA)
-			load_dense<KEYS, CHUNK, N>(m.k[0], p.k + x.record * CHUNK * KEYS, KEYS,
-			                           thread);
-		if (!DIAGONAL)
-			load_rows<KEYS, N>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token,
-			                   x.tokens, f.d_k, thread);
-		load_rows<WALK_COLUMNS, N>(m.v[slot], at(f.v, x.b, x.first, x.h) + column,
-		                           f.v.token, x.tokens, f.d_v - column, thread);
-		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+		if (!DIAGONAL || DELTA)
+			k.load(m.k[DIAGONAL ? 0 : slot], chunk, DIAGONAL ? CHUNK : rows);
+		v.load(m.v[slot], chunk, rows);
+		load_floats(m.factors[slot], p.factors + (head.record + chunk) * (WHOLE + KEYS),
+		            WHOLE + KEYS);
 		copy_commit();
 	};
 	const auto load_inverse = [&](int64_t chunk) {
 		if (DELTA && chunk < p.chunks)
-			load_triangle(m.inverse,
-			              p.inverse + (sequence * p.chunks + chunk) * CHUNK * CHUNK);
+			load_triangle(m.inverse, p.inverse + (head.record + chunk) * CHUNK * CHUNK);
 		copy_commit();
 	};
 
@@ -939,7 +1001,7 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 #pragma unroll 1
 	for (int64_t chunk = 0; chunk < p.chunks; chunk++) {
 		const int slot = chunk % 2;
-		const int64_t record = sequence * p.chunks + chunk;
+		const int64_t record = head.record + chunk;
 		const float *factors = m.factors[slot];
 		struct rows d;
 
@@ -947,25 +1009,22 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 		copy_wait<1>();
 		__syncthreads();
 		if (DIAGONAL)
-			load_dense<KEYS, CHUNK, N>(m.k[1], p.k_end + record * CHUNK * KEYS, KEYS,
-			                           hidden(threadIdx.x));
+			ends.load(m.k[1], chunk, CHUNK);
 		copy_commit();
 		keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values, m.s);
 		if (DELTA) {
-			const struct position at = position_of();
-
 			d.clear();
 			d.template add<KEYS, false>(DIAGONAL ? m.k[0] : m.k[slot], m.s);
 #pragma unroll
 			for (int i = 0; i < 2 * TILES; i++) {
 				const int n = i / 2, e = i % 2 * 2;
-				const int row = SUB * at.part + at.lane / 4 + 4 * e;
-				const uint32_t v = pair_at<WALK_COLUMNS>(
-				        m.v[slot], row, at.column + 8 * n + at.lane % 4 * 2);
-				const float power = DIAGONAL ? 1.0f : factors[FROM_START + row];
+				const uint32_t pair = own_pair<WALK_COLUMNS>(
+				        m.v[slot], SUB * at.part + 4 * e, at.column, 8 * n);
+				const float power =
+				        DIAGONAL ? 1.0f : factors[FROM_START + row + 4 * e];
 
-				d.x[n][e] = low_half(v) - power * d.x[n][e];
-				d.x[n][e + 1] = high_half(v) - power * d.x[n][e + 1];
+				d.x[n][e] = low_half(pair) - power * d.x[n][e];
+				d.x[n][e + 1] = high_half(pair) - power * d.x[n][e + 1];
 			}
 			d.to_tile(m.w, 1.0f, 1.0f);
 		}
@@ -976,15 +1035,12 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 		else
 			copy_commit();
 		if (DELTA) {
-			const struct position at = position_of();
-			const int row = SUB * at.part + at.lane / 4;
-			bf16 *errors =
-			        p.errors + (record * CHUNK + row) * p.values + column + at.column;
+			bf16 *const to = errors + chunk * (CHUNK * p.values);
 
 			d.clear();
 			d.template add<CHUNK, false>(m.inverse, m.w);
-			store_row(errors, d.x, 0, HALF);
-			store_row(errors + 8 * p.values, d.x, 1, HALF);
+			store_row(to, d.x, 0, HALF);
+			store_row(to + 8 * p.values, d.x, 1, HALF);
 			d.to_tile(m.v[slot],
 			          factors[BETA + row] * (DIAGONAL ? 1.0f : factors[TO_END + row]),
 			          factors[BETA + row + 8] *
@@ -1015,30 +1071,37 @@ template <int KEYS, bool DIAGONAL, bool DELTA>
 static __device__ __forceinline__ void walk_back(const struct problem &p, int64_t sequence,
                                                  int64_t column)
 {
-	constexpr int N = WALK_THREADS;
 	const struct matrix_recurrence_args &f = p.a.forward;
+	const struct place head = place_of(p, sequence, 0);
+	const struct position at = position_of();
+	const int row = SUB * at.part + at.lane / 4;
 	auto &m = *reinterpret_cast<struct reverse_memory<KEYS> *>(shared_memory);
+	const int64_t tokens = head.record * CHUNK;
+	/* k 2^(G_E - G) where decays differ by channel. */
+	const struct stream<KEYS> k =
+	        DIAGONAL ? stream<KEYS>(p.k_end + tokens * KEYS, KEYS, KEYS)
+	                 : stream<KEYS>(::at(f.k, head.b, 0, head.h), f.k.token, f.d_k);
+	const struct stream<KEYS> q =
+	        DIAGONAL ? stream<KEYS>(p.q + tokens * KEYS, KEYS, KEYS)
+	                 : stream<KEYS>(::at(f.q, head.b, 0, head.h), f.q.token, f.d_k);
+	const struct stream<KEYS> starts(p.k + tokens * KEYS, KEYS, KEYS);
+	const struct stream<WALK_COLUMNS> dout(::at(p.a.dout, head.b, 0, head.h) + column,
+	                                       p.a.dout.token, f.d_v - column);
+	bf16 *const dv = ::at(p.a.dv, head.b, row, head.h) + column + at.column;
 	struct state<KEYS> s = {
 	};
 
-	/* Of k, k 2^(G_E - G) where decays differ by channel. */
-	const auto load_first = [&](int64_t chunk) {
-		const struct place x = place_of(p, sequence, chunk);
-		const int slot = chunk % 2, thread = hidden(threadIdx.x);
+	const auto load_first = [&](int64_t chunk, int rows) {
+		const int slot = chunk % 2;
 
-		if (DIAGONAL)
-			load_dense<KEYS, CHUNK, N>(m.k[1], p.k_end + x.record * CHUNK * KEYS, KEYS,
-			                           thread);
-		else
-			load_rows<KEYS, N>(m.k[slot], at(f.k, x.b, x.first, x.h), f.k.token,
-			                   x.tokens, f.d_k, thread);
-		load_rows<WALK_COLUMNS, N>(m.dout[slot], at(p.a.dout, x.b, x.first, x.h) + column,
-		                           p.a.dout.token, x.tokens, f.d_v - column, thread);
-		load_floats(m.factors[slot], p.factors + x.record * (WHOLE + KEYS), WHOLE + KEYS);
+		k.load(m.k[DIAGONAL ? 1 : slot], chunk, DIAGONAL ? CHUNK : rows);
+		dout.load(m.dout[slot], chunk, rows);
+		load_floats(m.factors[slot], p.factors + (head.record + chunk) * (WHOLE + KEYS),
+		            WHOLE + KEYS);
 		copy_commit();
 	};
 	const auto load_triangles = [&](int64_t chunk) {
-		const int64_t from = (sequence * p.chunks + chunk) * CHUNK * CHUNK;
+		const int64_t from = (head.record + chunk) * CHUNK * CHUNK;
 
 		if (chunk >= 0)
 			load_triangle(m.scores, p.scores + from);
@@ -1050,33 +1113,24 @@ static __device__ __forceinline__ void walk_back(const struct problem &p, int64_
 
 	clear_above(m.scores);
 	clear_above(m.inverse);
-	load_first(p.chunks - 1);
+	load_first(p.chunks - 1, (int)(f.seq_len - (p.chunks - 1) * CHUNK));
 	load_triangles(p.chunks - 1);
 #pragma unroll 1
 	for (int64_t chunk = p.chunks - 1; chunk >= 0; chunk--) {
-		const struct place x = place_of(p, sequence, chunk);
 		const int slot = chunk % 2;
+		const int rows = (int)min((int64_t)CHUNK, f.seq_len - chunk * CHUNK);
 		const float *factors = m.factors[slot];
 		struct rows d;
 
 		s.to_tile(m.d);
 		copy_wait<1>();
 		__syncthreads();
-		if (DIAGONAL) {
-			load_dense<KEYS, CHUNK, N>(m.q, p.q + x.record * CHUNK * KEYS, KEYS,
-			                           hidden(threadIdx.x));
-			if (DELTA)
-				load_dense<KEYS, CHUNK, N>(m.k[0], p.k + x.record * CHUNK * KEYS,
-				                           KEYS, hidden(threadIdx.x));
-		} else {
-			load_rows<KEYS, N>(m.q, at(f.q, x.b, x.first, x.h), f.q.token, x.tokens,
-			                   f.d_k, hidden(threadIdx.x));
-		}
+		q.load(m.q, chunk, DIAGONAL ? CHUNK : rows);
+		if (DIAGONAL && DELTA)
+			starts.load(m.k[0], chunk, CHUNK);
 		copy_commit();
-		keep_state<KEYS>(p.gradients + x.record * KEYS * p.values + column, p.values, m.d);
-		const struct position at_row = position_of();
-		const int row = SUB * at_row.part + at_row.lane / 4;
-
+		keep_state<KEYS>(p.gradients + (head.record + chunk) * KEYS * p.values + column,
+		                 p.values, m.d);
 		d.clear();
 		d.template add<KEYS, false>(DIAGONAL ? m.k[1] : m.k[slot], m.d);
 #pragma unroll
@@ -1090,24 +1144,20 @@ static __device__ __forceinline__ void walk_back(const struct problem &p, int64_
 		copy_wait<1>();
 		__syncthreads();
 		if (chunk > 0)
-			load_first(chunk - 1);
+			load_first(chunk - 1, CHUNK);
 		else
 			copy_commit();
-		if (!DIAGONAL) {
 #pragma unroll
-			for (int k = 0; k < CHUNK * WALK_COLUMNS / 8 / N; k++) {
-				const int i = hidden(threadIdx.x) + k * N;
-				const int t = i / (WALK_COLUMNS / 8);
-				bf16 *piece = m.dout[slot] +
-				              swizzled<WALK_COLUMNS>(t, i % (WALK_COLUMNS / 8));
-				float y[8];
+		for (int i = 0; !DIAGONAL && i < CHUNK / dout.ROWS; i++) {
+			const int t = dout.row + i * dout.ROWS;
+			bf16 *piece = m.dout[slot] + dout.place + i * dout.ROWS * WALK_COLUMNS;
+			float y[8];
 
-				load8(y, piece);
+			load8(y, piece);
 #pragma unroll
-				for (int j = 0; j < 8; j++)
-					y[j] *= f.scale * factors[FROM_START + t];
-				store8(piece, y);
-			}
+			for (int j = 0; j < 8; j++)
+				y[j] *= f.scale * factors[FROM_START + t];
+			store8(piece, y);
 		}
 		if (DELTA) {
 			d.clear();
@@ -1117,11 +1167,10 @@ static __device__ __forceinline__ void walk_back(const struct problem &p, int64_
 		}
 #pragma unroll
 		for (int half = 0; half < 2; half++) {
-			const int t = row + 8 * half;
-			const int64_t first = column + at_row.column;
+			bf16 *const to = dv + (chunk * CHUNK + 8 * half) * p.a.dv.token;
 
-			store_row(t < x.tokens ? at(p.a.dv, x.b, x.first + t, x.h) + first : NULL,
-			          d.x, half, f.d_v - first);
+			store_row(row + 8 * half < rows ? to : NULL, d.x, half,
+			          f.d_v - column - at.column);
 		}
 		copy_wait<1>();
 		__syncthreads();
