@@ -1262,31 +1262,55 @@ static __device__ __forceinline__ int channel_of(struct corner c, int n, int e)
 	return c.channel + 8 * n + c.lane % 4 * 2 + e % 2;
 }
 
-/* Columns of the operands of a slab's products, in the background. */
-template <bool DELTA>
-static __device__ __forceinline__ void load_stage(stage &to, const struct problem &p,
-                                                  const struct place &x, int slab, int64_t column)
-{
-	constexpr int N = GRADIENT_THREADS;
-	const struct matrix_recurrence_args &f = p.a.forward;
-	const int thread = hidden(threadIdx.x);
-	const int64_t from = (x.record * p.keys + slab * SLAB) * p.values + column;
+/* Where this thread's parts of the next stage to load are; slab after slab, 32 columns a stage. */
+template <bool DELTA> struct cursor {
+	const bf16 *dout, *errors, *values, *states, *gradients;
+	int column, place, slot;
+	bool inside; /* the sequence */
 
-	load_rows<COLUMNS, N>(to[DOUT], at(p.a.dout, x.b, x.first, x.h) + column, p.a.dout.token,
-	                      x.tokens, f.d_v - column, thread);
-	if (DELTA) {
-		load_dense<COLUMNS, CHUNK, N>(to[ERRORS],
-		                              p.errors + x.record * CHUNK * p.values + column,
-		                              p.values, thread);
-		load_rows<COLUMNS, N>(to[VALUES], at(p.a.dv, x.b, x.first, x.h) + column,
-		                      p.a.dv.token, x.tokens, f.d_v - column, thread);
-	} else {
-		load_rows<COLUMNS, N>(to[ERRORS], at(f.v, x.b, x.first, x.h) + column, f.v.token,
-		                      x.tokens, f.d_v - column, thread);
+	__device__ __forceinline__ cursor(const struct problem &p, const struct place &x)
+	{
+		const int row = threadIdx.x / (COLUMNS / 8);
+		const int64_t t = x.first + row, state = (x.record * p.keys + row) * p.values;
+
+		column = threadIdx.x % (COLUMNS / 8) * 8;
+		place = swizzled<COLUMNS>(row, column / 8);
+		slot = 0;
+		inside = row < x.tokens;
+		dout = at(p.a.dout, x.b, t, x.h) + column;
+		errors = DELTA ? p.errors + (x.record * CHUNK + row) * p.values + column
+		               : at(p.a.forward.v, x.b, t, x.h) + column;
+		values = DELTA ? at(p.a.dv, x.b, t, x.h) + column : NULL;
+		states = p.states + state + column;
+		gradients = p.gradients + state + column;
 	}
-	load_dense<COLUMNS, SLAB, N>(to[STATES], p.states + from, p.values, thread);
-	load_dense<COLUMNS, SLAB, N>(to[GRADIENTS], p.gradients + from, p.values, thread);
-}
+
+	__device__ __forceinline__ void load(stage (&stages)[STAGES], const struct problem &p)
+	{
+		bf16 *const to = stages[slot][0] + place;
+		const bool valid = inside && column < p.a.forward.d_v;
+
+		copy16_async(to + DOUT * CHUNK * COLUMNS, dout, valid);
+		copy16_async(to + ERRORS * CHUNK * COLUMNS, errors, DELTA || valid);
+		if (DELTA)
+			copy16_async(to + VALUES * CHUNK * COLUMNS, values, valid);
+		copy16_async(to + STATES * CHUNK * COLUMNS, states, true);
+		copy16_async(to + GRADIENTS * CHUNK * COLUMNS, gradients, true);
+		/* The next slab has the same tokens, and rows of the states further on. */
+		column += COLUMNS;
+		const bool wraps = column >= p.values;
+		const int of_tokens = wraps ? COLUMNS - p.values : COLUMNS;
+		const int of_states = wraps ? COLUMNS + (SLAB - 1) * p.values : COLUMNS;
+
+		column -= wraps ? p.values : 0;
+		dout += of_tokens;
+		errors += of_tokens;
+		values += of_tokens;
+		states += of_states;
+		gradients += of_states;
+		slot = slot + 1 < STAGES ? slot + 1 : 0;
+	}
+};
 
 /* X1 and X2 and the tokens' own x into shared memory. */
 template <bool DIAGONAL, bool DELTA>
@@ -1317,9 +1341,11 @@ store_tokens(struct gradient_memory &m, const float (&x1)[TILES][4], const float
 				one[i] = s < t ? power * one[i] : 0.0f;
 				two[i] = s < t ? -power * x2[n][2 * half + i] : 0.0f;
 			}
-			pair_at<CHUNK>(m.x1, t, first) = pack(one[0], one[1]);
+			own_pair<CHUNK>(m.x1, c.token + 8 * half, c.channel, 8 * n) =
+			        pack(one[0], one[1]);
 			if (DELTA)
-				pair_at<CHUNK>(m.x2, t, first) = pack(two[0], two[1]);
+				own_pair<CHUNK>(m.x2, c.token + 8 * half, c.channel, 8 * n) =
+				        pack(two[0], two[1]);
 		}
 	}
 }
@@ -1332,17 +1358,17 @@ store_tokens(struct gradient_memory &m, const float (&x1)[TILES][4], const float
 template <bool DIAGONAL, bool DELTA, bool FIRST>
 static __device__ __forceinline__ void
 multiply_states(struct gradients &d, struct gradient_memory &m, const struct problem &p,
-                const struct place &x, int slab)
+                const struct place &x, int slab, struct cursor<DELTA> &next, int &slot)
 {
 	const struct matrix_recurrence_args &f = p.a.forward;
 	const struct corner c = corner_of();
-	const int count = p.values / COLUMNS, first = slab * count;
-	const int limit = DIAGONAL ? first + count : p.keys / SLAB * count;
+	const int count = p.values / COLUMNS;
+	/* Stages that may be loaded before this slab ends. */
+	const int limit = DIAGONAL ? count : (p.keys / SLAB - slab) * count;
 	float x1[TILES][4] = {}, x2[TILES][4] = {}, end = 0.0f;
 	const auto load = [&](int step) {
 		if (step < limit)
-			load_stage<DELTA>(m.stages[step % STAGES], p, x, step / count,
-			                  step % count * COLUMNS);
+			next.load(m.stages, p);
 		copy_commit();
 	};
 
@@ -1351,19 +1377,20 @@ multiply_states(struct gradients &d, struct gradient_memory &m, const struct pro
 	load_rows<SLAB, GRADIENT_THREADS>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token,
 	                                  x.tokens, f.d_k - slab * SLAB, threadIdx.x);
 	if (DIAGONAL || FIRST) {
-		load(first);
-		load(first + 1);
+		load(0);
+		load(1);
 	}
 #pragma unroll
 	for (int i = 0; i < TILES * 4; i++)
 		d.q[i / 4][i % 4] = d.r[i / 4][i % 4] = d.u[i / 4][i % 4] = 0.0f;
 #pragma unroll 1
-	for (int i = first; i < first + count; i++) {
-		const stage &from = m.stages[i % STAGES];
+	for (int i = 0; i < count; i++) {
+		const stage &from = m.stages[slot];
 
 		copy_wait<1>();
 		__syncthreads();
 		load(i + 2);
+		slot = slot + 1 < STAGES ? slot + 1 : 0;
 #pragma unroll
 		for (int step = 0; step < COLUMNS; step += 16) {
 			uint32_t dout[4], y[4], e[4], b[4];
@@ -1448,7 +1475,7 @@ static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gr
 			scale_columns(two, m.factors + BETA + step);
 #pragma unroll
 			for (int n = 0; n < TILES; n += 2) {
-				right<SLAB>(k, m.k, step, c.channel + 8 * n);
+				right<SLAB>(k, m.k, step, c.channel, 8 * n);
 				multiply_add(d.q[n], one, k[0], k[1]);
 				multiply_add(d.q[n + 1], one, k[2], k[3]);
 				multiply_add(d.r[n], two, k[0], k[1]);
@@ -1460,8 +1487,8 @@ static __device__ __forceinline__ void add_tokens(struct gradients &d, struct gr
 			left_transposed<CHUNK>(two, m.x2, c.token, step);
 #pragma unroll
 			for (int n = 0; n < TILES; n += 2) {
-				right<SLAB>(q, m.q, step, c.channel + 8 * n);
-				right<SLAB>(k, m.k, step, c.channel + 8 * n);
+				right<SLAB>(q, m.q, step, c.channel, 8 * n);
+				right<SLAB>(k, m.k, step, c.channel, 8 * n);
 				multiply_add(d.u[n], one, q[0], q[1]);
 				multiply_add(d.u[n + 1], one, q[2], q[3]);
 				multiply_add(d.u[n], two, k[0], k[1]);
@@ -1495,7 +1522,7 @@ add_decayed_tokens(struct gradients &d, struct gradient_memory &m, bool mild, st
 		}
 #pragma unroll
 		for (int n = 0; n < TILES; n += 2) {
-			right<SLAB>(k, m.k, step, c.channel + 8 * n);
+			right<SLAB>(k, m.k, step, c.channel, 8 * n);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
 				const int channel = c.channel + 8 * n + lane / 4 + i / 2 * 8;
@@ -1521,9 +1548,9 @@ add_decayed_tokens(struct gradients &d, struct gradient_memory &m, bool mild, st
 			left_transposed<CHUNK>(two, m.x2, c.token, step);
 #pragma unroll
 		for (int n = 0; n < TILES; n += 2) {
-			right<SLAB>(q, m.q, step, c.channel + 8 * n);
+			right<SLAB>(q, m.q, step, c.channel, 8 * n);
 			if (DELTA)
-				right<SLAB>(k, m.k, step, c.channel + 8 * n);
+				right<SLAB>(k, m.k, step, c.channel, 8 * n);
 #pragma unroll
 			for (int i = 0; i < 4; i++) {
 				const int channel = c.channel + 8 * n + lane / 4 + i / 2 * 8;
@@ -1626,7 +1653,11 @@ static __device__ __forceinline__ void finish_decayed(struct gradients &d,
 			d.q[n][e] *= scale * from;
 			d.r[n][e] *= -from;
 			d.u[n][e] *= to;
-			sum += m.factors[BETA + t] * value_at(m.k, t, channel) *
+			const uint32_t ks =
+			        own_pair<SLAB>(m.k, c.token + e / 2 * 8, c.channel, 8 * n);
+			const float k = i % 2 ? high_half(ks) : low_half(ks);
+
+			sum += m.factors[BETA + t] * k *
 			       exp2_fast(end[channel] - m.g[(t + 1) * STRIDE + channel]) *
 			       d.u[n][e];
 		}
@@ -1666,14 +1697,24 @@ finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, fl
 	const struct corner c = corner_of();
 
 #pragma unroll
-	for (int i = 0; i < TILES * 4; i++) {
-		const int n = i / 4, e = i % 4, t = token_of(c, e);
-		const float from = m.factors[FROM_START + t];
+	for (int half = 0; half < 2; half++) {
+		const int t = token_of(c, 2 * half);
+		const float from = m.factors[FROM_START + t], to = m.factors[TO_END + t];
 
-		d.q[n][e] *= scale * from;
-		d.r[n][e] *= -from;
-		d.u[n][e] *= m.factors[TO_END + t];
-		written[e / 2] += value_at(m.k, t, channel_of(c, n, e)) * d.u[n][e];
+#pragma unroll
+		for (int n = 0; n < TILES; n++) {
+			const uint32_t ks =
+			        own_pair<SLAB>(m.k, c.token + 8 * half, c.channel, 8 * n);
+
+#pragma unroll
+			for (int e = 2 * half; e < 2 * half + 2; e++) {
+				d.q[n][e] *= scale * from;
+				d.r[n][e] *= -from;
+				d.u[n][e] *= to;
+			}
+			written[half] += low_half(ks) * d.u[n][2 * half] +
+			                 high_half(ks) * d.u[n][2 * half + 1];
+		}
 	}
 	add_tokens(d, m, c);
 }
@@ -1745,10 +1786,10 @@ static __device__ __forceinline__ void store_keys(struct gradients &d, struct gr
 #pragma unroll
 	for (int i = 0; i < TILES * 2; i++) {
 		const int n = i / 2, half = i % 2, t = token_of(c, 2 * half);
-		const int channel = channel_of(c, n, 0);
+		const int channel = channel_of(c, n, 0), row = c.token + 8 * half;
 		const float beta = m.factors[BETA + t];
-		const uint32_t qs = pair_at<SLAB>(m.q, t, channel);
-		const uint32_t ks = pair_at<SLAB>(m.k, t, channel);
+		const uint32_t qs = own_pair<SLAB>(m.q, row, c.channel, 8 * n);
+		const uint32_t ks = own_pair<SLAB>(m.k, row, c.channel, 8 * n);
 
 #pragma unroll
 		for (int j = 0; j < 2; j++) {
@@ -1860,7 +1901,9 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 	const struct place x = place_of(p, blockIdx.x / p.chunks, blockIdx.x % p.chunks);
 	auto &m = *reinterpret_cast<struct gradient_memory *>(shared_memory);
 	float dbeta[2] = {}, flow[2] = {}, written[2] = {}, ends = 0.0f;
+	struct cursor<DELTA> next(p, x);
 	struct gradients d;
+	int slot = 0;
 
 	if (threadIdx.x < WHOLE)
 		m.factors[threadIdx.x] = p.factors[x.record * (WHOLE + p.keys) + threadIdx.x];
@@ -1869,9 +1912,9 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 #pragma unroll 1
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
 		if (slab == 0)
-			multiply_states<DIAGONAL, DELTA, true>(d, m, p, x, slab);
+			multiply_states<DIAGONAL, DELTA, true>(d, m, p, x, slab, next, slot);
 		else
-			multiply_states<DIAGONAL, DELTA, false>(d, m, p, x, slab);
+			multiply_states<DIAGONAL, DELTA, false>(d, m, p, x, slab, next, slot);
 		if (!DELTA && threadIdx.x < SLAB)
 			m.bonus[threadIdx.x] =
 			        slab * SLAB + threadIdx.x < f.d_k
