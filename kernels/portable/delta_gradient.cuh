@@ -198,6 +198,13 @@ multiply_states(struct gradients &d, struct gradient_memory &m, const struct pro
 		load(0);
 		load(1);
 	}
+	if (FIRST) {
+		if (threadIdx.x < WHOLE)
+			m.factors[threadIdx.x] =
+			        p.factors[x.record * (WHOLE + p.keys) + threadIdx.x];
+		if (!DIAGONAL)
+			sum_scalar(m.scalars, f, x);
+	}
 #pragma unroll
 	for (int i = 0; i < TILES * 4; i++)
 		d.q[i / 4][i % 4] = d.r[i / 4][i % 4] = d.u[i / 4][i % 4] = 0.0f;
@@ -723,10 +730,6 @@ static __global__ void __launch_bounds__(GRADIENT_THREADS, 2)
 	struct gradients d;
 	int slot = 0;
 
-	if (threadIdx.x < WHOLE)
-		m.factors[threadIdx.x] = p.factors[x.record * (WHOLE + p.keys) + threadIdx.x];
-	if (!DIAGONAL)
-		sum_scalar(m.scalars, f, x);
 #pragma unroll 1
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
 		if (slab == 0)

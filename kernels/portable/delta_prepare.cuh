@@ -28,11 +28,12 @@ struct prepare_memory {
 	float products[SUB * CHUNK];
 	float beta[CHUNK], own[CHUNK];
 	float scalars[2 * CHUNK];
-	bf16 q[CHUNK * SLAB], k[CHUNK * SLAB];
+	bf16 q[MAX_KEYS / SLAB][CHUNK * SLAB], k[MAX_KEYS / SLAB][CHUNK * SLAB];
 };
 
 /* Adds one slab's part of A and P of the pairs in this warp's sub-chunk, exactly; s < t. */
-static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int lag, bool delta)
+static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int slab, int lag,
+                                              bool delta)
 {
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
@@ -43,8 +44,9 @@ static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int lag,
 		if (s >= t)
 			continue;
 		for (int c = 0; c < SLAB; c += 2) {
-			const uint32_t k = pair_at<SLAB>(m.k, s, c), q = pair_at<SLAB>(m.q, t, c);
-			const uint32_t l = pair_at<SLAB>(m.k, t, c);
+			const uint32_t k = pair_at<SLAB>(m.k[slab], s, c),
+			               q = pair_at<SLAB>(m.q[slab], t, c);
+			const uint32_t l = pair_at<SLAB>(m.k[slab], t, c);
 			const float *now = m.g + (t + 1 - lag) * STRIDE + c;
 			const float *then = m.g + (s + 1) * STRIDE + c;
 			const float x = low_half(k) * exp2_fast(now[0] - then[0]);
@@ -63,7 +65,7 @@ static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int lag,
 /* One slab's part of A and P where decays differ by channel. */
 template <bool DELTA>
 static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[8][4],
-                                                   struct prepare_memory &m)
+                                                   struct prepare_memory &m, int slab)
 {
 	constexpr int LAG = DELTA ? 0 : 1;
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -76,8 +78,8 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 	for (int step = 0; step < SLAB / 16; step++) {
 		uint32_t q[4], k[4];
 
-		left<SLAB>(q, m.q, SUB * warp, 16 * step);
-		left<SLAB>(k, m.k, SUB * warp, 16 * step);
+		left<SLAB>(q, m.q[slab], SUB * warp, 16 * step);
+		left<SLAB>(k, m.k[slab], SUB * warp, 16 * step);
 #pragma unroll
 		for (int i = 0; i < 4; i++) {
 			const int channel = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
@@ -100,7 +102,7 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 				const int channel = 16 * step + 2 * (lane % 4) + 8 * i;
 				const float *then = m.g + (s + 1) * STRIDE + channel;
 
-				to[i] = scaled(pair_at<SLAB>(m.k, s, channel),
+				to[i] = scaled(pair_at<SLAB>(m.k[slab], s, channel),
 				               exp2_fast(reference[channel] - then[0]),
 				               exp2_fast(reference[channel + 1] - then[1]));
 			}
@@ -110,12 +112,12 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 		}
 	}
 	if (!mild)
-		add_pairs(m, LAG, DELTA);
+		add_pairs(m, slab, LAG, DELTA);
 }
 
 /* One slab's part where they do not: undecayed products. */
 static __device__ __forceinline__ void add_undecayed(float (&a)[8][4], float (&b)[8][4],
-                                                     const struct prepare_memory &m)
+                                                     const struct prepare_memory &m, int slab)
 {
 	const int warp = threadIdx.x / WARP;
 
@@ -123,13 +125,13 @@ static __device__ __forceinline__ void add_undecayed(float (&a)[8][4], float (&b
 	for (int step = 0; step < SLAB / 16; step++) {
 		uint32_t q[4], k[4], to[4];
 
-		left<SLAB>(q, m.q, SUB * warp, 16 * step);
-		left<SLAB>(k, m.k, SUB * warp, 16 * step);
+		left<SLAB>(q, m.q[slab], SUB * warp, 16 * step);
+		left<SLAB>(k, m.k[slab], SUB * warp, 16 * step);
 #pragma unroll
 		for (int n = 0; n < 4; n++) {
 			if (n > warp)
 				break;
-			right_transposed<SLAB>(to, m.k, 16 * step, 16 * n);
+			right_transposed<SLAB>(to, m.k[slab], 16 * step, 16 * n);
 			multiply_add(a[2 * n], k, to[0], to[1]);
 			multiply_add(a[2 * n + 1], k, to[2], to[3]);
 			multiply_add(b[2 * n], q, to[0], to[1]);
@@ -152,8 +154,8 @@ static __device__ __forceinline__ void store_decayed(const struct problem &p, co
 		const float *now = m.g + (row + 1) * STRIDE + column;
 		float q[8], k[8], y[8];
 
-		load8(q, m.q + swizzled<SLAB>(row, column / 8));
-		load8(k, m.k + swizzled<SLAB>(row, column / 8));
+		load8(q, m.q[slab] + swizzled<SLAB>(row, column / 8));
+		load8(k, m.k[slab] + swizzled<SLAB>(row, column / 8));
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
 			q[j] *= p.a.forward.scale * exp2_fast(now[j - LAG * STRIDE]);
@@ -181,8 +183,8 @@ static __device__ __forceinline__ void add_own(struct prepare_memory &m, const s
 	for (int i = 0; i < SLAB / 2; i += 8) {
 		float q[8], k[8];
 
-		load8(q, m.q + swizzled<SLAB>(t, (first + i) / 8));
-		load8(k, m.k + swizzled<SLAB>(t, (first + i) / 8));
+		load8(q, m.q[slab] + swizzled<SLAB>(t, (first + i) / 8));
+		load8(k, m.k[slab] + swizzled<SLAB>(t, (first + i) / 8));
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
 			const int64_t channel = slab * SLAB + first + i + j;
@@ -281,6 +283,13 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	float *factors = p.factors + x.record * (WHOLE + p.keys);
 	float a[8][4] = {}, b[8][4] = {}; /* 16 rows of A and P */
 
+	for (int slab = 0; slab < p.keys / SLAB; slab++) {
+		load_rows<SLAB>(m.q[slab], at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token,
+		                x.tokens, f.d_k - slab * SLAB);
+		load_rows<SLAB>(m.k[slab], at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token,
+		                x.tokens, f.d_k - slab * SLAB);
+	}
+	copy_commit();
 	if (threadIdx.x < CHUNK) {
 		const int t = threadIdx.x;
 		const float beta = !DELTA || t >= x.tokens
@@ -303,20 +312,15 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	}
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
 		__syncthreads();
-		load_rows<SLAB>(m.q, at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token, x.tokens,
-		                f.d_k - slab * SLAB);
-		load_rows<SLAB>(m.k, at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token, x.tokens,
-		                f.d_k - slab * SLAB);
-		copy_commit();
 		if (DIAGONAL)
 			sum_diagonal<THREADS>(m.g, m.totals, p, x, slab);
 		copy_wait<0>();
 		__syncthreads();
 		if (DIAGONAL) {
-			add_decayed<DELTA>(a, b, m);
+			add_decayed<DELTA>(a, b, m, slab);
 			store_decayed<DELTA>(p, x, m, slab);
 		} else {
-			add_undecayed(a, b, m);
+			add_undecayed(a, b, m, slab);
 		}
 		if (!DELTA)
 			add_own(m, p, x, slab);
@@ -328,8 +332,8 @@ static __global__ void __launch_bounds__(THREADS, 3)
 			for (int i = 0; i < SLAB; i += 8) {
 				float y[8], z[8];
 
-				load8(y, m.q + swizzled<SLAB>(t, i / 8));
-				load8(z, m.k + swizzled<SLAB>(t, i / 8));
+				load8(y, m.q[slab] + swizzled<SLAB>(t, i / 8));
+				load8(z, m.k[slab] + swizzled<SLAB>(t, i / 8));
 #pragma unroll
 				for (int j = 0; j < 8; j++)
 					sum += y[j] * z[j];
