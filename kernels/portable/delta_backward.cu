@@ -89,10 +89,12 @@ static enum status run(struct device *device, const struct problem &p)
 	const char *name = "matrix_recurrence_backward";
 	const struct matrix_recurrence_args *f = &p.a.forward;
 	const int64_t heads = f->batch * f->n_heads;
+	const size_t prepared = sizeof(struct prepare_memory) -
+	                        (MAX_KEYS - KEYS) / SLAB * sizeof(prepare_memory::slabs[0]);
 	const dim3 chunks((unsigned)(heads * p.chunks));
 	const dim3 walks((unsigned)(2 * heads * p.column_blocks));
-	enum status status = launch(device, name, prepare_kernel<DIAGONAL, DELTA>, chunks, THREADS,
-	                            sizeof(struct prepare_memory), p);
+	enum status status =
+	        launch(device, name, prepare_kernel<DIAGONAL, DELTA>, chunks, THREADS, prepared, p);
 
 	if (status == STATUS_OK)
 		status = launch(device, name, walk_kernel<KEYS, DIAGONAL, DELTA>, walks,

@@ -28,7 +28,9 @@ struct prepare_memory {
 	float products[SUB * CHUNK];
 	float beta[CHUNK], own[CHUNK];
 	float scalars[2 * CHUNK];
-	bf16 q[MAX_KEYS / SLAB][CHUNK * SLAB], k[MAX_KEYS / SLAB][CHUNK * SLAB];
+	struct {
+		bf16 q[CHUNK * SLAB], k[CHUNK * SLAB];
+	} slabs[MAX_KEYS / SLAB]; /* as many as d_k has; last, for the rest is not allocated */
 };
 
 /* Adds one slab's part of A and P of the pairs in this warp's sub-chunk, exactly; s < t. */
@@ -44,9 +46,9 @@ static __device__ __noinline__ void add_pairs(struct prepare_memory &m, int slab
 		if (s >= t)
 			continue;
 		for (int c = 0; c < SLAB; c += 2) {
-			const uint32_t k = pair_at<SLAB>(m.k[slab], s, c),
-			               q = pair_at<SLAB>(m.q[slab], t, c);
-			const uint32_t l = pair_at<SLAB>(m.k[slab], t, c);
+			const uint32_t k = pair_at<SLAB>(m.slabs[slab].k, s, c),
+			               q = pair_at<SLAB>(m.slabs[slab].q, t, c);
+			const uint32_t l = pair_at<SLAB>(m.slabs[slab].k, t, c);
 			const float *now = m.g + (t + 1 - lag) * STRIDE + c;
 			const float *then = m.g + (s + 1) * STRIDE + c;
 			const float x = low_half(k) * exp2_fast(now[0] - then[0]);
@@ -78,8 +80,8 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 	for (int step = 0; step < SLAB / 16; step++) {
 		uint32_t q[4], k[4];
 
-		left<SLAB>(q, m.q[slab], SUB * warp, 16 * step);
-		left<SLAB>(k, m.k[slab], SUB * warp, 16 * step);
+		left<SLAB>(q, m.slabs[slab].q, SUB * warp, 16 * step);
+		left<SLAB>(k, m.slabs[slab].k, SUB * warp, 16 * step);
 #pragma unroll
 		for (int i = 0; i < 4; i++) {
 			const int channel = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
@@ -102,7 +104,7 @@ static __device__ __forceinline__ void add_decayed(float (&a)[8][4], float (&b)[
 				const int channel = 16 * step + 2 * (lane % 4) + 8 * i;
 				const float *then = m.g + (s + 1) * STRIDE + channel;
 
-				to[i] = scaled(pair_at<SLAB>(m.k[slab], s, channel),
+				to[i] = scaled(pair_at<SLAB>(m.slabs[slab].k, s, channel),
 				               exp2_fast(reference[channel] - then[0]),
 				               exp2_fast(reference[channel + 1] - then[1]));
 			}
@@ -125,13 +127,13 @@ static __device__ __forceinline__ void add_undecayed(float (&a)[8][4], float (&b
 	for (int step = 0; step < SLAB / 16; step++) {
 		uint32_t q[4], k[4], to[4];
 
-		left<SLAB>(q, m.q[slab], SUB * warp, 16 * step);
-		left<SLAB>(k, m.k[slab], SUB * warp, 16 * step);
+		left<SLAB>(q, m.slabs[slab].q, SUB * warp, 16 * step);
+		left<SLAB>(k, m.slabs[slab].k, SUB * warp, 16 * step);
 #pragma unroll
 		for (int n = 0; n < 4; n++) {
 			if (n > warp)
 				break;
-			right_transposed<SLAB>(to, m.k[slab], 16 * step, 16 * n);
+			right_transposed<SLAB>(to, m.slabs[slab].k, 16 * step, 16 * n);
 			multiply_add(a[2 * n], k, to[0], to[1]);
 			multiply_add(a[2 * n + 1], k, to[2], to[3]);
 			multiply_add(b[2 * n], q, to[0], to[1]);
@@ -154,8 +156,8 @@ static __device__ __forceinline__ void store_decayed(const struct problem &p, co
 		const float *now = m.g + (row + 1) * STRIDE + column;
 		float q[8], k[8], y[8];
 
-		load8(q, m.q[slab] + swizzled<SLAB>(row, column / 8));
-		load8(k, m.k[slab] + swizzled<SLAB>(row, column / 8));
+		load8(q, m.slabs[slab].q + swizzled<SLAB>(row, column / 8));
+		load8(k, m.slabs[slab].k + swizzled<SLAB>(row, column / 8));
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
 			q[j] *= p.a.forward.scale * exp2_fast(now[j - LAG * STRIDE]);
@@ -172,7 +174,8 @@ static __device__ __forceinline__ void store_decayed(const struct problem &p, co
 		        exp2_fast(end[threadIdx.x]);
 }
 
-/* Adds to own[t] the slab's part of sum_c q_t bonus k_t. */
+/* Adds to own[t] the slab's part of q_t.k_t, with the bonus if there is one. */
+template <bool DELTA>
 static __device__ __forceinline__ void add_own(struct prepare_memory &m, const struct problem &p,
                                                const struct place &x, int slab)
 {
@@ -180,18 +183,14 @@ static __device__ __forceinline__ void add_own(struct prepare_memory &m, const s
 	const int t = threadIdx.x / 2, first = threadIdx.x % 2 * (SLAB / 2);
 	float sum = 0.0f;
 
-	for (int i = 0; i < SLAB / 2; i += 8) {
+	for (int i = first; i < first + SLAB / 2; i += 8) {
+		const int64_t channel = slab * SLAB + i;
 		float q[8], k[8];
 
-		load8(q, m.q[slab] + swizzled<SLAB>(t, (first + i) / 8));
-		load8(k, m.k[slab] + swizzled<SLAB>(t, (first + i) / 8));
-#pragma unroll
-		for (int j = 0; j < 8; j++) {
-			const int64_t channel = slab * SLAB + first + i + j;
-
-			if (channel < f.d_k)
-				sum += q[j] * k[j] * f.bonus[x.h * f.d_k + channel];
-		}
+		load8(q, m.slabs[slab].q + swizzled<SLAB>(t, i / 8));
+		load8(k, m.slabs[slab].k + swizzled<SLAB>(t, i / 8));
+		for (int j = 0; j < 8 && channel < f.d_k; j++)
+			sum += q[j] * k[j] * (DELTA ? 1.0f : f.bonus[x.h * f.d_k + channel + j]);
 	}
 	sum = group_sum(sum, 2);
 	if (threadIdx.x % 2 == 0)
@@ -284,10 +283,10 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	float a[8][4] = {}, b[8][4] = {}; /* 16 rows of A and P */
 
 	for (int slab = 0; slab < p.keys / SLAB; slab++) {
-		load_rows<SLAB>(m.q[slab], at(f.q, x.b, x.first, x.h) + slab * SLAB, f.q.token,
-		                x.tokens, f.d_k - slab * SLAB);
-		load_rows<SLAB>(m.k[slab], at(f.k, x.b, x.first, x.h) + slab * SLAB, f.k.token,
-		                x.tokens, f.d_k - slab * SLAB);
+		load_rows<SLAB>(m.slabs[slab].q, at(f.q, x.b, x.first, x.h) + slab * SLAB,
+		                f.q.token, x.tokens, f.d_k - slab * SLAB);
+		load_rows<SLAB>(m.slabs[slab].k, at(f.k, x.b, x.first, x.h) + slab * SLAB,
+		                f.k.token, x.tokens, f.d_k - slab * SLAB);
 	}
 	copy_commit();
 	if (threadIdx.x < CHUNK) {
@@ -322,24 +321,9 @@ static __global__ void __launch_bounds__(THREADS, 3)
 		} else {
 			add_undecayed(a, b, m, slab);
 		}
-		if (!DELTA)
-			add_own(m, p, x, slab);
-		else if (DIAGONAL && threadIdx.x % 2 == 0) {
-			/* The token's own score, which pairs and other references leave out. */
-			const int t = threadIdx.x / 2;
-			float sum = 0.0f;
-
-			for (int i = 0; i < SLAB; i += 8) {
-				float y[8], z[8];
-
-				load8(y, m.q[slab] + swizzled<SLAB>(t, i / 8));
-				load8(z, m.k[slab] + swizzled<SLAB>(t, i / 8));
-#pragma unroll
-				for (int j = 0; j < 8; j++)
-					sum += y[j] * z[j];
-			}
-			m.own[t] += sum;
-		}
+		/* Pairs leave the tokens' own scores out, and the bonus changes them. */
+		if (DIAGONAL)
+			add_own<DELTA>(m, p, x, slab);
 	}
 	__syncthreads();
 	/* Lower triangles, decayed, into the system and the workspace. */
