@@ -326,7 +326,8 @@ static __global__ void __launch_bounds__(THREADS, 3)
 			add_own<DELTA>(m, p, x, slab);
 	}
 	__syncthreads();
-	/* Lower triangles, decayed, into the system and the workspace. */
+	/* Lower triangles, decayed, into the system and the workspace, whose blocks above the
+	 * diagonal nobody reads. */
 #pragma unroll
 	for (int n = 0; n < 8; n++) {
 #pragma unroll
@@ -355,7 +356,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	for (int half = 0; half < 2; half++) {
 		const int t = SUB * warp + lane / 4 + 8 * half;
 
-		store_row(p.scores + (x.record * CHUNK + t) * CHUNK, b, half, CHUNK);
+		store_row(p.scores + (x.record * CHUNK + t) * CHUNK, b, half, SUB * (warp + 1));
 	}
 	if (!DELTA)
 		return;
@@ -364,6 +365,8 @@ static __global__ void __launch_bounds__(THREADS, 3)
 		const int row = i / (CHUNK / 8), column = i % (CHUNK / 8) * 8;
 		float y[8];
 
+		if (column / SUB > row / SUB)
+			continue;
 		load8f(y, m.system + row * STRIDE + column);
 		store8(p.inverse + x.record * CHUNK * CHUNK + 8 * i, y);
 	}

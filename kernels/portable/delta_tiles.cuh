@@ -26,7 +26,7 @@ struct problem {
 	int keys, values; /* d_k and d_v, padded */
 	/* Of every sequence, head and chunk: */
 	float *factors;           /* [WHOLE + keys] */
-	bf16 *scores, *inverse;   /* [64, 64]: P, M */
+	bf16 *scores, *inverse;   /* [64, 64]: P, M; nothing above the diagonal blocks */
 	bf16 *q, *k, *k_end;      /* [64, keys]: scale q 2^G, k 2^G, k 2^(G_E - G) */
 	bf16 *states, *gradients; /* [keys, values]: S, D */
 	bf16 *errors;             /* [64, values]: e */
