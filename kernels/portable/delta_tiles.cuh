@@ -14,8 +14,8 @@ constexpr int THREADS = 128, CHUNK = 64, SUB = 16;
 constexpr int SLAB = 64;                   /* channels at a time where there is a block per chunk */
 constexpr int STRIDE = 68;                 /* of fp32 tiles of 64 columns */
 constexpr int HALF = 32, TILES = HALF / 8; /* columns of a warp's products, of 8 each */
-constexpr int MILD =
-        90; /* log2 of a decay whose inverse can be a factor in bf16, and sums of it in fp32 */
+/* log2 of a decay whose inverse can be a factor in bf16, and sums of such products in fp32. */
+constexpr int MILD = 90;
 constexpr int MAX_KEYS = 128;
 /* Of a chunk: beta, 2^G and 2^(G_E - G) of its tokens, then 2^(G_E) of the channels. */
 constexpr int BETA = 0, FROM_START = CHUNK, TO_END = 2 * CHUNK, WHOLE = 3 * CHUNK;
@@ -68,8 +68,8 @@ template <int W> static __device__ __forceinline__ int element(int row, int colu
 	return swizzled<W>(row, column / 8) + column % 8;
 }
 
-/* The offset of what lies `column` columns, a multiple of 8 that sets no bit of the column there,
- * right of an offset. */
+/* The place `column` columns right of another: a multiple of 8, none of whose bits the other's
+ * column has set. */
 template <int W> static __device__ __forceinline__ int moved(int offset, int column)
 {
 	constexpr int SWIZZLED = W == 32 ? 24 : 56;

@@ -123,13 +123,13 @@ template <int KEYS> struct state {
 			const int m = i / (4 * TILES), n = i / 4 % TILES, e = i % 4;
 			const int64_t key = row(at, m, e / 2),
 			              value = first + column(at, n) + e % 2;
-			float *const place = memory + (sequence * f.d_k + key) * f.d_v + value;
+			const int64_t place = (sequence * f.d_k + key) * f.d_v + value;
 			const bool valid = memory && key < f.d_k && value < f.d_v;
 
 			if (!STORE)
-				x[m][n][e] = valid ? *place : 0.0f;
+				x[m][n][e] = valid ? memory[place] : 0.0f;
 			else if (valid)
-				*place = x[m][n][e];
+				memory[place] = x[m][n][e];
 		}
 	}
 };
