@@ -198,6 +198,21 @@ static size_t matrix_recurrence_workspace(const struct device *device, const voi
 	return (size_t)(heads * records * (a->d_k * 260 + 8192));
 }
 
+/* Of chunks of 64 tokens the scores, the inverses, what decays make of q and k, the states and
+ * their gradients, and what is written. */
+static size_t delta_backward_workspace(const struct matrix_recurrence_args *f)
+{
+	const bool bonus = f->rule == RULE_BONUS;
+	const int64_t records = f->batch * f->n_heads * divide_up(f->seq_len, 64);
+	const int64_t keys = f->d_k <= 64 ? 64 : 128, values = divide_up(f->d_v, 64) * 64;
+	const int64_t floats = 192 + keys + (bonus ? f->d_k : 0);
+	const int64_t decayed = f->decay == DECAY_DIAGONAL ? (bonus ? 2 : 3) * 64 * keys : 0;
+	const int64_t triangles = (bonus ? 1 : 2) * 64 * 64, written = bonus ? 0 : 64 * values;
+
+	return (size_t)(records * (4 * floats + 2 * (decayed + triangles + written)) +
+	                4 * records * keys * values);
+}
+
 /* dq and dk in fp32 for every 128 columns of v, and the states before chunks. */
 static size_t matrix_recurrence_backward_workspace(const struct device *device, const void *args)
 {
@@ -207,6 +222,8 @@ static size_t matrix_recurrence_backward_workspace(const struct device *device, 
 	const int64_t columns = divide_up(f->d_v, 128), heads = f->batch * f->n_heads;
 	const int64_t bounds = by_data ? divide_up(f->seq_len, 64) - 1 : 0;
 
+	if (f->rule != RULE_PLAIN)
+		return delta_backward_workspace(f);
 	return (size_t)(columns * (2 * heads * f->seq_len + heads * bounds) * f->d_k) * 4 +
 	       (size_t)(heads * bounds * f->d_k * f->d_v) * 2;
 }
