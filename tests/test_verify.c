@@ -254,7 +254,7 @@ CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECUR
        WHOLE("kda", PREFILL, MATRIX_RECURRENCE, "out"), WHOLE("kda", PREFILL, DECAY_GATE, "out"),
        WHOLE("delta_net", TRAIN, L2_NORM_BACKWARD, "dx"),
        WHOLE("gated_delta_net", TRAIN, DELTA_GATE_BACKWARD, "dlog_rate"),
-       WHOLE("kda", TRAIN, DECAY_GATE_BACKWARD, "dlog_rate"),
+       WHOLE("kda", TRAIN, DECAY_GATE_BACKWARD, "dweight"),
        WHOLE("kda", TRAIN, MATRIX_RECURRENCE_BACKWARD, "dbeta"),
        WHOLE("delta_net", GENERATION, DELTA_GATE, "beta"),
        WHOLE("gated_delta_net", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
