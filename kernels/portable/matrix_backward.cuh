@@ -19,11 +19,10 @@ namespace matrix_backward
 
 constexpr int THREADS = 256, CHUNK = 64, SUB = 16, SUBS = CHUNK / SUB, SLAB = 32;
 
-/* A tensor of tokens and heads. */
+/* A tensor of tokens and heads, whose rows are whole pieces of 16 bytes. */
 struct rows {
 	struct view view;
 	int64_t width;
-	bool aligned; /* whole and aligned pieces of 16 bytes */
 };
 
 /* The problem cut up, and the workspace. */
@@ -68,20 +67,8 @@ static __device__ __forceinline__ uint32_t *pair_at(bf16 *tile, int row, int cha
 	return reinterpret_cast<uint32_t *>(tile + offset<WIDTH>(row, channel / 8) + channel % 8);
 }
 
-/* Channels column .. column+7 of a row, zeros from the width on. */
-static __device__ __forceinline__ vector8 load_unaligned(const struct rows &x, const bf16 *row,
-                                                         int64_t column)
-{
-	float values[8];
-
-#pragma unroll
-	for (int i = 0; i < 8; i++)
-		values[i] = column + i < x.width ? __bfloat162float(row[column + i]) : 0.0f;
-	return pack8(values);
-}
-
-/* `valid` tokens from `first` on and WIDTH channels from `column` on; zeros elsewhere. In the
- * background where that can be. */
+/* `valid` tokens from `first` on and WIDTH channels from `column` on, in the background; zeros
+ * elsewhere. */
 template <int WIDTH>
 static __device__ __forceinline__ void load_tile(bf16 *tile, const struct rows &x, int64_t b,
                                                  int64_t h, int64_t first, int valid,
@@ -91,53 +78,15 @@ static __device__ __forceinline__ void load_tile(bf16 *tile, const struct rows &
 	const int piece = threadIdx.x % PIECES;
 	const int64_t channel = column + 8 * piece;
 	const int limit = channel < x.width ? valid : 0;
-	const bf16 *from = at(x.view, b, first, h);
+	const bf16 *from = at(x.view, b, first, h) + (limit > 0 ? channel : 0);
 
-	if (x.aligned) {
-		from += channel < x.width ? channel : 0;
 #pragma unroll
-		for (int i = 0; i < CHUNK / STEP; i++) {
-			const int row = i * STEP + threadIdx.x / PIECES;
+	for (int i = 0; i < CHUNK / STEP; i++) {
+		const int row = i * STEP + threadIdx.x / PIECES;
 
-			copy16_async(tile + offset<WIDTH>(row, piece),
-			             from + (row < limit ? row : 0) * x.view.token, row < limit);
-		}
-		return;
+		copy16_async(tile + offset<WIDTH>(row, piece),
+		             from + (row < limit ? row : 0) * x.view.token, row < limit);
 	}
-#pragma unroll 1
-	for (int row = threadIdx.x / PIECES; row < CHUNK; row += STEP)
-		*reinterpret_cast<vector8 *>(tile + offset<WIDTH>(row, piece)) =
-		        row < limit ? load_unaligned(x, from + row * x.view.token, channel)
-		                    : vector8{};
-}
-
-/* The channels' pair of a token, zeros outside; straight from memory. */
-static __device__ __forceinline__ uint32_t load_pair(const struct rows &x, int64_t b, int64_t t,
-                                                     int64_t h, int64_t channel, bool valid)
-{
-	const bf16 *from = at(x.view, b, t, h) + channel;
-
-	if (!valid || channel >= x.width)
-		return 0;
-	if (x.aligned)
-		return *reinterpret_cast<const uint32_t *>(from);
-	return pack(__bfloat162float(from[0]),
-	            channel + 1 < x.width ? __bfloat162float(from[1]) : 0.0f);
-}
-
-static __device__ __forceinline__ void store_pair(const struct rows &x, int64_t b, int64_t t,
-                                                  int64_t h, int64_t channel, float low, float high)
-{
-	bf16 *to = at(x.view, b, t, h) + channel;
-
-	if (x.aligned && channel < x.width) {
-		*reinterpret_cast<uint32_t *>(to) = pack(low, high);
-		return;
-	}
-	if (channel < x.width)
-		to[0] = __float2bfloat16(low);
-	if (channel + 1 < x.width)
-		to[1] = __float2bfloat16(high);
 }
 
 /* log2 of the decay of all of a state's rows; finite, so that differences of sums are numbers. */

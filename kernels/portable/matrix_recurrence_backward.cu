@@ -41,7 +41,13 @@ namespace
 
 using namespace matrix_backward;
 
-constexpr int GROUPS = SUBS; /* of tokens, a warp's 16 each */
+constexpr int GROUPS = SUBS;     /* of tokens, a warp's 16 each */
+constexpr float MILD = 60.0f;    /* log2 of a sub-chunk's decay whose inverse can be a factor */
+
+/* Where the gradients go. */
+struct outputs {
+	struct rows dq, dk, dv, dlog_decay;
+};
 
 /* Shared memory, in bytes. */
 template <int PANEL> struct layout {
@@ -65,12 +71,12 @@ template <int PANEL> struct place {
 	int64_t first;          /* token */
 	bf16 *q, *k, *scores;
 	float *whole; /* [SUBS, PANEL]: decay of each sub-chunk */
-	float *rest;  /* [SUBS, PANEL]: of all sub-chunks behind it */
+	bf16 *rest;   /* [SUBS, PANEL]: of all sub-chunks behind it */
 	float *kept;  /* [GROUPS, PANEL]: sums of k R (L v) over 16 tokens */
 	float *flow;  /* [GROUPS, PANEL]: sums of S L; then of the tokens of a sub-chunk */
 	float *g;     /* [CHUNK]: log2 decays up to each token, where channels decay alike */
 	float *token; /* [CHUNK]: sums of q dq - k dk over the channels */
-	float *base;  /* [8]: the rest of F over the channels, a warp's each; [8..8 + 16): sums */
+	float *base;  /* [8]: a warp's each: the rest of F over the channels; decays: mild or not */
 };
 
 template <int PANEL>
@@ -90,12 +96,12 @@ static __device__ __forceinline__ struct place<PANEL> place_of(const struct matr
 	x.k = reinterpret_cast<bf16 *>(shared_memory + L::K);
 	x.scores = reinterpret_cast<bf16 *>(shared_memory + L::SCORES);
 	x.whole = reinterpret_cast<float *>(shared_memory + L::SMALL);
-	x.rest = x.whole + SUBS * PANEL;
-	x.kept = x.rest + SUBS * PANEL;
+	x.kept = x.whole + SUBS * PANEL;
 	x.flow = x.kept + GROUPS * PANEL;
 	x.g = x.flow + GROUPS * PANEL;
 	x.token = x.g + CHUNK;
 	x.base = x.token + CHUNK;
+	x.rest = reinterpret_cast<bf16 *>(x.base + CHUNK);
 	return x;
 }
 
@@ -136,55 +142,96 @@ static __device__ __forceinline__ void load_slab(const struct place<PANEL> &x,
 	copy_commit();
 }
 
-/*
- * q decays from its sub-chunk's start, k to its sub-chunk's end, where they lie; and the decay of
- * each sub-chunk. A thread takes two channels of a sub-chunk.
- */
+/* A thread's sub-chunk and its two channels, in the panel and in all. */
+struct strip {
+	int sub, channel;
+	int64_t column;
+};
+
+template <int PANEL> static __device__ __forceinline__ struct strip strip_of(int64_t panel)
+{
+	struct strip s;
+
+	s.sub = threadIdx.x / (PANEL / 2);
+	s.channel = threadIdx.x % (PANEL / 2) * 2;
+	s.column = panel * PANEL + s.channel;
+	return s;
+}
+
+/* The decay of each sub-chunk; whether all are mild. Synchronizes. */
 template <int PANEL>
-static __device__ __forceinline__ void decay_tiles(const struct place<PANEL> &x)
+static __device__ __forceinline__ bool sum_decays(const struct place<PANEL> &x,
+                                                  const struct strip &s)
 {
 	bf16 *const decays = reinterpret_cast<bf16 *>(shared_memory + layout<PANEL>::DECAYS);
-	const int sub = threadIdx.x / (PANEL / 2), channel = threadIdx.x % (PANEL / 2) * 2;
+	float u = 0.0f, w = 0.0f;
+	bool mild = true;
+
+	if (s.sub < SUBS) {
+#pragma unroll
+		for (int i = 0; i < SUB; i++) {
+			const uint32_t g = *pair_at<PANEL>(decays, s.sub * SUB + i, s.channel);
+
+			u += low_half(g);
+			w += high_half(g);
+		}
+		u *= LOG2E;
+		w *= LOG2E;
+		*reinterpret_cast<float2 *>(x.whole + s.sub * PANEL + s.channel) =
+		        make_float2(exp2_fast(u), exp2_fast(w));
+		mild = u >= -MILD && w >= -MILD;
+	}
+	mild = __all_sync(0xffffffffu, mild);
+	if (threadIdx.x % WARP == 0)
+		x.base[threadIdx.x / WARP] = mild ? 1.0f : 0.0f;
+	__syncthreads();
+	float votes = 0.0f;
+#pragma unroll
+	for (int i = 0; i < THREADS / WARP; i++)
+		votes += x.base[i];
+	return votes == (float)(THREADS / WARP);
+}
+
+/* q decays from its sub-chunk's start, k to its sub-chunk's end, where they lie; and the decays
+ * behind each sub-chunk. Synchronizes. */
+template <int PANEL>
+static __device__ __forceinline__ void decay_tiles(const struct place<PANEL> &x,
+                                                   const struct strip &s)
+{
+	bf16 *const decays = reinterpret_cast<bf16 *>(shared_memory + layout<PANEL>::DECAYS);
 	uint32_t g[SUB];
 	float u = 0.0f, w = 0.0f;
 
-	if (sub >= SUBS)
-		return;
-#pragma unroll
-	for (int i = 0; i < SUB; i++) {
-		uint32_t *const q = pair_at<PANEL>(x.q, sub * SUB + i, channel);
-
-		g[i] = *pair_at<PANEL>(decays, sub * SUB + i, channel);
-		u += low_half(g[i]) * LOG2E;
-		w += high_half(g[i]) * LOG2E;
-		*q = pack(low_half(*q) * exp2_fast(u), high_half(*q) * exp2_fast(w));
-	}
-	*reinterpret_cast<float2 *>(x.whole + sub * PANEL + channel) =
-	        make_float2(exp2_fast(u), exp2_fast(w));
-	u = w = 0.0f;
-#pragma unroll
-	for (int i = SUB - 1; i >= 0; i--) {
-		uint32_t *const k = pair_at<PANEL>(x.k, sub * SUB + i, channel);
-
-		*k = pack(low_half(*k) * exp2_fast(u), high_half(*k) * exp2_fast(w));
-		u += low_half(g[i]) * LOG2E;
-		w += high_half(g[i]) * LOG2E;
-	}
-}
-
-/* The decays behind each sub-chunk, once those of sub-chunks are there. */
-template <int PANEL>
-static __device__ __forceinline__ void sum_rest(const struct place<PANEL> &x)
-{
-	if (threadIdx.x >= PANEL)
-		return;
-	float product = 1.0f;
+	if (threadIdx.x < PANEL) {
+		float product = 1.0f;
 
 #pragma unroll
-	for (int i = SUBS - 1; i >= 0; i--) {
-		x.rest[i * PANEL + threadIdx.x] = product;
-		product *= x.whole[i * PANEL + threadIdx.x];
+		for (int i = SUBS - 1; i >= 0; i--) {
+			x.rest[i * PANEL + threadIdx.x] = __float2bfloat16(product);
+			product *= x.whole[i * PANEL + threadIdx.x];
+		}
 	}
+	if (s.sub < SUBS) {
+#pragma unroll
+		for (int i = 0; i < SUB; i++) {
+			uint32_t *const q = pair_at<PANEL>(x.q, s.sub * SUB + i, s.channel);
+
+			g[i] = *pair_at<PANEL>(decays, s.sub * SUB + i, s.channel);
+			u += low_half(g[i]) * LOG2E;
+			w += high_half(g[i]) * LOG2E;
+			*q = pack(low_half(*q) * exp2_fast(u), high_half(*q) * exp2_fast(w));
+		}
+		u = w = 0.0f;
+#pragma unroll
+		for (int i = SUB - 1; i >= 0; i--) {
+			uint32_t *const k = pair_at<PANEL>(x.k, s.sub * SUB + i, s.channel);
+
+			*k = pack(low_half(*k) * exp2_fast(u), high_half(*k) * exp2_fast(w));
+			u += low_half(g[i]) * LOG2E;
+			w += high_half(g[i]) * LOG2E;
+		}
+	}
+	__syncthreads();
 }
 
 /* The decays of two neighbouring channels over sub-chunks first .. end-1. */
@@ -194,16 +241,21 @@ static __device__ __forceinline__ float2 decay_over(const struct place<PANEL> &x
 {
 	float2 product = make_float2(1.0f, 1.0f);
 
-#pragma unroll
-	for (int i = 0; i < SUBS; i++) {
+	for (int i = first; i < end; i++) {
 		const float2 one = *reinterpret_cast<const float2 *>(x.whole + i * PANEL + channel);
 
-		if (i >= first && i < end) {
-			product.x *= one.x;
-			product.y *= one.y;
-		}
+		product = make_float2(product.x * one.x, product.y * one.y);
 	}
 	return product;
+}
+
+/* The inverse of a sub-chunk's decay, if it is mild. */
+template <int PANEL>
+static __device__ __forceinline__ float2 growth(const struct place<PANEL> &x, int sub, int channel)
+{
+	const float2 one = *reinterpret_cast<const float2 *>(x.whole + sub * PANEL + channel);
+
+	return make_float2(reciprocal_fast(one.x), reciprocal_fast(one.y));
 }
 
 static __device__ __forceinline__ uint32_t times(uint32_t pair, float2 factor)
@@ -227,6 +279,23 @@ static __device__ __forceinline__ void decay_fragment(uint32_t (&a)[4], int chan
 
 /* ---- the scores ---- */
 
+/* scatter_sum() of values in registers, whatever the lane. */
+static __device__ __forceinline__ float sum_lanes(float (&x)[SUB], int lane)
+{
+#pragma unroll
+	for (int half = SUB / 2; half > 0; half /= 2) {
+#pragma unroll
+		for (int i = 0; i < half; i++) {
+			const float low = x[i], high = x[i + half];
+			const bool upper = lane & (2 * half);
+
+			x[i] = (upper ? high : low) +
+			       __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * half);
+		}
+	}
+	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+}
+
 /*
  * Scores inside a sub-chunk, the part of 64 channels, exactly: sum[t] of lane l gains
  * q_t k_s W_ts for s = l / 2 <= t. Before q and k decay.
@@ -235,17 +304,16 @@ template <int PANEL>
 static __device__ __forceinline__ void add_exact(float (&sum)[SUB], const struct place<PANEL> &x)
 {
 	bf16 *const decays = reinterpret_cast<bf16 *>(shared_memory + layout<PANEL>::DECAYS);
-	const int warp = threadIdx.x / WARP;
-	const int first = warp % SUBS * SUB, channel = warp / SUBS * 64 + 2 * (threadIdx.x % WARP);
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int first = warp % SUBS * SUB, channel = warp / SUBS * 64 + 2 * lane;
+	const bool busy = channel < PANEL;
 	float2 k[SUB];
 
-	if (channel >= PANEL)
-		return;
 #pragma unroll
 	for (int t = 0; t < SUB; t++) {
-		const uint32_t q = *pair_at<PANEL>(x.q, first + t, channel);
-		const uint32_t now = *pair_at<PANEL>(x.k, first + t, channel);
-		const uint32_t g = *pair_at<PANEL>(decays, first + t, channel);
+		const uint32_t q = busy ? *pair_at<PANEL>(x.q, first + t, channel) : 0;
+		const uint32_t now = busy ? *pair_at<PANEL>(x.k, first + t, channel) : 0;
+		const uint32_t g = busy ? *pair_at<PANEL>(decays, first + t, channel) : 0;
 		const float a0 = exp2_fast(low_half(g) * LOG2E), a1 = exp2_fast(high_half(g) * LOG2E);
 		float products[SUB];
 
@@ -259,39 +327,68 @@ static __device__ __forceinline__ void add_exact(float (&sum)[SUB], const struct
 			products[s] = s > t ? 0.0f
 			                    : low_half(q) * k[s].x + high_half(q) * k[s].y;
 		}
-		sum[t] += scatter_sum(products);
+		sum[t] += sum_lanes(products, lane);
 	}
 }
 
-/*
- * The scores of 16 queries and 32 keys, from a panel. Diagonal: between sub-chunks only, of tiles
- * that have decayed.
- */
-template <int PANEL, bool DIAGONAL>
-static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct place<PANEL> &x)
+/* Products of 16 rows of two tiles, of queries and of keys. */
+template <int PANEL>
+static __device__ __forceinline__ void load_fragments(uint32_t (&left)[4], uint32_t (&right)[4],
+                                                      const struct place<PANEL> &x, int query,
+                                                      int key, int step)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-	const int group = warp % GROUPS, side = warp / GROUPS;
+	const int lane = threadIdx.x % WARP;
 
+	load_matrices(left, x.q + offset<PANEL>(16 * query + lane % 16, 2 * step + lane / 16));
+	load_matrices(right, x.k + offset<PANEL>(16 * key + lane / 16 * 8 + lane % 8,
+	                                         2 * step + lane / 8 % 2));
+}
+
+/* Undecayed scores of this warp's sub-chunk with itself, of which the diagonal is used. */
+template <int PANEL>
+static __device__ __forceinline__ void add_own(float (&own)[2][4], const struct place<PANEL> &x)
+{
+	const int warp = threadIdx.x / WARP, group = warp % GROUPS;
+
+	if (warp / GROUPS != group / 2)
+		return;
 #pragma unroll
 	for (int step = 0; step < PANEL / 16; step++) {
 		uint32_t left[4], right[4];
 
-#pragma unroll
-		for (int n = 0; n < 2; n++) {
-			const int other = 2 * side + n;
+		load_fragments<PANEL>(left, right, x, group, group, step);
+		multiply_add(own[0], left, right[0], right[1]);
+		multiply_add(own[1], left, right[2], right[3]);
+	}
+}
 
-			if (DIAGONAL ? other >= group : other > group)
-				continue;
-			load_matrices(left, x.q + offset<PANEL>(16 * group + lane % 16,
-			                                        2 * step + lane / 16));
+/* The scores of 16 queries and 32 keys, from a panel. Diagonal: of tiles that have decayed, those of
+ * the query's sub-chunk only if decays are mild. */
+template <int PANEL, bool DIAGONAL>
+static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct place<PANEL> &x,
+                                                  bool mild)
+{
+	const int warp = threadIdx.x / WARP, group = warp % GROUPS;
+
+#pragma unroll
+	for (int n = 0; n < 2; n++) {
+		const int other = 2 * (warp / GROUPS) + n;
+
+		if (other > group || (DIAGONAL && other == group && !mild))
+			continue;
+#pragma unroll
+		for (int step = 0; step < PANEL / 16; step++) {
+			uint32_t left[4], right[4];
+
+			load_fragments<PANEL>(left, right, x, group, other, step);
 			if (DIAGONAL && other + 1 < group)
 				decay_fragment(left, 16 * step, [&](int channel) {
 					return decay_over<PANEL>(x, other + 1, group, channel);
 				});
-			load_matrices(right,
-			              x.k + offset<PANEL>(16 * other + lane / 16 * 8 + lane % 8,
-			                                  2 * step + lane / 8 % 2));
+			if (DIAGONAL && other == group)
+				decay_fragment(left, 16 * step, [&](int channel) {
+					return growth<PANEL>(x, group, channel);
+				});
 			multiply_add(s[2 * n], left, right[0], right[1]);
 			multiply_add(s[2 * n + 1], left, right[2], right[3]);
 		}
@@ -323,9 +420,11 @@ static __device__ __forceinline__ void store_scores(const float (&s)[4][4],
 		}
 }
 
-/* Adds the exact scores of this warp's sub-chunk, if its keys are among the warp's. */
+/* Adds the exact scores of this warp's sub-chunk, and those of tokens with themselves, if the keys
+ * are among the warp's. Synchronizes. */
 template <int PANEL>
-static __device__ __forceinline__ void place_exact(float (&s)[4][4], const float (&sum)[SUB],
+static __device__ __forceinline__ void place_exact(float (&s)[4][4], const float (&own)[2][4],
+                                                   const float (&sum)[SUB],
                                                    const struct place<PANEL> &x)
 {
 	float *const exact = reinterpret_cast<float *>(shared_memory + layout<PANEL>::EXACT);
@@ -344,10 +443,11 @@ static __device__ __forceinline__ void place_exact(float (&s)[4][4], const float
 			continue;
 #pragma unroll
 		for (int e = 0; e < 4; e++) {
-			const float *one = exact + (group * SUB + lane / 4 + e / 2 * 8) * SUB +
-			                   n % 2 * 8 + 2 * (lane % 4) + e % 2;
+			const int i = lane / 4 + e / 2 * 8, j = n % 2 * 8 + 2 * (lane % 4) + e % 2;
+			const float *one = exact + (group * SUB + i) * SUB + j;
 
-			s[n][e] = one[0] + one[GROUPS * SUB * SUB];
+			s[n][e] = (i == j ? own[n % 2][e] : s[n][e]) + one[0] +
+			          one[GROUPS * SUB * SUB];
 		}
 	}
 }
@@ -410,11 +510,16 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 	for (int step = 0; step < PANEL / 16; step++) {
 		load_matrices(left, x.k + offset<PANEL>(16 * group + lane % 16,
 		                                        2 * step + lane / 16));
-		if (DIAGONAL && group < SUBS - 1)
-			decay_fragment(left, 16 * step, [&](int channel) {
-				return *reinterpret_cast<const float2 *>(x.rest + group * PANEL +
-				                                         channel);
-			});
+		if (DIAGONAL && group < SUBS - 1) {
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				const uint32_t rest = *reinterpret_cast<const uint32_t *>(
+				        x.rest + group * PANEL + 16 * step + 8 * i + 2 * (lane % 4));
+
+				left[2 * i] = multiply_pairs(left[2 * i], rest);
+				left[2 * i + 1] = multiply_pairs(left[2 * i + 1], rest);
+			}
+		}
 		load_matrices_transposed(right,
 		                         gradient +
 		                                 ((2 * step + lane / 8 % 2) * (SLAB / 8) +
@@ -450,30 +555,47 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 	}
 }
 
-/* Writes dv; `more`: adds to what is there. */
+/*
+ * Writes dv; `more`: adds to what is there. The four lanes of a row trade pairs
+ * first, so that they write 32 bytes side by side.
+ */
 template <int PANEL>
 static __device__ __forceinline__ void store_values(const float (&d)[2][4],
                                                     const struct place<PANEL> &x,
                                                     const struct rows &dv, float scale,
                                                     int64_t first, bool more)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int c = threadIdx.x % 4, warp = threadIdx.x / WARP;
+	const int row = 16 * (warp % GROUPS) + threadIdx.x % WARP / 4;
+	const int64_t column = first + 16 * (warp / GROUPS) + 4 * c;
+	bf16 *to = at(dv.view, x.b, x.first + row, x.h) + column;
 
 #pragma unroll
 	for (int half = 0; half < 2; half++) {
-		const int row = 16 * (warp % GROUPS) + 8 * half + lane / 4;
+		float u[2], w[2]; /* pairs of the row, left and right */
 
 #pragma unroll
-		for (int n = 0; n < 2; n++) {
-			const int64_t column = first + 16 * (warp / GROUPS) + 8 * n + 2 * (lane % 4);
-			const uint32_t old = more ? load_pair(dv, x.b, x.first + row, x.h, column,
-			                                      row < x.valid)
-			                          : 0;
+		for (int e = 0; e < 2; e++) {
+			const float a = scale * d[0][2 * half + e], b = scale * d[1][2 * half + e];
+			const float far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
+			const float low = c < 2 ? a : far, high = c < 2 ? far : b;
+			const float near = __shfl_xor_sync(0xffffffffu, c % 2 ? low : high, 1);
 
-			if (row < x.valid)
-				store_pair(dv, x.b, x.first + row, x.h, column,
-				           scale * d[n][2 * half] + low_half(old),
-				           scale * d[n][2 * half + 1] + high_half(old));
+			u[e] = c % 2 ? near : low;
+			w[e] = c % 2 ? high : near;
+		}
+		if (row + 8 * half < x.valid && column < dv.width) {
+			uint2 *const place = reinterpret_cast<uint2 *>(to + 8 * half * dv.view.token);
+
+			if (more) {
+				const uint2 old = *place;
+
+				u[0] += low_half(old.x);
+				u[1] += high_half(old.x);
+				w[0] += low_half(old.y);
+				w[1] += high_half(old.y);
+			}
+			*place = make_uint2(pack(u[0], u[1]), pack(w[0], w[1]));
 		}
 	}
 }
@@ -552,8 +674,7 @@ static __device__ __forceinline__ void sum_kept(const float (&dk)[PANEL / 16][4]
 			w += __shfl_xor_sync(0xffffffffu, w, bit);
 		}
 		if (DIAGONAL) {
-			const float2 rest =
-			        *reinterpret_cast<const float2 *>(x.rest + group * PANEL + channel);
+			const float2 rest = decay_over<PANEL>(x, group + 1, SUBS, channel);
 
 			u *= rest.x;
 			w *= rest.y;
@@ -564,19 +685,19 @@ static __device__ __forceinline__ void sum_kept(const float (&dk)[PANEL / 16][4]
 	}
 }
 
-template <int PANEL>
-static __device__ __forceinline__ void decay_by_sub(float (&d)[PANEL / 16][4],
-                                                    const struct place<PANEL> &x, int sub)
+/* d times factor(channel), which is for two channels. */
+template <int PANEL, typename Factor>
+static __device__ __forceinline__ void multiply_channels(float (&d)[PANEL / 16][4],
+                                                         const Factor &factor)
 {
 #pragma unroll
 	for (int n = 0; n < PANEL / 16; n++) {
-		const float2 one = *reinterpret_cast<const float2 *>(x.whole + sub * PANEL +
-		                                                     channel_of<PANEL>(n));
+		const float2 two = factor(channel_of<PANEL>(n));
 
-		d[n][0] *= one.x;
-		d[n][1] *= one.y;
-		d[n][2] *= one.x;
-		d[n][3] *= one.y;
+		d[n][0] *= two.x;
+		d[n][1] *= two.y;
+		d[n][2] *= two.x;
+		d[n][3] *= two.y;
 	}
 }
 
@@ -608,27 +729,39 @@ static __device__ __forceinline__ void add_pairs(float (&d)[PANEL / 16][4],
 	}
 }
 
-/* dq and dk from the chunk's tokens; diagonal: from other sub-chunks, and relative to the ends
- * between sub-chunks. */
-template <int PANEL, bool DIAGONAL>
-static __device__ __forceinline__ void add_within(float (&dq)[PANEL / 16][4],
-                                                  float (&dk)[PANEL / 16][4],
-                                                  const struct place<PANEL> &x)
+/* dq, or dk (TRANSPOSED), from one of the chunk's sub-chunks. Diagonal: relative to the end between
+ * it and the next towards the warp's own; mild decays inside that by way of its other end. */
+template <int PANEL, bool DIAGONAL, bool TRANSPOSED>
+static __device__ __forceinline__ void add_sub(float (&d)[PANEL / 16][4],
+                                               const struct place<PANEL> &x, int other)
 {
 	const int group = threadIdx.x / WARP % GROUPS;
 
+	if (DIAGONAL)
+		multiply_channels<PANEL>(d, [&](int channel) {
+			return decay_over<PANEL>(x, other, other + 1, channel);
+		});
+	add_pairs<PANEL, TRANSPOSED>(d, x, TRANSPOSED ? x.q : x.k, other);
+	if (DIAGONAL && other == group)
+		multiply_channels<PANEL>(
+		        d, [&](int channel) { return growth<PANEL>(x, other, channel); });
+}
+
+/* dq and dk from the chunk's tokens; diagonal: relative to the ends of sub-chunks, from the warp's
+ * own only if decays are mild. */
+template <int PANEL, bool DIAGONAL>
+static __device__ __forceinline__ void add_within(float (&dq)[PANEL / 16][4],
+                                                  float (&dk)[PANEL / 16][4],
+                                                  const struct place<PANEL> &x, bool mild)
+{
+	const int group = threadIdx.x / WARP % GROUPS, own = !DIAGONAL || mild;
+
 #pragma unroll 1
-	for (int other = 0; other < group + !DIAGONAL; other++) {
-		if (DIAGONAL)
-			decay_by_sub<PANEL>(dq, x, other);
-		add_pairs<PANEL, false>(dq, x, x.k, other);
-	}
+	for (int other = 0; other < group + own; other++)
+		add_sub<PANEL, DIAGONAL, false>(dq, x, other);
 #pragma unroll 1
-	for (int other = SUBS - 1; other > group - !DIAGONAL; other--) {
-		if (DIAGONAL)
-			decay_by_sub<PANEL>(dk, x, other);
-		add_pairs<PANEL, true>(dk, x, x.q, other);
-	}
+	for (int other = SUBS - 1; other > group - own; other--)
+		add_sub<PANEL, DIAGONAL, true>(dk, x, other);
 }
 
 /* dk = q dq - k dk, with the tiles as they have decayed. */
@@ -733,12 +866,6 @@ static __device__ __forceinline__ void downwards(const Visit &visit)
 	}
 }
 
-/* A thread's sub-chunk and its two channels, in the panel and in all. */
-struct strip {
-	int sub, channel;
-	int64_t column;
-};
-
 template <int PANEL>
 static __device__ __forceinline__ void load_flow(float2 (&flow)[SUB], float *tile,
                                                  const struct strip &s)
@@ -748,35 +875,57 @@ static __device__ __forceinline__ void load_flow(float2 (&flow)[SUB], float *til
 		flow[i] = *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel);
 }
 
-/* The decays of a token and the strip's channels. */
+/* Two channels of a token of a strip, in memory. */
 template <int PANEL>
-static __device__ __forceinline__ float2 strip_decay(const struct place<PANEL> &x,
-                                                     const struct plan &p, const struct strip &s,
+static __device__ __forceinline__ uint32_t *strip_at(const struct place<PANEL> &x,
+                                                     const struct rows &r, const struct strip &s,
                                                      int i)
 {
-	const int row = s.sub * SUB + i;
-	const uint32_t g = load_pair(p.log_decay, x.b, x.first + row, x.h, s.column, row < x.valid);
-
-	return make_float2(low_half(g) * LOG2E, high_half(g) * LOG2E);
+	return reinterpret_cast<uint32_t *>(at(r.view, x.b, x.first + s.sub * SUB, x.h) + s.column +
+	                                    i * r.view.token);
 }
 
+/* Zero outside. */
 template <int PANEL>
-static __device__ __forceinline__ float2 strip_pair(const struct place<PANEL> &x,
-                                                    const struct rows &from, const struct strip &s,
+static __device__ __forceinline__ float2 load_strip(const struct place<PANEL> &x,
+                                                    const struct rows &r, const struct strip &s,
                                                     int i)
 {
-	const int row = s.sub * SUB + i;
-	const uint32_t pair = load_pair(from, x.b, x.first + row, x.h, s.column, row < x.valid);
+	const bool valid = s.sub * SUB + i < x.valid && s.column < r.width;
+	const uint32_t pair = valid ? *strip_at<PANEL>(x, r, s, i) : 0;
 
 	return make_float2(low_half(pair), high_half(pair));
 }
 
-/* Writes dq of a strip; gives flow what the pairs inside the sub-chunk add to q dq. */
-template <int PANEL, bool DIAGONAL>
-static __device__ __forceinline__ void finish_queries(float2 (&flow)[SUB],
-                                                      const struct place<PANEL> &x,
-                                                      const struct plan &p, const struct strip &s,
-                                                      const struct rows &to, float scale)
+template <int PANEL>
+static __device__ __forceinline__ void store_strip(const struct place<PANEL> &x,
+                                                   const struct rows &r, const struct strip &s,
+                                                   int i, float2 pair)
+{
+	if (s.sub * SUB + i < x.valid && s.column < r.width)
+		*strip_at<PANEL>(x, r, s, i) = pack(pair.x, pair.y);
+}
+
+static __device__ __forceinline__ float2 exp2_both(float2 x)
+{
+	return make_float2(exp2_fast(x.x * LOG2E), exp2_fast(x.y * LOG2E));
+}
+
+static __device__ __forceinline__ float2 product(float2 a, float2 b)
+{
+	return make_float2(a.x * b.x, a.y * b.y);
+}
+
+static __device__ __forceinline__ float2 sum(float2 a, float2 b)
+{
+	return make_float2(a.x + b.x, a.y + b.y);
+}
+
+/* Writes dq of a strip. EXACT: with the pairs inside the sub-chunk, and flow gets their q dq. */
+template <int PANEL, bool DIAGONAL, bool EXACT>
+static __device__ __forceinline__ void
+finish_queries(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
+               const struct strip &s, const struct rows &to, float scale)
 {
 	float *const tile = reinterpret_cast<float *>(shared_memory + layout<PANEL>::DQ);
 	const float *const pairs =
@@ -786,36 +935,36 @@ static __device__ __forceinline__ void finish_queries(float2 (&flow)[SUB],
 
 	upwards<0, SUB>([&](auto at_token) {
 		constexpr int i = decltype(at_token)::value;
-		const int row = s.sub * SUB + i;
-		float2 d = *sum_at<PANEL>(tile, row, s.channel);
+		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel);
 
 		if constexpr (DIAGONAL) {
-			const float2 one = strip_decay<PANEL>(x, p, s, i);
-			const float2 a = make_float2(exp2_fast(one.x), exp2_fast(one.y));
+			const float2 one = load_strip<PANEL>(x, p.log_decay, s, i);
 
-			g = make_float2(g.x + one.x, g.y + one.y);
-			k[i] = strip_pair<PANEL>(x, p.k, s, i);
+			g = sum(g, one);
+			d = product(d, exp2_both(g));
+			if constexpr (EXACT) {
+				const float2 a = exp2_both(one);
+
+				k[i] = load_strip<PANEL>(x, p.k, s, i);
 #pragma unroll
-			for (int j = 0; j < i; j++)
-				k[j] = make_float2(k[j].x * a.x, k[j].y * a.y);
-			const float2 near = weigh<0, i + 1>(pairs + i * SUB, k);
-			const float2 q = strip_pair<PANEL>(x, p.q, s, i);
+				for (int j = 0; j < i; j++)
+					k[j] = product(k[j], a);
+				const float2 near = weigh<0, i + 1>(pairs + i * SUB, k);
 
-			d.x = exp2_fast(g.x) * d.x + near.x;
-			d.y = exp2_fast(g.y) * d.y + near.y;
-			flow[i].x += q.x * near.x;
-			flow[i].y += q.y * near.y;
+				d = sum(d, near);
+				flow[i] = sum(flow[i],
+				              product(load_strip<PANEL>(x, p.q, s, i), near));
+			}
 		}
-		if (row < x.valid)
-			store_pair(to, x.b, x.first + row, x.h, s.column, scale * d.x, scale * d.y);
+		store_strip<PANEL>(x, to, s, i, make_float2(scale * d.x, scale * d.y));
 	});
 }
 
-/* The same of dk, backwards; flow loses what the pairs add to k dk. */
-template <int PANEL, bool DIAGONAL>
-static __device__ __forceinline__ void finish_keys(float2 (&flow)[SUB], const struct place<PANEL> &x,
-                                                   const struct plan &p, const struct strip &s,
-                                                   const struct rows &to, float scale)
+/* The same of dk, backwards; flow loses k dk of the pairs. */
+template <int PANEL, bool DIAGONAL, bool EXACT>
+static __device__ __forceinline__ void
+finish_keys(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
+            const struct strip &s, const struct rows &to, float scale)
 {
 	float *const tile = reinterpret_cast<float *>(shared_memory + layout<PANEL>::DK);
 	const float *const pairs =
@@ -825,28 +974,40 @@ static __device__ __forceinline__ void finish_keys(float2 (&flow)[SUB], const st
 
 	downwards<0, SUB>([&](auto at_token) {
 		constexpr int j = decltype(at_token)::value;
-		const int row = s.sub * SUB + j;
-		float2 d = *sum_at<PANEL>(tile, row, s.channel);
+		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + j, s.channel);
 
 		if constexpr (DIAGONAL) {
-			q[j] = strip_pair<PANEL>(x, p.q, s, j);
-#pragma unroll
-			for (int i = j + 1; i < SUB; i++)
-				q[i] = make_float2(q[i].x * a.x, q[i].y * a.y);
-			const float2 near = weigh<j, SUB>(pairs + j * SUB, q);
-			const float2 k = strip_pair<PANEL>(x, p.k, s, j);
+			const float2 one = load_strip<PANEL>(x, p.log_decay, s, j);
 
-			d.x = exp2_fast(g.x) * d.x + near.x;
-			d.y = exp2_fast(g.y) * d.y + near.y;
-			flow[j].x -= k.x * near.x;
-			flow[j].y -= k.y * near.y;
-			const float2 one = strip_decay<PANEL>(x, p, s, j);
-			a = make_float2(exp2_fast(one.x), exp2_fast(one.y));
-			g = make_float2(g.x + one.x, g.y + one.y);
+			d = product(d, exp2_both(g));
+			g = sum(g, one);
+			if constexpr (EXACT) {
+				q[j] = load_strip<PANEL>(x, p.q, s, j);
+#pragma unroll
+				for (int i = j + 1; i < SUB; i++)
+					q[i] = product(q[i], a);
+				const float2 near = weigh<j, SUB>(pairs + j * SUB, q);
+				const float2 lost =
+				        product(load_strip<PANEL>(x, p.k, s, j), near);
+
+				d = sum(d, near);
+				flow[j] = make_float2(flow[j].x - lost.x, flow[j].y - lost.y);
+				a = exp2_both(one);
+			}
 		}
-		if (row < x.valid)
-			store_pair(to, x.b, x.first + row, x.h, s.column, scale * d.x, scale * d.y);
+		store_strip<PANEL>(x, to, s, j, make_float2(scale * d.x, scale * d.y));
 	});
+}
+
+template <int PANEL, bool DIAGONAL, bool EXACT>
+static __device__ __forceinline__ void
+finish_both(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
+            const struct strip &s, const struct outputs &o, float scale)
+{
+	if (s.sub >= SUBS)
+		return;
+	finish_queries<PANEL, DIAGONAL, EXACT>(flow, x, p, s, o.dq, scale);
+	finish_keys<PANEL, DIAGONAL, EXACT>(flow, x, p, s, o.dk, scale);
 }
 
 /* A first token has no state to decay, where rounding would leave something. */
@@ -879,13 +1040,13 @@ finish_channels(float2 (&flow)[SUB], const struct place<PANEL> &x,
                 const struct matrix_recurrence_args &f, const struct strip &s, const struct rows &to)
 {
 	const bool busy = s.sub < SUBS;
-	float2 sum = {};
+	float2 rest = {};
 
 	if (busy) {
 		const float2 whole = decay_over<PANEL>(x, 0, SUBS, s.channel);
 
-		sum = make_float2(flow_behind<PANEL>(x, s.channel, whole.x),
-		                  flow_behind<PANEL>(x, s.channel + 1, whole.y));
+		rest = make_float2(flow_behind<PANEL>(x, s.channel, whole.x),
+		                   flow_behind<PANEL>(x, s.channel + 1, whole.y));
 	}
 	__syncthreads();
 	if (busy) {
@@ -893,27 +1054,22 @@ finish_channels(float2 (&flow)[SUB], const struct place<PANEL> &x,
 
 #pragma unroll
 		for (int i = 0; i < SUB; i++)
-			all = make_float2(all.x + flow[i].x, all.y + flow[i].y);
+			all = sum(all, flow[i]);
 		*reinterpret_cast<float2 *>(x.flow + s.sub * PANEL + s.channel) = all;
 	}
 	__syncthreads();
 	if (!busy)
 		return;
-	for (int sub = SUBS - 1; sub > s.sub; sub--) {
-		const float2 all =
-		        *reinterpret_cast<const float2 *>(x.flow + sub * PANEL + s.channel);
-
-		sum = make_float2(sum.x + all.x, sum.y + all.y);
-	}
+	for (int sub = SUBS - 1; sub > s.sub; sub--)
+		rest = sum(rest, *reinterpret_cast<const float2 *>(x.flow + sub * PANEL + s.channel));
 #pragma unroll
 	for (int i = SUB - 1; i >= 0; i--) {
 		const int64_t t = x.first + s.sub * SUB + i;
 
-		sum = make_float2(sum.x + flow[i].x, sum.y + flow[i].y);
-		if (t < f.seq_len)
-			store_pair(to, x.b, t, x.h, s.column,
-			           f.scale * only_if_decaying(sum.x, f, t),
-			           f.scale * only_if_decaying(sum.y, f, t));
+		rest = sum(rest, flow[i]);
+		store_strip<PANEL>(x, to, s, i,
+		                   make_float2(f.scale * only_if_decaying(rest.x, f, t),
+		                               f.scale * only_if_decaying(rest.y, f, t)));
 	}
 }
 
@@ -937,7 +1093,7 @@ finish_tokens(const float2 (&flow)[SUB], const struct place<PANEL> &x,
 #pragma unroll
 	for (int i = 0; i < SUB; i++)
 		both[i] = flow[i].x + flow[i].y;
-	const float sum = scatter_sum(both);
+	const float sum = sum_lanes(both, lane);
 	__syncthreads();
 	if (s.sub < SUBS && lane % 2 == 0)
 		x.flow[warp * SUB + lane / 2] = sum;
@@ -964,11 +1120,6 @@ finish_tokens(const float2 (&flow)[SUB], const struct place<PANEL> &x,
 	        f.scale * only_if_decaying(total, f, x.first + threadIdx.x));
 }
 
-/* Where the gradients go. */
-struct outputs {
-	struct rows dq, dk, dv, dlog_decay;
-};
-
 template <int PANEL, bool DIAGONAL>
 static __global__ void __launch_bounds__(THREADS, 2)
         chunk_kernel(const __grid_constant__ struct matrix_recurrence_args f,
@@ -988,10 +1139,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		x.g[2 * threadIdx.x] = sums.first;
 		x.g[2 * threadIdx.x + 1] = sums.second;
 	}
+	bool mild = true; /* of the panel at hand */
 	{
-		float scores[4][4] = {}, exact[SUB] = {};
+		float scores[4][4] = {}, own[2][4] = {}, exact[SUB] = {};
 
+#pragma unroll 1
 		for (int64_t panel = 0; panel < p.panels; panel++) {
+			const struct strip s = strip_of<PANEL>(panel);
+
 			__syncthreads();
 			load_keys<PANEL>(x, p, panel, DIAGONAL);
 			if (panel == p.panels - 1) {
@@ -1002,24 +1157,24 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			}
 			__syncthreads();
 			if (DIAGONAL) {
-				add_exact<PANEL>(exact, x);
+				mild = sum_decays<PANEL>(x, s);
+				if (mild)
+					add_own<PANEL>(own, x);
+				else
+					add_exact<PANEL>(exact, x);
 				__syncthreads();
-				decay_tiles<PANEL>(x);
-				__syncthreads();
-				sum_rest<PANEL>(x);
+				decay_tiles<PANEL>(x, s);
 			}
-			add_scores<PANEL, DIAGONAL>(scores, x);
+			add_scores<PANEL, DIAGONAL>(scores, x, mild);
 		}
 		if (DIAGONAL)
-			place_exact<PANEL>(scores, exact, x);
+			place_exact<PANEL>(scores, own, exact, x);
 		store_scores<PANEL, DIAGONAL>(scores, x);
 	}
 #pragma unroll 1
 	for (int64_t panel = p.panels - 1; panel >= 0; panel--) {
 		const bool first = panel == p.panels - 1;
-		const struct strip s = {(int)threadIdx.x / (PANEL / 2),
-		                        (int)threadIdx.x % (PANEL / 2) * 2,
-		                        panel * PANEL + threadIdx.x % (PANEL / 2) * 2};
+		const struct strip s = strip_of<PANEL>(panel);
 		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, product = 0.0f;
 
 		if (!first) {
@@ -1029,9 +1184,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			copy_wait<1>();
 			__syncthreads();
 			if (DIAGONAL) {
-				decay_tiles<PANEL>(x);
-				__syncthreads();
-				sum_rest<PANEL>(x);
+				mild = sum_decays<PANEL>(x, s);
+				decay_tiles<PANEL>(x, s);
 			}
 		}
 #pragma unroll 1
@@ -1076,8 +1230,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			store_scores<PANEL, DIAGONAL>(dscores, x);
 			__syncthreads();
 		}
-		add_within<PANEL, DIAGONAL>(dq, dk, x);
-		if (DIAGONAL)
+		add_within<PANEL, DIAGONAL>(dq, dk, x, mild);
+		if (DIAGONAL && !mild)
 			spread_pairs<PANEL>(reinterpret_cast<float *>(shared_memory + L::PAIRS), x);
 		__syncthreads();
 		float *const dq_tile = reinterpret_cast<float *>(shared_memory + L::DQ);
@@ -1095,10 +1249,10 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		__syncthreads();
 		store_sums<PANEL>(dq_tile, dq);
 		__syncthreads();
-		if (s.sub < SUBS) {
-			finish_queries<PANEL, DIAGONAL>(flow, x, p, s, o.dq, f.scale);
-			finish_keys<PANEL, DIAGONAL>(flow, x, p, s, o.dk, f.scale);
-		}
+		if (DIAGONAL && !mild)
+			finish_both<PANEL, true, true>(flow, x, p, s, o, f.scale);
+		else
+			finish_both<PANEL, DIAGONAL, false>(flow, x, p, s, o, f.scale);
 		if (!decays_by_data(f))
 			continue;
 		if (DIAGONAL)
@@ -1108,11 +1262,71 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	}
 }
 
+/* ---- tensors that are not whole pieces of 16 bytes ---- */
+
+/* Copies an element of a token and head; zeros behind the width. */
+static __global__ void __launch_bounds__(THREADS)
+        copy_kernel(const __grid_constant__ struct matrix_recurrence_args f,
+                    const __grid_constant__ struct rows from, const __grid_constant__ struct rows to)
+{
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t column = index % to.width, token = index / to.width;
+	const int64_t h = token % f.n_heads, t = token / f.n_heads % f.seq_len;
+	const int64_t b = token / f.n_heads / f.seq_len;
+
+	if (b < f.batch)
+		at(to.view, b, t, h)[column] = column < from.width
+		                                       ? at(from.view, b, t, h)[column]
+		                                       : __float2bfloat16(0.0f);
+}
+
+static enum status copy(struct device *device, const struct matrix_recurrence_args &f,
+                        const struct rows &from, const struct rows &to)
+{
+	return launch_each(device, "matrix_recurrence_backward", copy_kernel,
+	                   f.batch * f.seq_len * f.n_heads * to.width, THREADS, f, from, to);
+}
+
 /* ---- the operation ---- */
 
-static struct rows rows_of(const struct view &v, int64_t width)
+constexpr int MAX_COPIES = 9;
+
+/* A problem whose tensors are all whole pieces, and those that it has in place of the caller's. */
+struct problem {
+	struct plan plan;
+	struct outputs outputs;
+	int n_copied;
+	struct {
+		struct rows theirs, ours;
+		bool output;
+	} copied[MAX_COPIES];
+	size_t bytes; /* of workspace */
+};
+
+/* Takes room in the workspace. */
+static char *take(struct problem *problem, char *workspace, int64_t bytes)
 {
-	return {v, width, is_aligned(&v) && width % 8 == 0};
+	char *const room = workspace + problem->bytes;
+
+	problem->bytes += (size_t)divide_up(bytes, 256) * 256;
+	return room;
+}
+
+/* The tensor, or one like it in the workspace. */
+static struct rows whole_rows(struct problem *problem, char *workspace,
+                              const struct matrix_recurrence_args *f, const struct view &v,
+                              int64_t width, bool output)
+{
+	const int64_t wide = divide_up(width, 8) * 8, row = f->n_heads * wide;
+
+	if (!v.data || (is_aligned(&v) && width == wide))
+		return {v, width};
+	const struct rows ours = {
+	        {take(problem, workspace, f->batch * f->seq_len * row * (int64_t)sizeof(bf16)),
+	         f->seq_len * row, row, wide},
+	        wide};
+	problem->copied[problem->n_copied++] = {{v, width}, ours, output};
+	return ours;
 }
 
 static int panel_rows(const struct matrix_recurrence_args *f)
@@ -1120,57 +1334,64 @@ static int panel_rows(const struct matrix_recurrence_args *f)
 	return f->d_k <= 64 ? 64 : 128;
 }
 
-static int64_t elements(const struct matrix_recurrence_args *f, const struct plan &p)
-{
-	return f->batch * f->n_heads * p.chunks * p.panels * panel_rows(f) * p.slabs * SLAB;
-}
-
-static struct plan plan_of(const struct device *device,
-                           const struct matrix_recurrence_backward_args *a, void *workspace)
+static struct problem problem_of(const struct device *device,
+                                 const struct matrix_recurrence_backward_args *a, void *workspace)
 {
 	const struct matrix_recurrence_args *f = &a->forward;
-	const int64_t rows = panel_rows(f);
-	struct plan p = {};
+	const int64_t rows = panel_rows(f), sequences = f->batch * f->n_heads;
+	char *const memory = static_cast<char *>(workspace);
+	struct problem x = {};
+	struct plan &p = x.plan;
+	const auto whole = [&](const struct view &v, int64_t width, bool output) {
+		return whole_rows(&x, memory, f, v, width, output);
+	};
 
-	p.q = rows_of(f->q, f->d_k);
-	p.k = rows_of(f->k, f->d_k);
-	p.v = rows_of(f->v, f->d_v);
-	p.dout = rows_of(a->dout, f->d_v);
-	p.log_decay = rows_of(f->log_decay, f->d_k);
 	p.chunks = divide_up(f->seq_len, CHUNK);
 	p.panels = divide_up(f->d_k, rows);
 	p.slabs = divide_up(f->d_v, SLAB);
 	/* Segments of at least two chunks, if the states alone do not give every multiprocessor a
 	 * block. */
 	const int64_t sms = cuda_sm_count(device);
-	const int64_t blocks = f->batch * f->n_heads * p.panels * divide_up(p.slabs, 4);
+	const int64_t blocks = sequences * p.panels * divide_up(p.slabs, 4);
 	const int64_t wanted = blocks >= sms ? 1 : divide_up(2 * sms, blocks);
 	p.per_segment = max(divide_up(p.chunks, wanted), min((int64_t)2, p.chunks));
 	p.segments = divide_up(p.chunks, p.per_segment);
 
-	const int64_t kept = p.segments > 1 ? p.segments * f->batch * f->n_heads * p.panels * rows
-	                                    : 0;
-	p.states = static_cast<bf16 *>(workspace);
-	p.gradients = p.states + elements(f, p);
-	p.ends = reinterpret_cast<float *>(p.gradients + elements(f, p));
-	p.decays = p.ends + kept * p.slabs * SLAB;
-	return p;
+	const int64_t state = p.panels * rows * p.slabs * SLAB;
+	const int64_t states = sequences * p.chunks * state * (int64_t)sizeof(bf16);
+	const int64_t kept = p.segments > 1 ? p.segments * sequences * (int64_t)sizeof(float) : 0;
+	p.states = reinterpret_cast<bf16 *>(take(&x, memory, states));
+	p.gradients = reinterpret_cast<bf16 *>(take(&x, memory, states));
+	p.ends = reinterpret_cast<float *>(take(&x, memory, kept * state));
+	p.decays = reinterpret_cast<float *>(take(&x, memory, kept * p.panels * rows));
+	p.q = whole(f->q, f->d_k, false);
+	p.k = whole(f->k, f->d_k, false);
+	p.v = whole(f->v, f->d_v, false);
+	p.dout = whole(a->dout, f->d_v, false);
+	x.outputs.dq = whole(a->dq, f->d_k, true);
+	x.outputs.dk = whole(a->dk, f->d_k, true);
+	x.outputs.dv = whole(a->dv, f->d_v, true);
+	if (f->decay == DECAY_DIAGONAL) {
+		p.log_decay = whole(f->log_decay, f->d_k, false);
+		x.outputs.dlog_decay = whole(a->dlog_decay, f->d_k, true);
+	} else {
+		x.outputs.dlog_decay.view = a->dlog_decay;
+	}
+	return x;
 }
 
 template <int PANEL>
-static enum status run(struct device *device, const struct matrix_recurrence_backward_args *a,
-                       const struct plan &p)
+static enum status run(struct device *device, const struct matrix_recurrence_args *f,
+                       const struct problem &x)
 {
-	const struct matrix_recurrence_args *f = &a->forward;
-	const dim3 grid((unsigned)(f->batch * f->n_heads * p.chunks));
-	const struct outputs o = {rows_of(a->dq, f->d_k), rows_of(a->dk, f->d_k),
-	                          rows_of(a->dv, f->d_v), rows_of(a->dlog_decay, f->d_k)};
+	const dim3 grid((unsigned)(f->batch * f->n_heads * x.plan.chunks));
+	const size_t shared = (size_t)layout<PANEL>::BYTES;
 
 	if (f->decay == DECAY_DIAGONAL)
 		return launch(device, "matrix_recurrence_backward", chunk_kernel<PANEL, true>, grid,
-		              THREADS, (size_t)layout<PANEL>::BYTES, *f, p, o);
+		              THREADS, shared, *f, x.plan, x.outputs);
 	return launch(device, "matrix_recurrence_backward", chunk_kernel<PANEL, false>, grid,
-	              THREADS, (size_t)layout<PANEL>::BYTES, *f, p, o);
+	              THREADS, shared, *f, x.plan, x.outputs);
 }
 
 } // namespace
@@ -1187,22 +1408,27 @@ extern "C" size_t portable_matrix_recurrence_backward_workspace(const struct dev
                                                                 const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
-	const struct plan p = plan_of(device, a, NULL);
-	const int64_t kept = p.segments > 1 ? p.segments * a->forward.batch * a->forward.n_heads *
-	                                              p.panels * panel_rows(&a->forward)
-	                                    : 0;
 
-	return (size_t)(reinterpret_cast<const char *>(p.decays + kept) - (const char *)NULL);
+	return problem_of(device, a, NULL).bytes;
 }
 
 extern "C" enum status portable_matrix_recurrence_backward(struct device *device, const void *args,
                                                            void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
-	const struct plan p = plan_of(device, a, workspace);
-	const enum status status = sweep(device, *a, p, panel_rows(&a->forward));
+	const struct matrix_recurrence_args *f = &a->forward;
+	const struct problem x = problem_of(device, a, workspace);
+	enum status status = STATUS_OK;
 
-	if (status != STATUS_OK)
-		return status;
-	return panel_rows(&a->forward) == 64 ? run<64>(device, a, p) : run<128>(device, a, p);
+	for (int i = 0; i < x.n_copied && status == STATUS_OK; i++)
+		if (!x.copied[i].output)
+			status = copy(device, *f, x.copied[i].theirs, x.copied[i].ours);
+	if (status == STATUS_OK)
+		status = sweep(device, *a, x.plan, panel_rows(f));
+	if (status == STATUS_OK)
+		status = panel_rows(f) == 64 ? run<64>(device, f, x) : run<128>(device, f, x);
+	for (int i = 0; i < x.n_copied && status == STATUS_OK; i++)
+		if (x.copied[i].output)
+			status = copy(device, *f, x.copied[i].ours, x.copied[i].theirs);
+	return status;
 }
