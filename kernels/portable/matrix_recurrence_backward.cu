@@ -44,6 +44,10 @@ using namespace matrix_backward;
 constexpr int GROUPS = SUBS;     /* of tokens, a warp's 16 each */
 constexpr float MILD = 60.0f;    /* log2 of a sub-chunk's decay whose inverse can be a factor */
 
+/* Rows of factors: a sub-chunk's keys to the chunk's end, its queries inside it, and those of
+ * sub-chunk 2 to 0, 3 to 1, 3 to 0. */
+enum { REST, GROWTH = REST + SUBS, BETWEEN = GROWTH + SUBS, FACTORS = BETWEEN + 3 };
+
 /* Where the gradients go. */
 struct outputs {
 	struct rows dq, dk, dv, dlog_decay;
@@ -57,7 +61,8 @@ template <int PANEL> struct layout {
 	static constexpr int Q = 0, K = Q + TILE, SCORES = K + TILE;
 	static constexpr int STAGES = SCORES + CHUNK * CHUNK * (int)sizeof(bf16);
 	static constexpr int SMALL = STAGES + 2 * STAGE;
-	static constexpr int BYTES = SMALL + (int)sizeof(float) * (4 * GROUPS * PANEL + 3 * CHUNK);
+	static constexpr int BYTES = SMALL + (int)sizeof(float) * (3 * GROUPS * PANEL + 3 * CHUNK) +
+	                             (int)sizeof(bf16) * FACTORS * PANEL;
 	/* Before the slabs: decays and the exact scores, in the second stage. */
 	static constexpr int DECAYS = STAGES + STAGE, EXACT = DECAYS + TILE;
 	/* After them: sums of dq over the tiles, of dk in the stages, then the pairs of sub-chunks.
@@ -71,7 +76,7 @@ template <int PANEL> struct place {
 	int64_t first;          /* token */
 	bf16 *q, *k, *scores;
 	float *whole; /* [SUBS, PANEL]: decay of each sub-chunk */
-	bf16 *rest;   /* [SUBS, PANEL]: of all sub-chunks behind it */
+	bf16 *factors; /* [FACTORS, PANEL]: further decays of tiles */
 	float *kept;  /* [GROUPS, PANEL]: sums of k R (L v) over 16 tokens */
 	float *flow;  /* [GROUPS, PANEL]: sums of S L; then of the tokens of a sub-chunk */
 	float *g;     /* [CHUNK]: log2 decays up to each token, where channels decay alike */
@@ -101,7 +106,7 @@ static __device__ __forceinline__ struct place<PANEL> place_of(const struct matr
 	x.g = x.flow + GROUPS * PANEL;
 	x.token = x.g + CHUNK;
 	x.base = x.token + CHUNK;
-	x.rest = reinterpret_cast<bf16 *>(x.base + CHUNK);
+	x.factors = reinterpret_cast<bf16 *>(x.base + CHUNK);
 	return x;
 }
 
@@ -203,13 +208,19 @@ static __device__ __forceinline__ void decay_tiles(const struct place<PANEL> &x,
 	float u = 0.0f, w = 0.0f;
 
 	if (threadIdx.x < PANEL) {
-		float product = 1.0f;
+		bf16 *const to = x.factors + threadIdx.x;
+		float whole[SUBS], product = 1.0f;
 
 #pragma unroll
 		for (int i = SUBS - 1; i >= 0; i--) {
-			x.rest[i * PANEL + threadIdx.x] = __float2bfloat16(product);
-			product *= x.whole[i * PANEL + threadIdx.x];
+			whole[i] = x.whole[i * PANEL + threadIdx.x];
+			to[(REST + i) * PANEL] = __float2bfloat16(product);
+			to[(GROWTH + i) * PANEL] = __float2bfloat16(reciprocal_fast(whole[i]));
+			product *= whole[i];
 		}
+		to[BETWEEN * PANEL] = __float2bfloat16(whole[1]);
+		to[(BETWEEN + 1) * PANEL] = __float2bfloat16(whole[2]);
+		to[(BETWEEN + 2) * PANEL] = __float2bfloat16(whole[1] * whole[2]);
 	}
 	if (s.sub < SUBS) {
 #pragma unroll
@@ -258,42 +269,42 @@ static __device__ __forceinline__ float2 growth(const struct place<PANEL> &x, in
 	return make_float2(reciprocal_fast(one.x), reciprocal_fast(one.y));
 }
 
-static __device__ __forceinline__ uint32_t times(uint32_t pair, float2 factor)
+/* A fragment of 16 rows and channels channel .. channel+15 times a row of factors. */
+template <int PANEL>
+static __device__ __forceinline__ void decay_fragment(uint32_t (&a)[4], const struct place<PANEL> &x,
+                                                      int which, int channel)
 {
-	return pack(low_half(pair) * factor.x, high_half(pair) * factor.y);
-}
+	const bf16 *from = x.factors + which * PANEL + channel + 2 * (threadIdx.x % 4);
 
-/* A fragment of 16 rows times factor(channel), which is for two channels. */
-template <typename Factor>
-static __device__ __forceinline__ void decay_fragment(uint32_t (&a)[4], int channel,
-                                                      const Factor &factor)
-{
 #pragma unroll
 	for (int i = 0; i < 2; i++) {
-		const float2 two = factor(channel + 8 * i + 2 * (threadIdx.x % 4));
+		const uint32_t two = *reinterpret_cast<const uint32_t *>(from + 8 * i);
 
-		a[2 * i] = times(a[2 * i], two);
-		a[2 * i + 1] = times(a[2 * i + 1], two);
+		a[2 * i] = multiply_pairs(a[2 * i], two);
+		a[2 * i + 1] = multiply_pairs(a[2 * i + 1], two);
 	}
 }
 
 /* ---- the scores ---- */
 
-/* scatter_sum() of values in registers, whatever the lane. */
+/* scatter_sum(), unrolled for certain. */
+template <int HALF = SUB / 2>
 static __device__ __forceinline__ float sum_lanes(float (&x)[SUB], int lane)
 {
+	if constexpr (HALF == 0) {
+		return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
+	} else {
+		const bool upper = lane & (2 * HALF);
+
 #pragma unroll
-	for (int half = SUB / 2; half > 0; half /= 2) {
-#pragma unroll
-		for (int i = 0; i < half; i++) {
-			const float low = x[i], high = x[i + half];
-			const bool upper = lane & (2 * half);
+		for (int i = 0; i < HALF; i++) {
+			const float low = x[i], high = x[i + HALF];
 
 			x[i] = (upper ? high : low) +
-			       __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * half);
+			       __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * HALF);
 		}
+		return sum_lanes<HALF / 2>(x, lane);
 	}
-	return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
 }
 
 /*
@@ -374,6 +385,8 @@ static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct
 	for (int n = 0; n < 2; n++) {
 		const int other = 2 * (warp / GROUPS) + n;
 
+		const int which = other == group ? GROWTH + group : BETWEEN + group - 2 + (group - other) / 3;
+
 		if (other > group || (DIAGONAL && other == group && !mild))
 			continue;
 #pragma unroll
@@ -381,14 +394,8 @@ static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct
 			uint32_t left[4], right[4];
 
 			load_fragments<PANEL>(left, right, x, group, other, step);
-			if (DIAGONAL && other + 1 < group)
-				decay_fragment(left, 16 * step, [&](int channel) {
-					return decay_over<PANEL>(x, other + 1, group, channel);
-				});
-			if (DIAGONAL && other == group)
-				decay_fragment(left, 16 * step, [&](int channel) {
-					return growth<PANEL>(x, group, channel);
-				});
+			if (DIAGONAL && other + 1 != group)
+				decay_fragment<PANEL>(left, x, which, 16 * step);
 			multiply_add(s[2 * n], left, right[0], right[1]);
 			multiply_add(s[2 * n + 1], left, right[2], right[3]);
 		}
@@ -510,16 +517,8 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 	for (int step = 0; step < PANEL / 16; step++) {
 		load_matrices(left, x.k + offset<PANEL>(16 * group + lane % 16,
 		                                        2 * step + lane / 16));
-		if (DIAGONAL && group < SUBS - 1) {
-#pragma unroll
-			for (int i = 0; i < 2; i++) {
-				const uint32_t rest = *reinterpret_cast<const uint32_t *>(
-				        x.rest + group * PANEL + 16 * step + 8 * i + 2 * (lane % 4));
-
-				left[2 * i] = multiply_pairs(left[2 * i], rest);
-				left[2 * i + 1] = multiply_pairs(left[2 * i + 1], rest);
-			}
-		}
+		if (DIAGONAL && group < SUBS - 1)
+			decay_fragment<PANEL>(left, x, REST + group, 16 * step);
 		load_matrices_transposed(right,
 		                         gradient +
 		                                 ((2 * step + lane / 8 % 2) * (SLAB / 8) +
@@ -866,13 +865,16 @@ static __device__ __forceinline__ void downwards(const Visit &visit)
 	}
 }
 
+/* A strip's q dq - k dk, or zeros. */
 template <int PANEL>
 static __device__ __forceinline__ void load_flow(float2 (&flow)[SUB], float *tile,
-                                                 const struct strip &s)
+                                                 const struct strip &s, bool wanted)
 {
 #pragma unroll
 	for (int i = 0; i < SUB; i++)
-		flow[i] = *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel);
+		flow[i] = wanted && s.sub < SUBS
+		                  ? *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel)
+		                  : make_float2(0.0f, 0.0f);
 }
 
 /* Two channels of a token of a strip, in memory. */
@@ -1236,16 +1238,15 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		__syncthreads();
 		float *const dq_tile = reinterpret_cast<float *>(shared_memory + L::DQ);
 		store_sums<PANEL>(reinterpret_cast<float *>(shared_memory + L::DK), dk);
-		float2 flow[SUB] = {};
-		if (decays_by_data(f)) {
+		float2 flow[SUB];
+		if (DIAGONAL || decays_by_data(f)) {
 			/* Into dk's registers: the tiles are where dq's sums will be. */
 			difference<PANEL>(dk, dq, x);
 			__syncthreads();
 			store_sums<PANEL>(dq_tile, dk);
 			__syncthreads();
-			if (s.sub < SUBS)
-				load_flow<PANEL>(flow, dq_tile, s);
 		}
+		load_flow<PANEL>(flow, dq_tile, s, DIAGONAL || decays_by_data(f));
 		__syncthreads();
 		store_sums<PANEL>(dq_tile, dq);
 		__syncthreads();
