@@ -60,6 +60,28 @@ template <int WIDTH> static __device__ __forceinline__ int offset(int row, int p
 	return row * WIDTH + (piece ^ (WIDTH == 32 ? row >> 1 & 3 : row & 7)) * 8;
 }
 
+/*
+ * Where a lane's row of four 8 x 8 matrices begins, which are 16 rows and 16 columns of a tile from
+ * row `row` (a multiple of 16) and piece `piece` (even) on: below each other before
+ * beside each other, or the other way round.
+ */
+template <int WIDTH>
+static __device__ __forceinline__ const bf16 *down_first(const bf16 *tile, int row, int piece)
+{
+	const int lane = threadIdx.x % WARP;
+
+	return tile + row * WIDTH + (offset<WIDTH>(lane % 16, lane / 16) ^ 8 * piece);
+}
+
+template <int WIDTH>
+static __device__ __forceinline__ const bf16 *across_first(const bf16 *tile, int row, int piece)
+{
+	const int lane = threadIdx.x % WARP;
+
+	return tile + row * WIDTH +
+	       (offset<WIDTH>(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ 8 * piece);
+}
+
 /* Two neighbouring channels, the first of which is even. */
 template <int WIDTH>
 static __device__ __forceinline__ uint32_t *pair_at(bf16 *tile, int row, int channel)
@@ -78,14 +100,14 @@ static __device__ __forceinline__ void load_tile(bf16 *tile, const struct rows &
 	const int piece = threadIdx.x % PIECES;
 	const int64_t channel = column + 8 * piece;
 	const int limit = channel < x.width ? valid : 0;
-	const bf16 *from = at(x.view, b, first, h) + (limit > 0 ? channel : 0);
+	const bf16 *from = at(x.view, b, first + threadIdx.x / PIECES, h) + channel;
 
 #pragma unroll
 	for (int i = 0; i < CHUNK / STEP; i++) {
 		const int row = i * STEP + threadIdx.x / PIECES;
 
-		copy16_async(tile + offset<WIDTH>(row, piece),
-		             from + (row < limit ? row : 0) * x.view.token, row < limit);
+		copy16_async(tile + offset<WIDTH>(row, piece), from + i * STEP * x.view.token,
+		             row < limit);
 	}
 }
 

@@ -218,7 +218,7 @@ template <int ROWS, int COLUMNS>
 static __device__ __forceinline__ void add_chunk(float (&sums)[ROWS / 64][COLUMNS / 16][4],
                                                  const bf16 *tile, const bf16 *values)
 {
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int warp = threadIdx.x / WARP;
 
 #pragma unroll
 	for (int step = 0; step < CHUNK / 16; step++) {
@@ -227,15 +227,13 @@ static __device__ __forceinline__ void add_chunk(float (&sums)[ROWS / 64][COLUMN
 #pragma unroll
 		for (int m = 0; m < ROWS / 64; m++)
 			load_matrices_transposed(
-			        left[m],
-			        tile + offset<ROWS>(16 * step + lane / 16 * 8 + lane % 8,
-			                            warp % 4 * (ROWS / 32) + 2 * m + lane / 8 % 2));
+			        left[m], across_first<ROWS>(tile, 16 * step,
+			                                    warp % 4 * (ROWS / 32) + 2 * m));
 #pragma unroll
 		for (int n = 0; n < COLUMNS / 32; n++) {
 			load_matrices_transposed(
-			        right, values + offset<COLUMNS>(16 * step + lane % 16,
-			                                        warp / 4 * (COLUMNS / 16) + 2 * n +
-			                                                lane / 16));
+			        right, down_first<COLUMNS>(values, 16 * step,
+			                                   warp / 4 * (COLUMNS / 16) + 2 * n));
 #pragma unroll
 			for (int m = 0; m < ROWS / 64; m++) {
 				multiply_add(sums[m][2 * n], left[m], right[0], right[1]);

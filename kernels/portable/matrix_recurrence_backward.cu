@@ -124,26 +124,51 @@ static __device__ __forceinline__ void load_keys(const struct place<PANEL> &x, c
 	copy_commit();
 }
 
-/* S, L, dout and v of a slab. */
+/* Where a thread finds its part of S, L, dout and v of a slab, and where dv goes. */
+struct sources {
+	const bf16 *state, *gradient, *dout, *v;
+	bf16 *dv;
+	int64_t columns; /* of values, from this thread's on */
+};
+
 template <int PANEL>
-static __device__ __forceinline__ void load_slab(const struct place<PANEL> &x,
-                                                 const struct matrix_recurrence_args &f,
-                                                 const struct plan &p, int64_t panel, int64_t slab)
+static __device__ __forceinline__ struct sources sources_of(const struct place<PANEL> &x,
+                                                            const struct matrix_recurrence_args &f,
+                                                            const struct plan &p,
+                                                            const struct rows &dv, int64_t panel)
+{
+	const int row = threadIdx.x / (SLAB / 8), column = threadIdx.x % (SLAB / 8) * 8;
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int64_t piece = piece_at<PANEL>(p, x.b * f.n_heads + x.h, x.chunk, panel, 0) +
+	                      8 * threadIdx.x;
+	const int64_t t = x.first + row;
+
+	return {p.states + piece, p.gradients + piece, at(p.dout.view, x.b, t, x.h) + column,
+	        at(p.v.view, x.b, t, x.h) + column,
+	        at(dv.view, x.b, x.first + 16 * (warp % GROUPS) + lane / 4, x.h) +
+	                16 * (warp / GROUPS) + 4 * (lane % 4),
+	        row < x.valid ? p.v.width - column : 0};
+}
+
+template <int PANEL>
+static __device__ __forceinline__ void load_slab(const struct sources &from, int slab)
 {
 	using L = layout<PANEL>;
+	constexpr int STEP = 8 * THREADS;
 	bf16 *const stage = reinterpret_cast<bf16 *>(shared_memory + L::STAGES + slab % 2 * L::STAGE);
-	const int64_t piece = piece_at<PANEL>(p, x.b * f.n_heads + x.h, x.chunk, panel, slab);
+	bf16 *const states = stage + 8 * threadIdx.x;
+	bf16 *const values = stage + 2 * L::STATE +
+	                     offset<SLAB>(threadIdx.x / (SLAB / 8), threadIdx.x % (SLAB / 8));
+	const int64_t next = (int64_t)slab * L::STATE;
+	const bool inside = SLAB * slab < from.columns;
 
 #pragma unroll
-	for (int i = 0; i < L::STATE / 8 / THREADS; i++) {
-		const int element = (i * THREADS + (int)threadIdx.x) * 8;
-
-		copy16_async(stage + element, p.states + piece + element, true);
-		copy16_async(stage + L::STATE + element, p.gradients + piece + element, true);
+	for (int i = 0; i < L::STATE / STEP; i++) {
+		copy16_async(states + i * STEP, from.state + next + i * STEP, true);
+		copy16_async(states + L::STATE + i * STEP, from.gradient + next + i * STEP, true);
 	}
-	load_tile<SLAB>(stage + 2 * L::STATE, p.dout, x.b, x.h, x.first, x.valid, slab * SLAB);
-	load_tile<SLAB>(stage + 2 * L::STATE + L::VALUES, p.v, x.b, x.h, x.first, x.valid,
-	                slab * SLAB);
+	copy16_async(values, from.dout + SLAB * slab, inside);
+	copy16_async(values + L::VALUES, from.v + SLAB * slab, inside);
 	copy_commit();
 }
 
@@ -348,11 +373,8 @@ static __device__ __forceinline__ void load_fragments(uint32_t (&left)[4], uint3
                                                       const struct place<PANEL> &x, int query,
                                                       int key, int step)
 {
-	const int lane = threadIdx.x % WARP;
-
-	load_matrices(left, x.q + offset<PANEL>(16 * query + lane % 16, 2 * step + lane / 16));
-	load_matrices(right, x.k + offset<PANEL>(16 * key + lane / 16 * 8 + lane % 8,
-	                                         2 * step + lane / 8 % 2));
+	load_matrices(left, down_first<PANEL>(x.q, 16 * query, 2 * step));
+	load_matrices(right, across_first<PANEL>(x.k, 16 * key, 2 * step));
 }
 
 /* Undecayed scores of this warp's sub-chunk with itself, of which the diagonal is used. */
@@ -486,7 +508,7 @@ static __device__ __forceinline__ void add_state(float (&a)[PANEL / 16][4],
 static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint32_t (&left)[4],
                                                    const bf16 *v, int step)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+	const int warp = threadIdx.x / WARP;
 	uint32_t right[4];
 
 #pragma unroll
@@ -495,8 +517,7 @@ static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint3
 
 		if (other > warp % GROUPS)
 			continue;
-		load_matrices(right, v + offset<SLAB>(16 * other + lane / 16 * 8 + lane % 8,
-		                                      2 * step + lane / 8 % 2));
+		load_matrices(right, across_first<SLAB>(v, 16 * other, 2 * step));
 		multiply_add(s[2 * n], left, right[0], right[1]);
 		multiply_add(s[2 * n + 1], left, right[2], right[3]);
 	}
@@ -515,8 +536,7 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 
 #pragma unroll
 	for (int step = 0; step < PANEL / 16; step++) {
-		load_matrices(left, x.k + offset<PANEL>(16 * group + lane % 16,
-		                                        2 * step + lane / 16));
+		load_matrices(left, down_first<PANEL>(x.k, 16 * group, 2 * step));
 		if (DIAGONAL && group < SUBS - 1)
 			decay_fragment<PANEL>(left, x, REST + group, 16 * step);
 		load_matrices_transposed(right,
@@ -544,81 +564,90 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 	for (int other = 0; other < GROUPS; other++) {
 		if (other < group)
 			continue;
-		load_matrices_transposed(
-		        left, x.scores + offset<CHUNK>(16 * other + lane / 16 * 8 + lane % 8,
-		                                       2 * group + lane / 8 % 2));
-		load_matrices_transposed(right, dout + offset<SLAB>(16 * other + lane % 16,
-		                                                    2 * half + lane / 16));
+		load_matrices_transposed(left, across_first<CHUNK>(x.scores, 16 * other, 2 * group));
+		load_matrices_transposed(right, down_first<SLAB>(dout, 16 * other, 2 * half));
 		multiply_add(d[0], left, right[0], right[1]);
 		multiply_add(d[1], left, right[2], right[3]);
 	}
 }
 
 /*
- * Writes dv; `more`: adds to what is there. The four lanes of a row trade pairs
+ * Writes dv of a slab; `more`: adds to what is there. The four lanes of a row trade pairs
  * first, so that they write 32 bytes side by side.
  */
 template <int PANEL>
 static __device__ __forceinline__ void store_values(const float (&d)[2][4],
                                                     const struct place<PANEL> &x,
-                                                    const struct rows &dv, float scale,
-                                                    int64_t first, bool more)
+                                                    const struct rows &dv, bf16 *to, float scale,
+                                                    int slab, bool more)
 {
 	const int c = threadIdx.x % 4, warp = threadIdx.x / WARP;
 	const int row = 16 * (warp % GROUPS) + threadIdx.x % WARP / 4;
-	const int64_t column = first + 16 * (warp / GROUPS) + 4 * c;
-	bf16 *to = at(dv.view, x.b, x.first + row, x.h) + column;
+	const bool inside = SLAB * slab + 16 * (warp / GROUPS) + 4 * c < dv.width;
 
 #pragma unroll
 	for (int half = 0; half < 2; half++) {
-		float u[2], w[2]; /* pairs of the row, left and right */
+		uint2 *const place =
+		        reinterpret_cast<uint2 *>(to + SLAB * slab + 8 * half * dv.view.token);
+		const bool valid = inside && row + 8 * half < x.valid;
+		uint32_t a = pack(scale * d[0][2 * half], scale * d[0][2 * half + 1]);
+		uint32_t b = pack(scale * d[1][2 * half], scale * d[1][2 * half + 1]);
+		const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
 
-#pragma unroll
-		for (int e = 0; e < 2; e++) {
-			const float a = scale * d[0][2 * half + e], b = scale * d[1][2 * half + e];
-			const float far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
-			const float low = c < 2 ? a : far, high = c < 2 ? far : b;
-			const float near = __shfl_xor_sync(0xffffffffu, c % 2 ? low : high, 1);
+		a = c < 2 ? a : far;
+		b = c < 2 ? far : b;
+		const uint32_t near = __shfl_xor_sync(0xffffffffu, c % 2 ? a : b, 1);
+		a = c % 2 ? near : a;
+		b = c % 2 ? b : near;
+		if (more && valid) {
+			const uint2 old = *place;
 
-			u[e] = c % 2 ? near : low;
-			w[e] = c % 2 ? high : near;
+			a = pack(low_half(a) + low_half(old.x), high_half(a) + high_half(old.x));
+			b = pack(low_half(b) + low_half(old.y), high_half(b) + high_half(old.y));
 		}
-		if (row + 8 * half < x.valid && column < dv.width) {
-			uint2 *const place = reinterpret_cast<uint2 *>(to + 8 * half * dv.view.token);
-
-			if (more) {
-				const uint2 old = *place;
-
-				u[0] += low_half(old.x);
-				u[1] += high_half(old.x);
-				w[0] += low_half(old.y);
-				w[1] += high_half(old.y);
-			}
-			*place = make_uint2(pack(u[0], u[1]), pack(w[0], w[1]));
-		}
+		if (valid)
+			*place = make_uint2(a, b);
 	}
 }
 
-/* This thread's part of rowsum(S L): one row, some of the columns. */
+/*
+ * sums: those of the rows of S times L, 16 rows of a warp (of 64 rows, half of the columns), in
+ * the diagonals of rows 0 .. 7 and 8 .. 15 times themselves.
+ */
 template <int PANEL>
-static __device__ __forceinline__ float multiply_states(const bf16 *state, const bf16 *gradient)
+static __device__ __forceinline__ void multiply_states(float (&sums)[4], const bf16 *state,
+                                                       const bf16 *gradient)
 {
-	constexpr int PARTS = THREADS / PANEL, COLUMNS = SLAB / 8 / PARTS;
-	const int row = threadIdx.x % PANEL, part = threadIdx.x / PANEL;
-	float sum = 0.0f;
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int first = 2 * (warp % (PANEL / 16)) + lane / 8 % 2;
 
 #pragma unroll
-	for (int i = 0; i < COLUMNS; i++) {
-		const int at = (row / 8 * (SLAB / 8) + part * COLUMNS + i) * 64 + row % 8 * 8;
-		float s[8], l[8];
+	for (int step = 0; step < PANEL / 64; step++) {
+		const int column = 2 * (PANEL == 64 ? warp / 4 : step) + lane / 16;
+		const int at = (first * (SLAB / 8) + column) * 64 + lane % 8 * 8;
+		uint32_t s[4], l[4];
 
-		load8(s, state + at);
-		load8(l, gradient + at);
-#pragma unroll
-		for (int e = 0; e < 8; e++)
-			sum += s[e] * l[e];
+		/* Rows 0 and 8, then the columns behind. */
+		load_matrices(s, state + at);
+		load_matrices(l, gradient + at);
+		const uint32_t upper[4] = {s[0], 0, s[2], 0}, lower[4] = {0, s[1], 0, s[3]};
+		multiply_add(sums, upper, l[0], l[2]);
+		multiply_add(sums, lower, l[1], l[3]);
 	}
-	return sum;
+}
+
+/* Leaves them in flow. */
+template <int PANEL>
+static __device__ __forceinline__ void store_products(const float (&sums)[4],
+                                                      const struct place<PANEL> &x)
+{
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	float *const to = x.flow + 16 * warp + lane / 4;
+
+	if (lane / 8 == lane % 4) {
+		to[0] = lane / 4 % 2 ? sums[1] : sums[0];
+		to[8] = lane / 4 % 2 ? sums[3] : sums[2];
+	}
 }
 
 /* ---- after the slabs ---- */
@@ -652,36 +681,56 @@ static __device__ __forceinline__ void decay_sums(float (&dq)[PANEL / 16][4],
 	}
 }
 
+/* Sums over the eight lanes of a channel: x[2 i], x[2 i + 1] of the lane whose row is i. */
+template <int COUNT, int BIT = 4>
+static __device__ __forceinline__ void sum_rows(float (&x)[COUNT])
+{
+	constexpr int HALF = COUNT * 2 / BIT;
+
+	if constexpr (BIT < WARP) {
+		const bool upper = threadIdx.x & BIT;
+
+#pragma unroll
+		for (int i = 0; i < HALF; i++) {
+			const float low = x[i], high = x[i + HALF];
+
+			x[i] = (upper ? high : low) +
+			       __shfl_xor_sync(0xffffffffu, upper ? low : high, BIT);
+		}
+		sum_rows<COUNT, 2 * BIT>(x);
+	}
+}
+
 /* kept: sums of k R (L v) over the warp's tokens, channel by channel. */
 template <int PANEL, bool DIAGONAL>
 static __device__ __forceinline__ void sum_kept(const float (&dk)[PANEL / 16][4],
                                                 const struct place<PANEL> &x)
 {
 	const int lane = threadIdx.x % WARP, group = threadIdx.x / WARP % GROUPS;
+	const int row = 16 * group + lane / 4;
+	float sums[16] = {};
 
 #pragma unroll
 	for (int n = 0; n < PANEL / 16; n++) {
-		const int channel = channel_of<PANEL>(n), row = 16 * group + lane / 4;
+		const int channel = channel_of<PANEL>(n);
 		const uint32_t a = *pair_at<PANEL>(x.k, row, channel);
 		const uint32_t b = *pair_at<PANEL>(x.k, row + 8, channel);
-		float u = low_half(a) * dk[n][0] + low_half(b) * dk[n][2];
-		float w = high_half(a) * dk[n][1] + high_half(b) * dk[n][3];
 
-#pragma unroll
-		for (int bit = 4; bit < WARP; bit *= 2) {
-			u += __shfl_xor_sync(0xffffffffu, u, bit);
-			w += __shfl_xor_sync(0xffffffffu, w, bit);
-		}
-		if (DIAGONAL) {
-			const float2 rest = decay_over<PANEL>(x, group + 1, SUBS, channel);
-
-			u *= rest.x;
-			w *= rest.y;
-		}
-		if (lane < 4)
-			*reinterpret_cast<float2 *>(x.kept + group * PANEL + channel) =
-			        make_float2(u, w);
+		sums[2 * n] = low_half(a) * dk[n][0] + low_half(b) * dk[n][2];
+		sums[2 * n + 1] = high_half(a) * dk[n][1] + high_half(b) * dk[n][3];
 	}
+	sum_rows(sums);
+	const int n = lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16;
+	if (n >= PANEL / 16)
+		return;
+	const int channel = channel_of<PANEL>(n);
+	float2 pair = make_float2(sums[0], sums[1]);
+	if (DIAGONAL) {
+		const float2 rest = decay_over<PANEL>(x, group + 1, SUBS, channel);
+
+		pair = make_float2(pair.x * rest.x, pair.y * rest.y);
+	}
+	*reinterpret_cast<float2 *>(x.kept + group * PANEL + channel) = pair;
 }
 
 /* d times factor(channel), which is for two channels. */
@@ -707,22 +756,17 @@ static __device__ __forceinline__ void add_pairs(float (&d)[PANEL / 16][4],
                                                  const struct place<PANEL> &x, const bf16 *tile,
                                                  int other)
 {
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-	const int group = warp % GROUPS, half = warp / GROUPS;
+	const int warp = threadIdx.x / WARP, group = warp % GROUPS, half = warp / GROUPS;
 	uint32_t left[4], right[4];
 
 	if (TRANSPOSED)
-		load_matrices_transposed(
-		        left, x.scores + offset<CHUNK>(16 * other + lane / 16 * 8 + lane % 8,
-		                                       2 * group + lane / 8 % 2));
+		load_matrices_transposed(left, across_first<CHUNK>(x.scores, 16 * other, 2 * group));
 	else
-		load_matrices(left, x.scores + offset<CHUNK>(16 * group + lane % 16,
-		                                             2 * other + lane / 16));
+		load_matrices(left, down_first<CHUNK>(x.scores, 16 * group, 2 * other));
 #pragma unroll
 	for (int n = 0; n < PANEL / 32; n++) {
 		load_matrices_transposed(
-		        right, tile + offset<PANEL>(16 * other + lane % 16,
-		                                    half * (PANEL / 16) + 2 * n + lane / 16));
+		        right, down_first<PANEL>(tile, 16 * other, half * (PANEL / 16) + 2 * n));
 		multiply_add(d[2 * n], left, right[0], right[1]);
 		multiply_add(d[2 * n + 1], left, right[2], right[3]);
 	}
@@ -1030,7 +1074,7 @@ static __device__ __forceinline__ float flow_behind(const struct place<PANEL> &x
 #pragma unroll
 	for (int i = 0; i < GROUPS; i++) {
 		sum += x.kept[i * PANEL + channel];
-		product += i < THREADS / PANEL ? x.flow[i * PANEL + channel] : 0.0f;
+		product += i < 128 / PANEL ? x.flow[i * PANEL + channel] : 0.0f;
 	}
 	return whole * product + sum;
 }
@@ -1129,7 +1173,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 {
 	using L = layout<PANEL>;
 	const struct place<PANEL> x = place_of<PANEL>(f, p);
-	const int warp = threadIdx.x / WARP;
+	const int warp = threadIdx.x / WARP, slabs = (int)p.slabs;
 	float dscores[4][4] = {};
 
 	if (!DIAGONAL && threadIdx.x < WARP) {
@@ -1152,7 +1196,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			__syncthreads();
 			load_keys<PANEL>(x, p, panel, DIAGONAL);
 			if (panel == p.panels - 1) {
-				load_slab<PANEL>(x, f, p, panel, 0);
+				load_slab<PANEL>(sources_of<PANEL>(x, f, p, o.dv, panel), 0);
 				copy_wait<1>();
 			} else {
 				copy_wait<0>();
@@ -1177,12 +1221,13 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	for (int64_t panel = p.panels - 1; panel >= 0; panel--) {
 		const bool first = panel == p.panels - 1;
 		const struct strip s = strip_of<PANEL>(panel);
-		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, product = 0.0f;
+		const struct sources from = sources_of<PANEL>(x, f, p, o.dv, panel);
+		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, products[4] = {};
 
 		if (!first) {
 			__syncthreads();
 			load_keys<PANEL>(x, p, panel, DIAGONAL);
-			load_slab<PANEL>(x, f, p, panel, 0);
+			load_slab<PANEL>(from, 0);
 			copy_wait<1>();
 			__syncthreads();
 			if (DIAGONAL) {
@@ -1191,7 +1236,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			}
 		}
 #pragma unroll 1
-		for (int64_t slab = 0; slab < p.slabs; slab++) {
+		for (int slab = 0; slab < slabs; slab++) {
 			const bf16 *const state = reinterpret_cast<const bf16 *>(
 			        shared_memory + L::STAGES + slab % 2 * L::STAGE);
 			const bf16 *const gradient = state + L::STATE;
@@ -1200,31 +1245,29 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 			copy_wait<0>();
 			__syncthreads();
-			if (slab + 1 < p.slabs)
-				load_slab<PANEL>(x, f, p, panel, slab + 1);
+			if (slab + 1 < slabs)
+				load_slab<PANEL>(from, slab + 1);
 #pragma unroll
 			for (int step = 0; step < SLAB / 16; step++) {
-				const int lane = threadIdx.x % WARP;
-				const int rows = offset<SLAB>(16 * (warp % GROUPS) + lane % 16,
-				                              2 * step + lane / 16);
+				const int group = warp % GROUPS;
 				uint32_t left[4];
 
-				load_matrices(left, dout + rows);
+				load_matrices(left, down_first<SLAB>(dout, 16 * group, 2 * step));
 				add_state<PANEL>(dq, left, state, step);
 				if (first)
 					add_dscores(dscores, left, v, step);
-				load_matrices(left, v + rows);
+				load_matrices(left, down_first<SLAB>(v, 16 * group, 2 * step));
 				add_state<PANEL>(dk, left, gradient, step);
 			}
 			value_gradients<PANEL, DIAGONAL>(dv, x, gradient, dout, first);
-			store_values<PANEL>(dv, x, o.dv, f.scale, slab * SLAB, !first);
+			store_values<PANEL>(dv, x, o.dv, from.dv, f.scale, slab, !first);
 			if (decays_by_data(f))
-				product += multiply_states<PANEL>(state, gradient);
+				multiply_states<PANEL>(products, state, gradient);
 		}
 		if (!DIAGONAL)
 			decay_sums<PANEL>(dq, dk, x);
 		if (decays_by_data(f)) {
-			x.flow[threadIdx.x] = product;
+			store_products<PANEL>(products, x);
 			sum_kept<PANEL, DIAGONAL>(dk, x);
 		}
 		__syncthreads();
