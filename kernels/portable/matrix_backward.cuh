@@ -70,7 +70,7 @@ static __device__ __forceinline__ const bf16 *down_first(const bf16 *tile, int r
 {
 	const int lane = threadIdx.x % WARP;
 
-	return tile + row * WIDTH + (offset<WIDTH>(lane % 16, lane / 16) ^ 8 * piece);
+	return tile + ((row * WIDTH + offset<WIDTH>(lane % 16, lane / 16)) ^ 8 * piece);
 }
 
 template <int WIDTH>
@@ -78,8 +78,8 @@ static __device__ __forceinline__ const bf16 *across_first(const bf16 *tile, int
 {
 	const int lane = threadIdx.x % WARP;
 
-	return tile + row * WIDTH +
-	       (offset<WIDTH>(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ 8 * piece);
+	return tile +
+	       ((row * WIDTH + offset<WIDTH>(lane / 16 * 8 + lane % 8, lane / 8 % 2)) ^ 8 * piece);
 }
 
 /* Two neighbouring channels, the first of which is even. */

@@ -170,8 +170,8 @@ static __device__ __forceinline__ void decay_tokens(bf16 *tile, float2 mine, flo
 
 /* Calls visit(row, column, two sums) for every pair of the block's tile that this lane holds. */
 template <int ROWS, int COLUMNS, typename Visit>
-static __device__ __forceinline__ void
-each_pair(float (&sums)[ROWS / 64][COLUMNS / 16][4], const Visit &visit)
+static __device__ __forceinline__ void each_pair(float (&sums)[ROWS / 64][COLUMNS / 16][4],
+                                                 const Visit &visit)
 {
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 
@@ -188,10 +188,9 @@ each_pair(float (&sums)[ROWS / 64][COLUMNS / 16][4], const Visit &visit)
 
 /* The block's tile of the state, rounded. */
 template <int ROWS, int COLUMNS>
-static __device__ __forceinline__ void write_state(bf16 *states,
-                                                   const float (&sums)[ROWS / 64][COLUMNS / 16][4],
-                                                   const struct plan &p, const struct part &x,
-                                                   int64_t chunk)
+static __device__ __forceinline__ void
+write_state(bf16 *states, const float (&sums)[ROWS / 64][COLUMNS / 16][4], const struct plan &p,
+            const struct part &x, int64_t chunk)
 {
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 	const int slab = (int)(x.column / SLAB) + warp / 4 * (COLUMNS / 2 / SLAB);
@@ -279,7 +278,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	if (!DIAGONAL)
 		decays = two_decays(f, x, begin);
 	if (!LOCAL && p.segments > 1) {
-		const float *start = p.ends + (kept * n_rows + x.panel * ROWS) * n_columns + x.column;
+		const float *start =
+		        p.ends + (kept * n_rows + x.panel * ROWS) * n_columns + x.column;
 
 		each_pair<ROWS, COLUMNS>(sums, [&](int row, int column, float &u, float &v) {
 			if (x.column + column < n_columns) {

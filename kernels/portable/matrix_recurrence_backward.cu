@@ -22,8 +22,8 @@
  * grow (Horner). Pairs inside a sub-chunk are taken one by one, fp32, with
  * products of the decays. Decays of all channels alike multiply the scores.
  *
- * A block of eight warps takes a chunk of a head: first the scores B of all panels, then panel after
- * panel, the last one first, slabs of 32 columns of S, L, v and dout, two of them in shared
+ * A block of eight warps takes a chunk of a head: first the scores B of all panels, then panel
+ * after panel, the last one first, slabs of 32 columns of S, L, v and dout, two of them in shared
  * memory. Warp w has the 16 tokens w % 4, and of them half w / 4 of the panel's
  * channels, of the slab's columns or of the other tokens. From the second panel on
  * dv is added to what is already in memory.
@@ -41,11 +41,11 @@ namespace
 
 using namespace matrix_backward;
 
-constexpr int GROUPS = SUBS;     /* of tokens, a warp's 16 each */
-constexpr float MILD = 60.0f;    /* log2 of a sub-chunk's decay whose inverse can be a factor */
+constexpr int GROUPS = SUBS;  /* of tokens, a warp's 16 each */
+constexpr float MILD = 60.0f; /* log2 of a sub-chunk's decay whose inverse can be a factor */
 
-/* Rows of factors: a sub-chunk's keys to the chunk's end, its queries inside it, and those of
- * sub-chunk 2 to 0, 3 to 1, 3 to 0. */
+/* Rows of factors: a sub-chunk's keys to the chunk's end (the last: ones), its queries inside it,
+ * and those of sub-chunk 2 to 0, 3 to 1, 3 to 0. */
 enum { REST, GROWTH = REST + SUBS, BETWEEN = GROWTH + SUBS, FACTORS = BETWEEN + 3 };
 
 /* Where the gradients go. */
@@ -75,19 +75,18 @@ template <int PANEL> struct place {
 	int b, h, chunk, valid; /* valid: tokens */
 	int64_t first;          /* token */
 	bf16 *q, *k, *scores;
-	float *whole; /* [SUBS, PANEL]: decay of each sub-chunk */
+	float *whole;  /* [SUBS, PANEL]: decay of each sub-chunk */
 	bf16 *factors; /* [FACTORS, PANEL]: further decays of tiles */
-	float *kept;  /* [GROUPS, PANEL]: sums of k R (L v) over 16 tokens */
-	float *flow;  /* [GROUPS, PANEL]: sums of S L; then of the tokens of a sub-chunk */
-	float *g;     /* [CHUNK]: log2 decays up to each token, where channels decay alike */
-	float *token; /* [CHUNK]: sums of q dq - k dk over the channels */
-	float *base;  /* [8]: a warp's each: the rest of F over the channels; decays: mild or not */
+	float *kept;   /* [GROUPS, PANEL]: sums of k R (L v) over 16 tokens */
+	float *flow;   /* [GROUPS, PANEL]: sums of S L; then of the tokens of a sub-chunk */
+	float *g;      /* [CHUNK]: log2 decays up to each token, where channels decay alike */
+	float *token;  /* [CHUNK]: sums of q dq - k dk over the channels */
+	float *base; /* [8]: a warp's each: the rest of F over the channels; decays: mild or not */
 };
 
 template <int PANEL>
-static __device__ __forceinline__ struct place<PANEL> place_of(const struct matrix_recurrence_args &f,
-                                                               const struct plan &p)
-{
+static __device__ __forceinline__ struct place<PANEL>
+place_of(const struct matrix_recurrence_args &f, const struct plan &p) {
 	using L = layout<PANEL>;
 	struct place<PANEL> x;
 	const unsigned heads = (unsigned)f.n_heads, chunks = (unsigned)p.chunks;
@@ -128,26 +127,27 @@ static __device__ __forceinline__ void load_keys(const struct place<PANEL> &x, c
 struct sources {
 	const bf16 *state, *gradient, *dout, *v;
 	bf16 *dv;
-	int64_t columns; /* of values, from this thread's on */
+	int columns; /* of values, from this thread's on */
 };
 
 template <int PANEL>
-static __device__ __forceinline__ struct sources sources_of(const struct place<PANEL> &x,
-                                                            const struct matrix_recurrence_args &f,
-                                                            const struct plan &p,
-                                                            const struct rows &dv, int64_t panel)
+static __device__ __forceinline__ struct sources
+sources_of(const struct place<PANEL> &x, const struct matrix_recurrence_args &f,
+           const struct plan &p, const struct rows &dv, int64_t panel)
 {
 	const int row = threadIdx.x / (SLAB / 8), column = threadIdx.x % (SLAB / 8) * 8;
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const int64_t piece = piece_at<PANEL>(p, x.b * f.n_heads + x.h, x.chunk, panel, 0) +
-	                      8 * threadIdx.x;
+	const int64_t piece =
+	        piece_at<PANEL>(p, x.b * f.n_heads + x.h, x.chunk, panel, 0) + 8 * threadIdx.x;
 	const int64_t t = x.first + row;
 
-	return {p.states + piece, p.gradients + piece, at(p.dout.view, x.b, t, x.h) + column,
+	return {p.states + piece,
+	        p.gradients + piece,
+	        at(p.dout.view, x.b, t, x.h) + column,
 	        at(p.v.view, x.b, t, x.h) + column,
 	        at(dv.view, x.b, x.first + 16 * (warp % GROUPS) + lane / 4, x.h) +
 	                16 * (warp / GROUPS) + 4 * (lane % 4),
-	        row < x.valid ? p.v.width - column : 0};
+	        row < x.valid ? (int)p.v.width - column : 0};
 }
 
 template <int PANEL>
@@ -155,7 +155,8 @@ static __device__ __forceinline__ void load_slab(const struct sources &from, int
 {
 	using L = layout<PANEL>;
 	constexpr int STEP = 8 * THREADS;
-	bf16 *const stage = reinterpret_cast<bf16 *>(shared_memory + L::STAGES + slab % 2 * L::STAGE);
+	bf16 *const stage =
+	        reinterpret_cast<bf16 *>(shared_memory + L::STAGES + slab % 2 * L::STAGE);
 	bf16 *const states = stage + 8 * threadIdx.x;
 	bf16 *const values = stage + 2 * L::STATE +
 	                     offset<SLAB>(threadIdx.x / (SLAB / 8), threadIdx.x % (SLAB / 8));
@@ -272,8 +273,8 @@ static __device__ __forceinline__ void decay_tiles(const struct place<PANEL> &x,
 
 /* The decays of two neighbouring channels over sub-chunks first .. end-1. */
 template <int PANEL>
-static __device__ __forceinline__ float2 decay_over(const struct place<PANEL> &x, int first, int end,
-                                                    int channel)
+static __device__ __forceinline__ float2 decay_over(const struct place<PANEL> &x, int first,
+                                                    int end, int channel)
 {
 	float2 product = make_float2(1.0f, 1.0f);
 
@@ -296,8 +297,8 @@ static __device__ __forceinline__ float2 growth(const struct place<PANEL> &x, in
 
 /* A fragment of 16 rows and channels channel .. channel+15 times a row of factors. */
 template <int PANEL>
-static __device__ __forceinline__ void decay_fragment(uint32_t (&a)[4], const struct place<PANEL> &x,
-                                                      int which, int channel)
+static __device__ __forceinline__ void
+decay_fragment(uint32_t (&a)[4], const struct place<PANEL> &x, int which, int channel)
 {
 	const bf16 *from = x.factors + which * PANEL + channel + 2 * (threadIdx.x % 4);
 
@@ -350,7 +351,8 @@ static __device__ __forceinline__ void add_exact(float (&sum)[SUB], const struct
 		const uint32_t q = busy ? *pair_at<PANEL>(x.q, first + t, channel) : 0;
 		const uint32_t now = busy ? *pair_at<PANEL>(x.k, first + t, channel) : 0;
 		const uint32_t g = busy ? *pair_at<PANEL>(decays, first + t, channel) : 0;
-		const float a0 = exp2_fast(low_half(g) * LOG2E), a1 = exp2_fast(high_half(g) * LOG2E);
+		const float a0 = exp2_fast(low_half(g) * LOG2E),
+		            a1 = exp2_fast(high_half(g) * LOG2E);
 		float products[SUB];
 
 		k[t] = make_float2(low_half(now), high_half(now));
@@ -360,8 +362,7 @@ static __device__ __forceinline__ void add_exact(float (&sum)[SUB], const struct
 				k[s].x *= a0;
 				k[s].y *= a1;
 			}
-			products[s] = s > t ? 0.0f
-			                    : low_half(q) * k[s].x + high_half(q) * k[s].y;
+			products[s] = s > t ? 0.0f : low_half(q) * k[s].x + high_half(q) * k[s].y;
 		}
 		sum[t] += sum_lanes(products, lane);
 	}
@@ -395,8 +396,8 @@ static __device__ __forceinline__ void add_own(float (&own)[2][4], const struct 
 	}
 }
 
-/* The scores of 16 queries and 32 keys, from a panel. Diagonal: of tiles that have decayed, those of
- * the query's sub-chunk only if decays are mild. */
+/* The scores of 16 queries and 32 keys, from a panel. Diagonal: of tiles that have decayed, those
+ * of the query's sub-chunk only if decays are mild. */
 template <int PANEL, bool DIAGONAL>
 static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct place<PANEL> &x,
                                                   bool mild)
@@ -407,7 +408,9 @@ static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct
 	for (int n = 0; n < 2; n++) {
 		const int other = 2 * (warp / GROUPS) + n;
 
-		const int which = other == group ? GROWTH + group : BETWEEN + group - 2 + (group - other) / 3;
+		const int which = other == group       ? GROWTH + group
+		                  : other == group - 1 ? REST + SUBS - 1
+		                                       : BETWEEN + group - 2 + (group - other) / 3;
 
 		if (other > group || (DIAGONAL && other == group && !mild))
 			continue;
@@ -416,7 +419,7 @@ static __device__ __forceinline__ void add_scores(float (&s)[4][4], const struct
 			uint32_t left[4], right[4];
 
 			load_fragments<PANEL>(left, right, x, group, other, step);
-			if (DIAGONAL && other + 1 != group)
+			if (DIAGONAL)
 				decay_fragment<PANEL>(left, x, which, 16 * step);
 			multiply_add(s[2 * n], left, right[0], right[1]);
 			multiply_add(s[2 * n + 1], left, right[2], right[3]);
@@ -485,20 +488,18 @@ static __device__ __forceinline__ void place_exact(float (&s)[4][4], const float
 
 /* a += rows of a tile of values times S^T or L^T: 16 tokens, half of the panel's channels. */
 template <int PANEL>
-static __device__ __forceinline__ void add_state(float (&a)[PANEL / 16][4],
-                                                 const uint32_t (&left)[4], const bf16 *state,
-                                                 int step)
+static __device__ __forceinline__ void
+add_state(float (&a)[PANEL / 16][4], const uint32_t (&left)[4], const bf16 *state, int step)
 {
 	const int lane = threadIdx.x % WARP, half = threadIdx.x / WARP / GROUPS;
+	const bf16 *const from =
+	        state + ((half * (PANEL / 16) + lane / 16) * (SLAB / 8) + lane / 8 % 2) * 64 +
+	        lane % 8 * 8;
 	uint32_t right[4];
 
 #pragma unroll
 	for (int n = 0; n < PANEL / 32; n++) {
-		load_matrices(right, state +
-		                             ((half * (PANEL / 16) + 2 * n + lane / 16) * (SLAB / 8) +
-		                              2 * step + lane / 8 % 2) *
-		                                     64 +
-		                             lane % 8 * 8);
+		load_matrices(right, from + (2 * n * SLAB / 8 + 2 * step) * 64);
 		multiply_add(a[2 * n], left, right[0], right[1]);
 		multiply_add(a[2 * n + 1], left, right[2], right[3]);
 	}
@@ -525,34 +526,30 @@ static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint3
 
 /* dv of 16 tokens and half of the slab's columns; with `within`, from the chunk's tokens, too. */
 template <int PANEL, bool DIAGONAL>
-static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
-                                                       const struct place<PANEL> &x,
-                                                       const bf16 *gradient, const bf16 *dout,
-                                                       bool within)
+static __device__ __forceinline__ void
+value_gradients(float (&d)[2][4], const struct place<PANEL> &x, const bf16 *gradient,
+                const bf16 *dout, bool within)
 {
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 	const int group = warp % GROUPS, half = warp / GROUPS;
+	const bf16 *const from =
+	        gradient + (lane / 8 % 2 * (SLAB / 8) + 2 * half + lane / 16) * 64 + lane % 8 * 8;
 	uint32_t left[4], right[4];
 
 #pragma unroll
 	for (int step = 0; step < PANEL / 16; step++) {
 		load_matrices(left, down_first<PANEL>(x.k, 16 * group, 2 * step));
-		if (DIAGONAL && group < SUBS - 1)
+		if (DIAGONAL)
 			decay_fragment<PANEL>(left, x, REST + group, 16 * step);
-		load_matrices_transposed(right,
-		                         gradient +
-		                                 ((2 * step + lane / 8 % 2) * (SLAB / 8) +
-		                                  2 * half + lane / 16) *
-		                                         64 +
-		                                 lane % 8 * 8);
+		load_matrices_transposed(right, from + step * 2 * SLAB / 8 * 64);
 		multiply_add(d[0], left, right[0], right[1]);
 		multiply_add(d[1], left, right[2], right[3]);
 	}
 	if (!DIAGONAL) {
 #pragma unroll
 		for (int e = 0; e < 4; e++) {
-			const float factor = exp2_fast(
-			        x.g[CHUNK - 1] - x.g[16 * group + lane / 4 + e / 2 * 8]);
+			const float factor =
+			        exp2_fast(x.g[CHUNK - 1] - x.g[16 * group + lane / 4 + e / 2 * 8]);
 
 			d[0][e] *= factor;
 			d[1][e] *= factor;
@@ -564,7 +561,8 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
 	for (int other = 0; other < GROUPS; other++) {
 		if (other < group)
 			continue;
-		load_matrices_transposed(left, across_first<CHUNK>(x.scores, 16 * other, 2 * group));
+		load_matrices_transposed(left,
+		                         across_first<CHUNK>(x.scores, 16 * other, 2 * group));
 		load_matrices_transposed(right, down_first<SLAB>(dout, 16 * other, 2 * half));
 		multiply_add(d[0], left, right[0], right[1]);
 		multiply_add(d[1], left, right[2], right[3]);
@@ -576,10 +574,9 @@ static __device__ __forceinline__ void value_gradients(float (&d)[2][4],
  * first, so that they write 32 bytes side by side.
  */
 template <int PANEL>
-static __device__ __forceinline__ void store_values(const float (&d)[2][4],
-                                                    const struct place<PANEL> &x,
-                                                    const struct rows &dv, bf16 *to, float scale,
-                                                    int slab, bool more)
+static __device__ __forceinline__ void
+store_values(const float (&d)[2][4], const struct place<PANEL> &x, const struct rows &dv, bf16 *to,
+             float scale, int slab, bool more)
 {
 	const int c = threadIdx.x % 4, warp = threadIdx.x / WARP;
 	const int row = 16 * (warp % GROUPS) + threadIdx.x % WARP / 4;
@@ -660,9 +657,8 @@ template <int PANEL> static __device__ __forceinline__ int channel_of(int n)
 
 /* Decays of tokens: dq from the state by P, dk by R. */
 template <int PANEL>
-static __device__ __forceinline__ void decay_sums(float (&dq)[PANEL / 16][4],
-                                                  float (&dk)[PANEL / 16][4],
-                                                  const struct place<PANEL> &x)
+static __device__ __forceinline__ void
+decay_sums(float (&dq)[PANEL / 16][4], float (&dk)[PANEL / 16][4], const struct place<PANEL> &x)
 {
 	const int row = 16 * (threadIdx.x / WARP % GROUPS) + threadIdx.x % WARP / 4;
 
@@ -682,8 +678,7 @@ static __device__ __forceinline__ void decay_sums(float (&dq)[PANEL / 16][4],
 }
 
 /* Sums over the eight lanes of a channel: x[2 i], x[2 i + 1] of the lane whose row is i. */
-template <int COUNT, int BIT = 4>
-static __device__ __forceinline__ void sum_rows(float (&x)[COUNT])
+template <int COUNT, int BIT = 4> static __device__ __forceinline__ void sum_rows(float (&x)[COUNT])
 {
 	constexpr int HALF = COUNT * 2 / BIT;
 
@@ -749,18 +744,19 @@ static __device__ __forceinline__ void multiply_channels(float (&d)[PANEL / 16][
 	}
 }
 
-/* d += dB rows of this warp's tokens (dq), or its columns (dk, TRANSPOSED), times 16 rows of a tile.
+/* d += dB rows of this warp's tokens (dq), or its columns (dk, TRANSPOSED), times 16 rows of a
+ * tile.
  */
 template <int PANEL, bool TRANSPOSED>
-static __device__ __forceinline__ void add_pairs(float (&d)[PANEL / 16][4],
-                                                 const struct place<PANEL> &x, const bf16 *tile,
-                                                 int other)
+static __device__ __forceinline__ void
+add_pairs(float (&d)[PANEL / 16][4], const struct place<PANEL> &x, const bf16 *tile, int other)
 {
 	const int warp = threadIdx.x / WARP, group = warp % GROUPS, half = warp / GROUPS;
 	uint32_t left[4], right[4];
 
 	if (TRANSPOSED)
-		load_matrices_transposed(left, across_first<CHUNK>(x.scores, 16 * other, 2 * group));
+		load_matrices_transposed(left,
+		                         across_first<CHUNK>(x.scores, 16 * other, 2 * group));
 	else
 		load_matrices(left, down_first<CHUNK>(x.scores, 16 * group, 2 * other));
 #pragma unroll
@@ -916,40 +912,56 @@ static __device__ __forceinline__ void load_flow(float2 (&flow)[SUB], float *til
 {
 #pragma unroll
 	for (int i = 0; i < SUB; i++)
-		flow[i] = wanted && s.sub < SUBS
-		                  ? *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel)
-		                  : make_float2(0.0f, 0.0f);
+		flow[i] = wanted && s.sub < SUBS ? *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel)
+		                                 : make_float2(0.0f, 0.0f);
 }
 
-/* Two channels of a token of a strip, in memory. */
+/* A strip of a tensor in memory, token after token. */
+struct strip_cursor {
+	bf16 *at;
+	int64_t step;
+	int valid; /* tokens of the strip */
+};
+
 template <int PANEL>
-static __device__ __forceinline__ uint32_t *strip_at(const struct place<PANEL> &x,
-                                                     const struct rows &r, const struct strip &s,
-                                                     int i)
+static __device__ __forceinline__ struct strip_cursor
+cursor_of(const struct place<PANEL> &x, const struct rows &r, const struct strip &s)
 {
-	return reinterpret_cast<uint32_t *>(at(r.view, x.b, x.first + s.sub * SUB, x.h) + s.column +
-	                                    i * r.view.token);
+	const bool inside = s.sub < SUBS && s.column < r.width;
+
+	return {held(at(r.view, x.b, x.first + s.sub * SUB, x.h) + s.column), r.view.token,
+	        inside ? x.valid - s.sub * SUB : 0};
 }
 
-/* Zero outside. */
+/* Pairs of the strip's tokens, zeros outside. */
 template <int PANEL>
-static __device__ __forceinline__ float2 load_strip(const struct place<PANEL> &x,
-                                                    const struct rows &r, const struct strip &s,
-                                                    int i)
+static __device__ __forceinline__ void load_strip(uint32_t (&pairs)[SUB],
+                                                  const struct place<PANEL> &x,
+                                                  const struct rows &r, const struct strip &s)
 {
-	const bool valid = s.sub * SUB + i < x.valid && s.column < r.width;
-	const uint32_t pair = valid ? *strip_at<PANEL>(x, r, s, i) : 0;
+	const struct strip_cursor c = cursor_of<PANEL>(x, r, s);
 
+#pragma unroll
+	for (int i = 0; i < SUB; i++)
+		pairs[i] = i < c.valid ? *reinterpret_cast<const uint32_t *>(c.at + i * c.step) : 0;
+}
+
+static __device__ __forceinline__ void store_strip(const struct strip_cursor &c, int i, float2 pair,
+                                                   float scale)
+{
+	if (i < c.valid)
+		*reinterpret_cast<uint32_t *>(c.at + i * c.step) =
+		        pack(scale * pair.x, scale * pair.y);
+}
+
+/* What a strip needs again from memory: decays, and for pairs inside the sub-chunk q and k. */
+struct strip_values {
+	uint32_t g[SUB], q[SUB], k[SUB];
+};
+
+static __device__ __forceinline__ float2 halves(uint32_t pair)
+{
 	return make_float2(low_half(pair), high_half(pair));
-}
-
-template <int PANEL>
-static __device__ __forceinline__ void store_strip(const struct place<PANEL> &x,
-                                                   const struct rows &r, const struct strip &s,
-                                                   int i, float2 pair)
-{
-	if (s.sub * SUB + i < x.valid && s.column < r.width)
-		*strip_at<PANEL>(x, r, s, i) = pack(pair.x, pair.y);
 }
 
 static __device__ __forceinline__ float2 exp2_both(float2 x)
@@ -970,96 +982,98 @@ static __device__ __forceinline__ float2 sum(float2 a, float2 b)
 /* Writes dq of a strip. EXACT: with the pairs inside the sub-chunk, and flow gets their q dq. */
 template <int PANEL, bool DIAGONAL, bool EXACT>
 static __device__ __forceinline__ void
-finish_queries(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
-               const struct strip &s, const struct rows &to, float scale)
+finish_queries(float2 (&flow)[SUB], const struct strip_values &values, const struct strip &s,
+               const struct strip_cursor &to, float scale)
 {
 	float *const tile = reinterpret_cast<float *>(shared_memory + layout<PANEL>::DQ);
 	const float *const pairs =
 	        reinterpret_cast<const float *>(shared_memory + layout<PANEL>::PAIRS) +
 	        s.sub * SUB * SUB;
-	float2 k[SUB], g = {};
+	float2 k[SUB] = {}, g = {};
 
 	upwards<0, SUB>([&](auto at_token) {
 		constexpr int i = decltype(at_token)::value;
 		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel);
 
 		if constexpr (DIAGONAL) {
-			const float2 one = load_strip<PANEL>(x, p.log_decay, s, i);
+			const float2 one = halves(values.g[i]);
 
 			g = sum(g, one);
 			d = product(d, exp2_both(g));
 			if constexpr (EXACT) {
 				const float2 a = exp2_both(one);
 
-				k[i] = load_strip<PANEL>(x, p.k, s, i);
+				k[i] = halves(values.k[i]);
 #pragma unroll
 				for (int j = 0; j < i; j++)
 					k[j] = product(k[j], a);
 				const float2 near = weigh<0, i + 1>(pairs + i * SUB, k);
 
 				d = sum(d, near);
-				flow[i] = sum(flow[i],
-				              product(load_strip<PANEL>(x, p.q, s, i), near));
+				flow[i] = sum(flow[i], product(halves(values.q[i]), near));
 			}
 		}
-		store_strip<PANEL>(x, to, s, i, make_float2(scale * d.x, scale * d.y));
+		store_strip(to, i, d, scale);
 	});
 }
 
 /* The same of dk, backwards; flow loses k dk of the pairs. */
 template <int PANEL, bool DIAGONAL, bool EXACT>
 static __device__ __forceinline__ void
-finish_keys(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
-            const struct strip &s, const struct rows &to, float scale)
+finish_keys(float2 (&flow)[SUB], const struct strip_values &values, const struct strip &s,
+            const struct strip_cursor &to, float scale)
 {
 	float *const tile = reinterpret_cast<float *>(shared_memory + layout<PANEL>::DK);
 	const float *const pairs =
 	        reinterpret_cast<const float *>(shared_memory + layout<PANEL>::PAIRS) +
 	        (SUBS + s.sub) * SUB * SUB;
-	float2 q[SUB], g = {}, a = {};
+	float2 q[SUB] = {}, g = {}, a = {};
 
 	downwards<0, SUB>([&](auto at_token) {
 		constexpr int j = decltype(at_token)::value;
 		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + j, s.channel);
 
 		if constexpr (DIAGONAL) {
-			const float2 one = load_strip<PANEL>(x, p.log_decay, s, j);
+			const float2 one = halves(values.g[j]);
 
 			d = product(d, exp2_both(g));
 			g = sum(g, one);
 			if constexpr (EXACT) {
-				q[j] = load_strip<PANEL>(x, p.q, s, j);
+				q[j] = halves(values.q[j]);
 #pragma unroll
 				for (int i = j + 1; i < SUB; i++)
 					q[i] = product(q[i], a);
 				const float2 near = weigh<j, SUB>(pairs + j * SUB, q);
-				const float2 lost =
-				        product(load_strip<PANEL>(x, p.k, s, j), near);
+				const float2 lost = product(halves(values.k[j]), near);
 
 				d = sum(d, near);
 				flow[j] = make_float2(flow[j].x - lost.x, flow[j].y - lost.y);
 				a = exp2_both(one);
 			}
 		}
-		store_strip<PANEL>(x, to, s, j, make_float2(scale * d.x, scale * d.y));
+		store_strip(to, j, d, scale);
 	});
 }
 
 template <int PANEL, bool DIAGONAL, bool EXACT>
 static __device__ __forceinline__ void
-finish_both(float2 (&flow)[SUB], const struct place<PANEL> &x, const struct plan &p,
-            const struct strip &s, const struct outputs &o, float scale)
+finish_both(float2 (&flow)[SUB], struct strip_values &values, const struct place<PANEL> &x,
+            const struct plan &p, const struct strip &s, const struct outputs &o, float scale)
 {
 	if (s.sub >= SUBS)
 		return;
-	finish_queries<PANEL, DIAGONAL, EXACT>(flow, x, p, s, o.dq, scale);
-	finish_keys<PANEL, DIAGONAL, EXACT>(flow, x, p, s, o.dk, scale);
+	if (EXACT) {
+		load_strip<PANEL>(values.q, x, p.q, s);
+		load_strip<PANEL>(values.k, x, p.k, s);
+	}
+	finish_queries<PANEL, DIAGONAL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dq, s),
+	                                       scale);
+	finish_keys<PANEL, DIAGONAL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dk, s), scale);
 }
 
 /* A first token has no state to decay, where rounding would leave something. */
-static __device__ __forceinline__ float only_if_decaying(float flow,
-                                                         const struct matrix_recurrence_args &f,
-                                                         int64_t t)
+static __device__ __forceinline__ float
+only_if_decaying(float flow, const struct matrix_recurrence_args &f, int64_t t)
 {
 	return t == 0 && !f.h0 && !isnan(flow) ? 0.0f : flow;
 }
@@ -1081,9 +1095,10 @@ static __device__ __forceinline__ float flow_behind(const struct place<PANEL> &x
 
 /* Diagonal: the sums of flow from each token on, to memory. Synchronizes. */
 template <int PANEL>
-static __device__ __forceinline__ void
-finish_channels(float2 (&flow)[SUB], const struct place<PANEL> &x,
-                const struct matrix_recurrence_args &f, const struct strip &s, const struct rows &to)
+static __device__ __forceinline__ void finish_channels(float2 (&flow)[SUB],
+                                                       const struct place<PANEL> &x,
+                                                       const struct matrix_recurrence_args &f,
+                                                       const struct strip &s, const struct rows &to)
 {
 	const bool busy = s.sub < SUBS;
 	float2 rest = {};
@@ -1106,16 +1121,19 @@ finish_channels(float2 (&flow)[SUB], const struct place<PANEL> &x,
 	__syncthreads();
 	if (!busy)
 		return;
+	const struct strip_cursor cursor = cursor_of<PANEL>(x, to, s);
 	for (int sub = SUBS - 1; sub > s.sub; sub--)
-		rest = sum(rest, *reinterpret_cast<const float2 *>(x.flow + sub * PANEL + s.channel));
+		rest = sum(rest,
+		           *reinterpret_cast<const float2 *>(x.flow + sub * PANEL + s.channel));
 #pragma unroll
 	for (int i = SUB - 1; i >= 0; i--) {
 		const int64_t t = x.first + s.sub * SUB + i;
 
 		rest = sum(rest, flow[i]);
-		store_strip<PANEL>(x, to, s, i,
-		                   make_float2(f.scale * only_if_decaying(rest.x, f, t),
-		                               f.scale * only_if_decaying(rest.y, f, t)));
+		store_strip(
+		        cursor, i,
+		        make_float2(only_if_decaying(rest.x, f, t), only_if_decaying(rest.y, f, t)),
+		        f.scale);
 	}
 }
 
@@ -1162,25 +1180,25 @@ finish_tokens(const float2 (&flow)[SUB], const struct place<PANEL> &x,
 		total += x.base[i];
 	for (int i = CHUNK - 1; i >= (int)threadIdx.x; i--)
 		total += x.token[i];
-	*at(to, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(
-	        f.scale * only_if_decaying(total, f, x.first + threadIdx.x));
+	*at(to, x.b, x.first + threadIdx.x, x.h) =
+	        __float2bfloat16(f.scale * only_if_decaying(total, f, x.first + threadIdx.x));
 }
 
 template <int PANEL, bool DIAGONAL>
 static __global__ void __launch_bounds__(THREADS, 2)
         chunk_kernel(const __grid_constant__ struct matrix_recurrence_args f,
-                     const __grid_constant__ struct plan p, const __grid_constant__ struct outputs o)
+                     const __grid_constant__ struct plan p,
+                     const __grid_constant__ struct outputs o)
 {
 	using L = layout<PANEL>;
 	const struct place<PANEL> x = place_of<PANEL>(f, p);
 	const int warp = threadIdx.x / WARP, slabs = (int)p.slabs;
-	float dscores[4][4] = {};
 
 	if (!DIAGONAL && threadIdx.x < WARP) {
 		const int64_t t = x.first + 2 * threadIdx.x;
-		const struct token_sums sums = sum_tokens(
-		        make_float2(token_decay(f, x.b, t, x.h, t < f.seq_len),
-		                    token_decay(f, x.b, t + 1, x.h, t + 1 < f.seq_len)));
+		const struct token_sums sums =
+		        sum_tokens(make_float2(token_decay(f, x.b, t, x.h, t < f.seq_len),
+		                               token_decay(f, x.b, t + 1, x.h, t + 1 < f.seq_len)));
 
 		x.g[2 * threadIdx.x] = sums.first;
 		x.g[2 * threadIdx.x + 1] = sums.second;
@@ -1223,6 +1241,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		const struct strip s = strip_of<PANEL>(panel);
 		const struct sources from = sources_of<PANEL>(x, f, p, o.dv, panel);
 		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, products[4] = {};
+		float dscores[4][4] = {};
 
 		if (!first) {
 			__syncthreads();
@@ -1281,6 +1300,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		__syncthreads();
 		float *const dq_tile = reinterpret_cast<float *>(shared_memory + L::DQ);
 		store_sums<PANEL>(reinterpret_cast<float *>(shared_memory + L::DK), dk);
+		struct strip_values values;
+		if (DIAGONAL)
+			load_strip<PANEL>(values.g, x, p.log_decay, s);
 		float2 flow[SUB];
 		if (DIAGONAL || decays_by_data(f)) {
 			/* Into dk's registers: the tiles are where dq's sums will be. */
@@ -1294,9 +1316,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		store_sums<PANEL>(dq_tile, dq);
 		__syncthreads();
 		if (DIAGONAL && !mild)
-			finish_both<PANEL, true, true>(flow, x, p, s, o, f.scale);
+			finish_both<PANEL, true, true>(flow, values, x, p, s, o, f.scale);
 		else
-			finish_both<PANEL, DIAGONAL, false>(flow, x, p, s, o, f.scale);
+			finish_both<PANEL, DIAGONAL, false>(flow, values, x, p, s, o, f.scale);
 		if (!decays_by_data(f))
 			continue;
 		if (DIAGONAL)
@@ -1311,7 +1333,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 /* Copies an element of a token and head; zeros behind the width. */
 static __global__ void __launch_bounds__(THREADS)
         copy_kernel(const __grid_constant__ struct matrix_recurrence_args f,
-                    const __grid_constant__ struct rows from, const __grid_constant__ struct rows to)
+                    const __grid_constant__ struct rows from,
+                    const __grid_constant__ struct rows to)
 {
 	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
 	const int64_t column = index % to.width, token = index / to.width;
@@ -1319,9 +1342,8 @@ static __global__ void __launch_bounds__(THREADS)
 	const int64_t b = token / f.n_heads / f.seq_len;
 
 	if (b < f.batch)
-		at(to.view, b, t, h)[column] = column < from.width
-		                                       ? at(from.view, b, t, h)[column]
-		                                       : __float2bfloat16(0.0f);
+		at(to.view, b, t, h)[column] = column < from.width ? at(from.view, b, t, h)[column]
+		                                                   : __float2bfloat16(0.0f);
 }
 
 static enum status copy(struct device *device, const struct matrix_recurrence_args &f,

@@ -67,6 +67,13 @@ static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* A pointer that is to be in registers from here on, not formed anew where it is used. */
+template <typename T> static __device__ __forceinline__ T *held(T *pointer)
+{
+	asm volatile("" : "+l"(pointer));
+	return pointer;
+}
+
 /* Two products of bf16. */
 static __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b)
 {

@@ -82,6 +82,11 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 	emulated_warp_barrier();
 }
 
+template <typename T> T *held(T *pointer)
+{
+	return pointer;
+}
+
 inline uint32_t emulated_bf16(float x)
 {
 	uint32_t bits;
@@ -93,8 +98,7 @@ inline uint32_t emulated_bf16(float x)
 inline uint32_t multiply_pairs(uint32_t a, uint32_t b)
 {
 	return emulated_bf16(__uint_as_float(a << 16) * __uint_as_float(b << 16)) |
-	       emulated_bf16(__uint_as_float(a & 0xffff0000u) *
-	                     __uint_as_float(b & 0xffff0000u))
+	       emulated_bf16(__uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u))
 	               << 16;
 }
 
