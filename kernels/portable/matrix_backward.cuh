@@ -61,25 +61,34 @@ template <int WIDTH> static __device__ __forceinline__ int offset(int row, int p
 }
 
 /*
- * Where a lane's row of four 8 x 8 matrices begins, which are 16 rows and 16 columns of a tile from
- * row `row` (a multiple of 16) and piece `piece` (even) on: below each other before
- * beside each other, or the other way round.
+ * Where a lane's row of four 8 x 8 matrices begins, which are the first 16 rows and columns of a
+ * tile: below each other before beside each other, or the other way round.
  */
-template <int WIDTH>
-static __device__ __forceinline__ const bf16 *down_first(const bf16 *tile, int row, int piece)
+template <int WIDTH> static __device__ __forceinline__ int lane_down()
 {
 	const int lane = threadIdx.x % WARP;
 
-	return tile + ((row * WIDTH + offset<WIDTH>(lane % 16, lane / 16)) ^ 8 * piece);
+	return offset<WIDTH>(lane % 16, lane / 16);
+}
+
+template <int WIDTH> static __device__ __forceinline__ int lane_across()
+{
+	const int lane = threadIdx.x % WARP;
+
+	return offset<WIDTH>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+/* The same from row `row` (a multiple of 16) and piece `piece` (even) on. */
+template <int WIDTH>
+static __device__ __forceinline__ const bf16 *down_first(const bf16 *tile, int row, int piece)
+{
+	return tile + ((row * WIDTH + lane_down<WIDTH>()) ^ 8 * piece);
 }
 
 template <int WIDTH>
 static __device__ __forceinline__ const bf16 *across_first(const bf16 *tile, int row, int piece)
 {
-	const int lane = threadIdx.x % WARP;
-
-	return tile +
-	       ((row * WIDTH + offset<WIDTH>(lane / 16 * 8 + lane % 8, lane / 8 % 2)) ^ 8 * piece);
+	return tile + ((row * WIDTH + lane_across<WIDTH>()) ^ 8 * piece);
 }
 
 /* Two neighbouring channels, the first of which is even. */

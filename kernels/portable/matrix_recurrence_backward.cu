@@ -486,6 +486,21 @@ static __device__ __forceinline__ void place_exact(float (&s)[4][4], const float
 
 /* ---- a slab ---- */
 
+/* Where this lane's rows of matrices are, of tiles that only some warps read. */
+struct lanes {
+	int scores; /* transposed: of queries 0 .. 15, the warp's keys */
+	int values; /* dout of tokens 0 .. 15, the warp's columns */
+	int keys;   /* v of the warp's first keys */
+};
+
+static __device__ __forceinline__ struct lanes lanes_of()
+{
+	const int warp = threadIdx.x / WARP, group = warp % GROUPS, half = warp / GROUPS;
+
+	return {held(lane_across<CHUNK>() ^ 16 * group), held(lane_down<SLAB>() ^ 16 * half),
+	        held(32 * half * SLAB + lane_across<SLAB>())};
+}
+
 /* a += rows of a tile of values times S^T or L^T: 16 tokens, half of the panel's channels. */
 template <int PANEL>
 static __device__ __forceinline__ void
@@ -507,7 +522,7 @@ add_state(float (&a)[PANEL / 16][4], const uint32_t (&left)[4], const bf16 *stat
 
 /* dB of 16 queries and those of 32 keys that come no later than the sub-chunk. */
 static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint32_t (&left)[4],
-                                                   const bf16 *v, int step)
+                                                   const bf16 *v, const struct lanes &at, int step)
 {
 	const int warp = threadIdx.x / WARP;
 	uint32_t right[4];
@@ -518,7 +533,7 @@ static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint3
 
 		if (other > warp % GROUPS)
 			continue;
-		load_matrices(right, across_first<SLAB>(v, 16 * other, 2 * step));
+		load_matrices(right, v + 16 * n * SLAB + (at.keys ^ 16 * step));
 		multiply_add(s[2 * n], left, right[0], right[1]);
 		multiply_add(s[2 * n + 1], left, right[2], right[3]);
 	}
@@ -528,7 +543,7 @@ static __device__ __forceinline__ void add_dscores(float (&s)[4][4], const uint3
 template <int PANEL, bool DIAGONAL>
 static __device__ __forceinline__ void
 value_gradients(float (&d)[2][4], const struct place<PANEL> &x, const bf16 *gradient,
-                const bf16 *dout, bool within)
+                const bf16 *dout, const struct lanes &at, bool within)
 {
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 	const int group = warp % GROUPS, half = warp / GROUPS;
@@ -561,9 +576,8 @@ value_gradients(float (&d)[2][4], const struct place<PANEL> &x, const bf16 *grad
 	for (int other = 0; other < GROUPS; other++) {
 		if (other < group)
 			continue;
-		load_matrices_transposed(left,
-		                         across_first<CHUNK>(x.scores, 16 * other, 2 * group));
-		load_matrices_transposed(right, down_first<SLAB>(dout, 16 * other, 2 * half));
+		load_matrices_transposed(left, x.scores + 16 * other * CHUNK + at.scores);
+		load_matrices_transposed(right, dout + 16 * other * SLAB + at.values);
 		multiply_add(d[0], left, right[0], right[1]);
 		multiply_add(d[1], left, right[2], right[3]);
 	}
@@ -1122,18 +1136,17 @@ static __device__ __forceinline__ void finish_channels(float2 (&flow)[SUB],
 	if (!busy)
 		return;
 	const struct strip_cursor cursor = cursor_of<PANEL>(x, to, s);
+	const int64_t t = x.first + s.sub * SUB;
 	for (int sub = SUBS - 1; sub > s.sub; sub--)
 		rest = sum(rest,
 		           *reinterpret_cast<const float2 *>(x.flow + sub * PANEL + s.channel));
 #pragma unroll
 	for (int i = SUB - 1; i >= 0; i--) {
-		const int64_t t = x.first + s.sub * SUB + i;
-
 		rest = sum(rest, flow[i]);
-		store_strip(
-		        cursor, i,
-		        make_float2(only_if_decaying(rest.x, f, t), only_if_decaying(rest.y, f, t)),
-		        f.scale);
+		if (i == 0)
+			rest = make_float2(only_if_decaying(rest.x, f, t),
+			                   only_if_decaying(rest.y, f, t));
+		store_strip(cursor, i, rest, f.scale);
 	}
 }
 
@@ -1242,6 +1255,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		const struct sources from = sources_of<PANEL>(x, f, p, o.dv, panel);
 		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, products[4] = {};
 		float dscores[4][4] = {};
+		const struct lanes at = lanes_of();
 
 		if (!first) {
 			__syncthreads();
@@ -1274,11 +1288,11 @@ static __global__ void __launch_bounds__(THREADS, 2)
 				load_matrices(left, down_first<SLAB>(dout, 16 * group, 2 * step));
 				add_state<PANEL>(dq, left, state, step);
 				if (first)
-					add_dscores(dscores, left, v, step);
+					add_dscores(dscores, left, v, at, step);
 				load_matrices(left, down_first<SLAB>(v, 16 * group, 2 * step));
 				add_state<PANEL>(dk, left, gradient, step);
 			}
-			value_gradients<PANEL, DIAGONAL>(dv, x, gradient, dout, first);
+			value_gradients<PANEL, DIAGONAL>(dv, x, gradient, dout, at, first);
 			store_values<PANEL>(dv, x, o.dv, from.dv, f.scale, slab, !first);
 			if (decays_by_data(f))
 				multiply_states<PANEL>(products, state, gradient);

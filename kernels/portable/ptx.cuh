@@ -67,11 +67,17 @@ static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* A pointer that is to be in registers from here on, not formed anew where it is used. */
+/* A pointer or number that is to be kept from here on, not formed anew wherever it is used. */
 template <typename T> static __device__ __forceinline__ T *held(T *pointer)
 {
 	asm volatile("" : "+l"(pointer));
 	return pointer;
+}
+
+static __device__ __forceinline__ int held(int number)
+{
+	asm volatile("" : "+r"(number));
+	return number;
 }
 
 /* Two products of bf16. */

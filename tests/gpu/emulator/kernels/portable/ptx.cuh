@@ -82,9 +82,9 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 	emulated_warp_barrier();
 }
 
-template <typename T> T *held(T *pointer)
+template <typename T> T held(T x)
 {
-	return pointer;
+	return x;
 }
 
 inline uint32_t emulated_bf16(float x)
