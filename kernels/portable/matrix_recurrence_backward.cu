@@ -583,10 +583,22 @@ value_gradients(float (&d)[2][4], const struct place<PANEL> &x, const bf16 *grad
 	}
 }
 
-/*
- * Writes dv of a slab; `more`: adds to what is there. The four lanes of a row trade pairs
- * first, so that they write 32 bytes side by side.
- */
+/* Four columns 4 c .. 4 c + 3 for lane c of a row's four, of pairs 2 c, 2 c + 1 of two times eight
+ * columns, times scale. */
+static __device__ __forceinline__ uint2 trade_pairs(const float *left, const float *right,
+                                                    float scale)
+{
+	const int c = threadIdx.x % 4;
+	const uint32_t a = pack(scale * left[0], scale * left[1]);
+	const uint32_t b = pack(scale * right[0], scale * right[1]);
+	const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
+	const uint32_t low = c < 2 ? a : far, high = c < 2 ? far : b;
+	const uint32_t near = __shfl_xor_sync(0xffffffffu, c % 2 ? low : high, 1);
+
+	return make_uint2(c % 2 ? near : low, c % 2 ? high : near);
+}
+
+/* Writes dv of a slab, 32 bytes of a row side by side; `more`: adds to what is there. */
 template <int PANEL>
 static __device__ __forceinline__ void
 store_values(const float (&d)[2][4], const struct place<PANEL> &x, const struct rows &dv, bf16 *to,
@@ -601,23 +613,18 @@ store_values(const float (&d)[2][4], const struct place<PANEL> &x, const struct 
 		uint2 *const place =
 		        reinterpret_cast<uint2 *>(to + SLAB * slab + 8 * half * dv.view.token);
 		const bool valid = inside && row + 8 * half < x.valid;
-		uint32_t a = pack(scale * d[0][2 * half], scale * d[0][2 * half + 1]);
-		uint32_t b = pack(scale * d[1][2 * half], scale * d[1][2 * half + 1]);
-		const uint32_t far = __shfl_xor_sync(0xffffffffu, c < 2 ? b : a, 2);
+		uint2 four = trade_pairs(d[0] + 2 * half, d[1] + 2 * half, scale);
 
-		a = c < 2 ? a : far;
-		b = c < 2 ? far : b;
-		const uint32_t near = __shfl_xor_sync(0xffffffffu, c % 2 ? a : b, 1);
-		a = c % 2 ? near : a;
-		b = c % 2 ? b : near;
 		if (more && valid) {
 			const uint2 old = *place;
 
-			a = pack(low_half(a) + low_half(old.x), high_half(a) + high_half(old.x));
-			b = pack(low_half(b) + low_half(old.y), high_half(b) + high_half(old.y));
+			four.x = pack(low_half(four.x) + low_half(old.x),
+			              high_half(four.x) + high_half(old.x));
+			four.y = pack(low_half(four.y) + low_half(old.y),
+			              high_half(four.y) + high_half(old.y));
 		}
 		if (valid)
-			*place = make_uint2(a, b);
+			*place = four;
 	}
 }
 
@@ -919,15 +926,15 @@ static __device__ __forceinline__ void downwards(const Visit &visit)
 	}
 }
 
-/* A strip's q dq - k dk, or zeros. */
+/* A strip's q dq - k dk, zeros for threads without a strip. */
 template <int PANEL>
 static __device__ __forceinline__ void load_flow(float2 (&flow)[SUB], float *tile,
-                                                 const struct strip &s, bool wanted)
+                                                 const struct strip &s)
 {
 #pragma unroll
 	for (int i = 0; i < SUB; i++)
-		flow[i] = wanted && s.sub < SUBS ? *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel)
-		                                 : make_float2(0.0f, 0.0f);
+		flow[i] = s.sub < SUBS ? *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel)
+		                       : make_float2(0.0f, 0.0f);
 }
 
 /* A strip of a tensor in memory, token after token. */
@@ -994,7 +1001,7 @@ static __device__ __forceinline__ float2 sum(float2 a, float2 b)
 }
 
 /* Writes dq of a strip. EXACT: with the pairs inside the sub-chunk, and flow gets their q dq. */
-template <int PANEL, bool DIAGONAL, bool EXACT>
+template <int PANEL, bool EXACT>
 static __device__ __forceinline__ void
 finish_queries(float2 (&flow)[SUB], const struct strip_values &values, const struct strip &s,
                const struct strip_cursor &to, float scale)
@@ -1009,30 +1016,28 @@ finish_queries(float2 (&flow)[SUB], const struct strip_values &values, const str
 		constexpr int i = decltype(at_token)::value;
 		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + i, s.channel);
 
-		if constexpr (DIAGONAL) {
-			const float2 one = halves(values.g[i]);
+		const float2 one = halves(values.g[i]);
 
-			g = sum(g, one);
-			d = product(d, exp2_both(g));
-			if constexpr (EXACT) {
-				const float2 a = exp2_both(one);
+		g = sum(g, one);
+		d = product(d, exp2_both(g));
+		if constexpr (EXACT) {
+			const float2 a = exp2_both(one);
 
-				k[i] = halves(values.k[i]);
+			k[i] = halves(values.k[i]);
 #pragma unroll
-				for (int j = 0; j < i; j++)
-					k[j] = product(k[j], a);
-				const float2 near = weigh<0, i + 1>(pairs + i * SUB, k);
+			for (int j = 0; j < i; j++)
+				k[j] = product(k[j], a);
+			const float2 near = weigh<0, i + 1>(pairs + i * SUB, k);
 
-				d = sum(d, near);
-				flow[i] = sum(flow[i], product(halves(values.q[i]), near));
-			}
+			d = sum(d, near);
+			flow[i] = sum(flow[i], product(halves(values.q[i]), near));
 		}
 		store_strip(to, i, d, scale);
 	});
 }
 
 /* The same of dk, backwards; flow loses k dk of the pairs. */
-template <int PANEL, bool DIAGONAL, bool EXACT>
+template <int PANEL, bool EXACT>
 static __device__ __forceinline__ void
 finish_keys(float2 (&flow)[SUB], const struct strip_values &values, const struct strip &s,
             const struct strip_cursor &to, float scale)
@@ -1047,29 +1052,27 @@ finish_keys(float2 (&flow)[SUB], const struct strip_values &values, const struct
 		constexpr int j = decltype(at_token)::value;
 		float2 d = *sum_at<PANEL>(tile, s.sub * SUB + j, s.channel);
 
-		if constexpr (DIAGONAL) {
-			const float2 one = halves(values.g[j]);
+		const float2 one = halves(values.g[j]);
 
-			d = product(d, exp2_both(g));
-			g = sum(g, one);
-			if constexpr (EXACT) {
-				q[j] = halves(values.q[j]);
+		d = product(d, exp2_both(g));
+		g = sum(g, one);
+		if constexpr (EXACT) {
+			q[j] = halves(values.q[j]);
 #pragma unroll
-				for (int i = j + 1; i < SUB; i++)
-					q[i] = product(q[i], a);
-				const float2 near = weigh<j, SUB>(pairs + j * SUB, q);
-				const float2 lost = product(halves(values.k[j]), near);
+			for (int i = j + 1; i < SUB; i++)
+				q[i] = product(q[i], a);
+			const float2 near = weigh<j, SUB>(pairs + j * SUB, q);
+			const float2 lost = product(halves(values.k[j]), near);
 
-				d = sum(d, near);
-				flow[j] = make_float2(flow[j].x - lost.x, flow[j].y - lost.y);
-				a = exp2_both(one);
-			}
+			d = sum(d, near);
+			flow[j] = make_float2(flow[j].x - lost.x, flow[j].y - lost.y);
+			a = exp2_both(one);
 		}
 		store_strip(to, j, d, scale);
 	});
 }
 
-template <int PANEL, bool DIAGONAL, bool EXACT>
+template <int PANEL, bool EXACT>
 static __device__ __forceinline__ void
 finish_both(float2 (&flow)[SUB], struct strip_values &values, const struct place<PANEL> &x,
             const struct plan &p, const struct strip &s, const struct outputs &o, float scale)
@@ -1080,9 +1083,8 @@ finish_both(float2 (&flow)[SUB], struct strip_values &values, const struct place
 		load_strip<PANEL>(values.q, x, p.q, s);
 		load_strip<PANEL>(values.k, x, p.k, s);
 	}
-	finish_queries<PANEL, DIAGONAL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dq, s),
-	                                       scale);
-	finish_keys<PANEL, DIAGONAL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dk, s), scale);
+	finish_queries<PANEL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dq, s), scale);
+	finish_keys<PANEL, EXACT>(flow, values, s, cursor_of<PANEL>(x, o.dk, s), scale);
 }
 
 /* A first token has no state to decay, where rounding would leave something. */
@@ -1150,51 +1152,126 @@ static __device__ __forceinline__ void finish_channels(float2 (&flow)[SUB],
 	}
 }
 
-/* One decay for all channels: adds a panel's flow to the tokens' sums; `last`: to memory.
- * Synchronizes. */
+/* Diagonal: dq, dk and dlog_decay of a panel from the sums, which are relative to the ends of
+ * sub-chunks. Synchronizes. */
 template <int PANEL>
 static __device__ __forceinline__ void
-finish_tokens(const float2 (&flow)[SUB], const struct place<PANEL> &x,
-              const struct matrix_recurrence_args &f, const struct strip &s, const struct view &to,
-              bool first, bool last)
+finish_diagonal(const float (&dq)[PANEL / 16][4], float (&dk)[PANEL / 16][4],
+                const struct place<PANEL> &x, const struct matrix_recurrence_args &f,
+                const struct plan &p, const struct strip &s, const struct outputs &o, bool mild)
 {
-	constexpr int WARPS_OF_SUB = PANEL / 2 / WARP;
-	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-	float both[SUB], base = 0.0f;
+	using L = layout<PANEL>;
+	float *const dq_tile = reinterpret_cast<float *>(shared_memory + L::DQ);
+	struct strip_values values;
+	float2 flow[SUB];
 
+	if (!mild)
+		spread_pairs<PANEL>(reinterpret_cast<float *>(shared_memory + L::PAIRS), x);
+	__syncthreads();
+	store_sums<PANEL>(reinterpret_cast<float *>(shared_memory + L::DK), dk);
+	load_strip<PANEL>(values.g, x, p.log_decay, s);
+	/* Into dk's registers: the tiles are where dq's sums will be. */
+	difference<PANEL>(dk, dq, x);
+	__syncthreads();
+	store_sums<PANEL>(dq_tile, dk);
+	__syncthreads();
+	load_flow<PANEL>(flow, dq_tile, s);
+	__syncthreads();
+	store_sums<PANEL>(dq_tile, dq);
+	__syncthreads();
+	if (mild)
+		finish_both<PANEL, false>(flow, values, x, p, s, o, f.scale);
+	else
+		finish_both<PANEL, true>(flow, values, x, p, s, o, f.scale);
+	finish_channels<PANEL>(flow, x, f, s, o.dlog_decay);
+}
+
+/* Writes 16 tokens and half of the panel's channels. */
+template <int PANEL>
+static __device__ __forceinline__ void store_rows(const float (&d)[PANEL / 16][4],
+                                                  const struct place<PANEL> &x,
+                                                  const struct rows &to, int64_t panel, float scale)
+{
+	const int warp = threadIdx.x / WARP;
+	const int row = 16 * (warp % GROUPS) + threadIdx.x % WARP / 4;
+	const int64_t column = panel * PANEL + warp / GROUPS * (PANEL / 2) + 4 * (threadIdx.x % 4);
+	bf16 *const place = at(to.view, x.b, x.first + row, x.h) + column;
+
+#pragma unroll
+	for (int half = 0; half < 2; half++)
+#pragma unroll
+		for (int n = 0; n < PANEL / 16; n += 2) {
+			const uint2 four = trade_pairs(d[n] + 2 * half, d[n + 1] + 2 * half, scale);
+
+			if (row + 8 * half < x.valid && column + 8 * n < to.width)
+				*reinterpret_cast<uint2 *>(place + 8 * half * to.view.token +
+				                           8 * n) = four;
+		}
+}
+
+/* Channels that decay alike: adds a panel's q dq - k dk to the tokens' sums. Synchronizes. */
+template <int PANEL>
+static __device__ __forceinline__ void add_tokens(const float (&dq)[PANEL / 16][4],
+                                                  const float (&dk)[PANEL / 16][4],
+                                                  const struct place<PANEL> &x, bool first)
+{
+	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+	const int row = 16 * (warp % GROUPS) + lane / 4;
+	float base = 0.0f;
+
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		float sum = 0.0f;
+
+#pragma unroll
+		for (int n = 0; n < PANEL / 16; n++) {
+			const int channel = channel_of<PANEL>(n);
+			const uint32_t q = *pair_at<PANEL>(x.q, row + 8 * half, channel);
+			const uint32_t k = *pair_at<PANEL>(x.k, row + 8 * half, channel);
+
+			sum += low_half(q) * dq[n][2 * half] - low_half(k) * dk[n][2 * half];
+			sum += high_half(q) * dq[n][2 * half + 1] -
+			       high_half(k) * dk[n][2 * half + 1];
+		}
+		sum = group_sum(sum, 4);
+		if (lane % 4 == 0)
+			x.whole[warp / GROUPS * CHUNK + row + 8 * half] = sum;
+	}
 	if (threadIdx.x < PANEL)
 		base = flow_behind<PANEL>(x, threadIdx.x, exp2_fast(x.g[CHUNK - 1]));
 	base = group_sum(base, WARP);
 	if (lane == 0)
 		x.base[warp] = (first ? 0.0f : x.base[warp]) + base;
-#pragma unroll
-	for (int i = 0; i < SUB; i++)
-		both[i] = flow[i].x + flow[i].y;
-	const float sum = sum_lanes(both, lane);
 	__syncthreads();
-	if (s.sub < SUBS && lane % 2 == 0)
-		x.flow[warp * SUB + lane / 2] = sum;
+	if (threadIdx.x < CHUNK)
+		x.token[threadIdx.x] = (first ? 0.0f : x.token[threadIdx.x]) +
+		                       x.whole[threadIdx.x] + x.whole[CHUNK + threadIdx.x];
 	__syncthreads();
-	if (threadIdx.x < CHUNK) {
-		float all = first ? 0.0f : x.token[threadIdx.x];
+}
 
-#pragma unroll
-		for (int i = 0; i < WARPS_OF_SUB; i++)
-			all += x.flow[(threadIdx.x / SUB * WARPS_OF_SUB + i) * SUB +
-			              threadIdx.x % SUB];
-		x.token[threadIdx.x] = all;
-	}
-	__syncthreads();
-	if (!last || (int)threadIdx.x >= x.valid)
+/* The sums of what flows from each token on, to memory, by the first warp. */
+template <int PANEL>
+static __device__ __forceinline__ void store_tokens(const struct place<PANEL> &x,
+                                                    const struct matrix_recurrence_args &f,
+                                                    const struct view &to)
+{
+	const int last = CHUNK - 1 - 2 * (int)threadIdx.x;
+	float base = 0.0f;
+
+	if (threadIdx.x >= WARP)
 		return;
-	float total = 0.0f;
-#pragma unroll
 	for (int i = 0; i < THREADS / WARP; i++)
-		total += x.base[i];
-	for (int i = CHUNK - 1; i >= (int)threadIdx.x; i--)
-		total += x.token[i];
-	*at(to, x.b, x.first + threadIdx.x, x.h) =
-	        __float2bfloat16(f.scale * only_if_decaying(total, f, x.first + threadIdx.x));
+		base += x.base[i];
+	const struct token_sums sums = sum_tokens(make_float2(x.token[last], x.token[last - 1]));
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		const float flow = base + (i ? sums.second : sums.first);
+		const int64_t t = x.first + last - i;
+
+		if (last - i < x.valid)
+			*at(to, x.b, t, x.h) =
+			        __float2bfloat16(f.scale * only_if_decaying(flow, f, t));
+	}
 }
 
 template <int PANEL, bool DIAGONAL>
@@ -1309,36 +1386,17 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			__syncthreads();
 		}
 		add_within<PANEL, DIAGONAL>(dq, dk, x, mild);
-		if (DIAGONAL && !mild)
-			spread_pairs<PANEL>(reinterpret_cast<float *>(shared_memory + L::PAIRS), x);
-		__syncthreads();
-		float *const dq_tile = reinterpret_cast<float *>(shared_memory + L::DQ);
-		store_sums<PANEL>(reinterpret_cast<float *>(shared_memory + L::DK), dk);
-		struct strip_values values;
-		if (DIAGONAL)
-			load_strip<PANEL>(values.g, x, p.log_decay, s);
-		float2 flow[SUB];
-		if (DIAGONAL || decays_by_data(f)) {
-			/* Into dk's registers: the tiles are where dq's sums will be. */
-			difference<PANEL>(dk, dq, x);
-			__syncthreads();
-			store_sums<PANEL>(dq_tile, dk);
-			__syncthreads();
-		}
-		load_flow<PANEL>(flow, dq_tile, s, DIAGONAL || decays_by_data(f));
-		__syncthreads();
-		store_sums<PANEL>(dq_tile, dq);
-		__syncthreads();
-		if (DIAGONAL && !mild)
-			finish_both<PANEL, true, true>(flow, values, x, p, s, o, f.scale);
-		else
-			finish_both<PANEL, DIAGONAL, false>(flow, values, x, p, s, o, f.scale);
-		if (!decays_by_data(f))
+		if (DIAGONAL) {
+			finish_diagonal<PANEL>(dq, dk, x, f, p, s, o, mild);
 			continue;
-		if (DIAGONAL)
-			finish_channels<PANEL>(flow, x, f, s, o.dlog_decay);
-		else
-			finish_tokens<PANEL>(flow, x, f, s, o.dlog_decay.view, first, panel == 0);
+		}
+		if (decays_by_data(f)) {
+			add_tokens<PANEL>(dq, dk, x, first);
+			if (panel == 0)
+				store_tokens<PANEL>(x, f, o.dlog_decay.view);
+		}
+		store_rows<PANEL>(dq, x, o.dq, panel, f.scale);
+		store_rows<PANEL>(dk, x, o.dk, panel, f.scale);
 	}
 }
 
