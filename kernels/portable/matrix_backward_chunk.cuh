@@ -225,14 +225,14 @@ static __device__ __forceinline__ void decay_tiles(const struct place<PANEL> &x,
 			g[i] = *pair_at<PANEL>(decays, s.sub * SUB + i, s.channel);
 			u += low_half(g[i]) * LOG2E;
 			w += high_half(g[i]) * LOG2E;
-			*q = pack(low_half(*q) * exp2_fast(u), high_half(*q) * exp2_fast(w));
+			*q = multiply_pairs(*q, pack(exp2_fast(u), exp2_fast(w)));
 		}
 		u = w = 0.0f;
 #pragma unroll
 		for (int i = SUB - 1; i >= 0; i--) {
 			uint32_t *const k = pair_at<PANEL>(x.k, s.sub * SUB + i, s.channel);
 
-			*k = pack(low_half(*k) * exp2_fast(u), high_half(*k) * exp2_fast(w));
+			*k = multiply_pairs(*k, pack(exp2_fast(u), exp2_fast(w)));
 			u += low_half(g[i]) * LOG2E;
 			w += high_half(g[i]) * LOG2E;
 		}

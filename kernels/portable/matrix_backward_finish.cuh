@@ -175,7 +175,13 @@ static __device__ __forceinline__ float2 halves(uint32_t pair)
 
 static __device__ __forceinline__ float2 exp2_both(float2 x)
 {
-	return make_float2(exp2_fast(x.x * LOG2E), exp2_fast(x.y * LOG2E));
+	return make_float2(exp2_fast(x.x), exp2_fast(x.y));
+}
+
+/* Adds natural logarithms to those to the base of two. */
+static __device__ __forceinline__ float2 add_decay(float2 sum, float2 one)
+{
+	return make_float2(fmaf(one.x, LOG2E, sum.x), fmaf(one.y, LOG2E, sum.y));
 }
 
 static __device__ __forceinline__ float2 product(float2 a, float2 b)
@@ -206,10 +212,10 @@ finish_queries(float2 (&flow)[SUB], const struct strip_values &values, const str
 
 		const float2 one = halves(values.g[i]);
 
-		g = sum(g, one);
+		g = add_decay(g, one);
 		d = product(d, exp2_both(g));
 		if constexpr (EXACT) {
-			const float2 a = exp2_both(one);
+			const float2 a = exp2_both(add_decay({}, one));
 
 			k[i] = halves(values.k[i]);
 #pragma unroll
@@ -243,7 +249,7 @@ finish_keys(float2 (&flow)[SUB], const struct strip_values &values, const struct
 		const float2 one = halves(values.g[j]);
 
 		d = product(d, exp2_both(g));
-		g = sum(g, one);
+		g = add_decay(g, one);
 		if constexpr (EXACT) {
 			q[j] = halves(values.q[j]);
 #pragma unroll
@@ -254,7 +260,7 @@ finish_keys(float2 (&flow)[SUB], const struct strip_values &values, const struct
 
 			d = sum(d, near);
 			flow[j] = make_float2(flow[j].x - lost.x, flow[j].y - lost.y);
-			a = exp2_both(one);
+			a = exp2_both(add_decay({}, one));
 		}
 		store_strip(to, j, d, scale);
 	});

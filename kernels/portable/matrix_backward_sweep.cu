@@ -128,8 +128,7 @@ static __device__ __forceinline__ void decay_channels(bf16 *tile, bf16 *decays, 
 			x += low_half(g[i]);
 			y += high_half(g[i]);
 		}
-		*pair = pack(low_half(*pair) * exp2_fast(x * LOG2E),
-		             high_half(*pair) * exp2_fast(y * LOG2E));
+		*pair = multiply_pairs(*pair, pack(exp2_fast(x * LOG2E), exp2_fast(y * LOG2E)));
 		if (KIND == STATES) {
 			x += low_half(g[i]);
 			y += high_half(g[i]);
@@ -158,13 +157,13 @@ static __device__ __forceinline__ void decay_tokens(bf16 *tile, float2 mine, flo
 	for (int i = 0; i < CHUNK * ROWS / 8 / THREADS; i++) {
 		const int index = i * THREADS + threadIdx.x, row = index / (ROWS / 8);
 		bf16 *const piece = tile + offset<ROWS>(row, index % (ROWS / 8));
-		float x[8];
+		const uint32_t factor = pack(factors[row], factors[row]);
+		vector8 x = load8(piece);
 
-		load8(x, piece);
 #pragma unroll
-		for (int e = 0; e < 8; e++)
-			x[e] *= factors[row];
-		store8(piece, x);
+		for (int e = 0; e < 4; e++)
+			x.pair[e] = multiply_pairs(x.pair[e], factor);
+		*reinterpret_cast<vector8 *>(piece) = x;
 	}
 }
 
