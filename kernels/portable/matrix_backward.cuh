@@ -120,7 +120,7 @@ static __device__ __forceinline__ void load_tile(bf16 *tile, const struct rows &
 	}
 }
 
-/* log2 of the decay of all of a state's rows; finite, so that differences of sums are numbers. */
+/* log2 of the decay of all of a state's rows; nothing is left after -256, and sums keep digits. */
 static __device__ __forceinline__ float token_decay(const struct matrix_recurrence_args &f,
                                                     int64_t b, int64_t t, int64_t h, bool valid)
 {
@@ -129,7 +129,13 @@ static __device__ __forceinline__ float token_decay(const struct matrix_recurren
 	if (f.decay == DECAY_CONSTANT)
 		return log1pf(-exp2f(-5.0f - (float)(f.first_head + h))) * LOG2E;
 	const float x = __bfloat162float(*at(f.log_decay, b, t, h)) * LOG2E;
-	return x < -1e30f ? -1e30f : x;
+	return x < -256.0f ? -256.0f : x;
+}
+
+/* The decay between two sums of these; no more than 1, whatever their rounding. */
+static __device__ __forceinline__ float decay_between(float earlier, float later)
+{
+	return exp2_fast(min_or_nan(later - earlier, 0.0f));
 }
 
 /* Sums up to each of a chunk's tokens, of which this lane has 2 lane and 2 lane + 1, and of all. */

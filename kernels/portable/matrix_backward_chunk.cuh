@@ -414,8 +414,8 @@ static __device__ __forceinline__ void store_scores(const float (&s)[4][4],
 			float w = j + 1 <= i ? s[n][2 * half + 1] : 0.0f;
 
 			if (!DIAGONAL && j <= i) {
-				u *= exp2_fast(x.g[i] - x.g[j]);
-				w *= exp2_fast(min_or_nan(x.g[i] - x.g[j + 1], 0.0f));
+				u *= decay_between(x.g[j], x.g[i]);
+				w *= decay_between(x.g[j + 1], x.g[i]);
 			}
 			*pair_at<CHUNK>(x.scores, i, j) = pack(u, w);
 		}

@@ -89,8 +89,8 @@ value_gradients(float (&d)[2][4], const struct place<PANEL> &x, const bf16 *grad
 	if (!DIAGONAL) {
 #pragma unroll
 		for (int e = 0; e < 4; e++) {
-			const float factor =
-			        exp2_fast(x.g[CHUNK - 1] - x.g[16 * group + lane / 4 + e / 2 * 8]);
+			const float factor = decay_between(x.g[16 * group + lane / 4 + e / 2 * 8],
+			                                   x.g[CHUNK - 1]);
 
 			d[0][e] *= factor;
 			d[1][e] *= factor;
@@ -212,7 +212,7 @@ decay_sums(float (&dq)[PANEL / 16][4], float (&dk)[PANEL / 16][4], const struct 
 #pragma unroll
 	for (int half = 0; half < 2; half++) {
 		const float g = x.g[row + 8 * half];
-		const float since = exp2_fast(g), until = exp2_fast(x.g[CHUNK - 1] - g);
+		const float since = exp2_fast(g), until = decay_between(g, x.g[CHUNK - 1]);
 
 #pragma unroll
 		for (int n = 0; n < PANEL / 16; n++)

@@ -145,8 +145,9 @@ static __device__ __forceinline__ void decay_tokens(bf16 *tile, float2 mine, flo
 		const struct token_sums sum = sum_tokens(mine);
 		float *const two = factors + 2 * threadIdx.x;
 
-		two[0] = exp2_fast(KIND == STATES ? sum.all - sum.first : sum.first);
-		two[1] = exp2_fast(KIND == STATES ? sum.all - sum.second : sum.second);
+		two[0] = KIND == STATES ? decay_between(sum.first, sum.all) : exp2_fast(sum.first);
+		two[1] =
+		        KIND == STATES ? decay_between(sum.second, sum.all) : exp2_fast(sum.second);
 		if (threadIdx.x == 0)
 			factors[CHUNK] = exp2_fast(sum.all);
 	}
@@ -269,12 +270,12 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	float *const whole = scratch + SUBS * ROWS;
 	float sums[ROWS / 64][COLUMNS / 16][4] = {};
 	float decay = 1.0f; /* of the segment and a row, one for each of the first ROWS threads */
-	float2 decays = {};
+	float2 decays = {}; /* of the first warp */
 
 	const int64_t step = KIND == STATES ? 1 : -1;
 	const int64_t begin = KIND == STATES ? x.first : x.end - 1;
 	load_chunk<ROWS, COLUMNS, DIAGONAL>(stages, f, p, x, keys, values, begin);
-	if (!DIAGONAL)
+	if (!DIAGONAL && threadIdx.x < WARP)
 		decays = two_decays(f, x, begin);
 	if (!LOCAL && p.segments > 1) {
 		const float *start =
@@ -308,7 +309,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		if (n + 1 < x.end - x.first) {
 			load_chunk<ROWS, COLUMNS, DIAGONAL>(stages + (n + 1) % 2 * L::STAGE, f, p,
 			                                    x, keys, values, chunk + step);
-			if (!DIAGONAL)
+			if (!DIAGONAL && threadIdx.x < WARP)
 				decays = two_decays(f, x, chunk + step);
 		}
 		if (DIAGONAL)

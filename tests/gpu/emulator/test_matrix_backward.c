@@ -15,6 +15,7 @@ enum decays {
 	MILD,
 	EXTREME, /* channels of -20, of -100, of none, and mild ones */
 	SUDDEN,  /* a token of -100 now and then */
+	NOTHING, /* a token that leaves nothing now and then */
 	NEAR,    /* to either side of what is taken for mild, then all just so */
 	NO_DECAY
 };
@@ -113,6 +114,8 @@ static double any_decay(enum decays how, int64_t t, int64_t channel)
 		                          : mild;
 	case SUDDEN:
 		return t % 37 == 5 ? -100 : mild;
+	case NOTHING:
+		return t % 7 == 5 ? -INFINITY : mild;
 	case NEAR:
 		return channel % 2 || t / 64 % 2 ? -2.58 : -2.61;
 	case NO_DECAY:
@@ -347,6 +350,8 @@ TEST(test_decays)
 	        {1, 200, 1, 32, 32, DECAY_DIAGONAL, NO_DECAY, .with_h0 = true},
 	        {1, 200, 4, 32, 32, DECAY_SCALAR, EXTREME, .with_h0 = true},
 	        {1, 200, 2, 32, 32, DECAY_SCALAR, SUDDEN, .pad = 0},
+	        {1, 200, 2, 32, 32, DECAY_SCALAR, NOTHING, .pad = 0},
+	        {1, 200, 2, 32, 32, DECAY_DIAGONAL, NOTHING, .pad = 0},
 	        {1, 200, 2, 32, 32, DECAY_SCALAR, NO_DECAY, .pad = 0}};
 
 	check_all(forms, COUNT_OF(forms));
