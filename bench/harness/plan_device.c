@@ -208,7 +208,7 @@ static size_t matrix_recurrence_backward_workspace(const struct device *device, 
 	const int64_t columns = divide_up(f->d_v, 32) * 32, heads = f->batch * f->n_heads;
 	const int64_t chunks = divide_up(f->seq_len, 64), n_sm = gpu_of(device)->n_sm;
 	const int64_t blocks = heads * (rows / panel) * divide_up(columns, 128);
-	const int64_t wanted = blocks >= n_sm ? 1 : divide_up(2 * n_sm, blocks);
+	const int64_t wanted = blocks >= n_sm ? 1 : 2 * n_sm / blocks;
 	const int64_t shortest = chunks < 2 ? chunks : 2, even = divide_up(chunks, wanted);
 	const int64_t segments = divide_up(chunks, even > shortest ? even : shortest);
 

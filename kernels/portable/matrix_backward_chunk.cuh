@@ -54,8 +54,9 @@ template <int PANEL> struct place {
 };
 
 template <int PANEL>
-static __device__ __forceinline__ struct place<PANEL>
-place_of(const struct matrix_recurrence_args &f, const struct plan &p) {
+static __device__ __forceinline__ place<PANEL> place_of(const struct matrix_recurrence_args &f,
+                                                        const struct plan &p)
+{
 	using L = layout<PANEL>;
 	struct place<PANEL> x;
 	const unsigned heads = (unsigned)f.n_heads, chunks = (unsigned)p.chunks;

@@ -255,10 +255,10 @@ static struct problem problem_of(const struct device *device,
 	p.panels = divide_up(f->d_k, rows);
 	p.slabs = divide_up(f->d_v, SLAB);
 	/* Segments of at least two chunks, if the states alone do not give every multiprocessor a
-	 * block. */
+	 * block: as many blocks as find room at a time, two on each. */
 	const int64_t sms = cuda_sm_count(device);
 	const int64_t blocks = sequences * p.panels * divide_up(p.slabs, 4);
-	const int64_t wanted = blocks >= sms ? 1 : divide_up(2 * sms, blocks);
+	const int64_t wanted = blocks >= sms ? 1 : 2 * sms / blocks;
 	p.per_segment = max(divide_up(p.chunks, wanted), min((int64_t)2, p.chunks));
 	p.segments = divide_up(p.chunks, p.per_segment);
 
