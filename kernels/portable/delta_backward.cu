@@ -126,8 +126,10 @@ extern "C" const char *portable_delta_backward_unsupported(const struct device *
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
 	const struct matrix_recurrence_args *f = &a->forward;
 
-	if (f->rule == RULE_PLAIN)
-		return "not the plain rule";
+	if (f->rule != RULE_DELTA && f->rule != RULE_BONUS)
+		return "only the delta rule and the bonus";
+	if (f->decay != DECAY_NONE && f->decay != DECAY_CONSTANT && !decays_by_data(*f))
+		return "an unknown decay";
 	if (is_bonus(f) && f->decay != DECAY_DIAGONAL)
 		return "the bonus only with diagonal decays";
 	if (f->d_k > MAX_KEYS)
