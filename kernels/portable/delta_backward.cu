@@ -128,8 +128,8 @@ extern "C" const char *portable_delta_backward_unsupported(const struct device *
 
 	if (f->rule != RULE_DELTA && f->rule != RULE_BONUS)
 		return "only the delta rule and the bonus";
-	if (f->decay != DECAY_NONE && f->decay != DECAY_SCALAR && f->decay != DECAY_DIAGONAL)
-		return "only decays that depend on data, or none";
+	if (f->decay != DECAY_NONE && f->decay != DECAY_CONSTANT && !decays_by_data(*f))
+		return "an unknown decay";
 	if (is_bonus(f) && f->decay != DECAY_DIAGONAL)
 		return "the bonus only with diagonal decays";
 	if (f->d_k > MAX_KEYS)

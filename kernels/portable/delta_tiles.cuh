@@ -192,7 +192,8 @@ static __device__ __forceinline__ void store_row(bf16 *row, const float (&d)[N][
 
 /* ---- decays ---- */
 
-static __device__ __forceinline__ bool decays_by_data(const struct matrix_recurrence_args &f)
+static __host__ __device__ __forceinline__ bool
+decays_by_data(const struct matrix_recurrence_args &f)
 {
 	return f.decay == DECAY_SCALAR || f.decay == DECAY_DIAGONAL;
 }
