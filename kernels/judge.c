@@ -14,8 +14,9 @@ static const double ROW_ALLOWED = 7, ALL_ALLOWED = 2, DRIFT_ALLOWED = 7;
 static const double LOST_ALLOWED = 2;
 /* Over the root of how many elements there are: the length of few is uncertain. */
 static const double ALL_BY_CHANCE = 5;
-/* Part of the mean row's response that every row is entitled to: its own may vanish by chance. */
-static const double COMMON_PART = 0.1;
+/* Part of the mean row's response that every row is entitled to: its own may vanish by chance. And
+ * of rows that are sums over those after them: the errors of these may be all there is. */
+static const double COMMON_PART = 0.1, SUMMED_PART = 1;
 /* Part of the mean row's length that a row is held against for rel_err where its own is less. */
 static const double LEAST_PART = 0.01;
 /* Elements of a stretch at least: of fewer the responses may vanish by chance. */
@@ -151,7 +152,8 @@ static double judge_rows(const struct judged *j, struct row *rows, struct check_
 		all.allowance += rows[i].allowance;
 	}
 	const double least = LEAST_PART * sqrt(all.length / (double)n);
-	const double common = COMMON_PART * COMMON_PART * all.allowance / (double)n;
+	const double part = j->summed ? SUMMED_PART : COMMON_PART;
+	const double common = part * part * all.allowance / (double)n;
 	for (int64_t i = 0; i < n; i++) {
 		check_raise(&worst, ratio(sqrt(rows[i].error), fmax(sqrt(rows[i].length), least)));
 		check_raise(&worst_share, ratio(sqrt(rows[i].excess),

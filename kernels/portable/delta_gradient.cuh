@@ -544,6 +544,9 @@ finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, fl
 	add_tokens(d, m, c);
 }
 
+/* Log decay of a token that leaves less of the state than its rounding. */
+constexpr float FORGOTTEN = -16.0f;
+
 /* dlog_decay of a slab's channels, from m.flow; dbonus. Synchronizes. */
 template <bool DELTA>
 static __device__ __forceinline__ void
@@ -589,11 +592,15 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += GRADIENT_THREADS) {
 		const int t = i / (SLAB / 8), at_column = i % (SLAB / 8) * 8;
 		const int64_t channel = slab * SLAB + at_column;
-		float y[8];
+		float y[8], decay[8];
 
 		if (t >= x.tokens || channel >= f.d_k)
 			continue;
 		load8f(y, m.flow + t * STRIDE + at_column);
+		load8(decay, at(f.log_decay, x.b, x.first + t, x.h) + channel);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			y[j] = decay[j] < FORGOTTEN && !isnan(y[j]) ? 0.0f : y[j];
 		store8(at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel, y);
 	}
 }
@@ -713,8 +720,11 @@ static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
 
 		sum += t >= (int)threadIdx.x ? more : 0.0f;
 	}
-	if (x.first + threadIdx.x == 0 && !f.h0 && !isnan(sum))
-		sum = 0.0f; /* nothing decays, where rounding would leave something */
+	/* Nothing is left to decay, or of it; rounding would leave something. */
+	const bool forgotten =
+	        __bfloat162float(*at(f.log_decay, x.b, x.first + threadIdx.x, x.h)) < FORGOTTEN;
+	if (((x.first + threadIdx.x == 0 && !f.h0) || forgotten) && !isnan(sum))
+		sum = 0.0f;
 	*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
 }
 
