@@ -29,9 +29,12 @@ static int64_t metadata_integer(const struct golden_file *check, const char *key
 static enum status check_metadata(const struct golden_file *check)
 {
 	static const struct safetensors_metadata fixed[] = {
-	        {"rope_base", "10000"},          {"ffn_act", "gelu_erf"}, {"out_norm_eps", "1e-05"},
-	        {"gate_logit_normalizer", "16"}, {"norm_eps", "1e-06"},   {"norm_before_gate", "0"},
-	        {"feature_map", "identity"},
+	        {"rope_base", "10000"},      {"ffn_act", "gelu_erf"},
+	        {"out_norm_eps", "1e-05"},   {"gate_logit_normalizer", "16"},
+	        {"norm_eps", "1e-06"},       {"norm_before_gate", "0"},
+	        {"feature_map", "identity"}, {"output_gate", "0"},
+	        {"l2norm_eps", "1e-06"},     {"qk_norm", "l2"},
+	        {"conv_width", "4"},
 	};
 	static const char *const sizes[] = {"d_model", "n_heads",  "d_head",     "chunk_size",
 	                                    "window",  "n_groups", "n_kv_heads", "n_layers"};

@@ -77,6 +77,8 @@ extern "C" {
 	X(SHORT_CONV_STEP, short_conv_step)                                                        \
 	X(TIME_STEP, time_step)                                                                    \
 	X(TIME_STEP_BACKWARD, time_step_backward)                                                  \
+	X(DELTA_GATE, delta_gate)                                                                  \
+	X(DELTA_GATE_BACKWARD, delta_gate_backward)                                                \
 	X(FORGET_GATE, forget_gate)                                                                \
 	X(FORGET_GATE_BACKWARD, forget_gate_backward)                                              \
 	X(GATE_NORM, gate_norm)                                                                    \
@@ -417,28 +419,43 @@ struct matrix_recurrence_step_args {
 	int64_t first_head; /* as in struct matrix_recurrence_args */
 };
 
-/* GLA's gate: log_decay = logsigmoid(x W^T + bias) / normalizer. x is rank-wide, with a row stride.
- */
+/* What a gate of low rank makes of its logits. */
+enum low_rank {
+	LOW_RANK_DECAY, /* logsigmoid(logit) / normalizer: GLA's decay */
+	LOW_RANK_RATE,  /* -exp(log_rate_h) softplus(logit): KDA's decay, a rate per head */
+	LOW_RANK_LOGIT  /* the logit: KDA's output gate, to which norm_gate gives its curve */
+};
+
+/* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias. x is rank-wide,
+ * with a row stride. */
 struct decay_gate_args {
 	int64_t n_tokens, rank, d_out, x_stride;
-	float normalizer;
-	const void *x;      /* [n_tokens, rank], rows x_stride apart */
-	const void *weight; /* [d_out, rank] */
-	const float *bias;  /* [d_out] */
-	void *log_decay;    /* out [n_tokens, d_out] */
+	enum low_rank form;
+	int64_t n_heads;       /* of LOW_RANK_RATE; equal parts of d_out */
+	float normalizer;      /* of LOW_RANK_DECAY */
+	const void *x;         /* [n_tokens, rank], rows x_stride apart */
+	const void *weight;    /* [d_out, rank] */
+	const float *bias;     /* [d_out] */
+	const float *log_rate; /* [n_heads] iff LOW_RANK_RATE */
+	void *out;             /* out [n_tokens, d_out] */
 };
 
 struct decay_gate_backward_args {
-	struct decay_gate_args forward; /* log_decay holds the forward's result */
-	const void *dlog_decay;         /* [n_tokens, d_out] */
+	struct decay_gate_args forward; /* out holds the forward's result */
+	const void *dout;               /* [n_tokens, d_out] */
 	void *dx;                       /* out, rows x_stride apart */
-	void *dlogit;                   /* scratch [n_tokens, d_out] */
+	void *dlogit;                   /* scratch [n_tokens, d_out]; not of LOW_RANK_LOGIT */
 	float *dweight, *dbias;         /* out */
+	float *dlog_rate;               /* out [n_heads] iff LOW_RANK_RATE */
 };
 
-/* GLA's output: per-head RMSNorm with one weight [d_head] shared by the heads, times silu(gate). */
+enum curve { CURVE_SILU, CURVE_SIGMOID };
+
+/* GLA's output: per-head RMSNorm with one weight [d_head] shared by the heads, times curve(gate);
+ * the curve is silu, or KDA's sigmoid. */
 struct norm_gate_args {
 	int64_t n_tokens, n_heads, d_head, gate_stride;
+	enum curve curve;
 	float eps;
 	const void *x;       /* [n_tokens, H*d] */
 	const float *weight; /* [d] */
@@ -468,14 +485,15 @@ enum { CONV_WIDTH = 4, CONV_HISTORY = CONV_WIDTH - 1 };
 
 /*
  * Mamba's short convolution, causal and channel by channel, and its activation:
- *   out_t = silu(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence.
+ *   out_t = silu(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence;
+ * the delta rules' has no bias.
  */
 struct short_conv_args {
 	int64_t batch, seq_len, channels;
 	int64_t x_stride;    /* of x and dx */
 	const void *x;       /* [B*T, channels], rows x_stride apart */
 	const float *weight; /* [channels, CONV_WIDTH]; the last is the token's own */
-	const float *bias;   /* [channels] */
+	const float *bias;   /* [channels] or NULL: 0 */
 	void *out;           /* out [B*T, channels] */
 	void *history; /* out [B, CONV_HISTORY, channels]: the last x, oldest first, or NULL */
 };
@@ -485,16 +503,18 @@ struct short_conv_backward_args {
 	int64_t n_readers;              /* dout is the sum of theirs: keys that heads share */
 	const void *dout;               /* [B*T, n_readers, channels] */
 	void *dx;                       /* out [B*T, channels], rows x_stride apart */
-	float *dweight, *dbias;         /* out */
+	float *dweight;                 /* out */
+	float *dbias;                   /* out iff bias */
 };
 
 /* One token; history moves on by one. */
 struct short_conv_step_args {
 	int64_t batch, channels, x_stride;
 	const void *x; /* [B, channels], rows x_stride apart */
-	const float *weight, *bias;
-	void *history; /* in, out [B, CONV_HISTORY, channels] */
-	void *out;     /* out [B, channels] */
+	const float *weight;
+	const float *bias; /* or NULL */
+	void *history;     /* in, out [B, CONV_HISTORY, channels] */
+	void *out;         /* out [B, channels] */
 };
 
 /*
@@ -520,6 +540,30 @@ struct time_step_backward_args {
 	void *dlogit;                  /* out, rows logit_stride apart */
 	void *dx;                      /* out [n_tokens, H*d]; may alias dskip */
 	float *dbias, *dlog_rate;      /* out [H] */
+};
+
+/*
+ * How much of a token a delta rule writes, and what it keeps of the state, head by head:
+ *   beta = sigmoid(logit),
+ *   log_decay = -exp(log_rate) softplus(decay_logit + bias)  where there is a decay_logit.
+ */
+struct delta_gate_args {
+	int64_t n_tokens, n_heads, stride;
+	const void *logit;       /* [n_tokens, H], rows `stride` apart */
+	const void *decay_logit; /* likewise, or NULL: no decay */
+	const float *bias;       /* [H] iff decay_logit */
+	const float *log_rate;   /* [H] iff decay_logit */
+	void *beta;              /* out [n_tokens, H] */
+	void *log_decay;         /* out [n_tokens, H] iff decay_logit */
+};
+
+struct delta_gate_backward_args {
+	struct delta_gate_args forward; /* its outputs are not read */
+	const void *dbeta;              /* [n_tokens, H] */
+	const void *dlog_decay;         /* [n_tokens, H] iff decay_logit */
+	void *dlogit;                   /* out, rows `stride` apart */
+	void *ddecay_logit;             /* out, likewise, iff decay_logit */
+	float *dbias, *dlog_rate;       /* out [H] iff decay_logit */
 };
 
 /*
@@ -661,6 +705,16 @@ static inline bool is_known_decay(enum decay decay)
 static inline bool is_known_rule(enum rule rule)
 {
 	return rule == RULE_PLAIN || rule == RULE_BONUS || rule == RULE_DELTA;
+}
+
+static inline bool is_known_low_rank(enum low_rank form)
+{
+	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT;
+}
+
+static inline bool is_known_curve(enum curve curve)
+{
+	return curve == CURVE_SILU || curve == CURVE_SIGMOID;
 }
 
 /* Room for the arguments of any operation. */

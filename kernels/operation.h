@@ -129,6 +129,8 @@ struct operation_form {
 	enum gate_form form;
 	enum decay decay;
 	enum rule rule;
+	enum low_rank low_rank;
+	enum curve curve;
 	bool half_keys;   /* the benchmark's keys are half as wide as values */
 	bool chunks;      /* of RAT: in chunks, with groups of heads */
 	int64_t widening; /* products: the benchmark's d_out / d_in; 0: 1 */

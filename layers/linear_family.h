@@ -6,8 +6,11 @@
  * what its output goes through before OutProj. A member is a row of such choices, in a file of its
  * own; layers/linear_family.c runs all of them.
  *
- * v, the gate and o are as wide as the member's paper has them: D, or 2 D in RetNet and Mamba-2,
- * whose blocks have 8 D^2 and 6 D^2 parameters where the others have the 4 D^2 of attention.
+ * The delta rules write v - k S in the place of v (kernels/kernels.h).
+ *
+ * v, the gate and o are as wide as the member's paper has them: D, or 2 D in RetNet, Mamba-2 and
+ * Gated DeltaNet, whose blocks have 8 D^2, 6 D^2 and 8 D^2 parameters where the others have the 4
+ * D^2 of attention.
  */
 #ifndef LAYERS_LINEAR_FAMILY_H
 #define LAYERS_LINEAR_FAMILY_H
@@ -21,18 +24,30 @@ enum family_input {
 	INPUT_DECAY_GATE,  /* a low-rank gate makes the decays */
 	INPUT_FORGET_GATE, /* the forget gate makes the decays, and k = 1 - f or, of a vector state,
 	                      v = (1 - f) silu(v); silu on q */
-	INPUT_CONVOLVED /* short convolution on q, k, v; time steps make the decays and scale v */
+	INPUT_CONVOLVED, /* short convolution on q, k, v; time steps make the decays and scale v */
+	INPUT_DELTA /* short convolution on q, k, v; q and k to length 1; the delta rule with what
+	               it writes of a token, beta, and time steps for decays, if it has these: of
+	               a diagonal decay from a low-rank gate */
 };
 
 /* Between the recurrence and OutProj. */
 enum family_output {
-	OUTPUT_NORM,      /* RMSNorm */
-	OUTPUT_NORM_GATE, /* RMSNorm, then times silu(gate) */
-	OUTPUT_GATE_NORM  /* plus the skip connection, times silu(gate), then RMSNorm */
+	OUTPUT_NORM,         /* RMSNorm */
+	OUTPUT_NORM_GATE,    /* RMSNorm, then times silu(gate) */
+	OUTPUT_NORM_SIGMOID, /* RMSNorm, then times sigmoid(low-rank gate) */
+	OUTPUT_GATE_NORM     /* plus the skip connection, times silu(gate), then RMSNorm */
 };
 
 /* Column blocks of InProj's output, in order; a member leaves out what it has no use for. */
-enum family_column { COLUMN_Q, COLUMN_K, COLUMN_V, COLUMN_DECAY, COLUMN_GATE, N_FAMILY_COLUMNS };
+enum family_column {
+	COLUMN_Q,
+	COLUMN_K,
+	COLUMN_V,
+	COLUMN_DECAY,
+	COLUMN_BETA,
+	COLUMN_GATE,
+	N_FAMILY_COLUMNS
+};
 
 struct family_member {
 	enum decay decay;

@@ -14,7 +14,10 @@
 	entry(retnet) \
 	entry(mamba2) \
 	entry(hgrn) \
-	entry(hgrn2)
+	entry(hgrn2) \
+	entry(delta_net) \
+	entry(gated_delta_net) \
+	entry(kda)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;

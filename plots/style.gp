@@ -1,7 +1,7 @@
 # Common to all pictures: a look, and a colour, mark and dash for each series.
 #
-# The colours are Okabe and Ito's, which the colour-blind tell apart; marks and dashes say the same
-# again without them. They depend on the name alone, so a series looks alike in every picture,
+# The colours are Okabe and Ito's and, of the delta rules, three of Paul Tol's, which the colour-blind
+# tell apart; marks and dashes say the same again without them. They depend on the name alone, so a series looks alike in every picture,
 # whatever else is in it.
 
 if (!exists("height")) height = 620
@@ -44,10 +44,15 @@ colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "retnet")     ? "#CC79A7" \
           : starts(s, "mamba2")     ? "#0072B2" \
           : starts(s, "hgrn2")      ? "#56B4E9" \
-          : starts(s, "hgrn")       ? "#E69F00" : "#777777"
+          : starts(s, "hgrn")       ? "#E69F00" \
+          : starts(s, "delta_net")  ? "#117733" \
+          : starts(s, "gated_delta_net") ? "#882255" \
+          : starts(s, "kda")        ? "#999933" : "#777777"
 
-# Hybrids are dashed, dotted what a named provider ran or what has no positions.
-dash(s) = has(s, "[") || has(s, "NoPE") ? 3 : has(word(s, 1), "-") ? 2 : 1
+delta_rule(s) = starts(s, "delta_net") || starts(s, "gated_delta_net") || starts(s, "kda")
+# Hybrids are dashed, dotted what a named provider ran or what has no positions; delta rules have
+# dashes and dots.
+dash(s) = has(s, "[") || has(s, "NoPE") ? 3 : has(word(s, 1), "-") ? 2 : delta_rule(s) ? 4 : 1
 
 # Filled marks; RAT's go by the octave of the chunk length. Open ones where the line is not solid.
 plain_mark(s) = starts(s, "attention")  ? 7 \
@@ -59,6 +64,9 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "mamba2")     ? 11 \
               : starts(s, "hgrn2")      ? 13 \
               : starts(s, "hgrn")       ? 12 \
+              : starts(s, "delta_net")  ? 8 \
+              : starts(s, "gated_delta_net") ? 10 \
+              : starts(s, "kda")        ? 14 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)

@@ -474,9 +474,24 @@ TEST(gate_costs)
 	check(OP_DECAY_GATE, &decay, decay_flops, x + w, M, y, 0);
 	/* x, weight, log_decay and its gradient -> dx, dweight, dbias. */
 	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * decay_flops, x + w + 2 * y, 0, x, w + M);
+	/* The same with a rate per head in the normalizer's place. */
+	decay.form = decay_back.forward.form = LOW_RANK_RATE;
+	decay.n_heads = decay_back.forward.n_heads = M;
+	check(OP_DECAY_GATE, &decay, decay_flops, x + w, M + M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * decay_flops, x + w + 2 * y, M, x, w + 2 * M);
+	/* The bias alone; nothing of the forward's is read but x and weight. */
+	decay.form = decay_back.forward.form = LOW_RANK_LOGIT;
+	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + y, x + w, M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + y), x + w + y, 0,
+	      x, w + M);
 	check(OP_NORM_GATE, &gate, gate_flops, 2 * heads, D, heads, rows);
 	/* x, gate, dout; rstd, weight -> dx, dgate; dweight. */
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * gate_flops, 3 * heads, rows + D, 2 * heads, D);
+	/* A sigmoid is not multiplied by the gate. */
+	gate.curve = gate_back.forward.curve = CURVE_SIGMOID;
+	check(OP_NORM_GATE, &gate, gate_flops - heads, 2 * heads, D, heads, rows);
+	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * (gate_flops - heads), 3 * heads, rows + D,
+	      2 * heads, D);
 }
 
 static void conv_costs(void)
@@ -487,13 +502,37 @@ static void conv_costs(void)
 	const double flops = x * (2 * CONV_WIDTH + 4);
 	struct short_conv_args conv = {
 	        .batch = B, .seq_len = T, .channels = C, .x_stride = 50, .history = &nowhere};
+	conv.bias = &nowhere;
 	struct short_conv_backward_args back = {.forward = conv, .n_readers = R};
-	struct short_conv_step_args step = {.batch = B, .channels = C, .x_stride = 50};
+	struct short_conv_step_args step = {
+	        .batch = B, .channels = C, .x_stride = 50, .bias = &nowhere};
 
 	check(OP_SHORT_CONV, &conv, flops, x, weights, x + kept, 0);
 	check(OP_SHORT_CONV_BACKWARD, &back, 2 * flops + (R - 1) * x, (1 + R) * x, weights, x,
 	      weights);
 	check(OP_SHORT_CONV_STEP, &step, flops / T, x / T + kept, weights, x / T + kept, 0);
+	conv.bias = back.forward.bias = step.bias = NULL;
+	check(OP_SHORT_CONV, &conv, flops, x, weights - C, x + kept, 0);
+	check(OP_SHORT_CONV_BACKWARD, &back, 2 * flops + (R - 1) * x, (1 + R) * x, weights - C, x,
+	      weights - C);
+	check(OP_SHORT_CONV_STEP, &step, flops / T, x / T + kept, weights - C, x / T + kept, 0);
+}
+
+static void delta_gate_costs(void)
+{
+	enum { N = 5, H = 2 };
+	const double rows = N * H;
+	struct delta_gate_args gate = {.n_tokens = N, .n_heads = H, .stride = 9};
+	struct delta_gate_backward_args back = {.forward = gate};
+
+	/* exp, 1 +, divide. */
+	check(OP_DELTA_GATE, &gate, 3 * rows, rows, 0, rows, 0);
+	check(OP_DELTA_GATE_BACKWARD, &back, 2 * 3 * rows, 2 * rows, 0, rows, 0);
+	/* And bias; exp, 1 +, log; times the rate. */
+	gate.decay_logit = &nowhere;
+	back.forward = gate;
+	check(OP_DELTA_GATE, &gate, (3 + 5) * rows, 2 * rows, 2 * H, 2 * rows, 0);
+	check(OP_DELTA_GATE_BACKWARD, &back, 2 * (3 + 5) * rows, 4 * rows, 2 * H, 2 * rows, 2 * H);
 }
 
 static void family_gate_costs(void)
@@ -529,6 +568,7 @@ static void family_gate_costs(void)
 TEST(family_costs)
 {
 	conv_costs();
+	delta_gate_costs();
 	family_gate_costs();
 }
 

@@ -276,6 +276,9 @@ TEST(test_missing_outputs)
 	        {"rat", OP_RAT_SCAN, "own_score"},
 	        {"mamba2", OP_TIME_STEP, "log_decay"},
 	        {"gla", OP_MATRIX_RECURRENCE_BACKWARD, "dlog_decay"},
+	        {"kda", OP_DECAY_GATE, "out"},
+	        {"gated_delta_net", OP_DELTA_GATE, "beta"},
+	        {"delta_net", OP_L2_NORM, "inverse"},
 	};
 
 	for (size_t i = 0; i < COUNT_OF(lies); i++)

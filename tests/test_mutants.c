@@ -344,6 +344,45 @@ TEST(test_decays_of_the_family)
 	expect_caught(logits, "tests/golden/op_hgrn.safetensors", "o");
 }
 
+/* -------- what stands around the delta rules -------- */
+
+EDITED(keys_of_any_length, l2_norm, a.eps = 1)
+EDITED(silu_for_sigmoid, norm_gate, a.curve = CURVE_SILU)
+/* Every head with the first head's rate. */
+EDITED(low_rank_of_one_rate, decay_gate, if (a.form == LOW_RANK_RATE) a.n_heads = 1)
+
+static enum status decay_of_first_head(struct device *device, const void *args, void *workspace)
+{
+	const struct delta_gate_args *a = args;
+	const float rates[] = {a->decay_logit ? a->log_rate[0] : 0,
+	                       a->decay_logit ? a->log_rate[0] : 0};
+	struct delta_gate_args one = *a;
+
+	assert_int_equal(a->n_heads, COUNT_OF(rates));
+	one.log_rate = rates;
+	return cpu_delta_gate(device, &one, workspace);
+}
+
+TEST(test_gates_of_the_delta_rules)
+{
+	static const char delta_net[] = "tests/golden/layer_delta_net.safetensors";
+	static const char gated[] = "tests/golden/layer_gated_delta_net.safetensors";
+	static const char kda[] = "tests/golden/layer_kda.safetensors";
+	const struct kernel *keys = MUTANT(OP_L2_NORM, NULL, keys_of_any_length);
+	const struct kernel *silu = MUTANT(OP_NORM_GATE, NULL, silu_for_sigmoid);
+	const struct kernel *low_rank = MUTANT(OP_DECAY_GATE, NULL, low_rank_of_one_rate);
+	const struct kernel *scalar = MUTANT(OP_DELTA_GATE, NULL, decay_of_first_head);
+
+	expect_caught(keys, delta_net, "y");
+	expect_caught(keys, gated, "y_step");
+	expect_caught(keys, kda, "y (prefill)");
+	expect_caught(silu, kda, "y");
+	expect_pass(silu, gated, "y");
+	expect_caught(low_rank, kda, "y");
+	expect_caught(scalar, gated, "y");
+	expect_pass(scalar, delta_net, "y");
+}
+
 /* -------- kernels that do nothing, and backends that cannot -------- */
 
 KERNEL(do_nothing, return STATUS_OK)

@@ -248,6 +248,17 @@ CAUGHT(test_wrong_family_is_caught, WHOLE("linear_attention", PREFILL, MATRIX_RE
        WHOLE("retnet", GENERATION, ROTATE_STEP, "k_out"),
        WHOLE("hgrn", GENERATION, RECURRENCE_STEP, "h"))
 
+/* The delta rules: the recurrence, and what makes its keys, writes and decays. */
+CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECURRENCE, "out"),
+       WHOLE("gated_delta_net", PREFILL, L2_NORM, "y"),
+       WHOLE("kda", PREFILL, MATRIX_RECURRENCE, "out"), WHOLE("kda", PREFILL, DECAY_GATE, "out"),
+       WHOLE("delta_net", TRAIN, L2_NORM_BACKWARD, "dx"),
+       WHOLE("gated_delta_net", TRAIN, DELTA_GATE_BACKWARD, "dlog_rate"),
+       WHOLE("kda", TRAIN, DECAY_GATE_BACKWARD, "dweight"),
+       WHOLE("kda", TRAIN, MATRIX_RECURRENCE_BACKWARD, "dbeta"),
+       WHOLE("delta_net", GENERATION, DELTA_GATE, "beta"),
+       WHOLE("gated_delta_net", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
+
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,
        WHOLE("attention,recurrence", PREFILL, ATTENTION, "out"),

@@ -90,7 +90,8 @@ static const struct option_spec specs[] = {
         {"samples", KIND_INTEGER, AT(samples), 0, false, "N", "0",
          "samples to take of each (0: until they are precise, at least 10, or 5 of what takes a\n"
          "second, or 3 of whole models)"},
-        {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL, "least time of sampling, or 100 samples"},
+        {"min-time", KIND_REAL, AT(min_time), 0, false, "SECONDS", NULL,
+         "least time of sampling, or 100 samples"},
         {"max-time", KIND_REAL, AT(max_time), 0, false, "SECONDS", NULL,
          "most time of sampling a variant, cache flushes included, beyond the least number"},
         {"precision", KIND_FRACTION, AT(precision), 0, false, "FRACTION", NULL,

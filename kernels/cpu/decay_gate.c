@@ -1,4 +1,4 @@
-/* GLA's decay: log_decay = logsigmoid(x W^T + bias) / normalizer, and its gradients. */
+/* Gates of low rank: a decay of x W^T + bias, or these logits themselves; and their gradients. */
 #include <cblas.h>
 #include <omp.h>
 #include <string.h>
@@ -28,34 +28,62 @@ static void project(const struct decay_gate_args *a, int64_t first, int64_t n, f
 	            (int)a->rank, 0, to, (int)a->d_out);
 }
 
+/* Columns of each rate, of which there are n_heads or none. */
+static int64_t rate_width(const struct decay_gate_args *a)
+{
+	return a->form == LOW_RANK_RATE ? a->d_out / a->n_heads : a->d_out;
+}
+
+/* What a row of logits without their bias makes, in its place. */
+static void finish_row(const struct decay_gate_args *a, float *row)
+{
+	float inverse = 1.0f / a->normalizer;
+
+	if (a->form == LOW_RANK_DECAY)
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_out; i++)
+			row[i] = log_sigmoid_f32(row[i] + a->bias[i]) * inverse;
+	else if (a->form == LOW_RANK_LOGIT)
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_out; i++)
+			row[i] += a->bias[i];
+	else
+		for (int64_t h = 0, d = rate_width(a); h < a->n_heads; h++) {
+			float rate = expf(a->log_rate[h]);
+
+			/* softplus(x) = -logsigmoid(-x). */
+#pragma omp simd
+			for (int64_t i = h * d; i < (h + 1) * d; i++)
+				row[i] = rate * log_sigmoid_f32(-row[i] - a->bias[i]);
+		}
+}
+
 enum status cpu_decay_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_args *a = args;
-	float inverse = 1.0f / a->normalizer;
 
 #pragma omp parallel for schedule(static)
 	for (int64_t block = 0; block < count_blocks(a); block++) {
 		int64_t first = block * BLOCK_TOKENS, n = block_size(a, first);
-		float *log_decay = (float *)a->log_decay + first * a->d_out;
+		float *out = (float *)a->out + first * a->d_out;
 
-		project(a, first, n, log_decay);
-		for (int64_t t = 0; t < n; t++, log_decay += a->d_out)
-#pragma omp simd
-			for (int64_t i = 0; i < a->d_out; i++)
-				log_decay[i] = log_sigmoid_f32(log_decay[i] + a->bias[i]) * inverse;
+		project(a, first, n, out);
+		for (int64_t t = 0; t < n; t++)
+			finish_row(a, out + t * a->d_out);
 	}
 	return STATUS_OK;
 }
 
-/* Each thread's share of dweight [d_out, rank] and dbias [d_out]. */
+/* Each thread's share of dbias and of dlog_rate, channel by channel [d_out], and of dweight
+ * [d_out, rank]. */
 struct partial {
-	double *dbias;
+	double *dbias, *drate;
 	float *dweight;
 };
 
 static size_t partial_bytes(const struct decay_gate_args *f)
 {
-	size_t bytes = (size_t)f->d_out * (sizeof(double) + (size_t)f->rank * sizeof(float));
+	size_t bytes = (size_t)f->d_out * (2 * sizeof(double) + (size_t)f->rank * sizeof(float));
 
 	return (bytes + 63) / 64 * 64;
 }
@@ -64,7 +92,7 @@ static struct partial partial_of(const struct decay_gate_args *f, void *workspac
 {
 	double *dbias = (double *)((char *)workspace + partial_bytes(f) * (size_t)thread);
 
-	return (struct partial){dbias, (float *)(dbias + f->d_out)};
+	return (struct partial){dbias, dbias + f->d_out, (float *)(dbias + 2 * f->d_out)};
 }
 
 size_t cpu_decay_gate_backward_workspace(const struct device *device, const void *args)
@@ -75,35 +103,64 @@ size_t cpu_decay_gate_backward_workspace(const struct device *device, const void
 }
 
 /*
- * dlogit = dlog_decay / normalizer * sigmoid(-logit). The logit is computed
- * again: sigmoid(-logit) = 1 - exp(log_decay * normalizer) would cancel where
- * the gate is open.
+ * A row of logits without their bias becomes dlogit: of GLA dlog_decay / normalizer *
+ * sigmoid(-logit). The logit is computed again: sigmoid(-logit) = 1 - exp(log_decay * normalizer)
+ * would cancel where the gate is open. A decay is its own derivative with respect to log_rate.
  */
+static void slope_row(const struct decay_gate_args *f, const float *dout, float *row, double *drate)
+{
+	float inverse = 1.0f / f->normalizer;
+
+	if (f->form == LOW_RANK_DECAY)
+#pragma omp simd
+		for (int64_t i = 0; i < f->d_out; i++)
+			row[i] = dout[i] * inverse * sigmoid_f32(-row[i] - f->bias[i]);
+	else
+		for (int64_t h = 0, d = rate_width(f); h < f->n_heads; h++) {
+			float rate = expf(f->log_rate[h]);
+
+#pragma omp simd
+			for (int64_t i = h * d; i < (h + 1) * d; i++) {
+				float logit = row[i] + f->bias[i], scaled = rate * dout[i];
+
+				drate[i] += scaled * log_sigmoid_f32(-logit);
+				row[i] = -scaled * sigmoid_f32(logit);
+			}
+		}
+}
+
+/* Where dlogit is: of logits it is the output's gradient. */
+static float *dlogit_of(const struct decay_gate_backward_args *a)
+{
+	return a->forward.form == LOW_RANK_LOGIT ? (float *)a->dout : a->dlogit;
+}
+
 static void logit_backward(const struct decay_gate_backward_args *a, int64_t first, int64_t n,
-                           double *dbias)
+                           const struct partial *sum)
 {
 	const struct decay_gate_args *f = &a->forward;
-	float inverse = 1.0f / f->normalizer;
-	float *dlogit = (float *)a->dlogit + first * f->d_out;
-	const float *dlog_decay = (const float *)a->dlog_decay + first * f->d_out;
+	float *dlogit = dlogit_of(a) + first * f->d_out;
+	const float *dout = (const float *)a->dout + first * f->d_out;
 
-	project(f, first, n, dlogit);
-	for (int64_t t = 0; t < n; t++, dlogit += f->d_out, dlog_decay += f->d_out)
+	if (f->form != LOW_RANK_LOGIT)
+		project(f, first, n, dlogit);
+	for (int64_t t = 0; t < n; t++, dlogit += f->d_out, dout += f->d_out) {
+		if (f->form != LOW_RANK_LOGIT)
+			slope_row(f, dout, dlogit, sum->drate);
 #pragma omp simd
-		for (int64_t i = 0; i < f->d_out; i++) {
-			dlogit[i] = dlog_decay[i] * inverse * sigmoid_f32(-dlogit[i] - f->bias[i]);
-			dbias[i] += dlogit[i];
-		}
+		for (int64_t i = 0; i < f->d_out; i++)
+			sum->dbias[i] += dlogit[i];
+	}
 }
 
 static void block_backward(const struct decay_gate_backward_args *a, int64_t first, int64_t n,
                            const struct partial *sum)
 {
 	const struct decay_gate_args *f = &a->forward;
-	const float *dlogit = (const float *)a->dlogit + first * f->d_out;
+	const float *dlogit = dlogit_of(a) + first * f->d_out;
 	int tokens = (int)n, rank = (int)f->rank, d_out = (int)f->d_out, stride = (int)f->x_stride;
 
-	logit_backward(a, first, n, sum->dbias);
+	logit_backward(a, first, n, sum);
 	cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, tokens, rank, d_out, 1, dlogit,
 	            d_out, f->weight, rank, 0, (float *)a->dx + first * f->x_stride, stride);
 	cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, d_out, rank, tokens, 1, dlogit, d_out,
@@ -122,6 +179,14 @@ static void add_partials(const struct decay_gate_backward_args *a, void *workspa
 
 		for (int64_t i = 0; i < f->d_out * f->rank; i++)
 			a->dweight[i] += sum.dweight[i];
+	}
+	for (int64_t h = 0, d = rate_width(f); f->form == LOW_RANK_RATE && h < f->n_heads; h++) {
+		double rate = 0;
+
+		for (int thread = 0; thread < n_threads; thread++)
+			for (int64_t i = h * d; i < (h + 1) * d; i++)
+				rate += partial_of(f, workspace, thread).drate[i];
+		a->dlog_rate[h] = (float)rate;
 	}
 }
 

@@ -29,16 +29,18 @@
 	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
 	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
 	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \
-	X(DECAY_GATE, "cpu", cpu_decay_gate, any, none)                                            \
-	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, any, workspace)                     \
-	X(NORM_GATE, "cpu", cpu_norm_gate, any, none)                                              \
-	X(NORM_GATE_BACKWARD, "cpu", cpu_norm_gate_backward, any, workspace)                       \
+	X(DECAY_GATE, "cpu", cpu_decay_gate, checked, none)                                        \
+	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, checked, workspace)                 \
+	X(NORM_GATE, "cpu", cpu_norm_gate, checked, none)                                          \
+	X(NORM_GATE_BACKWARD, "cpu", cpu_norm_gate_backward, checked, workspace)                   \
 	X(ROTATE_STEP, "cpu", cpu_rotate_step, checked, workspace)                                 \
 	X(SHORT_CONV, "cpu", cpu_short_conv, any, none)                                            \
 	X(SHORT_CONV_BACKWARD, "cpu", cpu_short_conv_backward, any, workspace)                     \
 	X(SHORT_CONV_STEP, "cpu", cpu_short_conv_step, any, none)                                  \
 	X(TIME_STEP, "cpu", cpu_time_step, any, none)                                              \
 	X(TIME_STEP_BACKWARD, "cpu", cpu_time_step_backward, any, workspace)                       \
+	X(DELTA_GATE, "cpu", cpu_delta_gate, any, none)                                            \
+	X(DELTA_GATE_BACKWARD, "cpu", cpu_delta_gate_backward, any, workspace)                     \
 	X(FORGET_GATE, "cpu", cpu_forget_gate, any, workspace)                                     \
 	X(FORGET_GATE_BACKWARD, "cpu", cpu_forget_gate_backward, any, workspace)                   \
 	X(GATE_NORM, "cpu", cpu_gate_norm, any, none)                                              \

@@ -9,12 +9,15 @@
 /* Channels that a task of the backward pass takes, and tokens that one of the forward does. */
 enum { BLOCK_CHANNELS = 64, BLOCK_TOKENS = 64 };
 
-/* to[i] = bias + the taps of token t, before the activation; row t of x is x + t * stride, and rows
- * before the sequence are zero. */
+/* to[i] = bias (NULL: 0) + the taps of token t, before the activation; row t of x is x + t *
+ * stride, and rows before the sequence are zero. */
 static void convolve(const struct short_conv_args *a, const float *x, int64_t t, int64_t channels,
                      const float *weight, const float *bias, float *to)
 {
-	memcpy(to, bias, sizeof *to * (size_t)channels);
+	if (bias)
+		memcpy(to, bias, sizeof *to * (size_t)channels);
+	else
+		memset(to, 0, sizeof *to * (size_t)channels);
 	for (int64_t j = t < CONV_HISTORY ? CONV_HISTORY - t : 0; j < CONV_WIDTH; j++) {
 		const float *row = x + (t - CONV_HISTORY + j) * a->x_stride;
 
@@ -91,7 +94,8 @@ static void activation_backward(const struct short_conv_backward_args *a, int64_
 #pragma omp simd
 		for (int64_t i = 0; i < channels; i++)
 			sum[i] += dout[r * f->channels + i];
-	convolve(f, x, t, channels, f->weight + first * CONV_WIDTH, f->bias + first, dpre);
+	convolve(f, x, t, channels, f->weight + first * CONV_WIDTH,
+	         f->bias ? f->bias + first : NULL, dpre);
 #pragma omp simd
 	for (int64_t i = 0; i < channels; i++) {
 		float s = sigmoid_f32(dpre[i]);
@@ -149,7 +153,8 @@ enum status cpu_short_conv_backward(struct device *device, const void *args, voi
 		               mine + first * CONV_WIDTH, mine + taps + first);
 	}
 	add_shares(partial, n_threads, share, taps, a->dweight);
-	add_shares(partial + taps, n_threads, share, f->channels, a->dbias);
+	if (f->bias)
+		add_shares(partial + taps, n_threads, share, f->channels, a->dbias);
 	return STATUS_OK;
 }
 
@@ -169,8 +174,8 @@ enum status cpu_short_conv_step(struct device *device, const void *args, void *w
 			const float *w = a->weight + i * CONV_WIDTH;
 			float old = history[i], middle = history[c + i], last = history[2 * c + i];
 
-			out[i] = silu_f32(a->bias[i] + w[0] * old + w[1] * middle + w[2] * last +
-			                  w[3] * x[i]);
+			out[i] = silu_f32((a->bias ? a->bias[i] : 0.0f) + w[0] * old +
+			                  w[1] * middle + w[2] * last + w[3] * x[i]);
 			history[i] = middle;
 			history[c + i] = last;
 			history[2 * c + i] = x[i];

@@ -18,6 +18,16 @@ static const char *check_mask(enum mask mask)
 	return is_known_mask(mask) ? NULL : "an unknown mask";
 }
 
+static const char *check_low_rank(enum low_rank form)
+{
+	return is_known_low_rank(form) ? NULL : "an unknown gate of low rank";
+}
+
+static const char *check_curve(enum curve curve)
+{
+	return is_known_curve(curve) ? NULL : "an unknown curve";
+}
+
 #define UNSUPPORTED(op, check)                                                                     \
 	const char *cpu_##op##_unsupported(const struct device *device, const void *args)          \
 	{                                                                                          \
@@ -34,3 +44,7 @@ UNSUPPORTED(recurrence_step, check_gate(a->form))
 UNSUPPORTED(matrix_recurrence, check_matrix(a->decay, a->rule))
 UNSUPPORTED(matrix_recurrence_backward, check_matrix(a->forward.decay, a->forward.rule))
 UNSUPPORTED(matrix_recurrence_step, check_matrix(a->decay, a->rule))
+UNSUPPORTED(decay_gate, check_low_rank(a->form))
+UNSUPPORTED(decay_gate_backward, check_low_rank(a->forward.form))
+UNSUPPORTED(norm_gate, check_curve(a->curve))
+UNSUPPORTED(norm_gate_backward, check_curve(a->forward.curve))

@@ -5,14 +5,17 @@
 enum {
 	NORM_FLOPS = 4,         /* square, add; times rstd, times weight */
 	SILU_GATE_FLOPS = 5,    /* exp, add, divide; times the gate, times x */
-	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide */
+	SIGMOID_GATE_FLOPS = 4, /* exp, add, divide; times x */
+	BIAS_FLOPS = 1,
+	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide, or times the rate */
+	SIGMOID_FLOPS = 3,      /* exp, add, divide */
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
 	FORGET_GATE_FLOPS = 12, /* exp, add, divide; times 1-b, subtract, log; silu; times 1-f */
 	SKIP_FLOPS = 2          /* times its weight, add */
 };
 
-/* ---- GLA's decay gate ---- */
+/* ---- gates of low rank ---- */
 
 static void size_decay_gate(void *args, const struct sizes *s, const struct operation_form *v)
 {
@@ -20,21 +23,38 @@ static void size_decay_gate(void *args, const struct sizes *s, const struct oper
 
 	a->n_tokens = s->batch * s->seq_len;
 	a->rank = a->x_stride = s->rank;
+	a->form = v->low_rank;
 	a->d_out = s->width;
-	a->normalizer = 16;
+	if (a->form == LOW_RANK_DECAY)
+		a->normalizer = 16;
+	if (a->form != LOW_RANK_RATE)
+		return;
+	a->n_heads = s->n_heads;
+	a->d_out = s->n_heads * s->d_head;
+}
+
+/* Columns of the output; those of a head belong together where it has a rate. */
+static struct dimension low_rank_columns(const struct decay_gate_args *a)
+{
+	return a->form == LOW_RANK_RATE ? INNER(a->d_out) : OUTS(a->d_out);
 }
 
 static void describe_decay_gate(void *args, struct operand_list *l)
 {
 	struct decay_gate_args *a = args;
-	const struct dimension n = ROWS(a->n_tokens), out = OUTS(a->d_out), rank = INNER(a->rank);
+	const struct dimension n = ROWS(a->n_tokens), rank = INNER(a->rank);
+	const struct dimension out = low_rank_columns(a);
 
+	add_option(l, &a->form);
 	cut_along(l, AXIS_ROW, &a->n_tokens);
-	cut_along(l, AXIS_OUT, &a->d_out);
+	if (a->form != LOW_RANK_RATE)
+		cut_along(l, AXIS_OUT, &a->d_out);
 	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, n, rank);
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, rank);
 	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, out);
-	add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, out);
+	if (a->form == LOW_RANK_RATE)
+		add_vector(l, ROLE_PARAMETER, "log_rate", &a->log_rate, INNER(a->n_heads));
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, out);
 	keeps_fp32(l);
 }
 
@@ -43,25 +63,36 @@ static double decay_gate_flops(const void *args)
 	const struct decay_gate_args *a = args;
 	const double n = (double)a->n_tokens, m = (double)a->d_out;
 
-	return 2 * n * (double)a->rank * m + LOG_DECAY_FLOPS * n * m;
+	return 2 * n * (double)a->rank * m +
+	       (a->form == LOW_RANK_LOGIT ? BIAS_FLOPS : LOG_DECAY_FLOPS) * n * m;
 }
 
-DESCRIPTION(decay_gate);
+static const struct operation_form low_rank_variants[] = {
+        {"decay_gate", .low_rank = LOW_RANK_DECAY},
+        {"rate_gate", .low_rank = LOW_RANK_RATE},
+        {"low_rank_gate", .low_rank = LOW_RANK_LOGIT},
+        {0}};
+
+DESCRIPTION(decay_gate, .variants = low_rank_variants);
 
 static void describe_decay_gate_backward(void *args, struct operand_list *l)
 {
 	struct decay_gate_backward_args *b = args;
 	struct decay_gate_args *a = &b->forward;
-	const struct dimension n = ROWS(a->n_tokens), out = OUTS(a->d_out), rank = INNER(a->rank);
+	const struct dimension n = ROWS(a->n_tokens), rank = INNER(a->rank);
+	const struct dimension out = low_rank_columns(a);
 
 	describe_decay_gate(a, l);
-	forward_ends(l, "log_decay");
+	forward_ends(l, a->form == LOW_RANK_LOGIT ? "" : "out");
 	operand_find(l, "bias")->read = 0;
-	add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, out);
-	add_rows(l, ROLE_SCRATCH, "dlogit", &b->dlogit, NULL, n, out);
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, out);
+	if (a->form != LOW_RANK_LOGIT)
+		add_rows(l, ROLE_SCRATCH, "dlogit", &b->dlogit, NULL, n, out);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->x_stride, n, rank);
 	add_floats(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(1), out, rank);
 	add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, out);
+	if (a->form == LOW_RANK_RATE)
+		add_vector(l, ROLE_GRADIENT, "dlog_rate", &b->dlog_rate, INNER(a->n_heads));
 }
 
 BACKWARD(decay_gate, DECAY_GATE, 2);
@@ -88,6 +119,7 @@ static void size_norm_gate(void *args, const struct sizes *s, const struct opera
 	a->d_head = s->d_head;
 	widen(s, &a->n_tokens, &a->d_head);
 	a->gate_stride = a->n_heads * a->d_head;
+	a->curve = v->curve;
 	a->eps = 1e-5f;
 }
 
@@ -96,6 +128,7 @@ static void describe_norm_gate(void *args, struct operand_list *l)
 	struct norm_gate_args *a = args;
 	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
 
+	add_option(l, &a->curve);
 	cut_along(l, AXIS_ROW, &a->n_tokens);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, width);
 	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(a->d_head)), 2);
@@ -110,10 +143,14 @@ static double norm_gate_flops(const void *args)
 {
 	const struct norm_gate_args *a = args;
 
-	return (NORM_FLOPS + SILU_GATE_FLOPS) * (double)(a->n_tokens * a->n_heads * a->d_head);
+	return (NORM_FLOPS + (a->curve == CURVE_SILU ? SILU_GATE_FLOPS : SIGMOID_GATE_FLOPS)) *
+	       (double)(a->n_tokens * a->n_heads * a->d_head);
 }
 
-DESCRIPTION(norm_gate);
+static const struct operation_form norm_gate_variants[] = {
+        {"norm_gate", .curve = CURVE_SILU}, {"norm_sigmoid_gate", .curve = CURVE_SIGMOID}, {0}};
+
+DESCRIPTION(norm_gate, .variants = norm_gate_variants);
 
 static void describe_norm_gate_backward(void *args, struct operand_list *l)
 {
@@ -169,7 +206,7 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_sequences(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, t, c);
 	add_floats(l, ROLE_PARAMETER, "weight", &a->weight, INNER(1), c, INNER(CONV_WIDTH));
-	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c);
+	optional(add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c), true);
 	add_sequences(l, ROLE_OUTPUT, "out", &a->out, NULL, b, t, c);
 	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
 	          INNER(CONV_HISTORY), c)
@@ -212,7 +249,8 @@ static void describe_short_conv_backward(void *args, struct operand_list *l)
 	          c);
 	add_sequences(l, ROLE_OUTPUT, "dx", &x->dx, &a->x_stride, b, t, c);
 	add_floats(l, ROLE_GRADIENT, "dweight", &x->dweight, INNER(1), c, INNER(CONV_WIDTH));
-	add_vector(l, ROLE_GRADIENT, "dbias", &x->dbias, c);
+	if (a->bias)
+		add_vector(l, ROLE_GRADIENT, "dbias", &x->dbias, c);
 	keeps_fp32(l);
 }
 
@@ -245,7 +283,7 @@ static void describe_short_conv_step(void *args, struct operand_list *l)
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, c);
 	add_floats(l, ROLE_PARAMETER, "weight", &a->weight, INNER(1), c, INNER(CONV_WIDTH));
-	add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c);
+	optional(add_vector(l, ROLE_PARAMETER, "bias", &a->bias, c), true);
 	add_array(l, ROLE_STATE, ELEMENT_ACTIVATION, "history", &a->history, INNER(1), b,
 	          INNER(CONV_HISTORY), c);
 	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, b, c);
@@ -330,6 +368,66 @@ static double time_step_backward_flops(const void *args)
 }
 
 BACKWARD_OF(time_step, TIME_STEP, size_time_step);
+
+/* ---- what a delta rule writes and keeps ---- */
+
+static void size_delta_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct delta_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_heads = a->stride = s->n_heads;
+}
+
+static void describe_delta_gate(void *args, struct operand_list *l)
+{
+	struct delta_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), h = HEADS(a->n_heads);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_HEAD, &a->n_heads);
+	add_rows(l, ROLE_INPUT, "logit", &a->logit, &a->stride, n, h);
+	optional(add_rows(l, ROLE_INPUT, "decay_logit", &a->decay_logit, &a->stride, n, h), true);
+	if (a->decay_logit) {
+		add_vector(l, ROLE_PARAMETER, "bias", &a->bias, h);
+		add_vector(l, ROLE_PARAMETER, "log_rate", &a->log_rate, h);
+	}
+	add_rows(l, ROLE_OUTPUT, "beta", &a->beta, NULL, n, h);
+	if (a->decay_logit)
+		add_rows(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, n, h);
+	keeps_fp32(l);
+}
+
+static double delta_gate_flops(const void *args)
+{
+	const struct delta_gate_args *a = args;
+
+	return (SIGMOID_FLOPS + (a->decay_logit ? TIME_STEP_FLOPS : 0)) *
+	       (double)(a->n_tokens * a->n_heads);
+}
+
+DESCRIPTION(delta_gate);
+
+static void describe_delta_gate_backward(void *args, struct operand_list *l)
+{
+	struct delta_gate_backward_args *b = args;
+	struct delta_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), h = HEADS(a->n_heads);
+
+	describe_delta_gate(a, l);
+	forward_ends(l, "");
+	add_rows(l, ROLE_INPUT, "dbeta", &b->dbeta, NULL, n, h);
+	add_rows(l, ROLE_OUTPUT, "dlogit", &b->dlogit, &a->stride, n, h);
+	if (a->decay_logit) {
+		add_rows(l, ROLE_INPUT, "dlog_decay", &b->dlog_decay, NULL, n, h);
+		add_rows(l, ROLE_OUTPUT, "ddecay_logit", &b->ddecay_logit, &a->stride, n, h);
+		add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, h);
+		add_vector(l, ROLE_GRADIENT, "dlog_rate", &b->dlog_rate, h);
+	}
+	keeps_fp32(l);
+}
+
+BACKWARD(delta_gate, DELTA_GATE, 2);
 
 /* ---- HGRN's forget gate ---- */
 

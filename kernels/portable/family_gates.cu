@@ -1,6 +1,7 @@
 /*
- * Gates of the linear-attention family: Mamba-2's time step, HGRN's forget gate, and the norm
- * behind a gate. All are bound by memory; a thread takes eight channels of one token.
+ * Gates of the linear-attention family: Mamba-2's time step, the delta rules' gate, HGRN's forget
+ * gate, and the norm behind a gate. All are bound by memory; a thread takes eight channels of one
+ * token, of the delta rules one head.
  */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
@@ -10,6 +11,12 @@ enum { THREADS = 128 };
 static __device__ __forceinline__ float silu(float x)
 {
 	return x * sigmoid(x);
+}
+
+/* log(1 + e^x). */
+static __device__ __forceinline__ float softplus(float x)
+{
+	return fmaxf(x, 0.0f) + log_1_plus(__expf(-fabsf(x)));
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -25,7 +32,7 @@ static __global__ void __launch_bounds__(THREADS)
 	const float logit =
 	        __bfloat162float(static_cast<const bf16 *>(a.logit)[n * a.logit_stride + h]) +
 	        a.bias[h];
-	const float dt = fmaxf(logit, 0.0f) + log_1_plus(__expf(-fabsf(logit)));
+	const float dt = softplus(logit);
 	load8(x, static_cast<const bf16 *>(a.x) + n * a.x_stride + column);
 #pragma unroll
 	for (int i = 0; i < 8; i++)
@@ -49,6 +56,31 @@ extern "C" enum status portable_time_step(struct device *device, const void *arg
 	const int64_t threads = a->n_tokens * a->n_heads * (a->d_head / 8);
 
 	return launch_each(device, "time_step", time_step_kernel, threads, THREADS, *a);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+        delta_gate_kernel(const __grid_constant__ struct delta_gate_args a)
+{
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t n = index / a.n_heads, h = index % a.n_heads, from = n * a.stride + h;
+
+	if (n >= a.n_tokens)
+		return;
+	const float logit = __bfloat162float(static_cast<const bf16 *>(a.logit)[from]);
+	static_cast<bf16 *>(a.beta)[index] = __float2bfloat16(sigmoid(logit));
+	if (!a.decay_logit)
+		return;
+	const float step = softplus(
+	        __bfloat162float(static_cast<const bf16 *>(a.decay_logit)[from]) + a.bias[h]);
+	static_cast<bf16 *>(a.log_decay)[index] = __float2bfloat16(-__expf(a.log_rate[h]) * step);
+}
+
+extern "C" enum status portable_delta_gate(struct device *device, const void *args, void *)
+{
+	const auto *a = static_cast<const struct delta_gate_args *>(args);
+
+	return launch_each(device, "delta_gate", delta_gate_kernel, a->n_tokens * a->n_heads,
+	                   THREADS, *a);
 }
 
 /* 1-f = sigmoid(-bound) sigmoid(-logit) never cancels; ln f is taken from the smaller of f, 1-f. */

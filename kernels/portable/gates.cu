@@ -1,4 +1,5 @@
-/* GLA's two gates: the low-rank decay before the recurrence, the normalized output after it. */
+/* GLA's two gates, and KDA's: the low-rank decay before the recurrence, the normalized output after
+ * it. */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 
@@ -52,12 +53,29 @@ static __device__ __forceinline__ void gate_products(float (&sum)[COLUMNS / 8][4
 	}
 }
 
+/* Eight logits from column `own` on become the gate. */
+template <enum low_rank FORM>
+static __device__ __forceinline__ void finish_gate(float (&y)[8], const struct decay_gate_args &a,
+                                                   int64_t own)
+{
+	if (FORM == LOW_RANK_LOGIT)
+		return;
+	/* softplus(x) = -logsigmoid(-x). */
+	const float factor = FORM == LOW_RANK_RATE
+	                             ? LN2 * __expf(a.log_rate[own / (a.d_out / a.n_heads)])
+	                             : LN2 / a.normalizer;
+
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		y[j] = factor * log2_sigmoid((FORM == LOW_RANK_RATE ? -LOG2E : LOG2E) * y[j]);
+}
+
+template <enum low_rank FORM>
 static __global__ void __launch_bounds__(THREADS)
         decay_gate_kernel(const __grid_constant__ struct decay_gate_args a)
 {
 	const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 	const int64_t column = ((int64_t)blockIdx.y * (THREADS / WARP) + warp) * COLUMNS;
-	const float factor = LN2 / a.normalizer;
 
 	for (int tile = 0; tile < TILES && column < a.d_out; tile++) {
 		const int64_t token = ((int64_t)blockIdx.x * TILES + tile) * TOKENS;
@@ -75,11 +93,9 @@ static __global__ void __launch_bounds__(THREADS)
 			load8f(bias, a.bias + own);
 #pragma unroll
 			for (int j = 0; j < 8; j++)
-				y[j] = factor *
-				       log2_sigmoid(LOG2E *
-				                    (sum[i / 2 * 4 + j / 2][i % 2 * 2 + j % 2] +
-				                     bias[j]));
-			store8(static_cast<bf16 *>(a.log_decay) + n * a.d_out + own, y);
+				y[j] = sum[i / 2 * 4 + j / 2][i % 2 * 2 + j % 2] + bias[j];
+			finish_gate<FORM>(y, a, own);
+			store8(static_cast<bf16 *>(a.out) + n * a.d_out + own, y);
 		}
 	}
 }
@@ -88,6 +104,10 @@ extern "C" const char *portable_decay_gate_unsupported(const struct device *, co
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
 
+	if (!is_known_low_rank(a->form))
+		return "an unknown gate of low rank";
+	if (a->form == LOW_RANK_RATE && a->d_out / a->n_heads % 8)
+		return "widths must be multiples of 8";
 	return either(check_widths(a->rank, a->x_stride, a->d_out), check_aligned(a->x));
 }
 
@@ -97,7 +117,11 @@ extern "C" enum status portable_decay_gate(struct device *device, const void *ar
 	const dim3 grid((unsigned)divide_up(a->n_tokens, TOKENS * TILES),
 	                (unsigned)divide_up(a->d_out, THREADS / WARP * COLUMNS));
 
-	return launch(device, "decay_gate", decay_gate_kernel, grid, THREADS, 0, *a);
+	return launch(device, "decay_gate",
+	              a->form == LOW_RANK_DECAY  ? decay_gate_kernel<LOW_RANK_DECAY>
+	              : a->form == LOW_RANK_RATE ? decay_gate_kernel<LOW_RANK_RATE>
+	                                         : decay_gate_kernel<LOW_RANK_LOGIT>,
+	              grid, THREADS, 0, *a);
 }
 
 /* `width` lanes take the head of one token; its second reading comes from the L1 cache. */
@@ -127,7 +151,7 @@ static __global__ void __launch_bounds__(THREADS)
 		load8f(w, a.weight + i);
 #pragma unroll
 		for (int j = 0; j < 8; j++)
-			v[j] *= r * w[j] * z[j] * sigmoid(z[j]);
+			v[j] *= r * w[j] * (a.curve == CURVE_SILU ? z[j] : 1.0f) * sigmoid(z[j]);
 		store8(out + i, v);
 	}
 	if (valid && a.rstd && lane == 0)
@@ -138,6 +162,8 @@ extern "C" const char *portable_norm_gate_unsupported(const struct device *, con
 {
 	const auto *a = static_cast<const struct norm_gate_args *>(args);
 
+	if (!is_known_curve(a->curve))
+		return "an unknown curve";
 	return either(check_widths(a->d_head, a->gate_stride), check_aligned(a->gate));
 }
 

@@ -47,6 +47,14 @@ static __device__ __forceinline__ struct silu_pair silu(float x)
 	return {x * s, s * (1.0f + x * (1.0f - s))};
 }
 
+/* Of silu, or of a sigmoid. */
+static __device__ __forceinline__ struct silu_pair curve_of(enum curve curve, float x)
+{
+	const float s = sigmoid(x);
+
+	return curve == CURVE_SILU ? silu(x) : silu_pair{s, s * (1.0f - s)};
+}
+
 /* to += x, eight floats that are this thread's own. */
 static __device__ __forceinline__ void add8(float *to, const float (&x)[8])
 {
@@ -119,7 +127,7 @@ static __device__ __forceinline__ void write_sums(float *to, const float *sums, 
 /* ---- norm_gate ---- */
 
 /*
- * With x^ = x rstd, y = x^ weight, out = y silu(gate): `lanes` lanes take head
+ * With x^ = x rstd, y = x^ weight, out = y curve(gate): `lanes` lanes take head
  * blockIdx.y of one token after another. parts [H, rows at once, d]; their sums are in shared
  * memory until the end, if that is so large.
  */
@@ -155,7 +163,7 @@ static __global__ void __launch_bounds__(THREADS)
 			load8f(w, f.weight + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
-				const struct silu_pair s = silu(z[j]);
+				const struct silu_pair s = curve_of(f.curve, z[j]);
 				const float normed = xs[j] * r, through = dy[j] * s.value * normed;
 
 				z[j] = dy[j] * normed * w[j] * s.slope;
@@ -175,8 +183,8 @@ static __global__ void __launch_bounds__(THREADS)
 			load8f(w, f.weight + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++)
-				dy[j] = r *
-				        (dy[j] * silu(z[j]).value * w[j] - xs[j] * r * projection);
+				dy[j] = r * (dy[j] * curve_of(f.curve, z[j]).value * w[j] -
+				             xs[j] * r * projection);
 			store8(dx + i, dy);
 		}
 	}
@@ -201,6 +209,8 @@ extern "C" const char *portable_norm_gate_backward_unsupported(const struct devi
 
 	if (f->n_heads > 65535)
 		return "more than 65535 heads";
+	if (!is_known_curve(f->curve))
+		return "an unknown curve";
 	if (f->gate == a->dgate)
 		return "dgate in the place of the gate";
 	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
@@ -440,10 +450,11 @@ extern "C" enum status portable_gate_norm_backward(struct device *device, const 
 namespace
 {
 
-/* A thread's eight columns of rows blockIdx.y, blockIdx.y + gridDim.y, ...: parts [gridDim.y,
- * width]. */
+/* A thread's eight columns of rows blockIdx.y, blockIdx.y + gridDim.y, ..., of x or, where there is
+ * one, times `factor`: parts [gridDim.y, width]. */
 static __global__ void __launch_bounds__(THREADS)
-        sum_tokens_kernel(const bf16 *x, int64_t n_tokens, int64_t width, float *parts)
+        sum_tokens_kernel(const bf16 *x, const bf16 *factor, int64_t n_tokens, int64_t width,
+                          float *parts)
 {
 	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
 	float sum[8] = {};
@@ -452,39 +463,76 @@ static __global__ void __launch_bounds__(THREADS)
 		return;
 #pragma unroll 4
 	for (int64_t n = blockIdx.y; n < n_tokens; n += gridDim.y) {
-		float v[8];
+		float v[8], w[8];
 
 		load8(v, x + n * width + column);
+		if (factor)
+			load8(w, factor + n * width + column);
 #pragma unroll
 		for (int j = 0; j < 8; j++)
-			sum[j] += v[j];
+			sum[j] += factor ? v[j] * w[j] : v[j];
 	}
 	store8f(parts + blockIdx.y * width + column, sum);
 }
 
-/* dlogit from dlog_decay, and the logits x W^T that are in its place, in place. */
+/* dlogit from dout, and the logits x W^T that are in its place, in place. */
 static __global__ void __launch_bounds__(THREADS)
         decay_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
 {
 	const struct decay_gate_args &f = a.forward;
 	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	const float inverse = 1.0f / f.normalizer;
+	const int64_t column = index % f.d_out;
+	const bool rate = f.form == LOW_RANK_RATE;
 	float logit[8], bias[8], d[8];
 
 	if (index >= f.n_tokens * f.d_out)
 		return;
+	const float factor =
+	        rate ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)]) : 1.0f / f.normalizer;
 	load8(logit, elements(a.dlogit) + index);
-	load8(d, elements(a.dlog_decay) + index);
-	load8f(bias, f.bias + index % f.d_out);
+	load8(d, elements(a.dout) + index);
+	load8f(bias, f.bias + column);
 #pragma unroll
-	for (int j = 0; j < 8; j++)
-		d[j] *= inverse * sigmoid(-logit[j] - bias[j]);
+	for (int j = 0; j < 8; j++) {
+		const float u = logit[j] + bias[j];
+
+		d[j] *= factor * sigmoid(rate ? u : -u);
+	}
 	store8(static_cast<bf16 *>(a.dlogit) + index, d);
 }
 
 static int64_t token_splits(const struct device *device, int64_t n_tokens, int64_t width)
 {
 	return count_shares(device, n_tokens, BLOCKS_PER_SM, divide_up(width, 8 * THREADS));
+}
+
+/* sums [d_out] of x, times `factor` where there is one, over the tokens. */
+static enum status sum_tokens(struct device *device, const struct decay_gate_args *f, const void *x,
+                              const void *factor, float *parts, float *sums)
+{
+	const int64_t splits = token_splits(device, f->n_tokens, f->d_out);
+	const enum status status =
+	        launch(device, "decay_gate_backward", sum_tokens_kernel,
+	               dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits), THREADS,
+	               0, elements(x), elements(factor), f->n_tokens, f->d_out, parts);
+
+	if (status != STATUS_OK)
+		return status;
+	return column_sums(device, "decay_gate_backward", parts, splits, f->d_out, f->d_out, sums);
+}
+
+/* A decay is its own derivative with respect to log_rate. */
+static enum status sum_rates(struct device *device, const struct decay_gate_backward_args *a,
+                             float *parts)
+{
+	const struct decay_gate_args *f = &a->forward;
+	float *columns = parts + token_splits(device, f->n_tokens, f->d_out) * f->d_out;
+	const enum status status = sum_tokens(device, f, a->dout, f->out, parts, columns);
+
+	if (status != STATUS_OK)
+		return status;
+	return launch(device, "decay_gate_backward", head_sums_kernel, dim3((unsigned)f->n_heads),
+	              WARP, 0, columns, f->d_out / f->n_heads, a->dlog_rate);
 }
 
 } // namespace
@@ -495,6 +543,10 @@ extern "C" const char *portable_decay_gate_backward_unsupported(const struct dev
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
 
+	if (!is_known_low_rank(f->form))
+		return "an unknown gate of low rank";
+	if (f->form == LOW_RANK_RATE && f->d_out / f->n_heads % 8)
+		return "widths must be multiples of 8";
 	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));
 }
 
@@ -503,8 +555,9 @@ extern "C" size_t portable_decay_gate_backward_workspace(const struct device *de
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
-	const size_t parts =
-	        (size_t)(token_splits(device, f->n_tokens, f->d_out) * f->d_out) * sizeof(float);
+	const int64_t rows =
+	        token_splits(device, f->n_tokens, f->d_out) + (f->form == LOW_RANK_RATE ? 1 : 0);
+	const size_t parts = (size_t)(rows * f->d_out) * sizeof(float);
 
 	return std::max(parts, (size_t)GEMM_WORKSPACE);
 }
@@ -514,33 +567,32 @@ extern "C" enum status portable_decay_gate_backward(struct device *device, const
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
-	const int64_t splits = token_splits(device, f->n_tokens, f->d_out);
+	const bool logits = f->form == LOW_RANK_LOGIT;
+	const void *dlogit = logits ? a->dout : a->dlogit;
 	const int64_t threads = f->n_tokens * (f->d_out / 8);
 	float *parts = static_cast<float *>(workspace);
+	enum status status = STATUS_OK;
 	/* The logits once more, in dlogit's place. */
 	struct gemm g = product(f->n_tokens, f->rank, f->d_out, {f->x, false}, {f->weight, true},
 	                        a->dlogit, DTYPE_BF16);
 	g.a_leading = f->x_stride;
-	enum status status = gemm_run(device, &g, workspace);
-	if (status == STATUS_OK)
+	if (!logits)
+		status = gemm_run(device, &g, workspace);
+	if (status == STATUS_OK && !logits)
 		status = launch_each(device, "decay_gate_backward", decay_slope_kernel, threads,
 		                     THREADS, *a);
 	if (status == STATUS_OK)
-		status = launch(device, "decay_gate_backward", sum_tokens_kernel,
-		                dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits),
-		                THREADS, 0, static_cast<const bf16 *>(a->dlogit), f->n_tokens,
-		                f->d_out, parts);
-	if (status == STATUS_OK)
-		status = column_sums(device, "decay_gate_backward", parts, splits, f->d_out,
-		                     f->d_out, a->dbias);
+		status = sum_tokens(device, f, dlogit, NULL, parts, a->dbias);
+	if (status == STATUS_OK && f->form == LOW_RANK_RATE)
+		status = sum_rates(device, a, parts);
 	/* dweight = dlogit^T x. */
-	g = product(f->d_out, f->n_tokens, f->rank, {a->dlogit, true}, {f->x, false}, a->dweight,
+	g = product(f->d_out, f->n_tokens, f->rank, {dlogit, true}, {f->x, false}, a->dweight,
 	            DTYPE_F32);
 	g.b_leading = f->x_stride;
 	if (status == STATUS_OK)
 		status = gemm_run(device, &g, workspace);
 	/* dx = dlogit W. */
-	g = product(f->n_tokens, f->d_out, f->rank, {a->dlogit, false}, {f->weight, false}, a->dx,
+	g = product(f->n_tokens, f->d_out, f->rank, {dlogit, false}, {f->weight, false}, a->dx,
 	            DTYPE_BF16);
 	g.out_leading = f->x_stride;
 	return status == STATUS_OK ? gemm_run(device, &g, workspace) : status;
@@ -739,4 +791,86 @@ extern "C" enum status portable_time_step_backward(struct device *device, const 
 		return status;
 	return column_sums(device, "time_step_backward", parts + f->n_heads,
 	                   time_step_slots(device, f), 2 * f->n_heads, f->n_heads, a->dlog_rate);
+}
+
+/* ---- delta_gate ---- */
+
+namespace
+{
+
+/* A thread keeps to one head of every `slots`-th token. parts [slots, 2, H]: shares of dbias and
+ * dlog_rate. */
+static __global__ void __launch_bounds__(THREADS)
+        delta_gate_backward_kernel(const __grid_constant__ struct delta_gate_backward_args a,
+                                   int64_t slots, float *parts)
+{
+	const struct delta_gate_args &f = a.forward;
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t slot = index / f.n_heads, h = index % f.n_heads;
+	float rate = 0.0f, bias = 0.0f, dbias = 0.0f, dlog_rate = 0.0f;
+
+	if (slot >= slots)
+		return;
+	if (f.decay_logit) {
+		rate = __expf(f.log_rate[h]);
+		bias = f.bias[h];
+	}
+	for (int64_t n = slot; n < f.n_tokens; n += slots) {
+		const int64_t row = n * f.n_heads + h, from = n * f.stride + h;
+		const float logit = __bfloat162float(elements(f.logit)[from]);
+		const float dbeta = __bfloat162float(elements(a.dbeta)[row]);
+
+		static_cast<bf16 *>(a.dlogit)[from] =
+		        __float2bfloat16(dbeta * sigmoid(logit) * sigmoid(-logit));
+		if (!f.decay_logit)
+			continue;
+		const float u = __bfloat162float(elements(f.decay_logit)[from]) + bias;
+		const float scaled = rate * __bfloat162float(elements(a.dlog_decay)[row]);
+		const float du = -scaled * sigmoid(u);
+
+		static_cast<bf16 *>(a.ddecay_logit)[from] = __float2bfloat16(du);
+		dbias += du;
+		dlog_rate -= scaled * (fmaxf(u, 0.0f) + log_1_plus(__expf(-fabsf(u))));
+	}
+	if (!f.decay_logit)
+		return;
+	parts[2 * slot * f.n_heads + h] = dbias;
+	parts[(2 * slot + 1) * f.n_heads + h] = dlog_rate;
+}
+
+/* Tokens that are taken at a time. */
+static int64_t delta_gate_slots(const struct device *device, const struct delta_gate_args *f)
+{
+	return count_shares(device, f->n_tokens, BLOCKS_PER_SM * THREADS, f->n_heads);
+}
+
+} // namespace
+
+extern "C" size_t portable_delta_gate_backward_workspace(const struct device *device,
+                                                         const void *args)
+{
+	const auto *a = static_cast<const struct delta_gate_backward_args *>(args);
+	const struct delta_gate_args *f = &a->forward;
+
+	return (size_t)(2 * delta_gate_slots(device, f) * f->n_heads) * sizeof(float);
+}
+
+extern "C" enum status portable_delta_gate_backward(struct device *device, const void *args,
+                                                    void *workspace)
+{
+	const auto *a = static_cast<const struct delta_gate_backward_args *>(args);
+	const struct delta_gate_args *f = &a->forward;
+	const int64_t slots = delta_gate_slots(device, f);
+	float *parts = static_cast<float *>(workspace);
+	enum status status = launch_each(device, "delta_gate_backward", delta_gate_backward_kernel,
+	                                 slots * f->n_heads, THREADS, *a, slots, parts);
+
+	if (status != STATUS_OK || !f->decay_logit)
+		return status;
+	status = column_sums(device, "delta_gate_backward", parts, slots, 2 * f->n_heads,
+	                     f->n_heads, a->dbias);
+	if (status != STATUS_OK)
+		return status;
+	return column_sums(device, "delta_gate_backward", parts + f->n_heads, slots, 2 * f->n_heads,
+	                   f->n_heads, a->dlog_rate);
 }

@@ -40,6 +40,8 @@
 	X(SHORT_CONV_STEP, "portable", portable_short_conv_step, checked, none)                    \
 	X(TIME_STEP, "portable", portable_time_step, checked, none)                                \
 	X(TIME_STEP_BACKWARD, "portable", portable_time_step_backward, checked, workspace)         \
+	X(DELTA_GATE, "portable", portable_delta_gate, any, none)                                  \
+	X(DELTA_GATE_BACKWARD, "portable", portable_delta_gate_backward, any, workspace)           \
 	X(FORGET_GATE, "portable", portable_forget_gate, checked, none)                            \
 	X(FORGET_GATE_BACKWARD, "portable", portable_forget_gate_backward, checked, workspace)     \
 	X(GATE_NORM, "portable", portable_gate_norm, checked, none)                                \

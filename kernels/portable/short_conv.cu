@@ -25,7 +25,7 @@ static __device__ __forceinline__ void load_weights(struct channels &c, const fl
 		c.weight[i][1] = taps.y;
 		c.weight[i][2] = taps.z;
 		c.weight[i][3] = taps.w;
-		c.bias[i] = bias[channel + i];
+		c.bias[i] = bias ? bias[channel + i] : 0.0f;
 	}
 }
 

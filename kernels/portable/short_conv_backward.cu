@@ -27,7 +27,7 @@ start(struct channels &c, const struct short_conv_backward_args &a, int64_t chan
 {
 #pragma unroll
 	for (int i = 0; i < 8; i++) {
-		c.bias[i] = a.forward.bias[channel + i];
+		c.bias[i] = a.forward.bias ? a.forward.bias[channel + i] : 0.0f;
 		c.dbias[i] = 0.0f;
 #pragma unroll
 		for (int j = 0; j < CONV_WIDTH; j++) {
@@ -195,7 +195,7 @@ extern "C" enum status portable_short_conv_backward(struct device *device, const
 	if (status == STATUS_OK)
 		status = column_sums(device, "short_conv_backward", parts, splits,
 		                     taps + f->channels, taps, a->dweight);
-	if (status != STATUS_OK)
+	if (status != STATUS_OK || !f->bias)
 		return status;
 	return column_sums(device, "short_conv_backward", parts + taps, splits, taps + f->channels,
 	                   f->channels, a->dbias);

@@ -115,36 +115,80 @@ static double log_sigmoid(double x)
 	return x >= 0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
+/* log(1 + e^x) without cancellation. */
+static double softplus(double x)
+{
+	return -log_sigmoid(-x);
+}
+
+/* What column i makes of its logit, and the slope there. */
+static double low_rank_value(const struct decay_gate_args *a, int64_t i, double logit)
+{
+	if (a->form == LOW_RANK_DECAY)
+		return log_sigmoid(logit) / a->normalizer;
+	if (a->form == LOW_RANK_RATE)
+		return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * softplus(logit);
+	return logit;
+}
+
+static double low_rank_slope(const struct decay_gate_args *a, int64_t i, double logit)
+{
+	if (a->form == LOW_RANK_DECAY)
+		return sigmoid(-logit) / a->normalizer;
+	return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * sigmoid(logit);
+}
+
 enum status reference_decay_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_args *a = args;
 	const double *bias = wide(a->bias);
-	double *log_decay = a->log_decay;
+	double *out = a->out;
 
-	linear(a->n_tokens, a->rank, a->d_out, a->x, a->x_stride, a->weight, 0, log_decay);
+	linear(a->n_tokens, a->rank, a->d_out, a->x, a->x_stride, a->weight, 0, out);
 #pragma omp parallel for
 	for (int64_t i = 0; i < a->n_tokens * a->d_out; i++)
-		log_decay[i] = log_sigmoid(log_decay[i] + bias[i % a->d_out]) / a->normalizer;
+		out[i] = low_rank_value(a, i % a->d_out, out[i] + bias[i % a->d_out]);
 	return STATUS_OK;
+}
+
+/* dlogit and dlog_rate. */
+static void low_rank_backward(const struct decay_gate_backward_args *a)
+{
+	const struct decay_gate_args *f = &a->forward;
+	const bool rate = f->form == LOW_RANK_RATE;
+	const double *dout = a->dout, *bias = wide(f->bias);
+	double *dlogit = a->dlogit, none = 0, *dlog_rate = rate ? wide_out(a->dlog_rate) : &none;
+	int64_t d_out = f->d_out, n_rates = rate ? f->n_heads : 1;
+
+	linear(f->n_tokens, f->rank, d_out, f->x, f->x_stride, f->weight, 0, dlogit);
+	zero(n_rates, dlog_rate);
+#pragma omp parallel for reduction(+ : dlog_rate[:n_rates])
+	for (int64_t i = 0; i < f->n_tokens * d_out; i++) {
+		int64_t column = i % d_out;
+		double logit = dlogit[i] + bias[column];
+
+		/* The value is its own derivative with respect to log_rate. */
+		if (rate)
+			dlog_rate[column / (d_out / n_rates)] +=
+			        dout[i] * low_rank_value(f, column, logit);
+		dlogit[i] = dout[i] * low_rank_slope(f, column, logit);
+	}
 }
 
 enum status reference_decay_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_backward_args *a = args;
 	const struct decay_gate_args *f = &a->forward;
-	const double *bias = wide(f->bias), *dlog_decay = a->dlog_decay;
-	double *dlogit = a->dlogit, *dbias = wide_out(a->dbias);
+	const double *dlogit = f->form == LOW_RANK_LOGIT ? a->dout : a->dlogit;
+	double *dbias = wide_out(a->dbias);
 	int64_t n = f->n_tokens, d_out = f->d_out;
 
-	linear(n, f->rank, d_out, f->x, f->x_stride, f->weight, 0, dlogit);
+	if (f->form != LOW_RANK_LOGIT)
+		low_rank_backward(a);
 	zero(d_out, dbias);
 #pragma omp parallel for reduction(+ : dbias[:d_out])
-	for (int64_t i = 0; i < n * d_out; i++) {
-		double logit = dlogit[i] + bias[i % d_out];
-
-		dlogit[i] = dlog_decay[i] * sigmoid(-logit) / f->normalizer;
+	for (int64_t i = 0; i < n * d_out; i++)
 		dbias[i % d_out] += dlogit[i];
-	}
 	linear_backward(n, f->rank, d_out, f->x, f->x_stride, f->weight, dlogit, a->dx,
 	                wide_out(a->dweight));
 	return STATUS_OK;

@@ -4,6 +4,16 @@
 
 #include <omp.h>
 
+static double curve_of(enum curve curve, double x)
+{
+	return curve == CURVE_SILU ? silu(x) : sigmoid(x);
+}
+
+static double curve_derivative(enum curve curve, double x)
+{
+	return curve == CURVE_SILU ? silu_derivative(x) : sigmoid(x) * sigmoid(-x);
+}
+
 enum status reference_norm_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_args *a = args;
@@ -17,7 +27,7 @@ enum status reference_norm_gate(struct device *device, const void *args, void *w
 		double *out = (double *)a->out + row * d, r = inverse_rms(d, a->eps, x);
 
 		for (int64_t i = 0; i < d; i++)
-			out[i] = x[i] * r * weight[i] * silu(gate[i]);
+			out[i] = x[i] * r * weight[i] * curve_of(a->curve, gate[i]);
 		if (a->rstd)
 			wide_out(a->rstd)[row] = r;
 	}
@@ -42,8 +52,9 @@ enum status reference_norm_gate_backward(struct device *device, const void *args
 		double r = inverse_rms(d, f->eps, x);
 
 		for (int64_t i = 0; i < d; i++) {
-			dgate[i] = dout[i] * (x[i] * r * weight[i]) * silu_derivative(gate[i]);
-			dx[i] = dout[i] * gate[i] * sigmoid(gate[i]);
+			dgate[i] = dout[i] * (x[i] * r * weight[i]) *
+			           curve_derivative(f->curve, gate[i]);
+			dx[i] = dout[i] * curve_of(f->curve, gate[i]);
 		}
 		norm_row_backward(d, r, x, weight, dx, dx, dweight);
 	}
@@ -59,7 +70,7 @@ static double conv_input(const struct short_conv_args *a, int64_t b, int64_t t, 
 /* Of token n, before the activation. */
 static double conv_sum(const struct short_conv_args *a, int64_t n, int64_t i)
 {
-	double sum = wide(a->bias)[i];
+	double sum = a->bias ? wide(a->bias)[i] : 0;
 
 	for (int64_t j = 0; j < CONV_WIDTH; j++) {
 		int64_t t = n % a->seq_len - CONV_HISTORY + j;
@@ -103,17 +114,20 @@ enum status reference_short_conv_backward(struct device *device, const void *arg
 {
 	const struct short_conv_backward_args *a = args;
 	const struct short_conv_args *f = &a->forward;
-	double *dx = a->dx, *dweight = wide_out(a->dweight), *dbias = wide_out(a->dbias);
+	double *dx = a->dx, *dweight = wide_out(a->dweight);
+	double *dbias = f->bias ? wide_out(a->dbias) : NULL;
 
 	zero(f->channels * CONV_WIDTH, dweight);
-	zero(f->channels, dbias);
+	if (dbias)
+		zero(f->channels, dbias);
 #pragma omp parallel for
 	for (int64_t i = 0; i < f->channels; i++)
 		for (int64_t n = 0; n < f->batch * f->seq_len; n++) {
 			int64_t t = n % f->seq_len;
 			double dsum = conv_sum_gradient(a, n, i);
 
-			dbias[i] += dsum;
+			if (dbias)
+				dbias[i] += dsum;
 			dx[n * f->x_stride + i] = 0;
 			for (int64_t j = 0; j < CONV_WIDTH; j++) {
 				int64_t tap = i * CONV_WIDTH + j, back = CONV_HISTORY - j;
@@ -136,7 +150,7 @@ enum status reference_short_conv_step(struct device *device, const void *args, v
 		for (int64_t i = 0; i < c; i++) {
 			double *history = (double *)a->history + b * CONV_HISTORY * c + i;
 			double x = ((const double *)a->x)[b * a->x_stride + i];
-			double sum = wide(a->bias)[i];
+			double sum = a->bias ? wide(a->bias)[i] : 0;
 
 			for (int64_t j = 0; j < CONV_WIDTH; j++)
 				sum += wide(a->weight)[i * CONV_WIDTH + j] *
@@ -200,6 +214,67 @@ enum status reference_time_step_backward(struct device *device, const void *args
 		dbias[h] += *dlogit;
 		dlog_rate[h] -= dlog_decay * rate * dt;
 	}
+	return STATUS_OK;
+}
+
+enum status reference_delta_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct delta_gate_args *a = args;
+	const double *logit = a->logit, *decay_logit = a->decay_logit;
+	double *beta = a->beta, *log_decay = a->log_decay;
+	int64_t heads = a->n_heads;
+
+#pragma omp parallel for
+	for (int64_t i = 0; i < a->n_tokens * heads; i++) {
+		int64_t h = i % heads, from = i / heads * a->stride + h;
+
+		beta[i] = sigmoid(logit[from]);
+		if (decay_logit)
+			log_decay[i] = -exp(wide(a->log_rate)[h]) *
+			               softplus(decay_logit[from] + wide(a->bias)[h]);
+	}
+	return STATUS_OK;
+}
+
+/* The gradients of what makes the decay. */
+static void delta_decay_backward(const struct delta_gate_backward_args *a)
+{
+	const struct delta_gate_args *f = &a->forward;
+	const double *decay_logit = f->decay_logit, *dlog_decay = a->dlog_decay;
+	double *ddecay_logit = a->ddecay_logit;
+	double *dbias = wide_out(a->dbias), *dlog_rate = wide_out(a->dlog_rate);
+	int64_t heads = f->n_heads;
+
+	zero(heads, dbias);
+	zero(heads, dlog_rate);
+#pragma omp parallel for reduction(+ : dbias[:heads], dlog_rate[:heads])
+	for (int64_t i = 0; i < f->n_tokens * heads; i++) {
+		int64_t h = i % heads, from = i / heads * f->stride + h;
+		double logit = decay_logit[from] + wide(f->bias)[h];
+		double rate = exp(wide(f->log_rate)[h]);
+
+		ddecay_logit[from] = -rate * dlog_decay[i] * sigmoid(logit);
+		dbias[h] += ddecay_logit[from];
+		dlog_rate[h] -= rate * dlog_decay[i] * softplus(logit);
+	}
+}
+
+enum status reference_delta_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct delta_gate_backward_args *a = args;
+	const struct delta_gate_args *f = &a->forward;
+	const double *logit = f->logit, *dbeta = a->dbeta;
+	double *dlogit = a->dlogit;
+	int64_t heads = f->n_heads;
+
+#pragma omp parallel for
+	for (int64_t i = 0; i < f->n_tokens * heads; i++) {
+		int64_t from = i / heads * f->stride + i % heads;
+
+		dlogit[from] = dbeta[i] * sigmoid(logit[from]) * sigmoid(-logit[from]);
+	}
+	if (f->decay_logit)
+		delta_decay_backward(a);
 	return STATUS_OK;
 }
 

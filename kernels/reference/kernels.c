@@ -19,6 +19,10 @@ static const char *unknown_option(enum operation operation, const void *args)
 	else if (operation == OP_MATRIX_RECURRENCE_STEP)
 		known = is_known_decay(a->matrix_recurrence_step.decay) &&
 		        is_known_rule(a->matrix_recurrence_step.rule);
+	else if (operation == OP_DECAY_GATE || operation == OP_DECAY_GATE_BACKWARD)
+		known = is_known_low_rank(a->decay_gate.form);
+	else if (operation == OP_NORM_GATE || operation == OP_NORM_GATE_BACKWARD)
+		known = is_known_curve(a->norm_gate.curve);
 	return known ? NULL : "an unknown option";
 }
 

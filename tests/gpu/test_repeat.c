@@ -37,6 +37,9 @@ static const struct subject subjects[] = {
         {"mamba2", PASS_PREFILL, 1, 4097, NULL},
         {"hgrn", PASS_PREFILL, 1, 4097, NULL},
         {"hgrn2", PASS_PREFILL, 1, 4097, NULL},
+        {"delta_net", PASS_PREFILL, 1, 4097, NULL},
+        {"gated_delta_net", PASS_PREFILL, 1, 4097, NULL},
+        {"kda", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_TRAIN, 2, 2047, "portable"},
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
@@ -59,6 +62,9 @@ static const struct subject subjects[] = {
         {"mamba2", PASS_GENERATION, 7, 1500, NULL},
         {"hgrn", PASS_GENERATION, 7, 1500, NULL},
         {"hgrn2", PASS_GENERATION, 7, 1500, NULL},
+        {"delta_net", PASS_GENERATION, 7, 1500, NULL},
+        {"gated_delta_net", PASS_GENERATION, 7, 1500, NULL},
+        {"kda", PASS_GENERATION, 7, 1500, NULL},
 };
 
 static const struct subject small_subjects[] = {
