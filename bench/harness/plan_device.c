@@ -198,17 +198,22 @@ static size_t matrix_recurrence_workspace(const struct device *device, const voi
 	return (size_t)(heads * records * (a->d_k * 260 + 8192));
 }
 
-/* dq and dk in fp32 for every 128 columns of v, and the states before chunks. */
+/* States and their gradients between chunks of 64; where heads are few, the ends of segments of
+ * time. */
 static size_t matrix_recurrence_backward_workspace(const struct device *device, const void *args)
 {
 	const struct matrix_recurrence_args *f =
 	        &((const struct matrix_recurrence_backward_args *)args)->forward;
-	const bool by_data = f->decay == DECAY_SCALAR || f->decay == DECAY_DIAGONAL;
-	const int64_t columns = divide_up(f->d_v, 128), heads = f->batch * f->n_heads;
-	const int64_t bounds = by_data ? divide_up(f->seq_len, 64) - 1 : 0;
+	const int64_t panel = f->d_k <= 64 ? 64 : 128, rows = divide_up(f->d_k, panel) * panel;
+	const int64_t columns = divide_up(f->d_v, 32) * 32, heads = f->batch * f->n_heads;
+	const int64_t chunks = divide_up(f->seq_len, 64), n_sm = gpu_of(device)->n_sm;
+	const int64_t blocks = heads * (rows / panel) * divide_up(columns, 128);
+	const int64_t wanted = blocks >= n_sm ? 1 : 2 * n_sm / blocks;
+	const int64_t shortest = chunks < 2 ? chunks : 2, even = divide_up(chunks, wanted);
+	const int64_t segments = divide_up(chunks, even > shortest ? even : shortest);
 
-	return (size_t)(columns * (2 * heads * f->seq_len + heads * bounds) * f->d_k) * 4 +
-	       (size_t)(heads * bounds * f->d_k * f->d_v) * 2;
+	return (size_t)(heads * chunks * rows * columns) * 4 +
+	       (segments > 1 ? (size_t)(segments * heads * rows * (columns + 1)) * 4 : 0);
 }
 
 static size_t embedding_backward_workspace(const struct device *device, const void *args)

@@ -1,370 +1,302 @@
 /*
  * Gradients of the plain matrix recurrence S_t = A_t S_{t-1} + k_t^T v_t,
- * o_t = scale q_t S_t, token by token with the states in registers:
- *   1. forward in time:  dq_t = scale S_t dout_t;
- *   2. backward in time: G_t = scale q_t^T dout_t + A_{t+1} G_{t+1},
- *      dk_t = G_t v_t, dv_t = k_t G_t, dh0 = A_1 G_1;
- *   3. the gradient of log A_t, a row of the state each:
- *      F_t = F_{t+1} + q_t dq_t - k_t dk_t, from F_t = rowsum(S_{t-1} A_t G_t) at
- *      every CHUNK-th token, so that no long sum cancels.
- * A block takes COLUMNS columns of the values, a warp 16 of them, a lane every
- * 32nd row. Sums over columns meet in shared memory, TOKENS tokens at a time,
- * those of the blocks in the third pass. The states between chunks are kept
- * as bf16 in the workspace.
+ * o_t = scale q_t S_t, chunkwise on the tensor cores, the same in every run:
+ *   1. and 2. the states S before the chunks and the gradients L of those after
+ *      them (matrix_backward_sweep.cu);
+ *   3. here, all chunks in parallel, with W_ij the decays from behind token j to
+ *      token i, P_i from the chunk's start, R_j to its end, D of all of it,
+ *      B = tril(q k^T W) and dB = tril(dout v^T):
+ *        dq_i = P_i (S dout_i) + sum over j <= i of dB_ij W_ij k_j
+ *        dk_j = R_j (L v_j)    + sum over i >= j of dB_ij W_ij q_i
+ *        dv_j = (k_j R_j) L    + sum over i >= j of B_ij dout_i;
+ *      and the gradient of log A_t, what flows through it, from S and the tokens
+ *      before t to L and the tokens from t on:
+ *        F_t = D rowsum(S L) + sum of k R (L v) + sum over i >= t of (q_i dq_i - k_i dk_i).
+ * A pair of tokens on one side of t cancels in the last sum. Both of its terms are
+ * made of the same rounded factors, and no sum is longer than a chunk.
+ *
+ * Decays of all channels alike multiply the scores. Diagonal decays between
+ * sub-chunks of 16 tokens are split at the ends of sub-chunks: queries decay from the
+ * end before theirs, keys to their own's end, and the sums, fp32, decay by whole
+ * sub-chunks while they grow (Horner). Inside a sub-chunk the split at its end makes
+ * one factor grow. It is taken if no channel of the panel decays by more than 2^-60 in a
+ * sub-chunk; otherwise pairs are taken one by one, fp32, with products of the
+ * decays. No other exponent is above zero, and none is a difference of sums.
+ *
+ * A block of eight warps takes a chunk of a head: the scores B of all panels of 64 or
+ * 128 channels, then panel after panel, the last one first, slabs of 32 columns of S,
+ * L, v and dout, one of them on its way. Warp w has the 16 tokens w % 4, and of them
+ * half w / 4 of the panel's channels, of the slab's columns or of the other tokens.
+ * From the second panel on dv is added to what is already in memory.
+ *
+ * What is not in whole pieces of 16 bytes is copied to the workspace first, so any
+ * widths and strides will do. 128 registers, 97 KB of shared memory, two blocks on a
+ * multiprocessor. Limits: docs/kernels/portable_matrix_backward.md.
  */
-#include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
+#include "kernels/portable/matrix_backward_finish.cuh"
 
 namespace
 {
 
-constexpr int THREADS = 256, WARPS = THREADS / WARP, WARP_COLUMNS = 16;
-constexpr int COLUMNS = WARPS * WARP_COLUMNS, MAX_ROWS = 256, TOKENS = 4, CHUNK = 64;
+using namespace matrix_backward;
 
-struct work {
-	int64_t column_blocks, bounds; /* bounds between chunks, per sequence */
-	float *dq, *dk;                /* [column_blocks, B, T, H, d_k] */
-	float *flow;                   /* [column_blocks, B, H, bounds, d_k]: F behind each bound */
-	bf16 *states;                  /* [B, H, bounds, d_k, d_v] before each bound */
-};
-
-/* TOKENS tokens in shared memory. */
-struct group {
-	float q[TOKENS][MAX_ROWS], k[TOKENS][MAX_ROWS], decay[TOKENS][MAX_ROWS];
-	float v[TOKENS][COLUMNS], dout[TOKENS][COLUMNS];
-	float sums[TOKENS][WARPS][MAX_ROWS]; /* the warps' shares of dq or dk */
-	float dv[TOKENS][COLUMNS];
-};
-
-static __device__ __forceinline__ bool decays_by_data(const struct matrix_recurrence_args &f)
+template <int PANEL, bool DIAGONAL>
+static __global__ void __launch_bounds__(THREADS, 2)
+        chunk_kernel(const __grid_constant__ struct matrix_recurrence_args f,
+                     const __grid_constant__ struct plan p,
+                     const __grid_constant__ struct outputs o)
 {
-	return f.decay == DECAY_SCALAR || f.decay == DECAY_DIAGONAL;
-}
+	using L = layout<PANEL>;
+	const struct place<PANEL> x = place_of<PANEL>(f, p);
+	const int warp = threadIdx.x / WARP, slabs = (int)p.slabs;
 
-static __device__ __forceinline__ float decay_of(const struct matrix_recurrence_args &f, int64_t b,
-                                                 int64_t t, int64_t h, int row)
-{
-	if (f.decay == DECAY_NONE)
-		return 1.0f;
-	if (f.decay == DECAY_CONSTANT)
-		return 1.0f - exp2_fast(-5.0f - (float)h);
-	return __expf(__bfloat162float(
-	        *(at(f.log_decay, b, t, h) + (f.decay == DECAY_DIAGONAL ? row : 0))));
-}
+	if (!DIAGONAL && threadIdx.x < WARP) {
+		const int64_t t = x.first + 2 * threadIdx.x;
+		const struct token_sums sums =
+		        sum_tokens(make_float2(token_decay(f, x.b, t, x.h, t < f.seq_len),
+		                               token_decay(f, x.b, t + 1, x.h, t + 1 < f.seq_len)));
 
-/* Tokens t .. t+n-1; zeros where the state has no row or no column. */
-static __device__ __forceinline__ void load_group(struct group &g,
-                                                  const struct matrix_recurrence_backward_args &a,
-                                                  int64_t b, int64_t h, int64_t first_column,
-                                                  int64_t t, int n)
-{
-	const struct matrix_recurrence_args &f = a.forward;
-
-	for (int i = threadIdx.x; i < n * MAX_ROWS; i += THREADS) {
-		const int m = i / MAX_ROWS, row = i % MAX_ROWS;
-		const bool valid = row < f.d_k;
-
-		g.q[m][row] = valid ? f.scale * __bfloat162float(at(f.q, b, t + m, h)[row]) : 0.0f;
-		g.k[m][row] = valid ? __bfloat162float(at(f.k, b, t + m, h)[row]) : 0.0f;
-		g.decay[m][row] = valid ? decay_of(f, b, t + m, h, row) : 0.0f;
+		x.g[2 * threadIdx.x] = sums.first;
+		x.g[2 * threadIdx.x + 1] = sums.second;
 	}
-	for (int i = threadIdx.x; i < n * COLUMNS; i += THREADS) {
-		const int m = i / COLUMNS, column = i % COLUMNS;
-		const bool valid = first_column + column < f.d_v;
+	bool mild = true; /* of the panel at hand */
+	{
+		float scores[4][4] = {}, own[2][4] = {}, exact[SUB] = {};
 
-		g.v[m][column] =
-		        valid ? __bfloat162float(at(f.v, b, t + m, h)[first_column + column])
-		              : 0.0f;
-		g.dout[m][column] =
-		        valid ? __bfloat162float(at(a.dout, b, t + m, h)[first_column + column])
-		              : 0.0f;
-	}
-}
+#pragma unroll 1
+		for (int64_t panel = 0; panel < p.panels; panel++) {
+			const struct strip s = strip_of<PANEL>(panel);
 
-static __device__ __forceinline__ void load_columns(float (&x)[WARP_COLUMNS], const float *from)
-{
-#pragma unroll
-	for (int i = 0; i < WARP_COLUMNS / 4; i++) {
-		const float4 v = reinterpret_cast<const float4 *>(from)[i];
-
-		x[4 * i] = v.x;
-		x[4 * i + 1] = v.y;
-		x[4 * i + 2] = v.z;
-		x[4 * i + 3] = v.w;
-	}
-}
-
-/* parts of tokens t .. t+n-1 = factor times the sums over the warps. */
-static __device__ __forceinline__ void store_sums(const struct group &g,
-                                                  const struct matrix_recurrence_args &f,
-                                                  float *parts, int64_t b, int64_t h, int64_t t,
-                                                  int n, float factor)
-{
-	for (int i = threadIdx.x; i < n * MAX_ROWS; i += THREADS) {
-		const int m = i / MAX_ROWS, row = i % MAX_ROWS;
-		float sum = 0.0f;
-
-		if (row >= f.d_k)
-			continue;
-#pragma unroll
-		for (int w = 0; w < WARPS; w++)
-			sum += g.sums[m][w][row];
-		parts[(((blockIdx.x * f.batch + b) * f.seq_len + t + m) * f.n_heads + h) * f.d_k +
-		      row] = factor * sum;
-	}
-}
-
-/* Where a lane's columns of row `row` of the state behind `bound` are kept. */
-static __device__ __forceinline__ bf16 *kept_state(const struct work &w,
-                                                   const struct matrix_recurrence_args &f,
-                                                   int64_t b, int64_t h, int64_t bound, int row,
-                                                   int64_t column)
-{
-	return w.states + (((b * f.n_heads + h) * w.bounds + bound) * f.d_k + row) * f.d_v + column;
-}
-
-template <int LANE_ROWS>
-static __global__ void __launch_bounds__(THREADS, 1)
-        forward_kernel(const __grid_constant__ struct matrix_recurrence_backward_args a,
-                       const __grid_constant__ struct work w)
-{
-	const struct matrix_recurrence_args &f = a.forward;
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const int64_t h = blockIdx.y, b = blockIdx.z, first_column = blockIdx.x * COLUMNS;
-	const int64_t column = first_column + warp * WARP_COLUMNS;
-	struct group &g = *reinterpret_cast<struct group *>(shared_memory);
-	float s[LANE_ROWS][WARP_COLUMNS];
-
-#pragma unroll
-	for (int r = 0; r < LANE_ROWS; r++)
-#pragma unroll
-		for (int c = 0; c < WARP_COLUMNS; c++) {
-			const int row = lane + WARP * r;
-			const bool valid = f.h0 && row < f.d_k && column + c < f.d_v;
-
-			s[r][c] = valid ? f.h0[((b * f.n_heads + h) * f.d_k + row) * f.d_v +
-			                       column + c]
-			                : 0.0f;
-		}
-	for (int64_t t = 0; t < f.seq_len; t += TOKENS) {
-		const int n = (int)min((int64_t)TOKENS, f.seq_len - t);
-
-		__syncthreads();
-		load_group(g, a, b, h, first_column, t, n);
-		__syncthreads();
-		for (int m = 0; m < n; m++) {
-			float v[WARP_COLUMNS], dout[WARP_COLUMNS];
-
-			load_columns(v, g.v[m] + warp * WARP_COLUMNS);
-			load_columns(dout, g.dout[m] + warp * WARP_COLUMNS);
-#pragma unroll
-			for (int r = 0; r < LANE_ROWS; r++) {
-				const float k = g.k[m][lane + WARP * r];
-				const float decay = g.decay[m][lane + WARP * r];
-				float sum = 0.0f;
-
-#pragma unroll
-				for (int c = 0; c < WARP_COLUMNS; c++) {
-					s[r][c] = decay * s[r][c] + k * v[c];
-					sum += s[r][c] * dout[c];
-				}
-				g.sums[m][warp][lane + WARP * r] = sum;
-			}
-		}
-		if (decays_by_data(f) && (t + n) % CHUNK == 0 && t + n < f.seq_len)
-#pragma unroll
-			for (int r = 0; r < LANE_ROWS; r++) {
-				bf16 *const to = kept_state(w, f, b, h, (t + n) / CHUNK - 1,
-				                            lane + WARP * r, column);
-
-#pragma unroll
-				for (int c = 0; c < WARP_COLUMNS; c++)
-					if (lane + WARP * r < f.d_k && column + c < f.d_v)
-						to[c] = __float2bfloat16(s[r][c]);
-			}
-		__syncthreads();
-		store_sums(g, f, w.dq, b, h, t, n, f.scale);
-	}
-}
-
-template <int LANE_ROWS>
-static __global__ void __launch_bounds__(THREADS, 1)
-        backward_kernel(const __grid_constant__ struct matrix_recurrence_backward_args a,
-                        const __grid_constant__ struct work w)
-{
-	const struct matrix_recurrence_args &f = a.forward;
-	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const int64_t h = blockIdx.y, b = blockIdx.z, first_column = blockIdx.x * COLUMNS;
-	const int64_t column = first_column + warp * WARP_COLUMNS;
-	struct group &g = *reinterpret_cast<struct group *>(shared_memory);
-	float grad[LANE_ROWS][WARP_COLUMNS] = {}; /* A_{t+1} G_{t+1} */
-
-	for (int64_t t = (f.seq_len - 1) / TOKENS * TOKENS; t >= 0; t -= TOKENS) {
-		const int n = (int)min((int64_t)TOKENS, f.seq_len - t);
-
-		__syncthreads();
-		if (decays_by_data(f) && (t + n) % CHUNK == 0 && t + n < f.seq_len) {
-			const int64_t bound = (t + n) / CHUNK - 1;
-
-#pragma unroll
-			for (int r = 0; r < LANE_ROWS; r++) {
-				const int row = lane + WARP * r;
-				const bf16 *from = kept_state(w, f, b, h, bound, row, column);
-				float sum = 0.0f;
-
-#pragma unroll
-				for (int c = 0; c < WARP_COLUMNS; c++)
-					if (row < f.d_k && column + c < f.d_v)
-						sum += __bfloat162float(from[c]) * grad[r][c];
-				g.sums[0][warp][row] = sum;
+			__syncthreads();
+			load_keys<PANEL>(x, p, panel, DIAGONAL);
+			if (panel == p.panels - 1) {
+				load_slab<PANEL>(sources_of<PANEL>(x, f, p, o.dv, panel), 0);
+				copy_wait<1>();
+			} else {
+				copy_wait<0>();
 			}
 			__syncthreads();
-			for (int row = threadIdx.x; row < f.d_k; row += THREADS) {
-				float sum = 0.0f;
-
-				for (int i = 0; i < WARPS; i++)
-					sum += g.sums[0][i][row];
-				w.flow[(((blockIdx.x * f.batch + b) * f.n_heads + h) * w.bounds +
-				        bound) *
-				               f.d_k +
-				       row] = sum;
+			if (DIAGONAL) {
+				mild = sum_decays<PANEL>(x, s);
+				if (mild)
+					add_own<PANEL>(own, x);
+				else
+					add_exact<PANEL>(exact, x);
+				__syncthreads();
+				decay_tiles<PANEL>(x, s);
 			}
+			add_scores<PANEL, DIAGONAL>(scores, x, mild);
+		}
+		if (DIAGONAL)
+			place_exact<PANEL>(scores, own, exact, x);
+		store_scores<PANEL, DIAGONAL>(scores, x);
+	}
+#pragma unroll 1
+	for (int64_t panel = p.panels - 1; panel >= 0; panel--) {
+		const bool first = panel == p.panels - 1;
+		const struct strip s = strip_of<PANEL>(panel);
+		const struct sources from = sources_of<PANEL>(x, f, p, o.dv, panel);
+		float dq[PANEL / 16][4] = {}, dk[PANEL / 16][4] = {}, products[4] = {};
+		float dscores[4][4] = {};
+		const struct lanes at = lanes_of();
+
+		if (!first) {
+			__syncthreads();
+			load_keys<PANEL>(x, p, panel, DIAGONAL);
+			load_slab<PANEL>(from, 0);
+			copy_wait<1>();
+			__syncthreads();
+			if (DIAGONAL) {
+				mild = sum_decays<PANEL>(x, s);
+				decay_tiles<PANEL>(x, s);
+			}
+		}
+#pragma unroll 1
+		for (int slab = 0; slab < slabs; slab++) {
+			const bf16 *const state = reinterpret_cast<const bf16 *>(
+			        shared_memory + L::STAGES + slab % 2 * L::STAGE);
+			const bf16 *const gradient = state + L::STATE;
+			const bf16 *const dout = gradient + L::STATE, *const v = dout + L::VALUES;
+			float dv[2][4] = {};
+
+			copy_wait<0>();
+			__syncthreads();
+			if (slab + 1 < slabs)
+				load_slab<PANEL>(from, slab + 1);
+#pragma unroll
+			for (int step = 0; step < SLAB / 16; step++) {
+				const int group = warp % GROUPS;
+				uint32_t left[4];
+
+				load_matrices(left, down_first<SLAB>(dout, 16 * group, 2 * step));
+				add_state<PANEL>(dq, left, state, step);
+				if (first)
+					add_dscores(dscores, left, v, at, step);
+				load_matrices(left, down_first<SLAB>(v, 16 * group, 2 * step));
+				add_state<PANEL>(dk, left, gradient, step);
+			}
+			value_gradients<PANEL, DIAGONAL>(dv, x, gradient, dout, at, first);
+			store_values<PANEL>(dv, x, o.dv, from.dv, f.scale, slab, !first);
+			if (decays_by_data(f))
+				multiply_states<PANEL>(products, state, gradient);
+		}
+		if (!DIAGONAL)
+			decay_sums<PANEL>(dq, dk, x);
+		if (decays_by_data(f)) {
+			store_products<PANEL>(products, x);
+			sum_kept<PANEL, DIAGONAL>(dk, x);
+		}
+		__syncthreads();
+		if (first) {
+			store_scores<PANEL, DIAGONAL>(dscores, x);
 			__syncthreads();
 		}
-		load_group(g, a, b, h, first_column, t, n);
-		__syncthreads();
-		for (int m = n - 1; m >= 0; m--) {
-			float v[WARP_COLUMNS], dout[WARP_COLUMNS], dv[WARP_COLUMNS] = {};
-
-			load_columns(v, g.v[m] + warp * WARP_COLUMNS);
-			load_columns(dout, g.dout[m] + warp * WARP_COLUMNS);
-#pragma unroll
-			for (int r = 0; r < LANE_ROWS; r++) {
-				const float q = g.q[m][lane + WARP * r];
-				const float k = g.k[m][lane + WARP * r];
-				const float decay = g.decay[m][lane + WARP * r];
-				float sum = 0.0f;
-
-#pragma unroll
-				for (int c = 0; c < WARP_COLUMNS; c++) {
-					grad[r][c] += q * dout[c];
-					sum += grad[r][c] * v[c];
-					dv[c] += grad[r][c] * k;
-					grad[r][c] *= decay;
-				}
-				g.sums[m][warp][lane + WARP * r] = sum;
-			}
-			const float sum = scatter_sum(dv);
-			if (lane % 2 == 0)
-				g.dv[m][warp * WARP_COLUMNS + lane / 2] = sum;
-		}
-		__syncthreads();
-		store_sums(g, f, w.dk, b, h, t, n, 1.0f);
-		for (int i = threadIdx.x; i < n * COLUMNS; i += THREADS)
-			if (first_column + i % COLUMNS < f.d_v)
-				at(a.dv, b, t + i / COLUMNS, h)[first_column + i % COLUMNS] =
-				        __float2bfloat16(g.dv[i / COLUMNS][i % COLUMNS]);
-	}
-#pragma unroll
-	for (int r = 0; r < LANE_ROWS; r++)
-#pragma unroll
-		for (int c = 0; c < WARP_COLUMNS; c++) {
-			const int row = lane + WARP * r;
-
-			if (a.dh0 && row < f.d_k && column + c < f.d_v)
-				a.dh0[((b * f.n_heads + h) * f.d_k + row) * f.d_v + column + c] =
-				        grad[r][c];
-		}
-}
-
-/* A block per chunk and head, a thread per row of the state: adds the shares of dq and dk, and runs
- * F through the chunk. */
-static __global__ void __launch_bounds__(MAX_ROWS, 4)
-        finish_kernel(const __grid_constant__ struct matrix_recurrence_backward_args a,
-                      const __grid_constant__ struct work w)
-{
-	const struct matrix_recurrence_args &f = a.forward;
-	const int64_t h = blockIdx.y, b = blockIdx.z, first = (int64_t)blockIdx.x * CHUNK;
-	const int64_t end = min(first + CHUNK, f.seq_len), stride = f.batch * f.seq_len * f.n_heads;
-	const int row = threadIdx.x;
-	const bool valid = row < f.d_k;
-	float *sums = reinterpret_cast<float *>(shared_memory);
-	float flow = 0.0f;
-
-	for (int64_t i = 0; valid && decays_by_data(f) && end < f.seq_len && i < w.column_blocks;
-	     i++)
-		flow += w.flow[(((i * f.batch + b) * f.n_heads + h) * w.bounds + blockIdx.x) *
-		                       f.d_k +
-		               row];
-	for (int64_t t = end - 1; t >= first; t--) {
-		const int64_t token = (b * f.seq_len + t) * f.n_heads + h;
-		float dq = 0.0f, dk = 0.0f;
-
-		for (int64_t i = 0; valid && i < w.column_blocks; i++) {
-			dq += w.dq[(i * stride + token) * f.d_k + row];
-			dk += w.dk[(i * stride + token) * f.d_k + row];
-		}
-		if (valid) {
-			flow += __bfloat162float(at(f.q, b, t, h)[row]) * dq -
-			        __bfloat162float(at(f.k, b, t, h)[row]) * dk;
-			at(a.dq, b, t, h)[row] = __float2bfloat16(dq);
-			at(a.dk, b, t, h)[row] = __float2bfloat16(dk);
-		}
-		if (t == 0 && !f.h0 && !isnan(flow))
-			flow = 0.0f; /* nothing decays, where rounding would leave something */
-		if (f.decay == DECAY_DIAGONAL && valid)
-			at(a.dlog_decay, b, t, h)[row] = __float2bfloat16(flow);
-		if (f.decay != DECAY_SCALAR)
+		add_within<PANEL, DIAGONAL>(dq, dk, x, mild);
+		if (DIAGONAL) {
+			finish_diagonal<PANEL>(dq, dk, x, f, p, s, o, mild);
 			continue;
-		const float sum = group_sum(flow, WARP);
-		__syncthreads();
-		if (row % WARP == 0)
-			sums[row / WARP] = sum;
-		__syncthreads();
-		if (row == 0) {
-			float total = 0.0f;
-
-			for (int i = 0; i < MAX_ROWS / WARP; i++)
-				total += sums[i];
-			*at(a.dlog_decay, b, t, h) = __float2bfloat16(total);
 		}
+		if (decays_by_data(f)) {
+			add_tokens<PANEL>(dq, dk, x, first);
+			if (panel == 0)
+				store_tokens<PANEL>(x, f, o.dlog_decay.view);
+		}
+		store_rows<PANEL>(dq, x, o.dq, panel, f.scale);
+		store_rows<PANEL>(dk, x, o.dk, panel, f.scale);
 	}
 }
 
-static struct work work_of(const struct matrix_recurrence_args *f, void *workspace)
-{
-	const bool by_data = f->decay == DECAY_SCALAR || f->decay == DECAY_DIAGONAL;
-	const int64_t rows = f->batch * f->seq_len * f->n_heads * f->d_k;
-	struct work w;
+/* ---- tensors that are not whole pieces of 16 bytes ---- */
 
-	w.column_blocks = divide_up(f->d_v, COLUMNS);
-	w.bounds = by_data ? divide_up(f->seq_len, CHUNK) - 1 : 0;
-	w.dq = static_cast<float *>(workspace);
-	w.dk = w.dq + w.column_blocks * rows;
-	w.flow = w.dk + w.column_blocks * rows;
-	w.states = reinterpret_cast<bf16 *>(w.flow + w.column_blocks * f->batch * f->n_heads *
-	                                                     w.bounds * f->d_k);
-	return w;
+/* Copies an element of a token and head; zeros behind the width. */
+static __global__ void __launch_bounds__(THREADS)
+        copy_kernel(const __grid_constant__ struct matrix_recurrence_args f,
+                    const __grid_constant__ struct rows from,
+                    const __grid_constant__ struct rows to)
+{
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t column = index % to.width, token = index / to.width;
+	const int64_t h = token % f.n_heads, t = token / f.n_heads % f.seq_len;
+	const int64_t b = token / f.n_heads / f.seq_len;
+
+	if (b < f.batch)
+		at(to.view, b, t, h)[column] = column < from.width ? at(from.view, b, t, h)[column]
+		                                                   : __float2bfloat16(0.0f);
 }
 
-template <int LANE_ROWS>
-static enum status run(struct device *device, const struct matrix_recurrence_backward_args *a,
-                       const struct work &w)
+static enum status copy(struct device *device, const struct matrix_recurrence_args &f,
+                        const struct rows &from, const struct rows &to)
+{
+	return launch_each(device, "matrix_recurrence_backward", copy_kernel,
+	                   f.batch * f.seq_len * f.n_heads * to.width, THREADS, f, from, to);
+}
+
+/* ---- the operation ---- */
+
+constexpr int MAX_COPIES = 9;
+
+/* A problem whose tensors are all whole pieces, and those that it has in place of the caller's. */
+struct problem {
+	struct plan plan;
+	struct outputs outputs;
+	int n_copied;
+	struct {
+		struct rows theirs, ours;
+		bool output;
+	} copied[MAX_COPIES];
+	size_t bytes; /* of workspace */
+};
+
+/* Takes room in the workspace. */
+static char *take(struct problem *problem, char *workspace, int64_t bytes)
+{
+	char *const room = workspace + problem->bytes;
+
+	problem->bytes += (size_t)divide_up(bytes, 256) * 256;
+	return room;
+}
+
+/* The tensor, or one like it in the workspace. */
+static struct rows whole_rows(struct problem *problem, char *workspace,
+                              const struct matrix_recurrence_args *f, const struct view &v,
+                              int64_t width, bool output)
+{
+	const int64_t wide = divide_up(width, 8) * 8, row = f->n_heads * wide;
+
+	if (is_aligned(&v) && width == wide)
+		return {v, width};
+	const struct rows ours = {
+	        {take(problem, workspace, f->batch * f->seq_len * row * (int64_t)sizeof(bf16)),
+	         f->seq_len * row, row, wide},
+	        wide};
+	problem->copied[problem->n_copied++] = {{v, width}, ours, output};
+	return ours;
+}
+
+static int panel_rows(const struct matrix_recurrence_args *f)
+{
+	return f->d_k <= 64 ? 64 : 128;
+}
+
+static struct problem problem_of(const struct device *device,
+                                 const struct matrix_recurrence_backward_args *a, void *workspace)
 {
 	const struct matrix_recurrence_args *f = &a->forward;
-	const dim3 grid((unsigned)w.column_blocks, (unsigned)f->n_heads, (unsigned)f->batch);
-	const dim3 chunks((unsigned)divide_up(f->seq_len, CHUNK), (unsigned)f->n_heads,
-	                  (unsigned)f->batch);
-	enum status status = launch(device, "matrix_recurrence_backward", forward_kernel<LANE_ROWS>,
-	                            grid, THREADS, sizeof(struct group), *a, w);
+	const int64_t rows = panel_rows(f), sequences = f->batch * f->n_heads;
+	char *const memory = static_cast<char *>(workspace);
+	struct problem x = {};
+	struct plan &p = x.plan;
+	const auto whole = [&](const struct view &v, int64_t width, bool output) {
+		return whole_rows(&x, memory, f, v, width, output);
+	};
 
-	if (status == STATUS_OK)
-		status = launch(device, "matrix_recurrence_backward", backward_kernel<LANE_ROWS>,
-		                grid, THREADS, sizeof(struct group), *a, w);
-	if (status != STATUS_OK)
-		return status;
-	return launch(device, "matrix_recurrence_backward", finish_kernel, chunks, MAX_ROWS,
-	              MAX_ROWS / WARP * sizeof(float), *a, w);
+	p.chunks = divide_up(f->seq_len, CHUNK);
+	p.panels = divide_up(f->d_k, rows);
+	p.slabs = divide_up(f->d_v, SLAB);
+	/* Segments of at least two chunks, if the states alone do not give every multiprocessor a
+	 * block: as many blocks as find room at a time, two on each. */
+	const int64_t sms = cuda_sm_count(device);
+	const int64_t blocks = sequences * p.panels * divide_up(p.slabs, 4);
+	const int64_t wanted = blocks >= sms ? 1 : 2 * sms / blocks;
+	p.per_segment = max(divide_up(p.chunks, wanted), min((int64_t)2, p.chunks));
+	p.segments = divide_up(p.chunks, p.per_segment);
+
+	const int64_t state = p.panels * rows * p.slabs * SLAB;
+	const int64_t states = sequences * p.chunks * state * (int64_t)sizeof(bf16);
+	const int64_t kept = p.segments > 1 ? p.segments * sequences * (int64_t)sizeof(float) : 0;
+	p.states = reinterpret_cast<bf16 *>(take(&x, memory, states));
+	p.gradients = reinterpret_cast<bf16 *>(take(&x, memory, states));
+	p.ends = reinterpret_cast<float *>(take(&x, memory, kept * state));
+	p.decays = reinterpret_cast<float *>(take(&x, memory, kept * p.panels * rows));
+	p.q = whole(f->q, f->d_k, false);
+	p.k = whole(f->k, f->d_k, false);
+	p.v = whole(f->v, f->d_v, false);
+	p.dout = whole(a->dout, f->d_v, false);
+	x.outputs.dq = whole(a->dq, f->d_k, true);
+	x.outputs.dk = whole(a->dk, f->d_k, true);
+	x.outputs.dv = whole(a->dv, f->d_v, true);
+	if (f->decay == DECAY_DIAGONAL) {
+		p.log_decay = whole(f->log_decay, f->d_k, false);
+		x.outputs.dlog_decay = whole(a->dlog_decay, f->d_k, true);
+	} else {
+		x.outputs.dlog_decay.view = a->dlog_decay;
+	}
+	return x;
+}
+
+template <int PANEL>
+static enum status run(struct device *device, const struct matrix_recurrence_args *f,
+                       const struct problem &x)
+{
+	const dim3 grid((unsigned)(f->batch * f->n_heads * x.plan.chunks));
+	const size_t shared = (size_t)layout<PANEL>::BYTES;
+
+	if (f->decay == DECAY_DIAGONAL)
+		return launch(device, "matrix_recurrence_backward", chunk_kernel<PANEL, true>, grid,
+		              THREADS, shared, *f, x.plan, x.outputs);
+	return launch(device, "matrix_recurrence_backward", chunk_kernel<PANEL, false>, grid,
+	              THREADS, shared, *f, x.plan, x.outputs);
 }
 
 } // namespace
@@ -373,37 +305,37 @@ extern "C" const char *portable_matrix_recurrence_backward_unsupported(const str
                                                                        const void *args)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
-	const struct matrix_recurrence_args *f = &a->forward;
 
-	if (f->rule != RULE_PLAIN)
-		return "only the plain rule";
-	if (!is_known_decay(f->decay))
+	if (!is_known_decay(a->forward.decay))
 		return "an unknown decay";
-	if (f->d_k > MAX_ROWS)
-		return "d_k above 256";
-	return f->batch > 65535 || f->n_heads > 65535 ? "more than 65535 sequences or heads" : NULL;
+	return a->forward.rule != RULE_PLAIN ? "only the plain rule" : NULL;
 }
 
-extern "C" size_t portable_matrix_recurrence_backward_workspace(const struct device *,
+extern "C" size_t portable_matrix_recurrence_backward_workspace(const struct device *device,
                                                                 const void *args)
 {
-	const struct matrix_recurrence_args *f =
-	        &static_cast<const struct matrix_recurrence_backward_args *>(args)->forward;
-	const struct work w = work_of(f, NULL);
-	const int64_t states = f->batch * f->n_heads * w.bounds * f->d_k * f->d_v;
+	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
 
-	return (size_t)(reinterpret_cast<const char *>(w.states + states) - (const char *)NULL);
+	return problem_of(device, a, NULL).bytes;
 }
 
 extern "C" enum status portable_matrix_recurrence_backward(struct device *device, const void *args,
                                                            void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_backward_args *>(args);
-	const struct work w = work_of(&a->forward, workspace);
+	const struct matrix_recurrence_args *f = &a->forward;
+	const struct problem x = problem_of(device, a, workspace);
+	enum status status = STATUS_OK;
 
-	if (a->forward.d_k <= 32)
-		return run<1>(device, a, w);
-	if (a->forward.d_k <= 64)
-		return run<2>(device, a, w);
-	return a->forward.d_k <= 128 ? run<4>(device, a, w) : run<8>(device, a, w);
+	for (int i = 0; i < x.n_copied && status == STATUS_OK; i++)
+		if (!x.copied[i].output)
+			status = copy(device, *f, x.copied[i].theirs, x.copied[i].ours);
+	if (status == STATUS_OK)
+		status = sweep(device, *a, x.plan, panel_rows(f));
+	if (status == STATUS_OK)
+		status = panel_rows(f) == 64 ? run<64>(device, f, x) : run<128>(device, f, x);
+	for (int i = 0; i < x.n_copied && status == STATUS_OK; i++)
+		if (x.copied[i].output)
+			status = copy(device, *f, x.copied[i].ours, x.copied[i].theirs);
+	return status;
 }

@@ -67,6 +67,28 @@ static __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* A pointer or number that is to be kept from here on, not formed anew wherever it is used. */
+template <typename T> static __device__ __forceinline__ T *held(T *pointer)
+{
+	asm volatile("" : "+l"(pointer));
+	return pointer;
+}
+
+static __device__ __forceinline__ int held(int number)
+{
+	asm volatile("" : "+r"(number));
+	return number;
+}
+
+/* Two products of bf16. */
+static __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t y;
+
+	asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+	return y;
+}
+
 /* 2^x in one instruction; 0 below -126. */
 static __device__ __forceinline__ float exp2_fast(float x)
 {

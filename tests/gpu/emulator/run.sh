@@ -1,6 +1,7 @@
 #!/bin/sh
 # Tests the portable CUDA kernels on a processor: every operation against the
-# fp64 reference, several devices at once, then the golden tensors. Needs the headers of the CUDA
+# fp64 reference, several devices at once, the edges of the matrix recurrence's gradients, then the
+# golden tensors. Needs the headers of the CUDA
 # toolkit and the project built without CUDA, but neither a GPU nor a driver (FACTOR and OPERATION in
 # the environment are test_operations':
 #
@@ -28,7 +29,9 @@ done
 for file in "$here/backend.c" kernels/device.c kernels/portable/kernels.c; do
 	$cc -c "$file" -o "$out/$(echo "$file" | tr / _).o"
 done
-$cc -o "$build/emulated_devices.o" -c "$here/test_devices.c"
+for test in test_devices test_matrix_backward; do
+	$cc -o "$build/emulated_$test.o" -c "$here/$test.c"
+done
 link()
 {
 	program=$1
@@ -38,9 +41,11 @@ link()
 link test_operations "$build/tests/test_operations.o"
 link test_unknown "$build/tests/test_unknown.o"
 link test_judgement "$build/tests/test_judgement.o"
-link test_devices "$build/emulated_devices.o"
+link test_devices "$build/emulated_test_devices.o"
+link test_matrix_backward "$build/emulated_test_matrix_backward.o"
 link golden "$build"/bench/golden*.o "$build/bench/safetensors.o"
 "$out/test_devices"
+"$out/test_matrix_backward"
 "$out/test_unknown" cuda
 "$out/test_judgement" "${SEEDS:-1}" cuda test_blocks
 "$out/test_operations" cuda "${FACTOR:-1}" "${OPERATION:-*}"

@@ -82,6 +82,26 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 	emulated_warp_barrier();
 }
 
+template <typename T> T held(T x)
+{
+	return x;
+}
+
+inline uint32_t emulated_bf16(float x)
+{
+	uint32_t bits;
+
+	memcpy(&bits, &x, sizeof bits);
+	return isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b)
+{
+	return emulated_bf16(__uint_as_float(a << 16) * __uint_as_float(b << 16)) |
+	       emulated_bf16(__uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u))
+	               << 16;
+}
+
 inline float exp2_fast(float x)
 {
 	return x < -126.0f ? 0.0f : exp2f(x);
