@@ -6,7 +6,7 @@
 
 #include "bench/harness/driver.h"
 
-/* A model as README, "Models", has it. */
+/* A model as docs/models.md has it. */
 struct model {
 	const char *name;
 	int64_t n_layers, d_model, vocab;

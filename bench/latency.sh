@@ -11,10 +11,10 @@
 # attention is measured with the kernels of cuDNN and, where it is built, FlashAttention-3 besides;
 # --provider measures all blocks with others instead.
 #
-# On a GPU all of it takes less than ten minutes. Gradients of the linear-attention family are slow
-# there so far, and bench-family has them: here its blocks are trained on a CPU alone. Training and
-# the stacks are measured at four of the seven lengths, and blocks of one kind once, for its reference
-# takes time; --seq-len asks for others.
+# On a GPU all of it is meant to take less than ten minutes. Gradients of the linear-attention family
+# are bench-family's: here its blocks are trained on a CPU alone. Training and the stacks are measured
+# at four of the seven lengths, and blocks of one kind once, for the reference takes time; --seq-len
+# asks for others.
 #
 # PATTERNS and STACKS in the environment name other patterns (make bench-family); CHUNKS names chunk
 # lengths that gla's prefill takes besides its own.

@@ -22,7 +22,7 @@
  *   Gradients OVERWRITE their destination; those of parameters are added to it if the
  *   context says so (context.accumulate).
  *   A pointer marked "or NULL" is optional; nothing is computed for it.
- *   Equations: the README's section "Mathematics" and arXiv 2507.04416 (RAT),
+ *   Equations: docs/models.md and arXiv 2507.04416 (RAT),
  *   2312.06635 (GLA).
  *
  * Every run() returns STATUS_OK, STATUS_UNSUPPORTED, STATUS_OOM or

@@ -4,11 +4,11 @@
 
 const struct pass_info passes[PASS_COUNT] = {
         [PASS_PREFILL] = {"prefill", "Prefill (forward, filling the cache)", .caches = true},
-        [PASS_TRAIN] = {"train", "Training (forward and backward)", .deep = true},
+        [PASS_TRAIN] = {"train", "Training (forward and backward)"},
         [PASS_GENERATION] = {"generation", "Generation (one step at position T - 1)",
                              .caches = true, .step = true},
         [PASS_THROUGHPUT] = {"throughput", "Whole models (maximum throughput)", .caches = true,
-                             .models = true, .deep = true},
+                             .models = true},
         [PASS_KERNEL] = {.name = "kernel", .title = "Single operations"},
 };
 

@@ -12,7 +12,6 @@ struct pass_info {
 	bool caches;       /* leaves or reads states */
 	bool step;         /* one token of each sequence, at the last position of its state */
 	bool models;       /* of whole models, whose batch is found and whose measure is tokens/s */
-	bool deep;         /* through so many roundings that more error is allowed */
 };
 
 /* Indexed by enum pass. */

@@ -276,17 +276,21 @@ struct range {
 	double least, most;
 };
 
+/* Rounding to bf16 hides a fault that few rows have in common: a delta rule soon forgets, and what
+ * slow decays lose is allowed to RetNet. */
+static bool wants_many(const struct operation_form *form)
+{
+	return form && (form->decay == DECAY_CONSTANT ||
+	                (form->rule == RULE_DELTA && form->decay != DECAY_NONE));
+}
+
 static struct range share_of(struct device *device, enum operation operation,
                              const struct operation_form *form, rounded_fault *fault)
 {
 	struct range range = {INFINITY, 0};
 
 	for (uint64_t seed = 1; seed <= (n_seeds > 10 ? 3 : 1); seed++) {
-		/* Rounding to bf16 hides a fault that few rows have in common: a delta rule soon
-		 * forgets, and what slow decays lose is allowed to RetNet. */
-		const bool many = device->activation == DTYPE_BF16 && form &&
-		                  (form->decay == DECAY_CONSTANT ||
-		                   (form->rule == RULE_DELTA && form->decay != DECAY_NONE));
+		const bool many = device->activation == DTYPE_BF16 && wants_many(form);
 		const struct sizes sizes = {.batch = many ? 64 : 16,
 		                            .seq_len = 256,
 		                            .n_heads = 8,
@@ -356,7 +360,9 @@ static void expect_caught(enum operation operation, int form_number, rounded_fau
                           const char *name)
 {
 	expect_caught_in(DTYPE_F32, operation, form_number, fault, name);
-	expect_caught_in(DTYPE_BF16, operation, form_number, fault, name);
+	/* Many sequences take their time: `make judge` has them. */
+	if (n_seeds > 10 || !wants_many(form_of(operation, form_number)))
+		expect_caught_in(DTYPE_BF16, operation, form_number, fault, name);
 }
 
 TEST(test_decay_of_another_token)

@@ -121,8 +121,7 @@ static const char *version(const char *where, const char *options)
 {
 	return shell(NULL,
 	             "cd %s/%s && MAKEFLAGS= make -s CUDA=0 MARCH=any SAN= BUILD=build %s "
-	             "build/version.h && cat "
-	             "build/version.h",
+	             "build/version.h && cat build/version.h",
 	             folder, where, options);
 }
 

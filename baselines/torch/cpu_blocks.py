@@ -3,7 +3,7 @@
 
     baselines/torch/cpu_blocks.py [--build build] [--rounds 5]
 
-Both run the same mathematics (README, "Mathematics") in fp32 on the same pinned
+Both run the same mathematics (docs/models.md) in fp32 on the same pinned
 cores, taking turns: a round is PyTorch's samples of a block, then ours. Of each
 PyTorch block several idiomatic forms are timed and the fastest counts. Before
 anything is timed, every form is compared with a plain fp64 loop. Medians are of

@@ -27,7 +27,7 @@ enum status ceilings_again(struct device *device);
 /*
  * The least time of a plan in milliseconds: the sum over its operations of the larger of FLOPs /
  * GEMM rate and bytes / bandwidth; the bandwidth is that of reading where writes are under a
- * tenth of the bytes, otherwise that of copying (README, "Counting work").
+ * tenth of the bytes, otherwise that of copying (docs/models.md).
  */
 double ceilings_roofline_ms(const struct ceilings *ceilings, const struct kernel_plan *plan);
 

@@ -21,7 +21,7 @@ struct words {
 	char word[MAX_WORDS][MAX_WORD];
 };
 
-/* All options, whichever program uses them. Sizes as in the README: T, D, H, L, W, G. */
+/* All options, whichever program uses them. Sizes as in docs/models.md: T, D, H, L, W, G. */
 struct options {
 	char backend[MAX_WORD]; /* "": the first that works */
 	char device[MAX_WORD];  /* "": the backend's first */

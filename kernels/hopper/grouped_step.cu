@@ -402,8 +402,7 @@ __device__ __forceinline__ uint32_t fold_tile(const parameters &p, state<D, OCTE
 		for (int n = 0; n < OCTETS; n++)
 			mma_16816(mine.o[n][i], a[0] & kept[0], a[1] & kept[0], a[2] & kept[1],
 			          a[3] & kept[1], right[n][0], right[n][1]);
-		/* No registers are left for all of them; the SASS has those two read long before.
-		 */
+		/* Registers do not suffice for all; the SASS has the first two read long before. */
 		if (OCTETS == 1 || i >= 2)
 			loaded |= a[0];
 	}

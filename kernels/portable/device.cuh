@@ -151,6 +151,12 @@ static __device__ __forceinline__ float log_1_plus(float e)
 	return fabsf(e) < 0.01f ? e * (1.0f - e * (0.5f - e * 0.33333333f)) : __logf(1.0f + e);
 }
 
+/* log(1 + e^x). */
+static __device__ __forceinline__ float softplus(float x)
+{
+	return fmaxf(x, 0.0f) + log_1_plus(__expf(-fabsf(x)));
+}
+
 static __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b)
 {
 	return (a + b - 1) / b;

@@ -13,12 +13,6 @@ static __device__ __forceinline__ float silu(float x)
 	return x * sigmoid(x);
 }
 
-/* log(1 + e^x). */
-static __device__ __forceinline__ float softplus(float x)
-{
-	return fmaxf(x, 0.0f) + log_1_plus(__expf(-fabsf(x)));
-}
-
 static __global__ void __launch_bounds__(THREADS)
         time_step_kernel(const __grid_constant__ struct time_step_args a)
 {

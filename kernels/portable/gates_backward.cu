@@ -708,7 +708,7 @@ static __global__ void __launch_bounds__(THREADS)
 		const int64_t n = valid ? first + slot : f.n_tokens - 1;
 		const float logit =
 		        __bfloat162float(elements(f.logit)[n * f.logit_stride + h]) + bias;
-		const float dt = fmaxf(logit, 0.0f) + log_1_plus(__expf(-fabsf(logit)));
+		const float dt = softplus(logit);
 		const float d_log = __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + h]);
 		float ddt = 0.0f;
 
@@ -830,7 +830,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 		static_cast<bf16 *>(a.ddecay_logit)[from] = __float2bfloat16(du);
 		dbias += du;
-		dlog_rate -= scaled * (fmaxf(u, 0.0f) + log_1_plus(__expf(-fabsf(u))));
+		dlog_rate -= scaled * softplus(u);
 	}
 	if (!f.decay_logit)
 		return;

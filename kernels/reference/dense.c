@@ -115,12 +115,6 @@ static double log_sigmoid(double x)
 	return x >= 0 ? -log1p(exp(-x)) : x - log1p(exp(x));
 }
 
-/* log(1 + e^x) without cancellation. */
-static double softplus(double x)
-{
-	return -log_sigmoid(-x);
-}
-
 /* What column i makes of its logit, and the slope there. */
 static double low_rank_value(const struct decay_gate_args *a, int64_t i, double logit)
 {

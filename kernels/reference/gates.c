@@ -162,11 +162,6 @@ enum status reference_short_conv_step(struct device *device, const void *args, v
 	return STATUS_OK;
 }
 
-static double softplus(double x)
-{
-	return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
-}
-
 enum status reference_time_step(struct device *device, const void *args, void *workspace)
 {
 	const struct time_step_args *a = args;

@@ -42,6 +42,12 @@ static inline void add_scaled(int64_t count, double weight, const double *x, dou
 		sum[i] += weight * x[i];
 }
 
+/* log(1 + e^x) without cancellation. */
+static inline double softplus(double x)
+{
+	return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x));
+}
+
 static inline double silu(double x)
 {
 	return x * sigmoid(x);
