@@ -38,7 +38,8 @@ struct gradient_memory {
 	float scalars[2 * CHUNK];
 	float ends[SLAB];                 /* rowsum(S D) of channels */
 	float written[CHUNK / SUB][SLAB]; /* sums of what tokens add to it */
-	float totals[GRADIENT_THREADS], bonuses[GRADIENT_THREADS];
+	float totals[GRADIENT_THREADS], bonuses[GRADIENT_THREADS]; /* of a thread's rows */
+	bool forgets[GRADIENT_THREADS];
 	float sums[GRADIENT_THREADS / WARP];
 	float rows[2][CHUNK]; /* dbeta and flows of the second half of channels */
 	float bonus[SLAB];
@@ -544,8 +545,17 @@ finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, fl
 	add_tokens(d, m, c);
 }
 
-/* Log decay of a token that leaves less of the state than its rounding. */
+/*
+ * Log decay of a token that leaves less of the state than its rounding. Nothing flows through such a
+ * token; sums that go on before it from what those after it add up to would keep their rounding.
+ */
 constexpr float FORGOTTEN = -16.0f;
+
+/* A NaN is not forgotten. */
+static __device__ __forceinline__ float flow_through(float flow, bool forgotten)
+{
+	return forgotten && !isnan(flow) ? 0.0f : flow;
+}
 
 /* dlog_decay of a slab's channels, from m.flow; dbonus. Synchronizes. */
 template <bool DELTA>
@@ -555,15 +565,27 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 	constexpr int PARTS = GRADIENT_THREADS / SLAB, ROWS = CHUNK / PARTS;
 	const struct matrix_recurrence_args &f = p.a.forward;
 	const int column = threadIdx.x % SLAB, part = threadIdx.x / SLAB, first = part * ROWS;
+	const int64_t channel = slab * SLAB + column;
 	float *mine = m.flow + first * STRIDE + column, sum = 0.0f, bonus = 0.0f;
+	int last_forgotten = -1; /* the last of my rows that is */
+	bool forgotten[ROWS];
 
+#pragma unroll
+	for (int t = 0; t < ROWS; t++) {
+		forgotten[t] =
+		        first + t < x.tokens && channel < f.d_k &&
+		        __bfloat162float(
+		                at(f.log_decay, x.b, x.first + first + t, x.h)[channel]) < FORGOTTEN;
+		last_forgotten = forgotten[t] ? t : last_forgotten;
+	}
 	__syncthreads();
 #pragma unroll
 	for (int t = ROWS - 1; t >= 0; t--) {
-		sum += mine[t * STRIDE];
+		sum = flow_through(sum + mine[t * STRIDE], forgotten[t]);
 		mine[t * STRIDE] = sum;
 	}
 	m.totals[threadIdx.x] = sum;
+	m.forgets[threadIdx.x] = last_forgotten >= 0;
 	for (int t = first; !DELTA && t < first + ROWS; t++)
 		bonus += m.own[t] * value_at(m.q, t, column) * value_at(m.k, t, column);
 	m.bonuses[threadIdx.x] = bonus;
@@ -573,14 +595,14 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 #pragma unroll
 	for (int i = 0; i < CHUNK / SUB; i++)
 		end += m.written[i][column];
-	for (int i = part + 1; i < PARTS; i++)
-		end += m.totals[i * SLAB + column];
+	for (int i = PARTS - 1; i > part; i--)
+		end = flow_through(end, m.forgets[i * SLAB + column]) + m.totals[i * SLAB + column];
 #pragma unroll
 	for (int t = 0; t < ROWS; t++)
-		mine[t * STRIDE] += end;
+		mine[t * STRIDE] += flow_through(end, t <= last_forgotten);
 	/* Nothing decays, where rounding would leave something. */
-	if (part == 0 && x.first == 0 && !f.h0 && !isnan(mine[0]))
-		mine[0] = 0.0f;
+	if (part == 0)
+		mine[0] = flow_through(mine[0], x.first == 0 && !f.h0);
 	if (!DELTA && part == 0 && slab * SLAB + column < f.d_k) {
 		bonus = 0.0f;
 		for (int i = 0; i < PARTS; i++)
@@ -592,15 +614,11 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 	for (int i = threadIdx.x; i < CHUNK * SLAB / 8; i += GRADIENT_THREADS) {
 		const int t = i / (SLAB / 8), at_column = i % (SLAB / 8) * 8;
 		const int64_t channel = slab * SLAB + at_column;
-		float y[8], decay[8];
+		float y[8];
 
 		if (t >= x.tokens || channel >= f.d_k)
 			continue;
 		load8f(y, m.flow + t * STRIDE + at_column);
-		load8(decay, at(f.log_decay, x.b, x.first + t, x.h) + channel);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			y[j] = decay[j] < FORGOTTEN && !isnan(y[j]) ? 0.0f : y[j];
 		store8(at(p.a.dlog_decay, x.b, x.first + t, x.h) + channel, y);
 	}
 }
@@ -707,6 +725,12 @@ static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
 	}
 	if (f.decay != DECAY_SCALAR)
 		return;
+	if ((int)threadIdx.x < CHUNK)
+		m.totals[threadIdx.x] =
+		        (int)threadIdx.x < x.tokens
+		                ? __bfloat162float(
+		                          *at(f.log_decay, x.b, x.first + threadIdx.x, x.h))
+		                : 0.0f;
 	__syncthreads();
 	if ((int)threadIdx.x >= x.tokens)
 		return;
@@ -718,13 +742,11 @@ static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
 	for (int t = CHUNK - 1; t >= 0; t--) {
 		const float more = m.scalars[t];
 
-		sum += t >= (int)threadIdx.x ? more : 0.0f;
+		if (t >= (int)threadIdx.x)
+			sum = flow_through(sum + more, m.totals[t] < FORGOTTEN);
 	}
-	/* Nothing is left to decay, or of it; rounding would leave something. */
-	const bool forgotten =
-	        __bfloat162float(*at(f.log_decay, x.b, x.first + threadIdx.x, x.h)) < FORGOTTEN;
-	if (((x.first + threadIdx.x == 0 && !f.h0) || forgotten) && !isnan(sum))
-		sum = 0.0f;
+	/* Nothing decays, where rounding would leave something. */
+	sum = flow_through(sum, x.first + threadIdx.x == 0 && !f.h0);
 	*at(p.a.dlog_decay, x.b, x.first + threadIdx.x, x.h) = __float2bfloat16(sum);
 }
 
