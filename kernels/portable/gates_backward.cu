@@ -514,7 +514,8 @@ static enum status sum_tokens(struct device *device, const struct decay_gate_arg
 	const enum status status =
 	        launch(device, "decay_gate_backward", sum_tokens_kernel,
 	               dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits), THREADS,
-	               0, elements(x), elements(factor), f->n_tokens, f->d_out, parts);
+	               0, static_cast<const bf16 *>(x), static_cast<const bf16 *>(factor),
+	               f->n_tokens, f->d_out, parts);
 
 	if (status != STATUS_OK)
 		return status;
