@@ -883,6 +883,7 @@ static enum status compare_output(const struct check *c, const struct group *g, 
 	                   .dtype = operand_dtype(o, c->device),
 	                   .scale = o->exact ? ROUNDING_FP32 / c->rounding : 1,
 	                   .lost = lost_in_sums(c, o),
+	                   .summed = o->summed,
 	                   .carries = !o->exact && c->device->activation == DTYPE_BF16 &&
 	                              c->extent[AXIS_TOKEN] > 0,
 	                   .n_responses = x->n_probes};

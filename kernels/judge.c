@@ -18,6 +18,8 @@ static const double ALL_BY_CHANCE = 5;
 static const double COMMON_PART = 0.1;
 /* Part of the mean row's length that a row is held against for rel_err where its own is less. */
 static const double LEAST_PART = 0.01;
+/* Positions that rows are summed over where they are sums over those after them: a chunk. */
+enum { SUMMED_POSITIONS = 64 };
 /* Elements of a stretch at least: of fewer the responses may vanish by chance. */
 enum { FEWEST_IN_COMMON = 64 };
 /* About where fp32 and bf16 end: kernels may have 0 instead. */
@@ -135,6 +137,22 @@ static struct row row_of(const struct judged *j, int64_t row)
 	return sum;
 }
 
+/* The largest allowance of a chunk of rows, of which the i-th is the first: it may be a small sum
+ * of large ones. */
+static double allowance_after(const struct judged *j, const struct row *rows, int64_t i)
+{
+	int64_t stride = 1;
+	double largest = 0;
+
+	for (int d = j->position + 1; d < JUDGED_DIMS - 1; d++)
+		stride *= j->size[d];
+	const int64_t left = j->size[j->position] - i / stride % j->size[j->position];
+
+	for (int64_t k = 0; k < left && k < SUMMED_POSITIONS; k++)
+		largest = fmax(largest, rows[i + k * stride].allowance);
+	return largest;
+}
+
 /* Returns what every row is entitled to, the square of its length. */
 static double judge_rows(const struct judged *j, struct row *rows, struct check_result *result)
 {
@@ -154,8 +172,10 @@ static double judge_rows(const struct judged *j, struct row *rows, struct check_
 	const double common = COMMON_PART * COMMON_PART * all.allowance / (double)n;
 	for (int64_t i = 0; i < n; i++) {
 		check_raise(&worst, ratio(sqrt(rows[i].error), fmax(sqrt(rows[i].length), least)));
-		check_raise(&worst_share, ratio(sqrt(rows[i].excess),
-		                                ROW_ALLOWED * sqrt(rows[i].allowance + common)));
+		const double allowed = common + (j->summed ? allowance_after(j, rows, i)
+		                                           : rows[i].allowance);
+
+		check_raise(&worst_share, ratio(sqrt(rows[i].excess), ROW_ALLOWED * sqrt(allowed)));
 	}
 	check_raise(&result->rel_err, worst);
 	judge_raise(result, worst_share, j->name, "a row");
@@ -255,17 +275,21 @@ static double stretches(const struct drift *cells, int64_t n, int64_t width, int
 	return worst;
 }
 
-static double judge_lane(const struct drift *cells, int64_t n, int64_t elements, int n_responses,
-                         double lost, struct drift *sums)
+static double judge_lane(const struct judged *j, const struct drift *cells, int64_t n,
+                         int64_t elements, struct drift *sums)
 {
 	double correlated = 0, worst = 0;
 	int64_t width = 1;
 
 	while (width * elements < FEWEST_IN_COMMON)
 		width *= 2;
-	for (; width < 2 * n; width *= 2)
-		check_raise(&worst, stretches(cells, n, width < n ? width : n, n_responses, lost,
-		                              sums, &correlated));
+	for (; width < 2 * n; width *= 2) {
+		/* Two sums of a chunk share half of their terms, on the average. */
+		if (j->summed)
+			correlated = fmax(correlated, 0.5 * fmin((double)width, (double)SUMMED_POSITIONS));
+		check_raise(&worst, stretches(cells, n, width < n ? width : n, j->n_responses,
+		                              j->lost, sums, &correlated));
+	}
 	return worst;
 }
 
@@ -293,9 +317,9 @@ static void judge_drift(const struct judged *j, double common, struct drift *cel
 	for (int64_t i = 0; i < n_lanes * n; i++)
 		add_drift(&cells[i % n], &cells[n + i], j->n_responses);
 	for (int64_t lane = n_lanes > 1 ? 0 : 1; lane <= n_lanes; lane++)
-		check_raise(&worst, judge_lane(cells + lane * n, n,
+		check_raise(&worst, judge_lane(j, cells + lane * n, n,
 		                               lane == 0 ? elements * n_lanes : elements,
-		                               j->n_responses, j->lost, cells + (n_lanes + 1) * n));
+		                               cells + (n_lanes + 1) * n));
 	judge_raise(result, worst, j->name, "what rows have in common");
 }
 

@@ -48,6 +48,7 @@ struct judged {
 	bool carries;
 	double scale; /* one rounding of this output's kernels over one of the responses' */
 	double lost;  /* what its sums may lose, relative to an element */
+	bool summed;  /* along positions: what one is off by, those before it are */
 	/* What all elements of a head may be off by alike, relative to themselves; and the
 	 * dimension that counts heads, -1: none, all are one. */
 	double *alike;

@@ -84,6 +84,8 @@ struct operand {
 	/* Of an input: kernels round what they make of it element by element, and no weight of all
 	 * its row. */
 	bool by_element;
+	/* Of an output: kernels make it by summing over the tokens after it. */
+	bool summed;
 	const char *base; /* of an output: the input that is added to it, and apart from which it is
 	                     judged */
 	unsigned apart;   /* of an output: axes along which a part of it is what that part of the

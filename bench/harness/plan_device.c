@@ -198,6 +198,21 @@ static size_t matrix_recurrence_workspace(const struct device *device, const voi
 	return (size_t)(heads * records * (a->d_k * 260 + 8192));
 }
 
+/* Of chunks of 64 tokens the scores, the inverses, what decays make of q and k, the states and
+ * their gradients, and what is written. */
+static size_t delta_backward_workspace(const struct matrix_recurrence_args *f)
+{
+	const bool bonus = f->rule == RULE_BONUS;
+	const int64_t records = f->batch * f->n_heads * divide_up(f->seq_len, 64);
+	const int64_t keys = f->d_k <= 64 ? 64 : 128, values = divide_up(f->d_v, 64) * 64;
+	const int64_t floats = 192 + keys + (bonus ? f->d_k : 0);
+	const int64_t decayed = f->decay == DECAY_DIAGONAL ? (bonus ? 2 : 3) * 64 * keys : 0;
+	const int64_t triangles = (bonus ? 1 : 2) * 64 * 64, written = bonus ? 0 : 64 * values;
+
+	return (size_t)(records * (4 * floats + 2 * (decayed + triangles + written)) +
+	                4 * records * keys * values);
+}
+
 /* States and their gradients between chunks of 64; where heads are few, the ends of segments of
  * time. */
 static size_t matrix_recurrence_backward_workspace(const struct device *device, const void *args)
@@ -212,6 +227,8 @@ static size_t matrix_recurrence_backward_workspace(const struct device *device, 
 	const int64_t shortest = chunks < 2 ? chunks : 2, even = divide_up(chunks, wanted);
 	const int64_t segments = divide_up(chunks, even > shortest ? even : shortest);
 
+	if (f->rule != RULE_PLAIN)
+		return delta_backward_workspace(f);
 	return (size_t)(heads * chunks * rows * columns) * 4 +
 	       (segments > 1 ? (size_t)(segments * heads * rows * (columns + 1)) * 4 : 0);
 }

@@ -293,7 +293,8 @@ static void describe_matrix_recurrence_backward(void *args, struct operand_list 
 	add_view(l, ROLE_OUTPUT, "dv", &x->dv, b, t, h, v);
 	if (has_decay(a->decay))
 		add_view(l, ROLE_OUTPUT, "dlog_decay|dg|dgk|dw", &x->dlog_decay, b, t, h,
-		         INNER(decay_width(a->decay, a->d_k)));
+		         INNER(decay_width(a->decay, a->d_k)))
+		        ->summed = true;
 	if (a->rule == RULE_DELTA)
 		add_view(l, ROLE_OUTPUT, "dbeta", &x->dbeta, b, t, h, INNER(1));
 	if (a->rule == RULE_BONUS)

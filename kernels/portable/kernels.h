@@ -29,6 +29,7 @@
 	X(MATRIX_RECURRENCE, "portable", portable_recurrent_form, checked, none)                   \
 	X(MATRIX_RECURRENCE_BACKWARD, "portable", portable_matrix_recurrence_backward,             \
 	  checked, workspace)                                                                      \
+	X(MATRIX_RECURRENCE_BACKWARD, "portable", portable_delta_backward, checked, workspace)     \
 	X(MATRIX_RECURRENCE_STEP, "portable", portable_matrix_recurrence_step, checked, none)      \
 	X(DECAY_GATE, "portable", portable_decay_gate, checked, none)                              \
 	X(DECAY_GATE_BACKWARD, "portable", portable_decay_gate_backward, checked, workspace)       \

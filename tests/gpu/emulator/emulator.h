@@ -29,6 +29,7 @@
 #undef __global__
 #undef __grid_constant__
 #undef __host__
+#undef __noinline__
 #undef __shared__
 #define __align__(n) __attribute__((aligned(n)))
 #define __device__
@@ -36,6 +37,7 @@
 #define __global__
 #define __grid_constant__
 #define __host__
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __shared__
 
