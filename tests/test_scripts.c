@@ -72,6 +72,14 @@ TEST(a_sweep_explains_itself)
 	assert_non_null(strstr(sweep(2, "--seq-len 0"), "--seq-len"));
 }
 
+/* The rivals of the baseline are not here either. */
+TEST(a_sweep_can_be_planned_for_a_gpu_that_is_not_here)
+{
+	const char *output = sweep(0, "--backend cuda --plan-for h200 --dry-run");
+
+	assert_non_null(strstr(output, "rat,swa prefill T=64"));
+}
+
 /* Measuring does not need gnuplot, and pictures of files with blanks in their names do not mind. */
 TEST(pictures_are_not_needed_to_measure)
 {

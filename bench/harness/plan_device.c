@@ -253,7 +253,7 @@ static enum status never_run(struct device *device, const void *args, void *work
 		OP_##operation, provider, NULL, workspace, never_run, false                        \
 	}
 
-/* Those whose workspaces count; behind them one of every operation. */
+/* Those whose workspaces count; after them one of every operation. */
 static const struct kernel large[] = {
         PLANNED(NORM_LINEAR, "cublaslt", norm_linear_workspace),
         PLANNED(NORM_LINEAR_BACKWARD, "cublaslt", product_workspace),
@@ -275,6 +275,13 @@ static const struct kernel large[] = {
 #define SMALL(constant, name) PLANNED(constant, "portable", NULL),
 
 static const struct kernel small[] = {OPERATIONS(SMALL){.run = NULL}};
+
+/* Named by --provider and --rival; nothing is known of their workspaces. */
+static const struct kernel rivals[] = {
+        PLANNED(ATTENTION, "cudnn", NULL),       PLANNED(ATTENTION_BACKWARD, "cudnn", NULL),
+        PLANNED(ATTENTION_STEP, "cudnn", NULL),  PLANNED(ATTENTION, "flash3", NULL),
+        PLANNED(ATTENTION_STEP, "flash3", NULL), {.run = NULL},
+};
 
 static enum status plan_info(struct device *device, struct device_info *info)
 {
@@ -332,7 +339,7 @@ static enum status check_options(const struct options *options)
 
 enum status plan_device_open(struct options *options, struct device **opened)
 {
-	static const struct kernel *const more[] = {small, NULL};
+	static const struct kernel *const more[] = {small, rivals, NULL};
 	const struct gpu *gpu = gpu_find(options->plan_for[0] ? options->plan_for : gpus[0].word);
 
 	TRY(check_options(options));
