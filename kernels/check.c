@@ -14,6 +14,7 @@ enum {
 	MOST_PARTS = 8,      /* of an output that is not a sum */
 	FEWEST_ROWS = 16,    /* of a part */
 	SLICE = 64,          /* channels, or columns of a product, that are looked at together */
+	PART = 1 << 23,      /* elements of a part of a sequence that can be cut, about */
 	ROW_BLOCK = 4096,    /* rows of a sum that are computed together at least, */
 	TOKEN_BLOCK = 65536, /* and tokens of sequences */
 	KEPT_DOUBLES = 32 << 20, /* of states before a run; two parts in any case */
@@ -90,6 +91,7 @@ struct part {
 struct group {
 	unsigned apart;       /* axes that are cut */
 	bool sums, sums_rows; /* over sequences; over rows */
+	bool ends;            /* what a sequence leaves behind */
 	int n_outputs;
 	int outputs[MAX_OPERANDS];
 	int64_t n_rows, *rows;  /* AXIS_ROW, where it is cut into a list */
@@ -176,6 +178,8 @@ static void make_groups(struct check *c, bool whole)
 		if (!whole) {
 			g.sums = apart & ALONG(AXIS_SEQUENCE) && !has_axis(o, AXIS_SEQUENCE);
 			g.sums_rows = apart & ALONG(AXIS_ROW) && !has_axis(o, AXIS_ROW);
+			g.ends = c->list.token_step > 0 && !g.sums && !has_axis(o, AXIS_TOKEN) &&
+			         !has_axis(o, AXIS_KEY);
 			/* Rows that are looked at are looked at as a whole. */
 			if (!(apart & ALONG(AXIS_ROW)) || g.sums_rows)
 				g.apart = o->apart & ~ALONG(AXIS_SEQUENCE);
@@ -185,7 +189,7 @@ static void make_groups(struct check *c, bool whole)
 		}
 		while (j < c->n_groups &&
 		       (c->groups[j].apart != g.apart || c->groups[j].sums != g.sums ||
-		        c->groups[j].sums_rows != g.sums_rows))
+		        c->groups[j].sums_rows != g.sums_rows || c->groups[j].ends != g.ends))
 			j++;
 		if (j == c->n_groups && c->n_groups < MAX_GROUPS)
 			c->groups[c->n_groups++] = g;
@@ -196,12 +200,18 @@ static void make_groups(struct check *c, bool whole)
 
 /* Sets of heads that outputs are sums over: those of a group or, where there are fewer, of a key
  * head; else every head is one. */
-static int64_t head_sets(const struct check *c)
+static int64_t head_sets(const struct check *c, const struct group *g)
 {
 	const int64_t *n = c->extent;
 	int64_t sets = n[AXIS_HEAD];
+	bool sums = false;
 
-	for (enum axis a = AXIS_GROUP; a <= AXIS_KV_HEAD && c->list.sums_groups; a++)
+	for (int i = 0; i < g->n_outputs; i++) {
+		const struct operand *o = &c->list.operand[g->outputs[i]];
+
+		sums = sums || has_axis(o, AXIS_GROUP) || has_axis(o, AXIS_KV_HEAD);
+	}
+	for (enum axis a = AXIS_GROUP; a <= AXIS_KV_HEAD && sums && c->list.sums_groups; a++)
 		sets = n[a] > 0 ? smaller(n[a], sets) : sets;
 	return sets;
 }
@@ -212,7 +222,7 @@ static int64_t slices_of(const struct check *c, const struct group *g)
 	int64_t slices = 1;
 
 	if (g->apart & ALONG(AXIS_HEAD))
-		slices *= head_sets(c);
+		slices *= head_sets(c, g);
 	for (enum axis a = AXIS_CHANNEL; a <= AXIS_OUT; a++)
 		if (g->apart & ALONG(a))
 			slices *= (c->extent[a] + SLICE - 1) / SLICE;
@@ -228,10 +238,10 @@ static void cut(struct part *p, enum axis axis, int64_t first, int64_t count, in
 }
 
 /* Set number `set` of heads, its group or groups and its key heads. */
-static void cut_head_set(const struct check *c, int64_t set, struct part *p)
+static void cut_head_set(const struct check *c, int64_t set, int64_t sets, struct part *p)
 {
 	const int64_t heads = c->extent[AXIS_HEAD], groups = c->extent[AXIS_GROUP];
-	const int64_t kv_heads = c->extent[AXIS_KV_HEAD], sets = head_sets(c), n = heads / sets;
+	const int64_t kv_heads = c->extent[AXIS_KV_HEAD], n = heads / sets;
 	const bool side_by_side = sets == kv_heads;
 	const int64_t first = side_by_side ? set * n : set, step = side_by_side ? 1 : sets;
 
@@ -250,8 +260,10 @@ static void cut_head_set(const struct check *c, int64_t set, struct part *p)
 static void cut_slice(const struct check *c, const struct group *g, int64_t slice, struct part *p)
 {
 	if (g->apart & ALONG(AXIS_HEAD)) {
-		cut_head_set(c, slice % head_sets(c), p);
-		slice /= head_sets(c);
+		const int64_t sets = head_sets(c, g);
+
+		cut_head_set(c, slice % sets, sets, p);
+		slice /= sets;
 	}
 	for (enum axis a = AXIS_CHANNEL; a <= AXIS_OUT; a++) {
 		const int64_t n = (c->extent[a] + SLICE - 1) / SLICE, i = n > 0 ? slice % n : 0;
@@ -314,13 +326,37 @@ static enum status pick_tokens(struct check *c, struct group *g, int64_t n_parts
 	return STATUS_OK;
 }
 
-/* How many of `n_sequences` sequences and `slices` slices a group that is no sum looks at. */
-static int64_t sampled_parts(const struct check *c, const struct group *g, int64_t n_sequences,
-                             int64_t slices)
+/* Tokens of a part of a sequence; all, or more, where it is not cut. */
+static int64_t span_of(const struct check *c, const struct group *g)
 {
-	const int64_t tokens = larger(c->extent[AXIS_TOKEN], 1);
+	const int64_t step = c->list.token_step, tokens = larger(c->extent[AXIS_TOKEN], 1);
+	const double sequences = (double)(larger(c->extent[AXIS_SEQUENCE], 1) * slices_of(c, g));
+	const double of_token = all_elements(&c->list) / (sequences * (double)tokens);
+
+	if (step == 0)
+		return tokens;
+	return larger(c->options.parts ? 1 : (int64_t)(PART / of_token / (double)step), 1) * step;
+}
+
+/* Range number `range` of n_ranges of a sequence; the last ends where the sequence does. */
+static void cut_tokens(const struct check *c, int64_t span, int64_t range, int64_t n_ranges,
+                       struct part *p)
+{
+	const int64_t step = c->list.token_step, tokens = c->extent[AXIS_TOKEN];
+	const int64_t last = divide_up(tokens, step) * step - span;
+	const int64_t first = range == n_ranges - 1 ? last : range * span;
+	const int64_t count = smaller(span, tokens - first);
+
+	cut(p, AXIS_TOKEN, first, count, 1);
+	cut(p, AXIS_KEY, first / step, divide_up(count, step), 1);
+}
+
+/* How many of the `different` parts there are a group that is no sum looks at. */
+static int64_t sampled_parts(const struct check *c, const struct group *g, int64_t different)
+{
+	const int64_t tokens = larger(smaller(c->extent[AXIS_TOKEN], span_of(c, g)), 1);
 	const int64_t in_turn = is_of_pairs(c) ? MOST_PARTS : larger(TOKENS_IN_TURN / tokens, 2);
-	const int64_t n = smaller(n_sequences * slices, smaller(in_turn, MOST_PARTS));
+	const int64_t n = smaller(different, smaller(in_turn, MOST_PARTS));
 	const double states = state_elements(c, g);
 
 	if (states * (double)n <= KEPT_DOUBLES)
@@ -341,19 +377,26 @@ static enum status make_samples(struct check *c, struct group *g)
 {
 	const bool by_sequence = c->list.apart & ALONG(AXIS_SEQUENCE);
 	const int64_t n_sequences = by_sequence ? c->extent[AXIS_SEQUENCE] : 1;
-	const int64_t slices = slices_of(c, g), n = sampled_parts(c, g, n_sequences, slices);
+	const int64_t slices = slices_of(c, g), span = span_of(c, g);
+	const int64_t n_ranges = divide_up(larger(c->extent[AXIS_TOKEN], 1), span);
+	const int64_t different = n_sequences * slices * (g->ends ? 1 : n_ranges);
+	const int64_t n = sampled_parts(c, g, different);
 	int64_t picked[MOST_PARTS];
 	enum status status = take_parts(g, n);
 
 	if (status != STATUS_OK)
 		return status;
-	check_pick(n_sequences * slices, n, c->options.seed, picked);
+	check_pick(different, n, c->options.seed, picked);
 	for (int64_t i = 0; i < n; i++) {
+		const int64_t range = g->ends ? n_ranges - 1 : picked[i] / n_sequences / slices;
+
 		if (by_sequence)
 			cut(&g->parts[i], AXIS_SEQUENCE, picked[i] % n_sequences, 1, 1);
-		cut_slice(c, g, picked[i] / n_sequences, &g->parts[i]);
+		cut_slice(c, g, picked[i] / n_sequences % slices, &g->parts[i]);
+		if (n_ranges > 1)
+			cut_tokens(c, span, range, n_ranges, &g->parts[i]);
 	}
-	return pick_tokens(c, g, n);
+	return n_ranges > 1 ? STATUS_OK : pick_tokens(c, g, n);
 }
 
 /* Rows of all tokens, in one part. */
@@ -626,6 +669,9 @@ static enum status compute_part(const struct check *c, const struct group *g, in
 	/* What follows from another operand's place. */
 	operation_describe(c->operation, &s->args, &s->list);
 	reference.rows = g->tokens.rows ? &g->tokens : NULL;
+	reference.first_token = p->cut[AXIS_TOKEN] ? p->first[AXIS_TOKEN] : 0;
+	reference.decay_jitter = probe > 0 ? ROUNDING_DECAY : 0;
+	reference.decay_seed = noise_bits(c->options.seed, (uint64_t)probe, (uint64_t)part);
 	if (status == STATUS_OK)
 		status = c->kernel->run(&reference, &s->args, NULL);
 	return status;

@@ -101,6 +101,12 @@ struct device {
 	struct device *reference;
 	/* Of operations over pairs of tokens the reference computes these rows alone; NULL: all. */
 	const struct row_list *rows;
+	/* The reference's first token, where a sequence is cut: positions count from it. */
+	int64_t first_token;
+	/* In the reference decays of recurrences with sigmoid gates are off by this, at random: one
+	 * close to 1 is rounded as 1 is. 0: they are not. */
+	double decay_jitter;
+	uint64_t decay_seed;
 	struct ceilings ceilings;
 };
 

@@ -146,7 +146,10 @@ static double allowance_after(const struct judged *j, const struct row *rows, in
 
 	for (int d = j->position + 1; d < JUDGED_DIMS - 1; d++)
 		stride *= j->size[d];
-	const int64_t left = j->size[j->position] - i / stride % j->size[j->position];
+	/* Where nothing counts positions but a row itself, no row comes after. */
+	const int64_t left = j->position == JUDGED_DIMS - 1
+	                             ? 1
+	                             : j->size[j->position] - i / stride % j->size[j->position];
 
 	for (int64_t k = 0; k < left && k < SUMMED_POSITIONS; k++)
 		largest = fmax(largest, rows[i + k * stride].allowance);
@@ -172,8 +175,8 @@ static double judge_rows(const struct judged *j, struct row *rows, struct check_
 	const double common = COMMON_PART * COMMON_PART * all.allowance / (double)n;
 	for (int64_t i = 0; i < n; i++) {
 		check_raise(&worst, ratio(sqrt(rows[i].error), fmax(sqrt(rows[i].length), least)));
-		const double allowed = common + (j->summed ? allowance_after(j, rows, i)
-		                                           : rows[i].allowance);
+		const double allowed =
+		        common + (j->summed ? allowance_after(j, rows, i) : rows[i].allowance);
 
 		check_raise(&worst_share, ratio(sqrt(rows[i].excess), ROW_ALLOWED * sqrt(allowed)));
 	}
@@ -286,7 +289,8 @@ static double judge_lane(const struct judged *j, const struct drift *cells, int6
 	for (; width < 2 * n; width *= 2) {
 		/* Two sums of a chunk share half of their terms, on the average. */
 		if (j->summed)
-			correlated = fmax(correlated, 0.5 * fmin((double)width, (double)SUMMED_POSITIONS));
+			correlated = fmax(correlated,
+			                  0.5 * fmin((double)width, (double)SUMMED_POSITIONS));
 		check_raise(&worst, stretches(cells, n, width < n ? width : n, j->n_responses,
 		                              j->lost, sums, &correlated));
 	}

@@ -102,6 +102,8 @@ struct operand_list {
 	/* Axes along which outputs can be cut, unless they say otherwise. What lacks one of
 	 * SEQUENCE and ROW is a sum over it. */
 	unsigned apart;
+	/* Sequences can be cut into parts at multiples of so many tokens; 0: they cannot. */
+	int64_t token_step;
 	bool sums_groups; /* outputs of a group, or of a key head, are sums over its heads */
 	/* Options among several: where the argument struct keeps them. */
 	int n_options;

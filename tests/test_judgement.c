@@ -33,19 +33,14 @@ static struct stack_options any_options(struct dice *dice, const char *pattern)
 	return options;
 }
 
-static enum status try_block(struct device *device, const char *pattern, enum pass pass,
-                             uint64_t seed, struct accuracy *found)
+static enum status run_block(struct device *device, const struct stack_options *options,
+                             enum pass pass, int64_t batch, int64_t length, uint64_t seed,
+                             struct accuracy *found)
 {
-	struct dice dice = {seed, 0};
-	struct stack_options options = any_options(&dice, pattern);
-	/* Many seeds are of small cases, down to a token. */
-	const bool small = n_seeds > 10;
-	const int64_t n = dice_integer(&dice, 1, 3);
-	const int64_t length = small ? dice_integer(&dice, 1, 80) : dice_integer(&dice, 64, 300);
-	struct layer_shape shape = shape_of(pass, n, length);
+	struct layer_shape shape = shape_of(pass, batch, length);
 	struct stack *stack = new_memory(sizeof *stack);
 	struct context ctx = {.device = device};
-	enum status status = stack_configure(stack, device, &options);
+	enum status status = stack_configure(stack, device, options);
 
 	if (status == STATUS_OK)
 		status = stack_allocate(stack, &ctx, &shape);
@@ -62,6 +57,19 @@ static enum status try_block(struct device *device, const char *pattern, enum pa
 	}
 	free(stack);
 	return status;
+}
+
+static enum status try_block(struct device *device, const char *pattern, enum pass pass,
+                             uint64_t seed, struct accuracy *found)
+{
+	struct dice dice = {seed, 0};
+	struct stack_options options = any_options(&dice, pattern);
+	/* Many seeds are of small cases, down to a token. */
+	const bool small = n_seeds > 10;
+	const int64_t n = dice_integer(&dice, 1, 3);
+	const int64_t length = small ? dice_integer(&dice, 1, 80) : dice_integer(&dice, 64, 300);
+
+	return run_block(device, &options, pass, n, length, seed, found);
 }
 
 static void expect_blocks_right(struct device *device, const char *kind)
@@ -114,6 +122,30 @@ TEST(test_blocks)
 	}
 	expect_blocks_right(cpu, "fp32");
 	expect_blocks_right(&bf16, "bf16");
+}
+
+/* Gates that begin close to 1 remember thousands of tokens, and a rounding of 1 is much of the
+ * rest. */
+TEST(test_long_sequences)
+{
+	static const char *const patterns[] = {"recurrence", "hgrn", "rat(chunk=4096,groups=1)", "gla"};
+	struct device bf16 = rounded_device(cpu, DTYPE_BF16);
+	struct device *const devices[] = {cpu, &bf16};
+
+	for (size_t i = 0; i < 2 * COUNT_OF(patterns); i++)
+		for (int j = 0; j < 2; j++) {
+			const enum pass pass = j == 0 ? PASS_PREFILL : PASS_TRAIN;
+			struct stack_options options = small_options(patterns[i / 2]);
+			struct accuracy found;
+
+			options.n_heads = 1;
+			options.d_model = 64;
+			options.train_len = 16384;
+			require_ok(run_block(devices[i % 2], &options, pass, 1, 16384, i, &found));
+			if (!(found.share <= 0.7))
+				fail_msg("%s, %s: %s: %.3g of the bound", patterns[i / 2],
+				         pass_name(pass), status_message(), found.share);
+		}
 }
 
 /* ---- small faults ---- */

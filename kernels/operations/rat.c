@@ -29,6 +29,8 @@ static void describe_rat_scan(void *args, struct operand_list *l)
 	const struct dimension chunks = KEYS(divide_up(a->seq_len, a->chunk));
 
 	cut_heads(l, &a->batch, &a->n_heads, &a->groups);
+	l->token_step = a->chunk;
+	l->extent[AXIS_TOKEN] = &a->seq_len;
 	add_view(l, ROLE_INPUT, "v", &a->v, b, t, h, d);
 	exponent(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d))->scale = 2;
 	add_view(l, ROLE_INPUT, "q", &a->q, b, t, g, d);

@@ -546,8 +546,8 @@ finish_undecayed(struct gradients &d, struct gradient_memory &m, float scale, fl
 }
 
 /*
- * Log decay of a token that leaves less of the state than its rounding. Nothing flows through such a
- * token; sums that go on before it from what those after it add up to would keep their rounding.
+ * Log decay of a token that leaves less of the state than its rounding. Nothing flows through such
+ * a token; sums that go on before it from what those after it add up to would keep their rounding.
  */
 constexpr float FORGOTTEN = -16.0f;
 
@@ -572,10 +572,9 @@ store_decays(struct gradient_memory &m, const struct problem &p, const struct pl
 
 #pragma unroll
 	for (int t = 0; t < ROWS; t++) {
-		forgotten[t] =
-		        first + t < x.tokens && channel < f.d_k &&
-		        __bfloat162float(
-		                at(f.log_decay, x.b, x.first + first + t, x.h)[channel]) < FORGOTTEN;
+		forgotten[t] = first + t < x.tokens && channel < f.d_k &&
+		               __bfloat162float(at(f.log_decay, x.b, x.first + first + t,
+		                                   x.h)[channel]) < FORGOTTEN;
 		last_forgotten = forgotten[t] ? t : last_forgotten;
 	}
 	__syncthreads();
@@ -726,11 +725,10 @@ static __device__ __forceinline__ void store_scalars(struct gradient_memory &m,
 	if (f.decay != DECAY_SCALAR)
 		return;
 	if ((int)threadIdx.x < CHUNK)
-		m.totals[threadIdx.x] =
-		        (int)threadIdx.x < x.tokens
-		                ? __bfloat162float(
-		                          *at(f.log_decay, x.b, x.first + threadIdx.x, x.h))
-		                : 0.0f;
+		m.totals[threadIdx.x] = (int)threadIdx.x < x.tokens
+		                                ? __bfloat162float(*at(f.log_decay, x.b,
+		                                                       x.first + threadIdx.x, x.h))
+		                                : 0.0f;
 	__syncthreads();
 	if ((int)threadIdx.x >= x.tokens)
 		return;

@@ -19,20 +19,22 @@ static int64_t end_of(const struct rat_scan_args *a, int64_t chunk)
 	return smaller((chunk + 1) * a->chunk, a->seq_len);
 }
 
-static double gate_of(const struct rat_scan_args *a, int64_t b, int64_t t, int64_t h, int64_t i)
+static double gate_of(const struct device *device, const struct rat_scan_args *a, int64_t b,
+                      int64_t t, int64_t h, int64_t i)
 {
-	return sigmoid(at(&a->gate, b, t, h)[i] + wide(a->gate_bias)[h * a->d_head + i]);
+	return sigmoid(at(&a->gate, b, t, h)[i] + wide(a->gate_bias)[h * a->d_head + i]) +
+	       decay_jitter(device, ((b * a->seq_len + t) * a->n_heads + h) * a->d_head + i);
 }
 
 /* kt and vt [d] of a head move on to token t. */
-static void advance(const struct rat_scan_args *a, int64_t b, int64_t t, int64_t h, double *kt,
-                    double *vt)
+static void advance(const struct device *device, const struct rat_scan_args *a, int64_t b,
+                    int64_t t, int64_t h, double *kt, double *vt)
 {
 	const double *k = at(&a->k, b, t, h % a->groups), *v = at(&a->v, b, t, h);
 
 	for (int64_t i = 0; i < a->d_head; i++) {
 		bool first = t % a->chunk == 0;
-		double g = gate_of(a, b, t, h, i);
+		double g = gate_of(device, a, b, t, h, i);
 
 		kt[i] = smooth(g, first ? 0 : kt[i], k[i]);
 		vt[i] = smooth(g, first ? 0 : vt[i], v[i]);
@@ -40,15 +42,15 @@ static void advance(const struct rat_scan_args *a, int64_t b, int64_t t, int64_t
 }
 
 /* One chunk of one head; state: kt and vt, [2, d]. */
-static void scan_chunk(const struct rat_scan_args *a, int64_t b, int64_t h, int64_t c,
-                       double *state)
+static void scan_chunk(const struct device *device, const struct rat_scan_args *a, int64_t b,
+                       int64_t h, int64_t c, double *state)
 {
 	int64_t d = a->d_head, end = end_of(a, c);
 	double *kt = state, *vt = state + d;
 	size_t bytes = sizeof(double) * (size_t)d;
 
 	for (int64_t t = c * a->chunk; t < end; t++) {
-		advance(a, b, t, h, kt, vt);
+		advance(device, a, b, t, h, kt, vt);
 		memcpy(at(&a->v_scan, b, t, h), vt, bytes);
 		wide_out(a->own_score)[(b * a->seq_len + t) * a->n_heads + h] =
 		        a->scale * dot(d, at(&a->q, b, t, h % a->groups), kt);
@@ -66,6 +68,7 @@ enum status reference_rat_scan(struct device *device, const void *args, void *wo
 	const struct rat_scan_args *a = args;
 	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1};
 	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const int64_t first = device->first_token / a->chunk;
 	double *state = take_doubles(2 * a->d_head * omp_get_max_threads());
 
 	if (!state)
@@ -74,13 +77,13 @@ enum status reference_rat_scan(struct device *device, const void *args, void *wo
 	for (int64_t b = 0; b < a->batch; b++)
 		for (int64_t c = 0; c < n_chunks(a); c++)
 			for (int64_t h = 0; h < a->n_heads; h++)
-				scan_chunk(a, b, h, c,
+				scan_chunk(device, a, b, h, c,
 				           state + 2 * a->d_head * omp_get_thread_num());
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++)
-		rotate_token(&queries, t / a->chunk, &a->q, t, &a->q_out, t);
+		rotate_token(&queries, first + t / a->chunk, &a->q, t, &a->q_out, t);
 	for (int64_t c = 0; c < n_chunks(a); c++)
-		rotate_token(&keys, c, &a->k_chunk, c, &a->k_chunk, c);
+		rotate_token(&keys, first + c, &a->k_chunk, c, &a->k_chunk, c);
 	free(state);
 	return STATUS_OK;
 }
@@ -95,8 +98,9 @@ struct flow {
  * flow, which passes h_t = g h_{t-1} + (1-g) x_t for h in (kt, vt). Adds to dq and dk. In front of
  * kt and vt are the states of the token before.
  */
-static void token_backward(const struct rat_scan_backward_args *a, int64_t b, int64_t t, int64_t h,
-                           const double *kt, const double *vt, const struct flow *flow)
+static void token_backward(const struct device *device, const struct rat_scan_backward_args *a,
+                           int64_t b, int64_t t, int64_t h, const double *kt, const double *vt,
+                           const struct flow *flow)
 {
 	const struct rat_scan_args *f = &a->forward;
 	const double score = wide(a->down_score)[(b * f->seq_len + t) * f->n_heads + h];
@@ -105,7 +109,7 @@ static void token_backward(const struct rat_scan_backward_args *a, int64_t b, in
 	bool first = t % f->chunk == 0;
 
 	for (int64_t i = 0; i < d; i++) {
-		double g = gate_of(f, b, t, h, i);
+		double g = gate_of(device, f, b, t, h, i);
 		double k_before = first ? 0 : kt[i - d], v_before = first ? 0 : vt[i - d];
 		double dkt = flow->dk[i] + ds * at(&f->q, b, t, group)[i];
 		double dvt = flow->dv[i] + at(&a->dv_scan, b, t, h)[i];
@@ -123,8 +127,9 @@ static void token_backward(const struct rat_scan_backward_args *a, int64_t b, in
 
 /* One chunk of one head, to whose end dk_final (rotated back) and dv_chunk flow; scratch: kt and vt
  * of every token of it and the flow, [2, tokens + 1, d]. */
-static void chunk_backward(const struct rat_scan_backward_args *a, int64_t b, int64_t h, int64_t c,
-                           const struct view *dk_final, double *scratch)
+static void chunk_backward(const struct device *device, const struct rat_scan_backward_args *a,
+                           int64_t b, int64_t h, int64_t c, const struct view *dk_final,
+                           double *scratch)
 {
 	const struct rat_scan_args *f = &a->forward;
 	int64_t d = f->d_head, first = c * f->chunk, end = end_of(f, c);
@@ -137,29 +142,31 @@ static void chunk_backward(const struct rat_scan_backward_args *a, int64_t b, in
 			memcpy(kt, kt - d, bytes);
 			memcpy(vt, vt - d, bytes);
 		}
-		advance(f, b, t, h, kt, vt);
+		advance(device, f, b, t, h, kt, vt);
 	}
 	memcpy(flow.dk, at(dk_final, b, c, h), bytes);
 	memcpy(flow.dv, at(&a->dv_chunk, b, c, h), bytes);
 	for (int64_t t = end - 1; t >= first; t--)
-		token_backward(a, b, t, h, kt -= d, vt -= d, &flow);
+		token_backward(device, a, b, t, h, kt -= d, vt -= d, &flow);
 }
 
 /* dq from the rotated queries, dk_final [B, C, H, d] from the rotated ends of chunks; dk zero. */
-static void rotate_back(const struct rat_scan_backward_args *a, const struct view *dk_final)
+static void rotate_back(const struct device *device, const struct rat_scan_backward_args *a,
+                        const struct view *dk_final)
 {
 	const struct rat_scan_args *f = &a->forward;
+	const int64_t first = device->first_token / f->chunk;
 	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1};
 	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < f->seq_len; t++) {
-		rotate_token(&queries, t / f->chunk, &a->dq_out, t, &a->dq, t);
+		rotate_token(&queries, first + t / f->chunk, &a->dq_out, t, &a->dq, t);
 		for (int64_t i = 0; i < f->batch * f->groups; i++)
 			zero(f->d_head, at(&a->dk, i / f->groups, t, i % f->groups));
 	}
 	for (int64_t c = 0; c < n_chunks(f); c++)
-		rotate_token(&keys, c, &a->dk_chunk, c, dk_final, c);
+		rotate_token(&keys, first + c, &a->dk_chunk, c, dk_final, c);
 }
 
 /* Heads of a group run one after another: they share dq and dk. */
@@ -176,13 +183,13 @@ enum status reference_rat_scan_backward(struct device *device, const void *args,
 	if (!memory)
 		return STATUS_OOM;
 	double *scratch = memory + n_final;
-	rotate_back(a, &dk_final);
+	rotate_back(device, a, &dk_final);
 #pragma omp parallel for collapse(3)
 	for (int64_t b = 0; b < f->batch; b++)
 		for (int64_t c = 0; c < n_chunks(f); c++)
 			for (int64_t g = 0; g < f->groups; g++)
 				for (int64_t h = g; h < f->n_heads; h += f->groups)
-					chunk_backward(a, b, h, c, &dk_final,
+					chunk_backward(device, a, b, h, c, &dk_final,
 					               scratch + per_thread * omp_get_thread_num());
 	zero(f->n_heads * d, dgate_bias);
 #pragma omp parallel for reduction(+ : dgate_bias[:f->n_heads * d])

@@ -6,14 +6,16 @@ struct coefficients {
 	double decay, weight;
 };
 
-static struct coefficients coefficients(const struct recurrence_args *a, int64_t b, int64_t t,
+static struct coefficients coefficients(const struct device *device,
+                                        const struct recurrence_args *a, int64_t b, int64_t t,
                                         int64_t i)
 {
 	double gate = at(&a->gate, b, t, 0)[i];
 
 	if (a->form == GATE_LOG_DECAY)
 		return (struct coefficients){exp(gate), 1};
-	double g = sigmoid(gate + (a->gate_bias ? wide(a->gate_bias)[i] : 0));
+	double g = sigmoid(gate + (a->gate_bias ? wide(a->gate_bias)[i] : 0)) +
+	           decay_jitter(device, (b * a->seq_len + t) * a->d_model + i);
 	return (struct coefficients){g, 1 - g};
 }
 
@@ -27,7 +29,7 @@ enum status reference_recurrence(struct device *device, const void *args, void *
 			double state = a->h0 ? wide(a->h0)[b * a->d_model + i] : 0;
 
 			for (int64_t t = 0; t < a->seq_len; t++) {
-				struct coefficients c = coefficients(a, b, t, i);
+				struct coefficients c = coefficients(device, a, b, t, i);
 				double z = a->z.data ? sigmoid(at(&a->z, b, t, 0)[i]) : 1;
 
 				state = c.decay * state + c.weight * at(&a->x, b, t, 0)[i];
@@ -42,7 +44,8 @@ enum status reference_recurrence(struct device *device, const void *args, void *
 }
 
 /* One channel of one sequence, last token first; returns the gradient of h0. */
-static double channel_backward(const struct recurrence_backward_args *a, int64_t b, int64_t i)
+static double channel_backward(const struct device *device,
+                               const struct recurrence_backward_args *a, int64_t b, int64_t i)
 {
 	const struct recurrence_args *f = &a->forward;
 	const struct view *h = f->h.data ? &f->h : &f->out;
@@ -54,7 +57,7 @@ static double channel_backward(const struct recurrence_backward_args *a, int64_t
 		double before = t > 0        ? at(h, b, t - 1, 0)[i]
 		                : has_before ? wide(f->h0)[b * f->d_model + i]
 		                             : 0;
-		struct coefficients c = coefficients(f, b, t, i);
+		struct coefficients c = coefficients(device, f, b, t, i);
 		double z = f->z.data ? sigmoid(at(&f->z, b, t, 0)[i]) : 1;
 		double dout = at(&a->dout, b, t, 0)[i], x = at(&f->x, b, t, 0)[i];
 
@@ -80,7 +83,7 @@ enum status reference_recurrence_backward(struct device *device, const void *arg
 #pragma omp parallel for collapse(2)
 	for (int64_t b = 0; b < f->batch; b++)
 		for (int64_t i = 0; i < f->d_model; i++) {
-			double dh0 = channel_backward(a, b, i);
+			double dh0 = channel_backward(device, a, b, i);
 
 			if (a->dh0)
 				wide_out(a->dh0)[b * f->d_model + i] = dh0;

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/noise.h"
 #include "kernels/reference/common.h"
 #include "kernels/reference/reference.h"
 
@@ -40,6 +41,14 @@ static inline void add_scaled(int64_t count, double weight, const double *x, dou
 #pragma omp simd
 	for (int64_t i = 0; i < count; i++)
 		sum[i] += weight * x[i];
+}
+
+/* What decay number i is off by in a probe. */
+static inline double decay_jitter(const struct device *device, int64_t i)
+{
+	return device->decay_jitter > 0
+	               ? device->decay_jitter * noise_sign(device->decay_seed, 0, (uint64_t)i)
+	               : 0;
 }
 
 /* log(1 + e^x) without cancellation. */
