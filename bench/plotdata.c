@@ -137,9 +137,9 @@ static bool is_work(const struct picture *picture)
 /* The line a row belongs to: its name, what tells it apart, and what provider was asked for. */
 static void label_of(const struct picture *picture, const struct result *r, char label[LABEL])
 {
-	const char *equals = strrchr(r->requested, '=');
-	const char *provider = equals ? equals + 1 : r->requested;
+	char provider[LABEL];
 
+	result_provider(r, provider, sizeof provider);
 	name_of(picture, r, label);
 	size_t length = strlen(label);
 	snprintf(label + length, LABEL - length, "%s", r->detail);

@@ -249,8 +249,11 @@ static void speedup_cell(const struct table *table, const struct result *line,
 
 static void line_title(const struct result *line, char *text)
 {
-	snprintf(text, CELL, line->requested[0] ? "%s%s [%s]" : "%s%s", line->series, line->detail,
-	         line->requested);
+	char provider[CELL];
+
+	result_provider(line, provider, sizeof provider);
+	snprintf(text, CELL, provider[0] ? "%s%s [%s]" : "%s%s", line->series, line->detail,
+	         provider);
 }
 
 static void point_title(const struct table *table, const struct result *point, char *text)

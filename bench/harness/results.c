@@ -313,6 +313,20 @@ bool result_ok(const struct result *result)
 	       strcmp(result->status, status_name(STATUS_NOISY)) == 0;
 }
 
+void result_provider(const struct result *result, char *text, size_t size)
+{
+	const char *first = strchr(result->requested, '=');
+	size_t length = first ? strcspn(first + 1, ",") : 0;
+
+	for (const char *at = first; at; at = strchr(at + 1, '='))
+		if (strcspn(at + 1, ",") != length || strncmp(at + 1, first + 1, length) != 0)
+			length = 0; /* several */
+	if (length > 0)
+		snprintf(text, size, "%.*s", (int)length, first + 1);
+	else
+		snprintf(text, size, "%s", result->requested);
+}
+
 /* Sizes that old files have of layers without such a one, and new ones have not, or the other way
  * round. */
 static bool same_if_known(int64_t a, int64_t b)
@@ -337,11 +351,18 @@ static const char *data_of(const struct result *r)
 	return r->data[0] ? r->data : "normal";
 }
 
+/* A GPU does not mind how many threads the host has. */
+static bool same_threads(const struct result *a, const struct result *b)
+{
+	return a->threads == b->threads ||
+	       (strcmp(a->backend, "cuda") == 0 && strcmp(b->backend, "cuda") == 0);
+}
+
 /* The same conditions of measuring. */
 static bool same_conditions(const struct result *a, const struct result *b)
 {
 	return a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 && a->warm == b->warm &&
-	       a->threads == b->threads && same_text_if_known(a->duty, b->duty) &&
+	       same_threads(a, b) && same_text_if_known(a->duty, b->duty) &&
 	       strcmp(data_of(a), data_of(b)) == 0 && strcmp(a->baseline, b->baseline) == 0;
 }
 

@@ -64,6 +64,10 @@ bool result_is_ratio(const struct result *result);
 /* Whether it was measured and verified: ok or noisy. */
 bool result_ok(const struct result *result);
 
+/* What was asked for with --provider or --rival, in short: "cudnn" of "attention=cudnn,
+ * attention_step=cudnn"; "" where nothing was. */
+void result_provider(const struct result *result, char *text, size_t size);
+
 /* Whether two rows measure the same, wherever and by whichever kernels: those that were
  * asked for count, not those that ran. Whole models find their own batch. What the columns of an
  * old file do not tell is what its program did: as many key heads as heads, normal data. */
