@@ -39,7 +39,7 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/operations/*.c kernels
 	bench/generate.c bench/kernel_bench.c \
 	bench/stack_case.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2 delta_net gated_delta_net kda
+FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2 delta_net gated_delta_net kda rwkv6
 # Programs of one layer: build/hybrid by another name.
 LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \

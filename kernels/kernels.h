@@ -85,6 +85,9 @@ extern "C" {
 	X(GATE_NORM_BACKWARD, gate_norm_backward)                                                  \
 	X(L2_NORM, l2_norm)                                                                        \
 	X(L2_NORM_BACKWARD, l2_norm_backward)                                                      \
+	X(TOKEN_SHIFT, token_shift)                                                                \
+	X(TOKEN_SHIFT_BACKWARD, token_shift_backward)                                              \
+	X(TOKEN_SHIFT_STEP, token_shift_step)                                                      \
 	X(GELU, gelu)                                                                              \
 	X(GELU_BACKWARD, gelu_backward)                                                            \
 	X(EMBEDDING, embedding)                                                                    \
@@ -423,11 +426,13 @@ struct matrix_recurrence_step_args {
 enum low_rank {
 	LOW_RANK_DECAY, /* logsigmoid(logit) / normalizer: GLA's decay */
 	LOW_RANK_RATE,  /* -exp(log_rate_h) softplus(logit): KDA's decay, a rate per head */
-	LOW_RANK_LOGIT  /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_LOGIT, /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_TANH,  /* the logit of tanh(x): RWKV-6's mixes, of token_shift */
+	LOW_RANK_EXP    /* -exp(logit), of tanh(x): RWKV-6's decay */
 };
 
-/* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias. x is rank-wide,
- * with a row stride. */
+/* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias, or tanh(x) W^T +
+ * bias. x is rank-wide, with a row stride. */
 struct decay_gate_args {
 	int64_t n_tokens, rank, d_out, x_stride;
 	enum low_rank form;
@@ -444,21 +449,31 @@ struct decay_gate_backward_args {
 	struct decay_gate_args forward; /* out holds the forward's result */
 	const void *dout;               /* [n_tokens, d_out] */
 	void *dx;                       /* out, rows x_stride apart */
-	void *dlogit;                   /* scratch [n_tokens, d_out]; not of LOW_RANK_LOGIT */
+	void *dlogit;                   /* scratch [n_tokens, d_out]; not where the output is the
+	                                   logit */
 	float *dweight, *dbias;         /* out */
 	float *dlog_rate;               /* out [n_heads] iff LOW_RANK_RATE */
 };
 
 enum curve { CURVE_SILU, CURVE_SIGMOID };
 
-/* GLA's output: per-head RMSNorm with one weight [d_head] shared by the heads, times curve(gate);
- * the curve is silu, or KDA's sigmoid. */
+/* Of a head. */
+enum norm {
+	NORM_RMS,  /* x rstd * weight, rstd = 1/sqrt(mean(x^2) + eps); one weight [d] for all heads
+	            */
+	NORM_GROUP /* (x - mean) rstd * weight + bias, rstd that of x - mean; each channel has a
+	              weight and a bias of its own (RWKV-6's group norm) */
+};
+
+/* GLA's output: a norm of each head, times curve(gate); the curve is silu, or KDA's sigmoid. */
 struct norm_gate_args {
 	int64_t n_tokens, n_heads, d_head, gate_stride;
 	enum curve curve;
+	enum norm norm;
 	float eps;
 	const void *x;       /* [n_tokens, H*d] */
-	const float *weight; /* [d] */
+	const float *weight; /* [d], of NORM_GROUP [H*d] */
+	const float *bias;   /* [H*d] iff NORM_GROUP */
 	const void *gate;    /* [n_tokens, H*d], rows gate_stride apart */
 	float *rstd;         /* out [n_tokens, H] or NULL */
 	void *out;           /* out [n_tokens, H*d] */
@@ -469,7 +484,8 @@ struct norm_gate_backward_args {
 	const void *dout;              /* [n_tokens, H*d] */
 	void *dx;                      /* out [n_tokens, H*d] */
 	void *dgate;                   /* out, rows gate_stride apart */
-	float *dweight;                /* out [d] */
+	float *dweight;                /* out, shaped as weight */
+	float *dbias;                  /* out [H*d] iff NORM_GROUP */
 };
 
 /* One token per sequence, at *position: q and k rotated, as by struct rotate_args. Outputs may
@@ -610,7 +626,8 @@ struct gate_norm_args {
 struct gate_norm_backward_args {
 	struct gate_norm_args forward; /* rstd holds the forward's result */
 	const void *dout;              /* [n_tokens, H*d] */
-	void *dx;                      /* out [n_tokens, H*d] */
+	const void *dresidual;         /* [n_tokens, H*d] added to dx, or NULL */
+	void *dx;                      /* out [n_tokens, H*d]; may alias dresidual */
 	void *dskip;                   /* out [n_tokens, H*d] iff skip */
 	void *dgate;                   /* out, rows gate_stride apart, iff gate */
 	float *dskip_weight;           /* out [H] iff skip */
@@ -630,6 +647,49 @@ struct l2_norm_args {
 struct l2_norm_backward_args {
 	struct l2_norm_args forward; /* y and inverse hold the forward's results; x is not read */
 	struct view dy, dx;          /* [B, T, H, d]; dx out, may alias dy */
+};
+
+enum shift {
+	SHIFT_CONSTANT, /* a mix per channel, a parameter */
+	SHIFT_VARIABLE  /* a mix per channel and token */
+};
+
+/*
+ * RWKV's token shift: each channel of a token is mixed with that of the token before it, zero
+ * before the sequence, in n_out ways:
+ *   out_n = x_t + (x_{t-1} - x_t) * mix_n.
+ */
+struct token_shift_args {
+	int64_t batch, seq_len, width, n_out;
+	enum shift form;
+	const void *x;       /* [B*T, width] */
+	const float *weight; /* [n_out, width]: the mixes, iff SHIFT_CONSTANT */
+	const void *mix;     /* [n_out, B*T, width] iff SHIFT_VARIABLE */
+	void *out;           /* out [n_out, B*T, width] */
+	void *last;          /* out [B, width]: the last x, or NULL */
+};
+
+struct token_shift_backward_args {
+	struct token_shift_args forward; /* its outputs are not read */
+	const void *dout;                /* [n_out, B*T, width] */
+	const void *dresidual;           /* [B*T, width] added to dx, or NULL */
+	void *dx;                        /* out [B*T, width]; may alias dresidual */
+	void *dmix;                      /* out [n_out, B*T, width] iff SHIFT_VARIABLE */
+	float *dweight;                  /* out [n_out, width] iff SHIFT_CONSTANT */
+};
+
+/* One token. The constant form goes first: it moves the state on, and leaves the variable one what
+ * the state was. */
+struct token_shift_step_args {
+	int64_t batch, width, n_out;
+	enum shift form;
+	const void *x;       /* [B, width] */
+	const float *weight; /* [n_out, width] iff SHIFT_CONSTANT */
+	const void *mix;     /* [n_out, B, width] iff SHIFT_VARIABLE */
+	void *state;         /* in, out [B, width]: the last x, iff SHIFT_CONSTANT */
+	void *before;        /* [B, width]: x of the token before; in, of SHIFT_CONSTANT out or
+	                        NULL */
+	void *out;           /* out [n_out, B, width] */
 };
 
 /* gelu(x) = x * (1 + erf(x/sqrt(2))) / 2. */
@@ -709,12 +769,35 @@ static inline bool is_known_rule(enum rule rule)
 
 static inline bool is_known_low_rank(enum low_rank form)
 {
-	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT;
+	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT ||
+	       form == LOW_RANK_TANH || form == LOW_RANK_EXP;
+}
+
+/* Whether the output is the logit itself. */
+static inline bool is_logit(enum low_rank form)
+{
+	return form == LOW_RANK_LOGIT || form == LOW_RANK_TANH;
+}
+
+/* Whether it is tanh(x) that is multiplied. */
+static inline bool has_tanh(enum low_rank form)
+{
+	return form == LOW_RANK_TANH || form == LOW_RANK_EXP;
 }
 
 static inline bool is_known_curve(enum curve curve)
 {
 	return curve == CURVE_SILU || curve == CURVE_SIGMOID;
+}
+
+static inline bool is_known_norm(enum norm norm)
+{
+	return norm == NORM_RMS || norm == NORM_GROUP;
+}
+
+static inline bool is_known_shift(enum shift form)
+{
+	return form == SHIFT_CONSTANT || form == SHIFT_VARIABLE;
 }
 
 /* Room for the arguments of any operation. */

@@ -63,7 +63,8 @@ enum status layer_forward(const struct layer_run *run, const void *x, void *y)
 	        .y = y,
 	};
 
-	TRY(run_norm_linear(run->ctx, &in_proj));
+	TRY((config->class->in_proj ? config->class->in_proj(run, x)
+	                            : run_norm_linear(run->ctx, &in_proj)));
 	TRY((run->position ? config->class->step : config->class->forward)(run));
 	return run_linear_residual(run->ctx, &out_proj);
 }
@@ -95,5 +96,6 @@ enum status layer_backward(const struct layer_run *run, const void *x, const voi
 
 	TRY(run_linear_residual_backward(run->ctx, &out_proj));
 	TRY(config->class->backward(run));
-	return run_norm_linear_backward(run->ctx, &in_proj);
+	return config->class->in_proj_backward ? config->class->in_proj_backward(run, x, dy, dx)
+	                                       : run_norm_linear_backward(run->ctx, &in_proj);
 }

@@ -26,6 +26,7 @@ enum init {
 	INIT_CONV,       /* uniform(-1/2, 1/2): 1/sqrt of the taps */
 	INIT_TIME_STEP,  /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
 	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
+	INIT_MIX,        /* uniform(0, 1) */
 	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
 	                    bound is near 0, and the last (HGRN) */
 };
@@ -68,6 +69,7 @@ struct golden_name {
 	int64_t first, count; /* rows of a parameter; of a state columns, its last dimension */
 	bool is_state;
 	bool transposed; /* the last two dimensions of a state */
+	bool beside;     /* of a parameter: entries lie beside one another, not one after another */
 };
 
 static inline struct golden_name golden_rows(const char *name, int parameter, int64_t first,
@@ -79,7 +81,7 @@ static inline struct golden_name golden_rows(const char *name, int parameter, in
 static inline struct golden_name golden_columns(const char *name, int state, int64_t first,
                                                 int64_t count, bool transposed)
 {
-	return (struct golden_name){name, state, first, count, true, transposed};
+	return (struct golden_name){name, state, first, count, true, transposed, false};
 }
 
 struct layer_class;
@@ -183,6 +185,8 @@ struct layer_class {
 	/* A number in a pattern ("rat:16", "swa:1024") sets the first. */
 	const struct layer_argument *arguments;
 	const struct family_member *family; /* of the linear-attention family, or NULL */
+	/* Its chunk is that of a form of the prefill, whose result is the same for all. */
+	bool chunk_is_form;
 	/* Heads where the user names no number; NULL: as wide as layers/stack.c chooses. */
 	int64_t (*default_heads)(int64_t d_model);
 	/* NULL: keys and values have as many heads as queries, and D / heads columns each. */
@@ -208,6 +212,13 @@ struct layer_class {
 	             struct tensor_spec *specs);
 	int (*scratch)(const struct layer_config *config, const struct layer_shape *shape,
 	               struct tensor_spec *specs);
+
+	/* Of a layer that mixes tokens before it projects them: saved[SAVED_PROJ] from x, norm
+	 * included; and dx from scratch[SCRATCH_DPROJ]. NULL: InProj is one product of the
+	 * normalized x. */
+	enum status (*in_proj)(const struct layer_run *run, const void *x);
+	enum status (*in_proj_backward)(const struct layer_run *run, const void *x, const void *dy,
+	                                void *dx);
 
 	/* saved[SAVED_MIX] from saved[SAVED_PROJ]; fills the state if there is one. */
 	enum status (*forward)(const struct layer_run *run);

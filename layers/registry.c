@@ -17,7 +17,8 @@
 	entry(hgrn2) \
 	entry(delta_net) \
 	entry(gated_delta_net) \
-	entry(kda)
+	entry(kda) \
+	entry(rwkv6)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;

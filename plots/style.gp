@@ -47,7 +47,8 @@ colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "hgrn")       ? "#E69F00" \
           : starts(s, "delta_net")  ? "#117733" \
           : starts(s, "gated_delta_net") ? "#882255" \
-          : starts(s, "kda")        ? "#999933" : "#777777"
+          : starts(s, "kda")        ? "#999933" \
+          : starts(s, "rwkv6")      ? "#AA4499" : "#777777"
 
 delta_rule(s) = starts(s, "delta_net") || starts(s, "gated_delta_net") || starts(s, "kda")
 # Hybrids are dashed, dotted what a named provider ran or what has no positions; delta rules have
@@ -67,6 +68,7 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "delta_net")  ? 8 \
               : starts(s, "gated_delta_net") ? 10 \
               : starts(s, "kda")        ? 14 \
+              : starts(s, "rwkv6")      ? 15 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)

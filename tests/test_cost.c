@@ -484,6 +484,11 @@ TEST(gate_costs)
 	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + y, x + w, M, y, 0);
 	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + y), x + w + y, 0,
 	      x, w + M);
+	/* tanh of x; the bias, exp, negate. */
+	decay.form = decay_back.forward.form = LOW_RANK_EXP;
+	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + 4 * x + 3 * y, x + w, M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + 4 * x + 3 * y),
+	      x + w + 2 * y, 0, x, w + M);
 	check(OP_NORM_GATE, &gate, gate_flops, 2 * heads, D, heads, rows);
 	/* x, gate, dout; rstd, weight -> dx, dgate; dweight. */
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * gate_flops, 3 * heads, rows + D, 2 * heads, D);
@@ -492,6 +497,31 @@ TEST(gate_costs)
 	check(OP_NORM_GATE, &gate, gate_flops - heads, 2 * heads, D, heads, rows);
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * (gate_flops - heads), 3 * heads, rows + D,
 	      2 * heads, D);
+	/* The mean, added up and taken off, and a bias; a weight and a bias of each channel. */
+	gate.norm = gate_back.forward.norm = NORM_GROUP;
+	check(OP_NORM_GATE, &gate, gate_flops + 2 * heads, 2 * heads, 2 * H * D, heads, rows);
+	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * (gate_flops + 2 * heads), 3 * heads,
+	      rows + 2 * H * D, 2 * heads, 2 * H * D);
+}
+
+/* x_{t-1} - x_t; times a mix, plus x, of each output. */
+TEST(shift_costs)
+{
+	enum { B = 2, T = 5, C = 6, N = 3 };
+	const double x = B * T * C, last = B * C, flops = x + 2 * N * x, mixes = N * C;
+	struct token_shift_args shift = {.batch = B, .seq_len = T, .width = C, .n_out = N};
+	struct token_shift_backward_args back = {.forward = shift};
+	struct token_shift_step_args step = {.batch = B, .width = C, .n_out = N};
+
+	check(OP_TOKEN_SHIFT, &shift, flops, x, mixes, N * x, 0);
+	/* x, dout; the mixes -> dx; their gradients. */
+	check(OP_TOKEN_SHIFT_BACKWARD, &back, 2 * flops, x + N * x, mixes, x, mixes);
+	/* The state is read and written. */
+	check(OP_TOKEN_SHIFT_STEP, &step, flops / T, 2 * last, mixes, (N + 1) * last, 0);
+	shift.form = back.forward.form = step.form = SHIFT_VARIABLE;
+	check(OP_TOKEN_SHIFT, &shift, flops, x + N * x, 0, N * x, 0);
+	check(OP_TOKEN_SHIFT_BACKWARD, &back, 2 * flops, x + 2 * N * x, 0, x + N * x, 0);
+	check(OP_TOKEN_SHIFT_STEP, &step, flops / T, (2 + N) * last, 0, N * last, 0);
 }
 
 static void conv_costs(void)

@@ -706,6 +706,7 @@ TEST(test_sizes_of_caches)
 	        {"delta_net", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
 	        {"gated_delta_net", H * (D / H) * (2 * D / H) * 4 + 3 * 4 * D * 4},
 	        {"kda", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
+	        {"rwkv6", H * (D / 2 / H) * (D / H) * 4 + D * 4},
 	        {"rat:16,recurrence", 2 * (T / L) * D * 4 + 2 * D * 4 + D * 4},
 	};
 

@@ -127,7 +127,10 @@ static enum status run_mutant(struct device *device, const void *args, void *wor
 
 	memcpy(&copy, args, operation_describes(operation)->args_size);
 	operation_describe(operation, &copy, &list);
-	damage_operand(operand_find(&list, mutant.target.operand));
+	const struct operand *o = operand_find(&list, mutant.target.operand);
+	/* Not every form of an operation has it. */
+	if (o && operand_data(o))
+		damage_operand(o);
 	return status;
 }
 
@@ -258,6 +261,15 @@ CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECUR
        WHOLE("kda", TRAIN, MATRIX_RECURRENCE_BACKWARD, "dbeta"),
        WHOLE("delta_net", GENERATION, DELTA_GATE, "beta"),
        WHOLE("gated_delta_net", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
+
+/* RWKV-6: what its tokens are mixed with, its decays and its group norm. */
+CAUGHT(test_wrong_token_shift_is_caught, WHOLE("rwkv6", PREFILL, TOKEN_SHIFT, "out"),
+       WHOLE("rwkv6", PREFILL, TOKEN_SHIFT, "last"), WHOLE("rwkv6", PREFILL, DECAY_GATE, "out"),
+       WHOLE("rwkv6", PREFILL, NORM_GATE, "out"), WHOLE("rwkv6", TRAIN, TOKEN_SHIFT_BACKWARD, "dx"),
+       WHOLE("rwkv6", TRAIN, TOKEN_SHIFT_BACKWARD, "dmix"),
+       WHOLE("rwkv6", TRAIN, GATE_NORM_BACKWARD, "dx"),
+       WHOLE("rwkv6", TRAIN, NORM_GATE_BACKWARD, "dbias"),
+       WHOLE("rwkv6", GENERATION, TOKEN_SHIFT_STEP, "state"))
 
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,

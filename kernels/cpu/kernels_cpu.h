@@ -29,7 +29,7 @@
 	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
 	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
 	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \
-	X(DECAY_GATE, "cpu", cpu_decay_gate, checked, none)                                        \
+	X(DECAY_GATE, "cpu", cpu_decay_gate, checked, workspace)                                   \
 	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, checked, workspace)                 \
 	X(NORM_GATE, "cpu", cpu_norm_gate, checked, none)                                          \
 	X(NORM_GATE_BACKWARD, "cpu", cpu_norm_gate_backward, checked, workspace)                   \
@@ -47,6 +47,9 @@
 	X(GATE_NORM_BACKWARD, "cpu", cpu_gate_norm_backward, any, workspace)                       \
 	X(L2_NORM, "cpu", cpu_l2_norm, any, none)                                                  \
 	X(L2_NORM_BACKWARD, "cpu", cpu_l2_norm_backward, any, none)                                \
+	X(TOKEN_SHIFT, "cpu", cpu_token_shift, checked, none)                                      \
+	X(TOKEN_SHIFT_BACKWARD, "cpu", cpu_token_shift_backward, checked, workspace)               \
+	X(TOKEN_SHIFT_STEP, "cpu", cpu_token_shift_step, checked, none)                            \
 	X(GELU, "cpu", cpu_gelu, any, none)                                                        \
 	X(GELU_BACKWARD, "cpu", cpu_gelu_backward, any, none)                                      \
 	X(EMBEDDING, "cpu", cpu_embedding, any, none)                                              \

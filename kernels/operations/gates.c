@@ -4,10 +4,13 @@
 
 enum {
 	NORM_FLOPS = 4,         /* square, add; times rstd, times weight */
+	CENTER_FLOPS = 3,       /* of the mean: add, subtract; bias */
 	SILU_GATE_FLOPS = 5,    /* exp, add, divide; times the gate, times x */
 	SIGMOID_GATE_FLOPS = 4, /* exp, add, divide; times x */
 	BIAS_FLOPS = 1,
 	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide, or times the rate */
+	EXP_DECAY_FLOPS = 3,    /* bias; exp, negate */
+	TANH_FLOPS = 4,         /* exp, add, divide; from 1 */
 	SIGMOID_FLOPS = 3,      /* exp, add, divide */
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
@@ -63,15 +66,18 @@ static double decay_gate_flops(const void *args)
 	const struct decay_gate_args *a = args;
 	const double n = (double)a->n_tokens, m = (double)a->d_out;
 
-	return 2 * n * (double)a->rank * m +
-	       (a->form == LOW_RANK_LOGIT ? BIAS_FLOPS : LOG_DECAY_FLOPS) * n * m;
+	const double of_column = is_logit(a->form)         ? BIAS_FLOPS
+	                         : a->form == LOW_RANK_EXP ? EXP_DECAY_FLOPS
+	                                                   : LOG_DECAY_FLOPS;
+	const double of_input = has_tanh(a->form) ? TANH_FLOPS : 0;
+
+	return 2 * n * (double)a->rank * m + of_input * n * (double)a->rank + of_column * n * m;
 }
 
 static const struct operation_form low_rank_variants[] = {
-        {"decay_gate", .low_rank = LOW_RANK_DECAY},
-        {"rate_gate", .low_rank = LOW_RANK_RATE},
-        {"low_rank_gate", .low_rank = LOW_RANK_LOGIT},
-        {0}};
+        {"decay_gate", .low_rank = LOW_RANK_DECAY},    {"rate_gate", .low_rank = LOW_RANK_RATE},
+        {"low_rank_gate", .low_rank = LOW_RANK_LOGIT}, {"tanh_gate", .low_rank = LOW_RANK_TANH},
+        {"exp_gate", .low_rank = LOW_RANK_EXP},        {0}};
 
 DESCRIPTION(decay_gate, .variants = low_rank_variants);
 
@@ -83,10 +89,10 @@ static void describe_decay_gate_backward(void *args, struct operand_list *l)
 	const struct dimension out = low_rank_columns(a);
 
 	describe_decay_gate(a, l);
-	forward_ends(l, a->form == LOW_RANK_LOGIT ? "" : "out");
+	forward_ends(l, is_logit(a->form) ? "" : "out");
 	operand_find(l, "bias")->read = 0;
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, out);
-	if (a->form != LOW_RANK_LOGIT)
+	if (!is_logit(a->form))
 		add_rows(l, ROLE_SCRATCH, "dlogit", &b->dlogit, NULL, n, out);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->x_stride, n, rank);
 	add_floats(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(1), out, rank);
@@ -118,9 +124,19 @@ static void size_norm_gate(void *args, const struct sizes *s, const struct opera
 	a->n_heads = s->n_heads;
 	a->d_head = s->d_head;
 	widen(s, &a->n_tokens, &a->d_head);
-	a->gate_stride = a->n_heads * a->d_head;
 	a->curve = v->curve;
+	a->norm = v->norm;
+	/* A group of two has nothing but signs left, whose gradient is all rounding. */
+	if (a->norm == NORM_GROUP && a->d_head < 3)
+		a->d_head = 4;
+	a->gate_stride = a->n_heads * a->d_head;
 	a->eps = 1e-5f;
+}
+
+/* Columns that have a weight of their own. */
+static int64_t norm_width(const struct norm_gate_args *a)
+{
+	return a->norm == NORM_GROUP ? a->n_heads * a->d_head : a->d_head;
 }
 
 static void describe_norm_gate(void *args, struct operand_list *l)
@@ -129,9 +145,12 @@ static void describe_norm_gate(void *args, struct operand_list *l)
 	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
 
 	add_option(l, &a->curve);
+	add_option(l, &a->norm);
 	cut_along(l, AXIS_ROW, &a->n_tokens);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, width);
-	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(a->d_head)), 2);
+	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(norm_width(a))), 2);
+	if (a->norm == NORM_GROUP)
+		add_vector(l, ROLE_PARAMETER, "bias", &a->bias, width);
 	add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, width)->scale = 2;
 	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->n_heads))->optional =
 	        true;
@@ -143,12 +162,16 @@ static double norm_gate_flops(const void *args)
 {
 	const struct norm_gate_args *a = args;
 
-	return (NORM_FLOPS + (a->curve == CURVE_SILU ? SILU_GATE_FLOPS : SIGMOID_GATE_FLOPS)) *
+	return (NORM_FLOPS + (a->norm == NORM_GROUP ? CENTER_FLOPS : 0) +
+	        (a->curve == CURVE_SILU ? SILU_GATE_FLOPS : SIGMOID_GATE_FLOPS)) *
 	       (double)(a->n_tokens * a->n_heads * a->d_head);
 }
 
 static const struct operation_form norm_gate_variants[] = {
-        {"norm_gate", .curve = CURVE_SILU}, {"norm_sigmoid_gate", .curve = CURVE_SIGMOID}, {0}};
+        {"norm_gate", .curve = CURVE_SILU},
+        {"norm_sigmoid_gate", .curve = CURVE_SIGMOID},
+        {"group_norm_gate", .curve = CURVE_SILU, .norm = NORM_GROUP},
+        {0}};
 
 DESCRIPTION(norm_gate, .variants = norm_gate_variants);
 
@@ -163,7 +186,9 @@ static void describe_norm_gate_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
 	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
-	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(a->d_head));
+	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(norm_width(a)));
+	if (a->norm == NORM_GROUP)
+		add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, width);
 	keeps_fp32(l);
 }
 
@@ -534,11 +559,14 @@ static void describe_gate_norm_backward(void *args, struct operand_list *l)
 	struct gate_norm_backward_args *b = args;
 	struct gate_norm_args *a = &b->forward;
 	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+	struct operand *o;
 
 	describe_gate_norm(a, l);
 	forward_ends(l, "rstd");
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
-	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	add_rows(l, ROLE_INPUT, "dresidual", &b->dresidual, NULL, n, width)->optional = true;
+	o = add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	o->alias = o->base = "dresidual";
 	if (a->skip) {
 		add_rows(l, ROLE_OUTPUT, "dskip", &b->dskip, NULL, n, width);
 		add_vector(l, ROLE_GRADIENT, "dskip_weight", &b->dskip_weight, INNER(a->n_heads));
@@ -550,4 +578,13 @@ static void describe_gate_norm_backward(void *args, struct operand_list *l)
 	keeps_fp32(l);
 }
 
-BACKWARD(gate_norm, GATE_NORM, 2);
+static double gate_norm_backward_flops(const void *args)
+{
+	const struct gate_norm_backward_args *b = args;
+	const struct gate_norm_args *a = &b->forward;
+	const double residual = b->dresidual ? (double)(a->n_tokens * a->n_heads * a->d_head) : 0;
+
+	return 2 * gate_norm_flops(args) + residual;
+}
+
+BACKWARD_OF(gate_norm, GATE_NORM, size_gate_norm);

@@ -106,6 +106,8 @@ extern "C" const char *portable_decay_gate_unsupported(const struct device *, co
 
 	if (!is_known_low_rank(a->form))
 		return "an unknown gate of low rank";
+	if (has_tanh(a->form))
+		return "a gate of tanh(x)";
 	if (a->form == LOW_RANK_RATE && a->d_out / a->n_heads % 8)
 		return "widths must be multiples of 8";
 	return either(check_widths(a->rank, a->x_stride, a->d_out), check_aligned(a->x));
@@ -164,6 +166,8 @@ extern "C" const char *portable_norm_gate_unsupported(const struct device *, con
 
 	if (!is_known_curve(a->curve))
 		return "an unknown curve";
+	if (a->norm != NORM_RMS)
+		return "a norm that is not RMSNorm";
 	return either(check_widths(a->d_head, a->gate_stride), check_aligned(a->gate));
 }
 

@@ -211,6 +211,8 @@ extern "C" const char *portable_norm_gate_backward_unsupported(const struct devi
 		return "more than 65535 heads";
 	if (!is_known_curve(f->curve))
 		return "an unknown curve";
+	if (f->norm != NORM_RMS)
+		return "a norm that is not RMSNorm";
 	if (f->gate == a->dgate)
 		return "dgate in the place of the gate";
 	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
@@ -401,6 +403,8 @@ extern "C" const char *portable_gate_norm_backward_unsupported(const struct devi
 
 	if (f->groups > 65535)
 		return "more than 65535 groups";
+	if (a->dresidual)
+		return "a residual";
 	if ((f->gate && f->gate == a->dgate) || (f->skip && f->skip == a->dskip))
 		return "gradients in the place of what they are taken of";
 	return either(check_widths(f->d_head, group, f->skip ? f->skip_stride : 0,
@@ -546,6 +550,8 @@ extern "C" const char *portable_decay_gate_backward_unsupported(const struct dev
 
 	if (!is_known_low_rank(f->form))
 		return "an unknown gate of low rank";
+	if (has_tanh(f->form))
+		return "a gate of tanh(x)";
 	if (f->form == LOW_RANK_RATE && f->d_out / f->n_heads % 8)
 		return "widths must be multiples of 8";
 	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));

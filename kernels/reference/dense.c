@@ -122,6 +122,8 @@ static double low_rank_value(const struct decay_gate_args *a, int64_t i, double 
 		return log_sigmoid(logit) / a->normalizer;
 	if (a->form == LOW_RANK_RATE)
 		return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * softplus(logit);
+	if (a->form == LOW_RANK_EXP)
+		return -exp(logit);
 	return logit;
 }
 
@@ -129,24 +131,48 @@ static double low_rank_slope(const struct decay_gate_args *a, int64_t i, double 
 {
 	if (a->form == LOW_RANK_DECAY)
 		return sigmoid(-logit) / a->normalizer;
+	if (a->form == LOW_RANK_EXP)
+		return -exp(logit);
 	return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * sigmoid(logit);
+}
+
+/* What is multiplied: x, or tanh(x) in new memory that the caller frees; x_stride apart. NULL:
+ * there is none. */
+static double *low_rank_input(const struct decay_gate_args *a)
+{
+	const double *x = a->x;
+	double *input;
+
+	if (!has_tanh(a->form))
+		return (double *)a->x;
+	input = take_doubles(a->n_tokens * a->x_stride);
+	for (int64_t i = 0; input && i < a->n_tokens * a->rank; i++) {
+		int64_t at = i / a->rank * a->x_stride + i % a->rank;
+
+		input[at] = tanh(x[at]);
+	}
+	return input;
 }
 
 enum status reference_decay_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct decay_gate_args *a = args;
 	const double *bias = wide(a->bias);
-	double *out = a->out;
+	double *out = a->out, *input = low_rank_input(a);
 
-	linear(a->n_tokens, a->rank, a->d_out, a->x, a->x_stride, a->weight, 0, out);
+	if (!input)
+		return STATUS_OOM;
+	linear(a->n_tokens, a->rank, a->d_out, input, a->x_stride, a->weight, 0, out);
 #pragma omp parallel for
 	for (int64_t i = 0; i < a->n_tokens * a->d_out; i++)
 		out[i] = low_rank_value(a, i % a->d_out, out[i] + bias[i % a->d_out]);
+	if (input != a->x)
+		free(input);
 	return STATUS_OK;
 }
 
 /* dlogit and dlog_rate. */
-static void low_rank_backward(const struct decay_gate_backward_args *a)
+static void low_rank_backward(const struct decay_gate_backward_args *a, const double *input)
 {
 	const struct decay_gate_args *f = &a->forward;
 	const bool rate = f->form == LOW_RANK_RATE;
@@ -154,7 +180,7 @@ static void low_rank_backward(const struct decay_gate_backward_args *a)
 	double *dlogit = a->dlogit, none = 0, *dlog_rate = rate ? wide_out(a->dlog_rate) : &none;
 	int64_t d_out = f->d_out, n_rates = rate ? f->n_heads : 1;
 
-	linear(f->n_tokens, f->rank, d_out, f->x, f->x_stride, f->weight, 0, dlogit);
+	linear(f->n_tokens, f->rank, d_out, input, f->x_stride, f->weight, 0, dlogit);
 	zero(n_rates, dlog_rate);
 #pragma omp parallel for reduction(+ : dlog_rate[:n_rates])
 	for (int64_t i = 0; i < f->n_tokens * d_out; i++) {
@@ -173,17 +199,26 @@ enum status reference_decay_gate_backward(struct device *device, const void *arg
 {
 	const struct decay_gate_backward_args *a = args;
 	const struct decay_gate_args *f = &a->forward;
-	const double *dlogit = f->form == LOW_RANK_LOGIT ? a->dout : a->dlogit;
-	double *dbias = wide_out(a->dbias);
+	const double *dlogit = is_logit(f->form) ? a->dout : a->dlogit;
+	double *dbias = wide_out(a->dbias), *dx = a->dx, *input = low_rank_input(f);
 	int64_t n = f->n_tokens, d_out = f->d_out;
 
-	if (f->form != LOW_RANK_LOGIT)
-		low_rank_backward(a);
+	if (!input)
+		return STATUS_OOM;
+	if (!is_logit(f->form))
+		low_rank_backward(a, input);
 	zero(d_out, dbias);
 #pragma omp parallel for reduction(+ : dbias[:d_out])
 	for (int64_t i = 0; i < n * d_out; i++)
 		dbias[i % d_out] += dlogit[i];
-	linear_backward(n, f->rank, d_out, f->x, f->x_stride, f->weight, dlogit, a->dx,
+	linear_backward(n, f->rank, d_out, input, f->x_stride, f->weight, dlogit, dx,
 	                wide_out(a->dweight));
+	for (int64_t i = 0; has_tanh(f->form) && i < n * f->rank; i++) {
+		int64_t at = i / f->rank * f->x_stride + i % f->rank;
+
+		dx[at] *= 1 - input[at] * input[at];
+	}
+	if (input != f->x)
+		free(input);
 	return STATUS_OK;
 }

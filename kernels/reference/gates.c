@@ -14,6 +14,33 @@ static double curve_derivative(enum curve curve, double x)
 	return curve == CURVE_SILU ? silu_derivative(x) : sigmoid(x) * sigmoid(-x);
 }
 
+/* What the norm of a head makes of it, before weights; returns 1 / the root that it divides by. */
+static double normalize(const struct norm_gate_args *a, const double *x, double *normed)
+{
+	int64_t d = a->d_head;
+	double mean = 0;
+
+	for (int64_t i = 0; a->norm == NORM_GROUP && i < d; i++)
+		mean += x[i] / (double)d;
+	for (int64_t i = 0; i < d; i++)
+		normed[i] = x[i] - mean;
+	double r = inverse_rms(d, a->eps, normed);
+	for (int64_t i = 0; i < d; i++)
+		normed[i] *= r;
+	return r;
+}
+
+/* The first of head h's weights or biases. */
+static int64_t first_weight(const struct norm_gate_args *a, int64_t h)
+{
+	return a->norm == NORM_GROUP ? h * a->d_head : 0;
+}
+
+static double bias_of(const struct norm_gate_args *a, int64_t column)
+{
+	return a->norm == NORM_GROUP ? wide(a->bias)[column] : 0;
+}
+
 enum status reference_norm_gate(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_args *a = args;
@@ -21,43 +48,67 @@ enum status reference_norm_gate(struct device *device, const void *args, void *w
 
 #pragma omp parallel for
 	for (int64_t row = 0; row < a->n_tokens * heads; row++) {
-		const double *x = (const double *)a->x + row * d, *weight = wide(a->weight);
-		const double *gate =
-		        (const double *)a->gate + row / heads * a->gate_stride + row % heads * d;
-		double *out = (double *)a->out + row * d, r = inverse_rms(d, a->eps, x);
+		int64_t h = row % heads;
+		const double *x = (const double *)a->x + row * d;
+		const double *weight = wide(a->weight) + first_weight(a, h);
+		const double *gate = (const double *)a->gate + row / heads * a->gate_stride + h * d;
+		double *out = (double *)a->out + row * d, r = normalize(a, x, out);
 
 		for (int64_t i = 0; i < d; i++)
-			out[i] = x[i] * r * weight[i] * curve_of(a->curve, gate[i]);
+			out[i] = (out[i] * weight[i] + bias_of(a, h * d + i)) *
+			         curve_of(a->curve, gate[i]);
 		if (a->rstd)
 			wide_out(a->rstd)[row] = r;
 	}
 	return STATUS_OK;
 }
 
+/* One head; `normed` is that of the forward. Adds to dweight, and to dbias where there is one. */
+static void norm_gate_head_backward(const struct norm_gate_backward_args *a, int64_t row,
+                                    double *normed, double *dweight, double *dbias)
+{
+	const struct norm_gate_args *f = &a->forward;
+	int64_t d = f->d_head, h = row % f->n_heads, own = first_weight(f, h);
+	int64_t first = row / f->n_heads * f->gate_stride + h * d;
+	const double *weight = wide(f->weight) + own, *gate = (const double *)f->gate + first;
+	const double *dout = (const double *)a->dout + row * d;
+	double *dx = (double *)a->dx + row * d, *dgate = (double *)a->dgate + first;
+	double r = normalize(f, (const double *)f->x + row * d, normed), mean = 0;
+
+	for (int64_t i = 0; i < d; i++) {
+		dgate[i] = dout[i] * (normed[i] * weight[i] + bias_of(f, h * d + i)) *
+		           curve_derivative(f->curve, gate[i]);
+		dx[i] = dout[i] * curve_of(f->curve, gate[i]);
+		if (f->norm == NORM_GROUP)
+			dbias[h * d + i] += dx[i];
+	}
+	for (int64_t i = 0; i < d; i++)
+		normed[i] /= r;
+	norm_row_backward(d, r, normed, weight, dx, dx, dweight + own);
+	for (int64_t i = 0; f->norm == NORM_GROUP && i < d; i++)
+		mean += dx[i] / (double)d;
+	for (int64_t i = 0; i < d; i++)
+		dx[i] -= mean;
+}
+
 enum status reference_norm_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_backward_args *a = args;
 	const struct norm_gate_args *f = &a->forward;
-	int64_t d = f->d_head, heads = f->n_heads;
-	double *dweight = wide_out(a->dweight);
+	const bool group = f->norm == NORM_GROUP;
+	int64_t d = f->d_head, width = group ? f->n_heads * d : d, biases = group ? width : 1;
+	double none = 0, *dweight = wide_out(a->dweight),
+	       *dbias = group ? wide_out(a->dbias) : &none;
+	double *scratch = take_doubles(d * omp_get_max_threads());
 
-	zero(d, dweight);
-#pragma omp parallel for reduction(+ : dweight[:d])
-	for (int64_t row = 0; row < f->n_tokens * heads; row++) {
-		int64_t first = row / heads * f->gate_stride + row % heads * d;
-		const double *x = (const double *)f->x + row * d, *weight = wide(f->weight);
-		const double *gate = (const double *)f->gate + first;
-		const double *dout = (const double *)a->dout + row * d;
-		double *dx = (double *)a->dx + row * d, *dgate = (double *)a->dgate + first;
-		double r = inverse_rms(d, f->eps, x);
-
-		for (int64_t i = 0; i < d; i++) {
-			dgate[i] = dout[i] * (x[i] * r * weight[i]) *
-			           curve_derivative(f->curve, gate[i]);
-			dx[i] = dout[i] * curve_of(f->curve, gate[i]);
-		}
-		norm_row_backward(d, r, x, weight, dx, dx, dweight);
-	}
+	if (!scratch)
+		return STATUS_OOM;
+	zero(width, dweight);
+	zero(biases, dbias);
+#pragma omp parallel for reduction(+ : dweight[:width], dbias[:biases])
+	for (int64_t row = 0; row < f->n_tokens * f->n_heads; row++)
+		norm_gate_head_backward(a, row, scratch + d * omp_get_thread_num(), dweight, dbias);
+	free(scratch);
 	return STATUS_OK;
 }
 
@@ -380,7 +431,8 @@ static void gated_backward(const struct gate_norm_backward_args *a, int64_t n, c
 			        dx * wide(f->skip_weight)[i / f->d_head];
 			dskip_weight[i / f->d_head] += dx * skip;
 		}
-		((double *)a->dx)[n * width + i] = dx;
+		((double *)a->dx)[n * width + i] =
+		        dx + (a->dresidual ? ((const double *)a->dresidual)[n * width + i] : 0);
 	}
 }
 

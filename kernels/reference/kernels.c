@@ -22,7 +22,11 @@ static const char *unknown_option(enum operation operation, const void *args)
 	else if (operation == OP_DECAY_GATE || operation == OP_DECAY_GATE_BACKWARD)
 		known = is_known_low_rank(a->decay_gate.form);
 	else if (operation == OP_NORM_GATE || operation == OP_NORM_GATE_BACKWARD)
-		known = is_known_curve(a->norm_gate.curve);
+		known = is_known_curve(a->norm_gate.curve) && is_known_norm(a->norm_gate.norm);
+	else if (operation == OP_TOKEN_SHIFT || operation == OP_TOKEN_SHIFT_BACKWARD)
+		known = is_known_shift(a->token_shift.form);
+	else if (operation == OP_TOKEN_SHIFT_STEP)
+		known = is_known_shift(a->token_shift_step.form);
 	return known ? NULL : "an unknown option";
 }
 
