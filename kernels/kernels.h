@@ -423,7 +423,8 @@ struct matrix_recurrence_step_args {
 enum low_rank {
 	LOW_RANK_DECAY, /* logsigmoid(logit) / normalizer: GLA's decay */
 	LOW_RANK_RATE,  /* -exp(log_rate_h) softplus(logit): KDA's decay, a rate per head */
-	LOW_RANK_LOGIT  /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_LOGIT, /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_STEP   /* softplus(logit): Mamba's time step */
 };
 
 /* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias. x is rank-wide,
@@ -709,7 +710,8 @@ static inline bool is_known_rule(enum rule rule)
 
 static inline bool is_known_low_rank(enum low_rank form)
 {
-	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT;
+	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT ||
+	       form == LOW_RANK_STEP;
 }
 
 static inline bool is_known_curve(enum curve curve)

@@ -8,6 +8,7 @@ enum {
 	SIGMOID_GATE_FLOPS = 4, /* exp, add, divide; times x */
 	BIAS_FLOPS = 1,
 	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide, or times the rate */
+	SOFTPLUS_FLOPS = 4,     /* bias; exp, add, log */
 	SIGMOID_FLOPS = 3,      /* exp, add, divide */
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
@@ -63,14 +64,17 @@ static double decay_gate_flops(const void *args)
 	const struct decay_gate_args *a = args;
 	const double n = (double)a->n_tokens, m = (double)a->d_out;
 
-	return 2 * n * (double)a->rank * m +
-	       (a->form == LOW_RANK_LOGIT ? BIAS_FLOPS : LOG_DECAY_FLOPS) * n * m;
+	return 2 * n * (double)a->rank * m + (a->form == LOW_RANK_LOGIT  ? BIAS_FLOPS
+	                                      : a->form == LOW_RANK_STEP ? SOFTPLUS_FLOPS
+	                                                                 : LOG_DECAY_FLOPS) *
+	                                             n * m;
 }
 
 static const struct operation_form low_rank_variants[] = {
         {"decay_gate", .low_rank = LOW_RANK_DECAY},
         {"rate_gate", .low_rank = LOW_RANK_RATE},
         {"low_rank_gate", .low_rank = LOW_RANK_LOGIT},
+        {"low_rank_step", .low_rank = LOW_RANK_STEP},
         {0}};
 
 DESCRIPTION(decay_gate, .variants = low_rank_variants);

@@ -122,13 +122,15 @@ static double low_rank_value(const struct decay_gate_args *a, int64_t i, double 
 		return log_sigmoid(logit) / a->normalizer;
 	if (a->form == LOW_RANK_RATE)
 		return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * softplus(logit);
-	return logit;
+	return a->form == LOW_RANK_STEP ? softplus(logit) : logit;
 }
 
 static double low_rank_slope(const struct decay_gate_args *a, int64_t i, double logit)
 {
 	if (a->form == LOW_RANK_DECAY)
 		return sigmoid(-logit) / a->normalizer;
+	if (a->form == LOW_RANK_STEP)
+		return sigmoid(logit);
 	return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * sigmoid(logit);
 }
 
