@@ -259,6 +259,15 @@ CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECUR
        WHOLE("delta_net", GENERATION, DELTA_GATE, "beta"),
        WHOLE("gated_delta_net", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
 
+/* Mamba: the scan, and the time step and what else the token chooses. */
+CAUGHT(test_wrong_scan_is_caught, WHOLE("mamba", PREFILL, SELECTIVE_SCAN, "out"),
+       WHOLE("mamba", PREFILL, DECAY_GATE, "out"), WHOLE("mamba", PREFILL, NORM_LINEAR, "y"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN, "borders"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "ddt"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "db"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "dlog_rate"),
+       WHOLE("mamba", GENERATION, SELECTIVE_SCAN_STEP, "h"))
+
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,
        WHOLE("attention,recurrence", PREFILL, ATTENTION, "out"),
