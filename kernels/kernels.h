@@ -64,6 +64,9 @@ extern "C" {
 	X(RECURRENCE, recurrence)                                                                  \
 	X(RECURRENCE_BACKWARD, recurrence_backward)                                                \
 	X(RECURRENCE_STEP, recurrence_step)                                                        \
+	X(SELECTIVE_SCAN, selective_scan)                                                          \
+	X(SELECTIVE_SCAN_BACKWARD, selective_scan_backward)                                        \
+	X(SELECTIVE_SCAN_STEP, selective_scan_step)                                                \
 	X(MATRIX_RECURRENCE, matrix_recurrence)                                                    \
 	X(MATRIX_RECURRENCE_BACKWARD, matrix_recurrence_backward)                                  \
 	X(MATRIX_RECURRENCE_STEP, matrix_recurrence_step)                                          \
@@ -359,6 +362,61 @@ struct recurrence_step_args {
 	struct view out;        /* out [B, 1, 1, D] */
 };
 
+/* Tokens between the states that selective_scan keeps for its backward. */
+enum { SCAN_CHUNK = 64 };
+
+/*
+ * Mamba's selective scan (arXiv 2312.00752): each channel has a state of N numbers, whose decays
+ * are rates of its own times a time step that the token chooses; B and C are the token's, for all
+ * channels:
+ *   h_t = exp(-exp(log_rate) dt_t) h_{t-1} + dt_t u_t B_t   [channels, N]
+ *   y_t = h_t C_t + skip u_t
+ *   out_t = y_t silu(z_t) where z is given, else y_t.
+ * Views have one head.
+ */
+struct selective_scan_args {
+	int64_t batch, seq_len, channels, state; /* state: N */
+	struct view u, dt;                       /* [B, T, 1, channels]; dt >= 0 */
+	struct view z;                           /* [B, T, 1, channels]; data NULL: none */
+	struct view b, c;                        /* [B, T, 1, N] */
+	const float *log_rate;                   /* [channels, N] */
+	const float *skip;                       /* [channels] or NULL: 0 */
+	const float *h0;                         /* [B, N, channels] or NULL: zero */
+	struct view out;                         /* out [B, T, 1, channels] */
+	float *borders; /* out [B, ceil(T/SCAN_CHUNK), N, channels]: the states before tokens 0,
+	                   SCAN_CHUNK, ..., for training; or NULL */
+	float *h_final; /* out [B, N, channels] or NULL */
+};
+
+/*
+ * With dy = dout silu(z) and lambda_t = C_t dy_t + a_{t+1} lambda_{t+1}, a the decays:
+ *   du = skip dy + dt (lambda B),  ddt = lambda (u B - rate a h_{t-1}),  dz = dout y silu'(z),
+ *   dB = dt u lambda,  dC = dy h  (sums over the channels),
+ *   dlog_rate = -rate dt lambda a h_{t-1},  dskip = dy u  (sums over the tokens).
+ */
+struct selective_scan_backward_args {
+	struct selective_scan_args forward; /* borders holds the forward's result; out and h_final
+	                                       are not read */
+	struct view dout;                   /* [B, T, 1, channels] */
+	struct view du, ddt;                /* out [B, T, 1, channels] */
+	struct view dz;                     /* out iff z */
+	struct view db, dc;                 /* out [B, T, 1, N] */
+	float *dlog_rate;                   /* out [channels, N] */
+	float *dskip;                       /* out [channels] iff skip */
+	float *dh0;                         /* out [B, N, channels] or NULL */
+};
+
+/* One token; h is updated in place. */
+struct selective_scan_step_args {
+	int64_t batch, channels, state;
+	struct view u, dt, z;  /* [B, 1, 1, channels]; z.data NULL: none */
+	struct view b, c;      /* [B, 1, 1, N] */
+	const float *log_rate; /* [channels, N] */
+	const float *skip;     /* [channels] or NULL: 0 */
+	float *h;              /* in, out [B, N, channels] */
+	struct view out;       /* out [B, 1, 1, channels] */
+};
+
 enum decay {
 	DECAY_NONE,     /* A_t = 1 (linear attention) */
 	DECAY_CONSTANT, /* A_t = 1 - 2^(-5-h), h from 0 (RetNet) */
@@ -428,7 +486,8 @@ enum low_rank {
 	LOW_RANK_RATE,  /* -exp(log_rate_h) softplus(logit): KDA's decay, a rate per head */
 	LOW_RANK_LOGIT, /* the logit: KDA's output gate, to which norm_gate gives its curve */
 	LOW_RANK_TANH,  /* the logit of tanh(x): RWKV-6's mixes, of token_shift */
-	LOW_RANK_EXP    /* -exp(logit), of tanh(x): RWKV-6's decay */
+	LOW_RANK_EXP,   /* -exp(logit), of tanh(x): RWKV-6's decay */
+	LOW_RANK_STEP   /* softplus(logit): Mamba's time step */
 };
 
 /* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias, or tanh(x) W^T +
@@ -770,7 +829,7 @@ static inline bool is_known_rule(enum rule rule)
 static inline bool is_known_low_rank(enum low_rank form)
 {
 	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT ||
-	       form == LOW_RANK_TANH || form == LOW_RANK_EXP;
+	       form == LOW_RANK_TANH || form == LOW_RANK_EXP || form == LOW_RANK_STEP;
 }
 
 /* Whether the output is the logit itself. */

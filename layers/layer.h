@@ -27,6 +27,7 @@ enum init {
 	INIT_TIME_STEP,  /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
 	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
 	INIT_MIX,        /* uniform(0, 1) */
+	INIT_LOG_COUNT,  /* log(1), log(2), ... along a row (Mamba) */
 	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
 	                    bound is near 0, and the last (HGRN) */
 };

@@ -455,14 +455,16 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 	return true;
 }
 
-/* Anything but INIT_NORMAL. */
-static void make_values(const struct layer_config *config, enum init init, uint64_t seed,
-                        uint64_t stream, int64_t first, int64_t count, float *values)
+/* Anything but INIT_NORMAL; of a tensor whose rows are `width` wide. */
+static void make_values(const struct layer_config *config, enum init init, int64_t width,
+                        uint64_t seed, uint64_t stream, int64_t first, int64_t count, float *values)
 {
 	if (make_spread(config, init, seed, stream, first, count, values))
 		return;
 	for (int64_t i = 0; i < count; i++)
-		values[i] = init == INIT_ONES ? 1.0f : 0.0f;
+		values[i] = init == INIT_ONES        ? 1.0f
+		            : init == INIT_LOG_COUNT ? logf((float)(1 + (first + i) % width))
+		                                     : 0.0f;
 }
 
 static enum status fill_parameter(struct stack *stack, int layer, int index, uint64_t seed,
@@ -483,7 +485,8 @@ static enum status fill_parameter(struct stack *stack, int layer, int index, uin
 	for (int64_t i = 0; i < count; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
-		make_values(config, p.spec.init, seed, stream, i, n, block);
+		make_values(config, p.spec.init, p.spec.dims[p.spec.n_dims - 1], seed, stream, i, n,
+		            block);
 		TRY(device_upload_floats(device, dtype,
 		                         (char *)p.value + (size_t)i * dtype_size(dtype), block,
 		                         (size_t)n));

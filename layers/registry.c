@@ -12,6 +12,7 @@
 	entry(rat) \
 	entry(linear_attention) \
 	entry(retnet) \
+	entry(mamba) \
 	entry(mamba2) \
 	entry(hgrn) \
 	entry(hgrn2) \

@@ -43,6 +43,7 @@ colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "linear")     ? "#F0E442" \
           : starts(s, "retnet")     ? "#CC79A7" \
           : starts(s, "mamba2")     ? "#0072B2" \
+          : starts(s, "mamba")      ? "#44AA99" \
           : starts(s, "hgrn2")      ? "#56B4E9" \
           : starts(s, "hgrn")       ? "#E69F00" \
           : starts(s, "delta_net")  ? "#117733" \
@@ -63,6 +64,7 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "linear")     ? 2 \
               : starts(s, "retnet")     ? 9 \
               : starts(s, "mamba2")     ? 11 \
+              : starts(s, "mamba")      ? 15 \
               : starts(s, "hgrn2")      ? 13 \
               : starts(s, "hgrn")       ? 12 \
               : starts(s, "delta_net")  ? 8 \

@@ -489,6 +489,11 @@ TEST(gate_costs)
 	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + 4 * x + 3 * y, x + w, M, y, 0);
 	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + 4 * x + 3 * y),
 	      x + w + 2 * y, 0, x, w + M);
+	/* bias; exp, 1 +, log. */
+	decay.form = decay_back.forward.form = LOW_RANK_STEP;
+	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + 4 * y, x + w, M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + 4 * y),
+	      x + w + 2 * y, 0, x, w + M);
 	check(OP_NORM_GATE, &gate, gate_flops, 2 * heads, D, heads, rows);
 	/* x, gate, dout; rstd, weight -> dx, dgate; dweight. */
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * gate_flops, 3 * heads, rows + D, 2 * heads, D);
@@ -595,8 +600,33 @@ static void family_gate_costs(void)
 	check(OP_ROTATE_STEP, &rotate, 3 * 2 * x, 2 * x, 1, 2 * x, 0);
 }
 
+static void scan_costs(void)
+{
+	enum { B = 2, T = SCAN_CHUNK + 1, C = 5, S = 3 };
+	const double x = B * T * C, chosen = B * T * S, states = B * S * C, rates = C * S;
+	struct selective_scan_args scan = {.batch = B, .seq_len = T, .channels = C, .state = S};
+	struct selective_scan_backward_args back = {.dh0 = &nowhere};
+	struct selective_scan_step_args step = {.batch = B, .channels = C, .state = S};
+
+	/* dt u; of each number times the rate, exp, times h, + u B, times C, +. */
+	check(OP_SELECTIVE_SCAN, &scan, (6 * S + 1) * x, 2 * x + 2 * chosen, rates, x, 0);
+	scan.z.data = step.z.data = &nowhere;
+	scan.skip = step.skip = scan.h0 = scan.h_final = scan.borders = &nowhere;
+	/* times skip, +; exp, 1 +, divide, times z, times y. Two chunks have begun. */
+	const double flops = (6 * S + 1 + 2 + 5) * x;
+	check(OP_SELECTIVE_SCAN, &scan, flops, 3 * x + 2 * chosen, rates + C + states, x,
+	      3 * states);
+	back.forward = scan;
+	/* h0 is the first border. */
+	check(OP_SELECTIVE_SCAN_BACKWARD, &back, 2.5 * flops, 4 * x + 2 * chosen,
+	      rates + C + 2 * states, 3 * x + 2 * chosen, rates + C + states);
+	check(OP_SELECTIVE_SCAN_STEP, &step, flops / T, 3 * x / T + 2 * chosen / T,
+	      rates + C + states, x / T, states);
+}
+
 TEST(family_costs)
 {
+	scan_costs();
 	conv_costs();
 	delta_gate_costs();
 	family_gate_costs();

@@ -700,6 +700,7 @@ TEST(test_sizes_of_caches)
 	        {"gla", H * (D / 2 / H) * (D / H) * 4},
 	        {"linear_attention", H * (D / H) * (D / H) * 4},
 	        {"retnet", H * (D / H) * (2 * D / H) * 4},
+	        {"mamba", 16 * 2 * D * 4 + 3 * 2 * D * 4},
 	        {"mamba2", H * N * (2 * D / H) * 4 + 3 * (2 * N + 2 * D) * 4},
 	        {"hgrn", D * 4},
 	        {"hgrn2", H * (D / H) * (D / H) * 4},

@@ -274,6 +274,7 @@ TEST(test_missing_outputs)
 	        {"attention", OP_ATTENTION, "out"},
 	        {"attention", OP_ATTENTION_BACKWARD, "dv"},
 	        {"rat", OP_RAT_SCAN, "own_score"},
+	        {"mamba", OP_SELECTIVE_SCAN, "borders"},
 	        {"mamba2", OP_TIME_STEP, "log_decay"},
 	        {"gla", OP_MATRIX_RECURRENCE_BACKWARD, "dlog_decay"},
 	        {"kda", OP_DECAY_GATE, "out"},

@@ -271,6 +271,15 @@ CAUGHT(test_wrong_token_shift_is_caught, WHOLE("rwkv6", PREFILL, TOKEN_SHIFT, "o
        WHOLE("rwkv6", TRAIN, NORM_GATE_BACKWARD, "dbias"),
        WHOLE("rwkv6", GENERATION, TOKEN_SHIFT_STEP, "state"))
 
+/* Mamba: the scan, and the time step and what else the token chooses. */
+CAUGHT(test_wrong_scan_is_caught, WHOLE("mamba", PREFILL, SELECTIVE_SCAN, "out"),
+       WHOLE("mamba", PREFILL, DECAY_GATE, "out"), WHOLE("mamba", PREFILL, NORM_LINEAR, "y"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN, "borders"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "ddt"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "db"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "dlog_rate"),
+       WHOLE("mamba", GENERATION, SELECTIVE_SCAN_STEP, "h"))
+
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,
        WHOLE("attention,recurrence", PREFILL, ATTENTION, "out"),

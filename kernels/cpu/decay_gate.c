@@ -77,11 +77,15 @@ static void finish_row(const struct decay_gate_args *a, float *row)
 #pragma omp simd
 		for (int64_t i = 0; i < a->d_out; i++)
 			row[i] += a->bias[i];
+	else if (a->form == LOW_RANK_STEP)
+	/* softplus(x) = -logsigmoid(-x). */
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_out; i++)
+			row[i] = -log_sigmoid_f32(-row[i] - a->bias[i]);
 	else
 		for (int64_t h = 0, d = rate_width(a); h < a->n_heads; h++) {
 			float rate = expf(a->log_rate[h]);
 
-			/* softplus(x) = -logsigmoid(-x). */
 #pragma omp simd
 			for (int64_t i = h * d; i < (h + 1) * d; i++)
 				row[i] = rate * log_sigmoid_f32(-row[i] - a->bias[i]);
@@ -158,6 +162,10 @@ static void slope_row(const struct decay_gate_args *f, const float *dout, float 
 #pragma omp simd
 		for (int64_t i = 0; i < f->d_out; i++)
 			row[i] = -dout[i] * exp_f32(row[i] + f->bias[i]);
+	else if (f->form == LOW_RANK_STEP)
+#pragma omp simd
+		for (int64_t i = 0; i < f->d_out; i++)
+			row[i] = dout[i] * sigmoid_f32(row[i] + f->bias[i]);
 	else
 		for (int64_t h = 0, d = rate_width(f); h < f->n_heads; h++) {
 			float rate = expf(f->log_rate[h]);

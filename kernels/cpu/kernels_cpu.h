@@ -26,6 +26,9 @@
 	X(RECURRENCE, "cpu", cpu_recurrence, checked, workspace)                           \
 	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, checked, workspace)         \
 	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, checked, none)                      \
+	X(SELECTIVE_SCAN, "cpu", cpu_selective_scan, any, workspace)                               \
+	X(SELECTIVE_SCAN_BACKWARD, "cpu", cpu_selective_scan_backward, any, workspace)             \
+	X(SELECTIVE_SCAN_STEP, "cpu", cpu_selective_scan_step, any, workspace)                     \
 	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
 	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
 	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \

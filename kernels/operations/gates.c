@@ -11,6 +11,7 @@ enum {
 	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide, or times the rate */
 	EXP_DECAY_FLOPS = 3,    /* bias; exp, negate */
 	TANH_FLOPS = 4,         /* exp, add, divide; from 1 */
+	SOFTPLUS_FLOPS = 4,     /* bias; exp, add, log */
 	SIGMOID_FLOPS = 3,      /* exp, add, divide */
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
@@ -66,18 +67,23 @@ static double decay_gate_flops(const void *args)
 	const struct decay_gate_args *a = args;
 	const double n = (double)a->n_tokens, m = (double)a->d_out;
 
-	const double of_column = is_logit(a->form)         ? BIAS_FLOPS
-	                         : a->form == LOW_RANK_EXP ? EXP_DECAY_FLOPS
-	                                                   : LOG_DECAY_FLOPS;
+	const double of_column = is_logit(a->form)          ? BIAS_FLOPS
+	                         : a->form == LOW_RANK_EXP  ? EXP_DECAY_FLOPS
+	                         : a->form == LOW_RANK_STEP ? SOFTPLUS_FLOPS
+	                                                    : LOG_DECAY_FLOPS;
 	const double of_input = has_tanh(a->form) ? TANH_FLOPS : 0;
 
 	return 2 * n * (double)a->rank * m + of_input * n * (double)a->rank + of_column * n * m;
 }
 
 static const struct operation_form low_rank_variants[] = {
-        {"decay_gate", .low_rank = LOW_RANK_DECAY},    {"rate_gate", .low_rank = LOW_RANK_RATE},
-        {"low_rank_gate", .low_rank = LOW_RANK_LOGIT}, {"tanh_gate", .low_rank = LOW_RANK_TANH},
-        {"exp_gate", .low_rank = LOW_RANK_EXP},        {0}};
+        {"decay_gate", .low_rank = LOW_RANK_DECAY},
+        {"rate_gate", .low_rank = LOW_RANK_RATE},
+        {"low_rank_gate", .low_rank = LOW_RANK_LOGIT},
+        {"tanh_gate", .low_rank = LOW_RANK_TANH},
+        {"exp_gate", .low_rank = LOW_RANK_EXP},
+        {"low_rank_step", .low_rank = LOW_RANK_STEP},
+        {0}};
 
 DESCRIPTION(decay_gate, .variants = low_rank_variants);
 

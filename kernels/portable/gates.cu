@@ -63,11 +63,12 @@ static __device__ __forceinline__ void finish_gate(float (&y)[8], const struct d
 	/* softplus(x) = -logsigmoid(-x). */
 	const float factor = FORM == LOW_RANK_RATE
 	                             ? LN2 * __expf(a.log_rate[own / (a.d_out / a.n_heads)])
-	                             : LN2 / a.normalizer;
+	                     : FORM == LOW_RANK_STEP ? -LN2
+	                                             : LN2 / a.normalizer;
 
 #pragma unroll
 	for (int j = 0; j < 8; j++)
-		y[j] = factor * log2_sigmoid((FORM == LOW_RANK_RATE ? -LOG2E : LOG2E) * y[j]);
+		y[j] = factor * log2_sigmoid((FORM == LOW_RANK_DECAY ? LOG2E : -LOG2E) * y[j]);
 }
 
 template <enum low_rank FORM>
@@ -122,6 +123,7 @@ extern "C" enum status portable_decay_gate(struct device *device, const void *ar
 	return launch(device, "decay_gate",
 	              a->form == LOW_RANK_DECAY  ? decay_gate_kernel<LOW_RANK_DECAY>
 	              : a->form == LOW_RANK_RATE ? decay_gate_kernel<LOW_RANK_RATE>
+	              : a->form == LOW_RANK_STEP ? decay_gate_kernel<LOW_RANK_STEP>
 	                                         : decay_gate_kernel<LOW_RANK_LOGIT>,
 	              grid, THREADS, 0, *a);
 }

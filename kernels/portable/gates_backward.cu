@@ -486,13 +486,14 @@ static __global__ void __launch_bounds__(THREADS)
 	const struct decay_gate_args &f = a.forward;
 	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
 	const int64_t column = index % f.d_out;
-	const bool rate = f.form == LOW_RANK_RATE;
+	const bool rate = f.form == LOW_RANK_RATE, step = f.form == LOW_RANK_STEP;
 	float logit[8], bias[8], d[8];
 
 	if (index >= f.n_tokens * f.d_out)
 		return;
-	const float factor =
-	        rate ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)]) : 1.0f / f.normalizer;
+	const float factor = rate   ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)])
+	                     : step ? 1.0f
+	                            : 1.0f / f.normalizer;
 	load8(logit, elements(a.dlogit) + index);
 	load8(d, elements(a.dout) + index);
 	load8f(bias, f.bias + column);
@@ -500,7 +501,7 @@ static __global__ void __launch_bounds__(THREADS)
 	for (int j = 0; j < 8; j++) {
 		const float u = logit[j] + bias[j];
 
-		d[j] *= factor * sigmoid(rate ? u : -u);
+		d[j] *= factor * sigmoid(rate || step ? u : -u);
 	}
 	store8(static_cast<bf16 *>(a.dlogit) + index, d);
 }

@@ -124,7 +124,7 @@ static double low_rank_value(const struct decay_gate_args *a, int64_t i, double 
 		return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * softplus(logit);
 	if (a->form == LOW_RANK_EXP)
 		return -exp(logit);
-	return logit;
+	return a->form == LOW_RANK_STEP ? softplus(logit) : logit;
 }
 
 static double low_rank_slope(const struct decay_gate_args *a, int64_t i, double logit)
@@ -133,6 +133,8 @@ static double low_rank_slope(const struct decay_gate_args *a, int64_t i, double 
 		return sigmoid(-logit) / a->normalizer;
 	if (a->form == LOW_RANK_EXP)
 		return -exp(logit);
+	if (a->form == LOW_RANK_STEP)
+		return sigmoid(logit);
 	return -exp(wide(a->log_rate)[i / (a->d_out / a->n_heads)]) * sigmoid(logit);
 }
 
