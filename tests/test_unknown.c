@@ -12,8 +12,14 @@
 
 static const char *backend_name = "cpu";
 
-/* Options beyond the last of each enum: the next one, and nonsense. */
+/* Options beyond the last of each enum: the next one, and nonsense. Of masks 4 is known. */
 static const unsigned unknown[] = {4, 5, 77, 0xffffffff};
+
+static bool is_option(enum operation operation, unsigned value)
+{
+	return (operation == OP_ATTENTION || operation == OP_ATTENTION_BACKWARD) &&
+	       is_mask((enum mask)value);
+}
 
 /* Arguments of a form, with pointers that are never read. */
 static void make_args(enum operation operation, const struct operation_form *form,
@@ -56,7 +62,7 @@ static int refused(const struct device *device, const struct kernel *kernel)
 				struct operand_list list;
 
 				make_args(kernel->operation, form, &args, &list);
-				if (o >= list.n_options)
+				if (o >= list.n_options || is_option(kernel->operation, unknown[i]))
 					continue;
 				*list.options[o] = unknown[i];
 				if (!kernel->unsupported || !kernel->unsupported(device, &args))

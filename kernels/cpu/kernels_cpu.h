@@ -26,6 +26,7 @@
 	X(RECURRENCE, "cpu", cpu_recurrence, checked, workspace)                           \
 	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, checked, workspace)         \
 	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, checked, none)                      \
+	X(RATPLUS_STEP, "cpu", cpu_ratplus_step, any, workspace)                                   \
 	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
 	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
 	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \
