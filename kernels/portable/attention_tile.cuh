@@ -88,11 +88,9 @@ static __device__ __forceinline__ void load_keys(bf16 *tile, const struct attent
                                                  const struct view &v, int64_t b, int64_t h,
                                                  int list, int64_t first, int64_t limit)
 {
-	if (!DILATED) {
+	if constexpr (!DILATED)
 		load_tile<D, ROWS, THREADS>(tile, v, b, h, first, limit);
-		return;
-	}
-	for (int i = threadIdx.x; i < ROWS * D / 8; i += THREADS) {
+	for (int i = threadIdx.x; DILATED && i < ROWS * D / 8; i += THREADS) {
 		const int row = i / (D / 8), piece = i % (D / 8);
 		const int64_t token = list_token<true>(a, list, first + row, limit);
 
