@@ -64,6 +64,7 @@ extern "C" {
 	X(RECURRENCE, recurrence)                                                                  \
 	X(RECURRENCE_BACKWARD, recurrence_backward)                                                \
 	X(RECURRENCE_STEP, recurrence_step)                                                        \
+	X(RATPLUS_STEP, ratplus_step)                                                              \
 	X(SELECTIVE_SCAN, selective_scan)                                                          \
 	X(SELECTIVE_SCAN_BACKWARD, selective_scan_backward)                                        \
 	X(SELECTIVE_SCAN_STEP, selective_scan_step)                                                \
@@ -199,10 +200,13 @@ enum mask {
 	MASK_CAUSAL, /* key s visible to query t iff s <= t */
 	MASK_WINDOW, /* iff 0 <= t-s <= window */
 	MASK_CHUNK,  /* iff s < t/chunk (keys are chunks; RAT) */
-	MASK_FULL
+	MASK_FULL,
+	MASK_DILATED /* iff 0 <= t-s, and t-s <= window or s < initial or (s+1) % dilation == 0
+	              * (RAT+)
+	              */
 };
 
-/* "causal", "window", "chunk", "full". */
+/* "causal", "window", "chunk", "full", "dilated". */
 const char *mask_name(enum mask mask);
 
 /*
@@ -219,7 +223,8 @@ struct attention_args {
 	int64_t batch, n_heads, q_heads, kv_heads, d_head;
 	int64_t seq_len, kv_len; /* queries, keys per sequence */
 	enum mask mask;
-	int64_t window, chunk; /* of MASK_WINDOW, MASK_CHUNK */
+	int64_t window, chunk;     /* of MASK_WINDOW and MASK_DILATED; of MASK_CHUNK */
+	int64_t dilation, initial; /* of MASK_DILATED; dilation 0: no key is seen for its place */
 	float scale;
 	struct view q;           /* [B, T, q_heads, d] */
 	struct view k, v;        /* [B, kv_len, kv_heads, d] */
@@ -346,10 +351,12 @@ struct recurrence_args {
 struct recurrence_backward_args {
 	struct recurrence_args forward; /* h (or, without z, out) holds the forward's states */
 	struct view dout;               /* [B, T, 1, D] */
-	struct view dx, dgate;          /* out */
-	struct view dz;                 /* out iff z */
-	float *dgate_bias;              /* out [D] iff gate_bias */
-	float *dh0;                     /* out [B, D] or NULL */
+	struct view dgate_base; /* [B, T, 1, D]: added to dgate, a gradient of the same gate that
+	                           another recurrence gave; data NULL: nothing */
+	struct view dx, dgate;  /* out; dgate may alias dgate_base */
+	struct view dz;         /* out iff z */
+	float *dgate_bias;      /* out [D] iff gate_bias */
+	float *dh0;             /* out [B, D] or NULL */
 };
 
 /* One token; h is updated in place. */
@@ -360,6 +367,32 @@ struct recurrence_step_args {
 	const float *gate_bias; /* [D] or NULL */
 	float *h;               /* in, out [B, D] */
 	struct view out;        /* out [B, 1, 1, D] */
+};
+
+/*
+ * Generation of RAT+ at position p = *position: with g = sigmoid(gate), channel by channel, from
+ * zero at position 0,
+ *   kt = g*kt + (1-g)*k,  vt = g*vt + (1-g)*v,
+ * then attention of q, rotated at p, to the visible tokens (MASK_DILATED), kt and vt of this one
+ * among them, out = sigmoid(z) * o. kt, rotated at p, and vt go to slot p % recent_slots of
+ * k_recent, v_recent; and where all later tokens see this one (p < initial or
+ * (p+1) % dilation == 0) to the next slot of k_kept, v_kept, which hold these tokens in order. Of
+ * them those older than the window are read. recent_slots must be at least window + 1, or the
+ * largest position + 1.
+ */
+struct ratplus_step_args {
+	int64_t batch, n_heads, d_head;
+	int64_t window, dilation, initial; /* dilation 0: no token is kept for its place */
+	int64_t kept_slots, recent_slots;
+	bool rope;
+	float scale;
+	const int32_t *position;
+	int64_t position_hint;
+	struct view z, q, k, v, gate;   /* [B, 1, H, d]; z, gate: logits */
+	float *k_state, *v_state;       /* in, out [B, H*d]: kt, vt */
+	struct view k_kept, v_kept;     /* in, out [B, kept_slots, H, d] */
+	struct view k_recent, v_recent; /* in, out [B, recent_slots, H, d] */
+	struct view out;                /* out [B, 1, H, d] */
 };
 
 /* Tokens between the states that selective_scan keeps for its backward. */
@@ -808,6 +841,12 @@ static inline bool is_known_mask(enum mask mask)
 {
 	return mask == MASK_CAUSAL || mask == MASK_WINDOW || mask == MASK_CHUNK ||
 	       mask == MASK_FULL;
+}
+
+/* Those that know MASK_DILATED as well, whose keys are no interval. */
+static inline bool is_mask(enum mask mask)
+{
+	return is_known_mask(mask) || mask == MASK_DILATED;
 }
 
 static inline bool is_known_gate(enum gate_form form)

@@ -94,8 +94,10 @@ struct layer_config {
 	/* Arguments; 0 where the class has no such one. */
 	int64_t n_heads; /* 1 where it has none */
 	int64_t chunk;   /* RAT: L; the family: of the chunkwise form; 0: the kernel picks */
-	int64_t window;  /* swa: W (W+1 keys) */
-	int64_t groups;  /* RAT: groups that share q and k */
+	int64_t window;  /* swa, RAT+: W (W+1 keys) */
+	int64_t dilation, initial; /* RAT+: every how many tokens, and how many at the start, are
+	                              kept */
+	int64_t groups;            /* RAT: groups that share q and k */
 	/* attention, swa: heads of keys and values, fewer than of queries; 0: as many. */
 	int64_t kv_heads;
 	int64_t rope; /* 1: rotary positions */

@@ -10,6 +10,7 @@
 	entry(recurrence) \
 	entry(gla) \
 	entry(rat) \
+	entry(ratplus) \
 	entry(linear_attention) \
 	entry(retnet) \
 	entry(mamba) \

@@ -117,6 +117,9 @@ static bool is_visible(const struct attention_args *a, int64_t t, int64_t s)
 		return 0 <= t - s && t - s <= a->window;
 	case MASK_CHUNK:
 		return s < t / a->chunk;
+	case MASK_DILATED:
+		return s <= t && (t - s <= a->window || s < a->initial ||
+		                  (a->dilation > 0 && (s + 1) % a->dilation == 0));
 	default:
 		return true;
 	}
@@ -177,6 +180,11 @@ TEST(attention_costs)
 	a.kv_heads = 4;
 	a.lse = &nowhere;
 	a.gate = a.out_ungated = some_view;
+	a.mask = MASK_DILATED;
+	for (a.dilation = 0; a.dilation < 15; a.dilation += 2)
+		for (a.window = 0; a.window < 16; a.window += 5)
+			for (a.initial = 0; a.initial < 16; a.initial += 5)
+				check_attention(&a);
 	a.mask = MASK_FULL;
 	a.kv_len = 5;
 	check_attention(&a);
@@ -324,6 +332,37 @@ TEST(rat_costs)
 	rat_step_costs();
 }
 
+/* Of tokens 0, 1, 2, 5, 11, 17, .. those older than the window, and 4 within it. */
+static void check_ratplus_step(int64_t position, double kept, double recent, bool keeps)
+{
+	enum { B = 2, H = 3, D = 4, N = B * H * D };
+	const struct ratplus_step_args a = {.batch = B,
+	                                    .n_heads = H,
+	                                    .d_head = D,
+	                                    .window = 4,
+	                                    .dilation = 6,
+	                                    .initial = 3,
+	                                    .kept_slots = 9,
+	                                    .recent_slots = 5,
+	                                    .position_hint = position};
+	const double pair = position > 0 ? 2 * N : 0;
+
+	/* z, q, k, v, gate, the position; two multiply-adds for each of a pair, and for each of
+	 * a key. */
+	check(OP_RATPLUS_STEP, &a, N * (8 + 4 * (kept + recent + 1)),
+	      5 * N + 2 * N * (kept + recent), pair + 1, N + (keeps ? 4 * N : 2 * N), 2 * N);
+}
+
+TEST(ratplus_step_costs)
+{
+	check_ratplus_step(0, 0, 0, true);
+	check_ratplus_step(2, 0, 2, true);
+	check_ratplus_step(3, 0, 3, false);
+	check_ratplus_step(5, 1, 4, true);
+	check_ratplus_step(10, 4, 4, false);
+	check_ratplus_step(17, 5, 4, true);
+}
+
 TEST(recurrence_costs)
 {
 	enum { B = 2, T = 7, D = 5 };
@@ -340,6 +379,8 @@ TEST(recurrence_costs)
 	/* x, gate, z, h, dout; bias, h0 -> dx, dgate, dz; dbias, dh0. */
 	struct recurrence_backward_args back = {.forward = a, .dgate_bias = f, .dh0 = f};
 	check(OP_RECURRENCE_BACKWARD, &back, 2.5 * flops, 5 * n, D + h, 3 * n, D + h);
+	back.dgate_base = some_view;
+	check(OP_RECURRENCE_BACKWARD, &back, 2.5 * flops, 6 * n, D + h, 3 * n, D + h);
 	/* HGRN's form is one multiply-add. */
 	a = (struct recurrence_args){
 	        .batch = B, .seq_len = T, .d_model = D, .form = GATE_LOG_DECAY};

@@ -176,7 +176,12 @@ static bool links_hold(struct fixture *f, char *why, size_t size)
 
 static const enum pass tried[] = {PASS_PREFILL, PASS_TRAIN, PASS_GENERATION};
 
-static const char *const more_patterns[] = {"rat:1", "rat:67", "swa:100", NULL};
+static const char *const more_patterns[] = {"rat:1",
+                                            "rat:67",
+                                            "swa:100",
+                                            "ratplus(dilation=4,window=6,initial=3)",
+                                            "ratplus(dilation=0,window=5,initial=2)",
+                                            NULL};
 
 TEST(test_links)
 {
@@ -276,6 +281,7 @@ TEST(test_missing_outputs)
 	        {"rat", OP_RAT_SCAN, "own_score"},
 	        {"mamba", OP_SELECTIVE_SCAN, "borders"},
 	        {"mamba2", OP_TIME_STEP, "log_decay"},
+	        {"ratplus", OP_RECURRENCE_BACKWARD, "dgate"},
 	        {"gla", OP_MATRIX_RECURRENCE_BACKWARD, "dlog_decay"},
 	        {"kda", OP_DECAY_GATE, "out"},
 	        {"gated_delta_net", OP_DELTA_GATE, "beta"},

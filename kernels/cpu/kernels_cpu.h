@@ -26,6 +26,7 @@
 	X(RECURRENCE, "cpu", cpu_recurrence, checked, workspace)                           \
 	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, checked, workspace)         \
 	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, checked, none)                      \
+	X(RATPLUS_STEP, "cpu", cpu_ratplus_step, any, workspace)                                   \
 	X(SELECTIVE_SCAN, "cpu", cpu_selective_scan, any, workspace)                               \
 	X(SELECTIVE_SCAN_BACKWARD, "cpu", cpu_selective_scan_backward, any, workspace)             \
 	X(SELECTIVE_SCAN_STEP, "cpu", cpu_selective_scan_step, any, workspace)                     \

@@ -15,7 +15,7 @@ static const char *check_gate(enum gate_form form)
 
 static const char *check_mask(enum mask mask)
 {
-	return is_known_mask(mask) ? NULL : "an unknown mask";
+	return is_mask(mask) ? NULL : "an unknown mask";
 }
 
 static const char *check_low_rank(enum low_rank form)

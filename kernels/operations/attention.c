@@ -1,9 +1,12 @@
 /* Softmax attention, its step, and the rotation of queries and keys. */
 #include <math.h>
 
+#include "kernels/key_lists.h"
 #include "kernels/operation.h"
 
 enum { ROTATE_FLOPS = 3 /* 4 multiplications and 2 additions for two elements */ };
+/* RAT+ where nobody says otherwise. */
+enum { DILATION = 16, DILATED_WINDOW = 256, INITIAL = 4 };
 
 static bool same_place(const struct view *a, const struct view *b)
 {
@@ -171,6 +174,18 @@ static struct operand *add_queries(struct operand_list *l, struct view *q, struc
 	return o;
 }
 
+/* RAT+'s mask; in a test any, without dilated or without initial keys now and then. */
+static void size_dilated(struct attention_args *a, const struct sizes *s)
+{
+	a->dilation = s->chunk > 0 ? s->chunk : DILATION;
+	a->window = s->window >= 0 && s->any ? s->window : DILATED_WINDOW;
+	a->initial = INITIAL;
+	if (!s->any)
+		return;
+	a->dilation = s->bits >> 20 & 7 ? 1 + (int64_t)((s->bits >> 24) % 40) : 0;
+	a->initial = s->bits >> 32 & 1 ? (int64_t)((s->bits >> 33) % 100) : 0;
+}
+
 static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
 {
 	struct attention_args *a = args;
@@ -189,6 +204,8 @@ static void size_attention(void *args, const struct sizes *s, const struct opera
 		a->kv_len = divide_up(s->seq_len, s->chunk);
 	if (v->mask == MASK_FULL && s->any)
 		a->kv_len = 1 + (int64_t)(s->bits % 300);
+	if (v->mask == MASK_DILATED)
+		size_dilated(a, s);
 }
 
 static void describe_attention(void *args, struct operand_list *l)
@@ -210,7 +227,8 @@ static void describe_attention(void *args, struct operand_list *l)
 	o->draw = DRAW_SCORES;
 	if (a->own_score)
 		add_view(l, ROLE_INPUT, "own_value", &a->own_value, b, t, h, d);
-	optional(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d), a->mask == MASK_CHUNK);
+	optional(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d),
+	         a->mask == MASK_CHUNK || a->mask == MASK_DILATED);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, t, h, d);
 	add_view(l, ROLE_OUTPUT, "out_ungated", &a->out_ungated, b, t, h, d)->optional = true;
 	add_floats(l, ROLE_OUTPUT, "lse", &a->lse, b, h, t)->optional = true;
@@ -222,6 +240,20 @@ static double triangle(int64_t n, int64_t limit)
 	const double rising = (double)(n < limit ? n : limit);
 
 	return rising * (rising + 1) / 2 + ((double)n - rising) * (double)limit;
+}
+
+/* Each key is seen by itself and the queries after it, by all or by those within the window. */
+static double dilated_pairs(const struct attention_args *a)
+{
+	double pairs = 0;
+
+	for (int64_t s = 0; s < a->kv_len && s < a->seq_len; s++) {
+		const int64_t later = a->seq_len - s;
+		const bool kept = is_kept(a->dilation, a->initial, s);
+
+		pairs += (double)(kept || later <= a->window ? later : a->window + 1);
+	}
+	return pairs;
 }
 
 /*
@@ -244,6 +276,8 @@ static double visible_pairs(const struct attention_args *a)
 		rest = t % a->chunk;
 		return own + (double)a->chunk * (double)whole * (double)(whole - 1) / 2 +
 		       (double)rest * (double)whole;
+	case MASK_DILATED:
+		return own + dilated_pairs(a);
 	case MASK_FULL:
 		break;
 	}
@@ -264,6 +298,7 @@ static const struct operation_form attention_variants[] = {
         {"attention_forward", .mask = MASK_WINDOW},
         {"attention_forward", .mask = MASK_CHUNK, .chunks = true},
         {"attention_forward", .mask = MASK_FULL},
+        {"dilated_forward", .mask = MASK_DILATED},
         {0}};
 
 DESCRIPTION(attention, .variants = attention_variants);

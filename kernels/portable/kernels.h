@@ -25,6 +25,7 @@
 	X(RECURRENCE, "portable", portable_recurrence, checked, workspace)                         \
 	X(RECURRENCE_BACKWARD, "portable", portable_recurrence_backward, checked, workspace)       \
 	X(RECURRENCE_STEP, "portable", portable_recurrence_step, checked, none)                    \
+	X(RATPLUS_STEP, "portable", portable_ratplus_step, checked, workspace)                     \
 	X(SELECTIVE_SCAN, "portable", portable_selective_scan, checked, workspace)                 \
 	X(SELECTIVE_SCAN_STEP, "portable", portable_selective_scan_step, checked, none)            \
 	X(MATRIX_RECURRENCE, "portable", portable_matrix_recurrence, checked, workspace)           \

@@ -8,7 +8,7 @@ static const char *unknown_option(enum operation operation, const void *args)
 	bool known = true;
 
 	if (operation == OP_ATTENTION || operation == OP_ATTENTION_BACKWARD)
-		known = is_known_mask(a->attention.mask);
+		known = is_mask(a->attention.mask);
 	else if (operation == OP_RECURRENCE || operation == OP_RECURRENCE_BACKWARD)
 		known = is_known_gate(a->recurrence.form);
 	else if (operation == OP_RECURRENCE_STEP)
