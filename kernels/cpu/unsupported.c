@@ -28,6 +28,11 @@ static const char *check_curve(enum curve curve)
 	return is_known_curve(curve) ? NULL : "an unknown curve";
 }
 
+static const char *check_activation(enum curve curve)
+{
+	return is_known_activation(curve) ? NULL : "an unknown curve";
+}
+
 #define UNSUPPORTED(op, check)                                                                     \
 	const char *cpu_##op##_unsupported(const struct device *device, const void *args)          \
 	{                                                                                          \
@@ -48,3 +53,6 @@ UNSUPPORTED(decay_gate, check_low_rank(a->form))
 UNSUPPORTED(decay_gate_backward, check_low_rank(a->forward.form))
 UNSUPPORTED(norm_gate, check_curve(a->curve))
 UNSUPPORTED(norm_gate_backward, check_curve(a->forward.curve))
+UNSUPPORTED(short_conv, check_activation(a->curve))
+UNSUPPORTED(short_conv_backward, check_activation(a->forward.curve))
+UNSUPPORTED(short_conv_step, check_activation(a->curve))

@@ -23,6 +23,10 @@ static const char *unknown_option(enum operation operation, const void *args)
 		known = is_known_low_rank(a->decay_gate.form);
 	else if (operation == OP_NORM_GATE || operation == OP_NORM_GATE_BACKWARD)
 		known = is_known_curve(a->norm_gate.curve);
+	else if (operation == OP_SHORT_CONV || operation == OP_SHORT_CONV_BACKWARD)
+		known = is_known_activation(a->short_conv.curve);
+	else if (operation == OP_SHORT_CONV_STEP)
+		known = is_known_activation(a->short_conv_step.curve);
 	return known ? NULL : "an unknown option";
 }
 
