@@ -21,13 +21,14 @@ enum init {
 	INIT_NORMAL, /* normal(0, 0.02) */
 	INIT_ONES,
 	INIT_ZEROS,
-	INIT_GATE_BIAS,  /* log(uniform(1, max(L-1, 1))); L the chunk, for recurrence the training
-	                    length */
-	INIT_CONV,       /* uniform(-1/2, 1/2): 1/sqrt of the taps */
-	INIT_TIME_STEP,  /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
-	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
-	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
-	                    bound is near 0, and the last (HGRN) */
+	INIT_GATE_BIAS,   /* log(uniform(1, max(L-1, 1))); L the chunk, for recurrence the training
+	                     length */
+	INIT_CONV,        /* uniform(-1/2, 1/2): 1/sqrt of the taps */
+	INIT_TIME_STEP,   /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
+	INIT_LOG_RATE,    /* log(uniform(1, 16)) (Mamba-2) */
+	INIT_LOWER_BOUND, /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
+	                     bound is near 0, and the last (HGRN) */
+	INIT_LRU_RATE     /* exp(-8 softplus of it) is uniform(0.9, 0.999) (RG-LRU) */
 };
 
 enum storage { STORAGE_ACTIVATION, STORAGE_FP32 };
@@ -188,6 +189,8 @@ struct layer_class {
 	/* NULL: keys and values have as many heads as queries, and D / heads columns each. */
 	struct layer_widths (*widths)(const struct layer_config *config);
 	bool mixes; /* tokens with one another: all but the ffn */
+	/* Parameters that are added to InProj's and OutProj's products; 0: none. */
+	int in_bias, out_bias;
 	/* Columns P of InProj's output, and M of the tensor that enters OutProj (NULL: D). */
 	int64_t (*proj_width)(const struct layer_config *config);
 	int64_t (*mix_width)(const struct layer_config *config);

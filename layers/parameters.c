@@ -383,6 +383,7 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 	        {INIT_TIME_STEP, logf(0.001f), logf(0.1f)},
 	        {INIT_LOG_RATE, 1.0f, 16.0f},
 	        {INIT_LOWER_BOUND, 0.01f, 0.9f},
+	        {INIT_LRU_RATE, 0.9f, 0.999f},
 	};
 	size_t i = 0, n = sizeof ranges / sizeof ranges[0];
 
@@ -400,6 +401,8 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 			values[j] = logf(expm1f(expf(u)));
 		else if (init == INIT_LOWER_BOUND)
 			values[j] = logf(u / (1.0f - u));
+		else if (init == INIT_LRU_RATE)
+			values[j] = logf(expm1f(-logf(u) / LRU_SHARPNESS));
 	}
 	return true;
 }

@@ -133,22 +133,46 @@ static enum status parse_arguments(struct pattern_item *item, const char **text)
 	return STATUS_OK;
 }
 
-enum status pattern_parse(struct pattern *pattern, const char *text)
+/* What a pattern's name stands for, or NULL. */
+static const char *named_pattern(const char *name)
 {
-	*pattern = (struct pattern){0};
-	while (true) {
-		struct pattern_item *item = &pattern->item[pattern->count];
-		size_t length = strcspn(text, separators);
-		char name[32];
+	static const char *const named[][2] = {
+	        {"griffin", "hawk,hawk,griffin_attention"},
+	};
 
-		if (pattern->count++ == MAX_ITEMS)
-			return status_set(STATUS_INVALID, "--pattern: more than %d layers",
-			                  MAX_ITEMS);
-		item->class = take_word(name, text, length) ? layer_class_find(name) : NULL;
-		if (!item->class)
-			return unknown_layer(text, length);
-		text += length;
-		TRY(parse_arguments(item, &text));
+	for (size_t i = 0; i < sizeof named / sizeof named[0]; i++)
+		if (strcmp(named[i][0], name) == 0)
+			return named[i][1];
+	return NULL;
+}
+
+static enum status append_items(struct pattern *pattern, const char *text);
+
+/* A layer with its arguments, or the items of a named pattern. */
+static enum status append_item(struct pattern *pattern, const char **text)
+{
+	size_t length = strcspn(*text, separators);
+	char name[32];
+	const char *items = take_word(name, *text, length) ? named_pattern(name) : NULL;
+	struct pattern_item *item = &pattern->item[pattern->count];
+
+	if (items) {
+		*text += length;
+		return append_items(pattern, items);
+	}
+	if (pattern->count++ == MAX_ITEMS)
+		return status_set(STATUS_INVALID, "--pattern: more than %d layers", MAX_ITEMS);
+	item->class = length < sizeof name ? layer_class_find(name) : NULL;
+	if (!item->class)
+		return unknown_layer(*text, length);
+	*text += length;
+	return parse_arguments(item, text);
+}
+
+static enum status append_items(struct pattern *pattern, const char *text)
+{
+	while (true) {
+		TRY(append_item(pattern, &text));
 		if (!*text)
 			return STATUS_OK;
 		if (*text++ != ',')
@@ -156,6 +180,12 @@ enum status pattern_parse(struct pattern *pattern, const char *text)
 			                  "--pattern: expected a comma at '%.64s', as in rat,swa",
 			                  text - 1);
 	}
+}
+
+enum status pattern_parse(struct pattern *pattern, const char *text)
+{
+	*pattern = (struct pattern){0};
+	return append_items(pattern, text);
 }
 
 void pattern_append(char *text, size_t size, const struct layer_config *config)

@@ -17,7 +17,9 @@
 	entry(hgrn2) \
 	entry(delta_net) \
 	entry(gated_delta_net) \
-	entry(kda)
+	entry(kda) \
+	entry(hawk) \
+	entry(griffin_attention)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;

@@ -706,6 +706,8 @@ TEST(test_sizes_of_caches)
 	        {"delta_net", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
 	        {"gated_delta_net", H * (D / H) * (2 * D / H) * 4 + 3 * 4 * D * 4},
 	        {"kda", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
+	        {"hawk", D * 4 + 3 * D * 4},
+	        {"griffin_attention:8", 2 * 8 * (D / H) * 4},
 	        {"rat:16,recurrence", 2 * (T / L) * D * 4 + 2 * D * 4 + D * 4},
 	};
 

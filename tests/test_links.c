@@ -279,6 +279,8 @@ TEST(test_missing_outputs)
 	        {"kda", OP_DECAY_GATE, "out"},
 	        {"gated_delta_net", OP_DELTA_GATE, "beta"},
 	        {"delta_net", OP_L2_NORM, "inverse"},
+	        {"hawk", OP_BLOCK_LINEAR, "y"},
+	        {"hawk", OP_LRU_GATE, "log_decay"},
 	};
 
 	for (size_t i = 0; i < COUNT_OF(lies); i++)
