@@ -34,7 +34,8 @@ static enum status check_metadata(const struct golden_file *check)
 	        {"norm_eps", "1e-06"},       {"norm_before_gate", "0"},
 	        {"feature_map", "identity"}, {"output_gate", "0"},
 	        {"l2norm_eps", "1e-06"},     {"qk_norm", "l2"},
-	        {"conv_width", "4"},
+	        {"conv_width", "4"},         {"c", "8"},
+	        {"rope_fraction", "0.5"},    {"window_rule", "0 <= t - s < window"},
 	};
 	static const char *const sizes[] = {"d_model", "n_heads",  "d_head",     "chunk_size",
 	                                    "window",  "n_groups", "n_kv_heads", "n_layers"};

@@ -87,6 +87,12 @@ extern "C" {
 	X(FORGET_GATE_BACKWARD, forget_gate_backward)                                              \
 	X(GATE_NORM, gate_norm)                                                                    \
 	X(GATE_NORM_BACKWARD, gate_norm_backward)                                                  \
+	X(BLOCK_LINEAR, block_linear)                                                              \
+	X(BLOCK_LINEAR_BACKWARD, block_linear_backward)                                            \
+	X(LRU_GATE, lru_gate)                                                                      \
+	X(LRU_GATE_BACKWARD, lru_gate_backward)                                                    \
+	X(GELU_GATE, gelu_gate)                                                                    \
+	X(GELU_GATE_BACKWARD, gelu_gate_backward)                                                  \
 	X(L2_NORM, l2_norm)                                                                        \
 	X(L2_NORM_BACKWARD, l2_norm_backward)                                                      \
 	X(TOKEN_SHIFT, token_shift)                                                                \
@@ -116,7 +122,7 @@ struct cost {
 };
 
 /*
- * y = RMSNorm(x; eps) * norm_weight, times weight^T.
+ * y = RMSNorm(x; eps) * norm_weight, times weight^T, plus bias.
  * norm_weight NULL: no norm at all, y = x W^T, and x_norm must equal x.
  */
 struct norm_linear_args {
@@ -125,6 +131,7 @@ struct norm_linear_args {
 	const void *x;            /* [n_tokens, d_in] */
 	const float *norm_weight; /* [d_in] or NULL */
 	const void *weight;       /* [d_out, d_in] */
+	const float *bias;        /* [d_out] or NULL: 0 */
 	void *x_norm;             /* out [n_tokens, d_in]: normalised x times norm_weight */
 	float *rstd;              /* out [n_tokens]: 1/sqrt(mean(x^2)+eps), or NULL */
 	void *y;                  /* out [n_tokens, d_out] */
@@ -139,23 +146,27 @@ struct norm_linear_backward_args {
 	void *dx;                        /* out [n_tokens, d_in]; may alias dresidual */
 	float *dnorm_weight;             /* out [d_in]; NULL iff norm_weight is */
 	float *dweight;                  /* out [d_out, d_in], fp32 on every backend */
+	float *dbias;                    /* out [d_out] iff bias */
 };
 
-/* y = residual + x W^T; residual NULL: y = x W^T. */
+/* y = residual + x W^T + bias; residual NULL: y = x W^T + bias. */
 struct linear_residual_args {
 	int64_t n_tokens, d_in, d_out;
 	const void *x;        /* [n_tokens, d_in] */
 	const void *weight;   /* [d_out, d_in] */
+	const float *bias;    /* [d_out] or NULL: 0 */
 	const void *residual; /* [n_tokens, d_out] or NULL */
 	void *y;              /* out [n_tokens, d_out]; may alias residual */
 };
 
-/* dx = dy W; dweight = dy^T x. The residual's gradient is dy itself. */
+/* dx = dy W; dweight = dy^T x; dbias = the sum of dy over tokens. The residual's gradient is dy
+ * itself. */
 struct linear_residual_backward_args {
 	int64_t n_tokens, d_in, d_out;
 	const void *x, *weight, *dy;
 	void *dx;       /* out [n_tokens, d_in] */
 	float *dweight; /* out [d_out, d_in] */
+	float *dbias;   /* out [d_out] or NULL */
 };
 
 /* A [B, T, H, d] tensor inside a larger one; the last dimension is contiguous.
@@ -174,6 +185,8 @@ static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t
 /*
  * Rotary position embedding at positions 0..T-1, rotate-half:
  * theta_i = 10000^(-2i/d), (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+ * With a rope_width the first rope_width columns of each head are rotated as a head of that
+ * width, and the others copied.
  * k and v of tokens from first_kv on are written to slot t % kv_slots of
  * k_out, v_out (the token stride of these views is the slot's); q to q_out.
  * Outputs may alias inputs. rope false: a copy (skipped where aliased).
@@ -181,6 +194,7 @@ static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t
 struct rotate_args {
 	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
+	int64_t rope_width;              /* even; 0: d_head */
 	int64_t first_kv, kv_slots;      /* 0 and seq_len, or a ring's tail and its size */
 	struct view q, k, v;             /* [B, T, H, d]; k, v of kv_heads heads */
 	struct view q_out, k_out, v_out; /* v_out.data NULL: v is left where it is;
@@ -192,6 +206,7 @@ struct rotate_args {
 struct rotate_backward_args {
 	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
+	int64_t rope_width;         /* as in struct rotate_args */
 	struct view dq_out, dk_out; /* [B, T, H, d]; dk of kv_heads heads */
 	struct view dq, dk;         /* out, likewise */
 };
@@ -263,6 +278,7 @@ struct attention_step_args {
 	int64_t batch, n_heads, kv_heads, d_head;
 	int64_t kv_slots, window;
 	bool rope;
+	int64_t rope_width; /* as in struct rotate_args */
 	float scale;
 	const int32_t *position;      /* one, in device memory, the same for all sequences */
 	int64_t position_hint;        /* its value where the host knows it, for cost(); else -1 */
@@ -547,7 +563,7 @@ struct decay_gate_backward_args {
 	float *dlog_rate;               /* out [n_heads] iff LOW_RANK_RATE */
 };
 
-enum curve { CURVE_SILU, CURVE_SIGMOID };
+enum curve { CURVE_SILU, CURVE_SIGMOID, CURVE_NONE /* the number itself */ };
 
 /* Of a head. */
 enum norm {
@@ -593,11 +609,12 @@ enum { CONV_WIDTH = 4, CONV_HISTORY = CONV_WIDTH - 1 };
 
 /*
  * Mamba's short convolution, causal and channel by channel, and its activation:
- *   out_t = silu(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence;
- * the delta rules' has no bias.
+ *   out_t = curve(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence;
+ * the delta rules' has no bias. The curve is silu or, of Hawk, none.
  */
 struct short_conv_args {
 	int64_t batch, seq_len, channels;
+	enum curve curve;
 	int64_t x_stride;    /* of x and dx */
 	const void *x;       /* [B*T, channels], rows x_stride apart */
 	const float *weight; /* [channels, CONV_WIDTH]; the last is the token's own */
@@ -618,6 +635,7 @@ struct short_conv_backward_args {
 /* One token; history moves on by one. */
 struct short_conv_step_args {
 	int64_t batch, channels, x_stride;
+	enum curve curve;
 	const void *x; /* [B, channels], rows x_stride apart */
 	const float *weight;
 	const float *bias; /* or NULL */
@@ -724,6 +742,71 @@ struct gate_norm_backward_args {
 	void *dgate;                   /* out, rows gate_stride apart, iff gate */
 	float *dskip_weight;           /* out [H] iff skip */
 	float *dweight;                /* out [H*d / groups] */
+};
+
+/*
+ * Block-diagonal products, n_products of them of the same x: block h of a row times a matrix of
+ * its own, from the left,
+ *   y_{p,h} = x_h weight_{p,h}.
+ */
+struct block_linear_args {
+	int64_t n_tokens, n_products, n_blocks, d_in, d_out; /* widths of one block */
+	const void *x;                                       /* [n_tokens, n_blocks, d_in] */
+	const void *weight; /* [n_products, n_blocks, d_in, d_out] */
+	void *y;            /* out [n_tokens, n_products, n_blocks, d_out] */
+};
+
+/* dx_h = dskip_h + sum over p of dy_{p,h} weight_{p,h}^T; dweight_{p,h} = x_h^T dy_{p,h}. */
+struct block_linear_backward_args {
+	struct block_linear_args forward; /* its y is not read */
+	const void *dy;                   /* [n_tokens, n_products, n_blocks, d_out] */
+	const void *dskip;                /* [n_tokens, n_blocks, d_in] added to dx, or NULL */
+	void *dx;                         /* out [n_tokens, n_blocks, d_in] */
+	float *dweight;                   /* out [n_products, n_blocks, d_in, d_out] */
+};
+
+/*
+ * What stands before the recurrence of the real-gated linear recurrent unit, RG-LRU (arXiv
+ * 2402.19427): with r = sigmoid(logit_0 + bias_0), i = sigmoid(logit_1 + bias_1),
+ *   log_decay = -8 softplus(rate) r,  out = sqrt(1 - exp(2 log_decay)) i x,
+ * the root being 1 at the first token of a sequence, before which there is no state.
+ */
+struct lru_gate_args {
+	int64_t batch, seq_len, width;
+	const int32_t *position; /* of the first token, one in device memory, the same for all
+	                            sequences; or NULL: 0 */
+	const void *logit;       /* [B*T, 2, width] */
+	const float *bias;       /* [2, width] */
+	const float *rate;       /* [width] */
+	const void *x;           /* [B*T, width] */
+	void *log_decay;         /* out [B*T, width] */
+	void *out;               /* out [B*T, width] */
+};
+
+enum { LRU_SHARPNESS = 8 };
+
+struct lru_gate_backward_args {
+	struct lru_gate_args forward;  /* its outputs are not read */
+	const void *dlog_decay, *dout; /* [B*T, width] */
+	void *dlogit;                  /* out [B*T, 2, width] */
+	void *dx;                      /* out [B*T, width] */
+	float *dbias;                  /* out [2, width] */
+	float *drate;                  /* out [width] */
+};
+
+/* out = x * gelu(gate), in the form gelu(z) = z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2. */
+struct gelu_gate_args {
+	int64_t n_tokens, width, gate_stride;
+	const void *gate; /* [n_tokens, width], rows gate_stride apart */
+	const void *x;    /* [n_tokens, width] */
+	void *out;        /* out [n_tokens, width] */
+};
+
+struct gelu_gate_backward_args {
+	struct gelu_gate_args forward; /* its out is not read */
+	const void *dout;              /* [n_tokens, width] */
+	void *dgate;                   /* out, rows gate_stride apart */
+	void *dx;                      /* out [n_tokens, width] */
 };
 
 /* y = x * inverse, inverse = 1/sqrt(sum(x^2) + eps) over each head: q and k of length 1, as the
@@ -896,6 +979,12 @@ static inline bool is_known_norm(enum norm norm)
 static inline bool is_known_shift(enum shift form)
 {
 	return form == SHIFT_CONSTANT || form == SHIFT_VARIABLE;
+}
+
+/* Of convolutions. */
+static inline bool is_known_activation(enum curve curve)
+{
+	return curve == CURVE_SILU || curve == CURVE_NONE;
 }
 
 /* Room for the arguments of any operation. */

@@ -28,6 +28,7 @@ enum init {
 	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
 	INIT_MIX,        /* uniform(0, 1) */
 	INIT_LOG_COUNT,  /* log(1), log(2), ... along a row (Mamba) */
+	INIT_LRU_RATE,   /* exp(-8 softplus of it) is uniform(0.9, 0.999) (RG-LRU) */
 	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
 	                    bound is near 0, and the last (HGRN) */
 };
@@ -195,6 +196,8 @@ struct layer_class {
 	/* NULL: keys and values have as many heads as queries, and D / heads columns each. */
 	struct layer_widths (*widths)(const struct layer_config *config);
 	bool mixes; /* tokens with one another: all but the ffn */
+	/* Parameters that are added to InProj's and OutProj's products; 0: none. */
+	int in_bias, out_bias;
 	/* Columns P of InProj's output, and M of the tensor that enters OutProj (NULL: D). */
 	int64_t (*proj_width)(const struct layer_config *config);
 	int64_t (*mix_width)(const struct layer_config *config);

@@ -434,6 +434,7 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 	        {INIT_LOG_RATE, 1.0f, 16.0f},
 	        {INIT_LOWER_BOUND, 0.01f, 0.9f},
 	        {INIT_MIX, 0.0f, 1.0f},
+	        {INIT_LRU_RATE, 0.9f, 0.999f},
 	};
 	size_t i = 0, n = sizeof ranges / sizeof ranges[0];
 
@@ -451,6 +452,8 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 			values[j] = logf(expm1f(expf(u)));
 		else if (init == INIT_LOWER_BOUND)
 			values[j] = logf(u / (1.0f - u));
+		else if (init == INIT_LRU_RATE)
+			values[j] = logf(expm1f(-logf(u) / LRU_SHARPNESS));
 	}
 	return true;
 }

@@ -15,6 +15,7 @@ static const struct {
 } named_patterns[] = {
         /* arXiv 2403.19887, figure 2: the attention is the fifth of eight. */
         {"jamba", "mamba,mamba,mamba,mamba,attention,mamba,mamba,mamba"},
+        {"griffin", "hawk,hawk,griffin_attention"}, /* arXiv 2402.19427 */
 };
 
 enum { N_NAMED_PATTERNS = sizeof named_patterns / sizeof *named_patterns };

@@ -20,7 +20,9 @@
 	entry(delta_net) \
 	entry(gated_delta_net) \
 	entry(kda) \
-	entry(rwkv6)
+	entry(rwkv6) \
+	entry(hawk) \
+	entry(griffin_attention)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;

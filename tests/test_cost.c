@@ -82,10 +82,10 @@ TEST(linear_costs)
 	enum { N = 5, K = 3, M = 7 };
 	const double x = N * K, w = M * K, y = N * M, product = product_flops(N, K, M);
 	float *f = &nowhere;
-	struct norm_linear_args norm = {N, K, M, 1e-6f, f, f, f, f, f, f};
+	struct norm_linear_args norm = {N, K, M, 1e-6f, f, f, f, NULL, f, f, f};
 	struct norm_linear_backward_args back = {.forward = {.n_tokens = N, .d_in = K, .d_out = M}};
-	struct linear_residual_args linear = {N, K, M, f, f, f, f};
-	struct linear_residual_backward_args linear_back = {N, K, M, f, f, f, f, f};
+	struct linear_residual_args linear = {N, K, M, f, f, NULL, f, f};
+	struct linear_residual_backward_args linear_back = {N, K, M, f, f, f, f, f, NULL};
 
 	check(OP_NORM_LINEAR, &norm, product + norm_flops(N, K), x + w, K, x + y, N);
 	norm.norm_weight = NULL;
@@ -105,6 +105,15 @@ TEST(linear_costs)
 	linear.residual = NULL;
 	check(OP_LINEAR_RESIDUAL, &linear, product, x + w, 0, y, 0);
 	check(OP_LINEAR_RESIDUAL_BACKWARD, &linear_back, 2 * product, x + w + y, 0, x, w);
+
+	/* A bias is added to every element; its gradient is as many additions. */
+	norm.bias = linear.bias = back.forward.bias = linear_back.dbias = f;
+	back.dresidual = NULL;
+	check(OP_NORM_LINEAR, &norm, product + y, x + w, M, y, 0);
+	check(OP_LINEAR_RESIDUAL, &linear, product + y, x + w, M, y, 0);
+	check(OP_NORM_LINEAR_BACKWARD, &back, 2 * product + 2 * norm_flops(N, K) + y, x + w + y + x,
+	      K + N, x, w + K + M);
+	check(OP_LINEAR_RESIDUAL_BACKWARD, &linear_back, 2 * product + y, x + w + y, 0, x, w + M);
 }
 
 /* Is key s visible to query t? As the spec has it, not as a range. */
@@ -255,8 +264,8 @@ TEST(rotate_costs)
 	                        .q_out = some_view,
 	                        .k_out = some_view,
 	                        .v_out = some_view};
-	struct rotate_backward_args back = {B,    T,         H,         KV,        D,
-	                                    true, some_view, some_view, some_view, some_view};
+	struct rotate_backward_args back = {B, T,         H,         KV,        D,        true,
+	                                    0, some_view, some_view, some_view, some_view};
 
 	/* Two multiplications and an addition for each element of q and of the cached k. */
 	check(OP_ROTATE, &a, 3 * (whole + tail), whole + 2 * tail, 0, whole + 2 * tail, 0);
@@ -268,6 +277,11 @@ TEST(rotate_costs)
 	check(OP_ROTATE, &a, 0, tail, 0, tail, 0);
 	check(OP_ROTATE_BACKWARD, &back, 3 * (whole + whole_k), whole + whole_k, 0, whole + whole_k,
 	      0);
+	/* A half of each head is half the work, and where nothing moves half the bytes. */
+	back.rope_width = D / 2;
+	check(OP_ROTATE_BACKWARD, &back, 1.5 * (whole + whole_k), (whole + whole_k) / 2, 0,
+	      (whole + whole_k) / 2, 0);
+	back.rope_width = 0;
 	back.rope = false;
 	check(OP_ROTATE_BACKWARD, &back, 0, 0, 0, 0, 0);
 }
@@ -592,6 +606,40 @@ static void conv_costs(void)
 	check(OP_SHORT_CONV_BACKWARD, &back, 2 * flops + (R - 1) * x, (1 + R) * x, weights - C, x,
 	      weights - C);
 	check(OP_SHORT_CONV_STEP, &step, flops / T, x / T + kept, weights - C, x / T + kept, 0);
+	/* The taps alone. */
+	conv.curve = back.forward.curve = step.curve = CURVE_NONE;
+	check(OP_SHORT_CONV, &conv, flops - 4 * x, x, weights - C, x + kept, 0);
+	check(OP_SHORT_CONV_BACKWARD, &back, 2 * (flops - 4 * x) + (R - 1) * x, (1 + R) * x,
+	      weights - C, x, weights - C);
+	check(OP_SHORT_CONV_STEP, &step, flops / T - 4 * x / T, x / T + kept, weights - C,
+	      x / T + kept, 0);
+}
+
+static void hawk_costs(void)
+{
+	enum { B = 2, T = 5, H = 3, P = 2, K = 4, M = 6, C = 7 };
+	const double rows = B * T, x = rows * H * K, w = P * H * K * M, y = rows * P * H * M;
+	const double wide = rows * C, product = 2 * rows * P * H * K * M;
+	struct block_linear_args blocks = {
+	        .n_tokens = B * T, .n_products = P, .n_blocks = H, .d_in = K, .d_out = M};
+	struct block_linear_backward_args blocks_back = {.forward = blocks};
+	struct lru_gate_args lru = {.batch = B, .seq_len = T, .width = C};
+	struct lru_gate_backward_args lru_back = {.forward = lru};
+	struct gelu_gate_args gelu = {.n_tokens = B * T, .width = C, .gate_stride = 50};
+	struct gelu_gate_backward_args gelu_back = {.forward = gelu};
+	/* Two sigmoids of a sum, 4 each; times the rate; exp of twice that, 1 -, root; two
+	 * products. */
+	const double gates = (4 + 4 + 1 + 2 + 1 + 1 + 2) * wide;
+
+	check(OP_BLOCK_LINEAR, &blocks, product, x + w, 0, y, 0);
+	check(OP_BLOCK_LINEAR_BACKWARD, &blocks_back, 2 * product, x + w + y, 0, x, w);
+	blocks_back.dskip = &nowhere;
+	check(OP_BLOCK_LINEAR_BACKWARD, &blocks_back, 2 * product + x, x + w + y + x, 0, x, w);
+	check(OP_LRU_GATE, &lru, gates, 3 * wide, 3 * C, 2 * wide, 0);
+	check(OP_LRU_GATE_BACKWARD, &lru_back, 2 * gates, 5 * wide, 3 * C, 3 * wide, 3 * C);
+	/* z^2, times its factor, 1 +, times z; a sigmoid; times z, times x. */
+	check(OP_GELU_GATE, &gelu, (4 + 3 + 2) * wide, 2 * wide, 0, wide, 0);
+	check(OP_GELU_GATE_BACKWARD, &gelu_back, 2 * (4 + 3 + 2) * wide, 3 * wide, 0, 2 * wide, 0);
 }
 
 static void delta_gate_costs(void)
@@ -670,6 +718,7 @@ TEST(family_costs)
 	scan_costs();
 	conv_costs();
 	delta_gate_costs();
+	hawk_costs();
 	family_gate_costs();
 }
 

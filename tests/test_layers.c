@@ -717,6 +717,8 @@ TEST(test_sizes_of_caches)
 	        {"ratplus(dilation=16,window=7,initial=4)", 2 * (8 + W + 1) * D * 4 + 2 * D * 4},
 	        {"ratplus(dilation=1,window=99,initial=0)", 2 * (T + T) * D * 4 + 2 * D * 4},
 	        {"ratplus(dilation=0,window=7,initial=0)", 2 * (1 + W + 1) * D * 4 + 2 * D * 4},
+	        {"hawk", D * 4 + 3 * D * 4},
+	        {"griffin_attention:8", 2 * 8 * (D / H) * 4},
 	        {"rat:16,recurrence", 2 * (T / L) * D * 4 + 2 * D * 4 + D * 4},
 	};
 

@@ -288,6 +288,8 @@ TEST(test_missing_outputs)
 	        {"delta_net", OP_L2_NORM, "inverse"},
 	        {"rwkv6", OP_TOKEN_SHIFT, "out"},
 	        {"rwkv6", OP_TOKEN_SHIFT_BACKWARD, "dmix"},
+	        {"hawk", OP_BLOCK_LINEAR, "y"},
+	        {"hawk", OP_LRU_GATE, "log_decay"},
 	};
 
 	for (size_t i = 0; i < COUNT_OF(lies); i++)

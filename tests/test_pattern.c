@@ -39,6 +39,11 @@ TEST(spells_patterns_out)
 	                        "attention(heads=2,position=rope),mamba,mamba,mamba"},
 	        {"retention", "retnet(heads=2,position=rope)"},
 	        {"recurrence,hgrn", "recurrence,hgrn"},
+	        {"griffin", "hawk(heads=2),hawk(heads=2),"
+	                    "griffin_attention(window=1024,heads=2,position=rope)"},
+	        {"rat:5,griffin", "rat(chunk=5,groups=2,heads=2,position=rope),hawk(heads=2),"
+	                          "hawk(heads=2),"
+	                          "griffin_attention(window=1024,heads=2,position=rope)"},
 	};
 	scoped struct stack *stack = calloc(1, sizeof *stack);
 	char text[256], again[256];

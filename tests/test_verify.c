@@ -280,6 +280,18 @@ CAUGHT(test_wrong_scan_is_caught, WHOLE("mamba", PREFILL, SELECTIVE_SCAN, "out")
        WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "dlog_rate"),
        WHOLE("mamba", GENERATION, SELECTIVE_SCAN_STEP, "h"))
 
+/* Hawk: the gates' products, what they make, and the gate of its output. */
+CAUGHT(test_wrong_hawk_is_caught, WHOLE("hawk", PREFILL, BLOCK_LINEAR, "y"),
+       WHOLE("hawk", PREFILL, LRU_GATE, "log_decay"), WHOLE("hawk", PREFILL, GELU_GATE, "out"),
+       WHOLE("hawk", TRAIN, NORM_LINEAR_BACKWARD, "dbias"),
+       WHOLE("hawk", TRAIN, LINEAR_RESIDUAL_BACKWARD, "dbias"),
+       WHOLE("hawk", TRAIN, BLOCK_LINEAR_BACKWARD, "dweight"),
+       WHOLE("hawk", TRAIN, LRU_GATE_BACKWARD, "drate"),
+       WHOLE("hawk", TRAIN, GELU_GATE_BACKWARD, "dgate"),
+       WHOLE("hawk", GENERATION, LRU_GATE, "out"),
+       WHOLE("griffin_attention", GENERATION, ATTENTION_STEP, "k_cache"),
+       WHOLE("griffin_attention", TRAIN, ROTATE_BACKWARD, "dq"))
+
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,
        WHOLE("attention,recurrence", PREFILL, ATTENTION, "out"),

@@ -35,6 +35,11 @@ static const char *check_shift(enum shift form)
 	return is_known_shift(form) ? NULL : "an unknown form of shift";
 }
 
+static const char *check_activation(enum curve curve)
+{
+	return is_known_activation(curve) ? NULL : "an unknown curve";
+}
+
 #define UNSUPPORTED(op, check)                                                                     \
 	const char *cpu_##op##_unsupported(const struct device *device, const void *args)          \
 	{                                                                                          \
@@ -58,3 +63,6 @@ UNSUPPORTED(norm_gate_backward, check_output(a->forward.curve, a->forward.norm))
 UNSUPPORTED(token_shift, check_shift(a->form))
 UNSUPPORTED(token_shift_backward, check_shift(a->forward.form))
 UNSUPPORTED(token_shift_step, check_shift(a->form))
+UNSUPPORTED(short_conv, check_activation(a->curve))
+UNSUPPORTED(short_conv_backward, check_activation(a->forward.curve))
+UNSUPPORTED(short_conv_step, check_activation(a->curve))

@@ -89,6 +89,22 @@ static inline float log1p_f32(float e)
 	return 2.0f * fmaf(p * s, y, y);
 }
 
+/* 1 - e^x for x <= 0, relatively accurate however close to 0 that is. */
+static inline float one_minus_exp_f32(float x)
+{
+	float p = 1.0f / 9.0f;
+
+	/* -x (1 + x/2 (1 + x/3 (...))) down to -1/2. */
+	p = fmaf(p * x, 1.0f / 8.0f, 1.0f / 8.0f);
+	p = fmaf(p * x, 1.0f / 7.0f, 1.0f / 7.0f);
+	p = fmaf(p * x, 1.0f / 6.0f, 1.0f / 6.0f);
+	p = fmaf(p * x, 1.0f / 5.0f, 1.0f / 5.0f);
+	p = fmaf(p * x, 1.0f / 4.0f, 1.0f / 4.0f);
+	p = fmaf(p * x, 1.0f / 3.0f, 1.0f / 3.0f);
+	p = fmaf(p * x, 1.0f / 2.0f, 1.0f / 2.0f);
+	return x > -0.5f ? -fmaf(p * x, x, x) : 1.0f - exp_f32(x);
+}
+
 static inline float log_sigmoid_f32(float x)
 {
 	float negative = x > 0.0f ? 0.0f : x;

@@ -16,6 +16,18 @@ static bool same_place(const struct view *a, const struct view *b)
 
 /* ---- rotate ---- */
 
+/* Columns of a head that turn. */
+static double turned(bool rope, int64_t rope_width, int64_t d_head)
+{
+	return !rope ? 0 : (double)(rope_width > 0 ? rope_width : d_head);
+}
+
+/* Now and then a half of the head. */
+static int64_t any_rope_width(const struct sizes *s)
+{
+	return s->any && s->d_head % 4 == 0 && s->bits >> 12 & 1 ? s->d_head / 2 : 0;
+}
+
 static void size_rotate(void *args, const struct sizes *s, const struct operation_form *v)
 {
 	struct rotate_args *a = args;
@@ -26,6 +38,7 @@ static void size_rotate(void *args, const struct sizes *s, const struct operatio
 	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 	a->kv_slots = s->seq_len;
 	/* Now and then a ring that holds the last tokens alone. */
 	if (s->any && s->bits & 4)
@@ -40,8 +53,9 @@ static void add_moved(struct operand_list *l, const char *name, struct view *fro
 {
 	const struct dimension heads = cached ? KV_HEADS(a->kv_heads) : HEADS(a->n_heads);
 	const int64_t count = cached ? a->seq_len - a->first_kv : a->seq_len;
-	const double width = (double)(a->batch * heads.size * a->d_head);
-	const double moved = to->data && (rotated || !same_place(from, to)) ? width : 0;
+	const double columns = same_place(from, to) ? turned(rotated, a->rope_width, a->d_head)
+	                                            : (double)a->d_head;
+	const double moved = to->data ? (double)(a->batch * heads.size) * columns : 0;
 	struct operand *o = add_view(l, ROLE_INPUT, name, from, SEQUENCES(a->batch),
 	                             TOKENS(a->seq_len), heads, INNER(a->d_head));
 
@@ -71,11 +85,11 @@ static void describe_rotate(void *args, struct operand_list *l)
 static double rotate_flops(const void *args)
 {
 	const struct rotate_args *a = args;
-	const double width = (double)(a->batch * a->d_head);
+	const double width = (double)a->batch * turned(a->rope, a->rope_width, a->d_head);
 	const double q = a->q_out.data ? (double)(a->n_heads * a->seq_len) : 0;
 	const double k = a->k_out.data ? (double)(a->kv_heads * (a->seq_len - a->first_kv)) : 0;
 
-	return a->rope ? ROTATE_FLOPS * width * (q + k) : 0;
+	return ROTATE_FLOPS * width * (q + k);
 }
 
 DESCRIPTION(rotate);
@@ -90,6 +104,7 @@ static void size_rotate_backward(void *args, const struct sizes *s, const struct
 	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 }
 
 static void describe_rotate_backward(void *args, struct operand_list *l)
@@ -102,16 +117,19 @@ static void describe_rotate_backward(void *args, struct operand_list *l)
 
 	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	for (int i = 0; i < 2; i++) {
-		const bool moves = a->rope || !same_place(from[i], to[i]);
+		const double part =
+		        same_place(from[i], to[i])
+		                ? turned(a->rope, a->rope_width, a->d_head) / (double)a->d_head
+		                : 1;
 		struct operand *o =
 		        add_view(l, ROLE_INPUT, from_names[i], from[i], SEQUENCES(a->batch),
 		                 TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 
-		o->read = moves ? o->read : 0;
+		o->read *= part;
 		o = add_view(l, ROLE_OUTPUT, to_names[i], to[i], SEQUENCES(a->batch),
 		             TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 		o->alias = from_names[i];
-		o->written = moves ? o->written : 0;
+		o->written *= part;
 	}
 	keeps_fp32(l);
 }
@@ -122,8 +140,8 @@ static double rotate_backward_flops(const void *args)
 
 	const double tokens = (double)(a->batch * a->seq_len);
 
-	return a->rope ? ROTATE_FLOPS * tokens * (double)((a->n_heads + a->kv_heads) * a->d_head)
-	               : 0;
+	return ROTATE_FLOPS * tokens * (double)(a->n_heads + a->kv_heads) *
+	       turned(a->rope, a->rope_width, a->d_head);
 }
 
 DESCRIPTION(rotate_backward);
@@ -341,6 +359,7 @@ static void size_attention_step(void *args, const struct sizes *s, const struct 
 		a->n_heads = s->kv_heads * (1 + (int64_t)((s->bits >> 4) % 40));
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 	a->scale = key_scale(s->d_head);
 	a->window = s->any && s->bits & 4 ? s->window : -1;
 	a->position_hint = s->seq_len - 1;

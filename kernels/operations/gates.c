@@ -16,7 +16,12 @@ enum {
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
 	FORGET_GATE_FLOPS = 12, /* exp, add, divide; times 1-b, subtract, log; silu; times 1-f */
-	SKIP_FLOPS = 2          /* times its weight, add */
+	SKIP_FLOPS = 2,         /* times its weight, add */
+	/* Twice bias, exp, add, divide; times the rate; exp of twice that, subtract, root; times
+	   the gate, times x. */
+	LRU_GATE_FLOPS = 15,
+	/* Square, times its factor, plus 1, times z; exp, add, divide; times z, times x. */
+	GELU_GATE_FLOPS = 9
 };
 
 /* ---- gates of low rank ---- */
@@ -209,6 +214,7 @@ static void size_short_conv(void *args, const struct sizes *s, const struct oper
 	a->batch = s->batch;
 	a->seq_len = s->seq_len;
 	a->channels = a->x_stride = s->width;
+	a->curve = v->curve;
 }
 
 /* [B*T, channels] rows, as the sequences that they are. */
@@ -233,6 +239,7 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension c = CHANNELS(a->channels);
 
+	add_option(l, &a->curve);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_sequences(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, t, c);
@@ -245,19 +252,22 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	keeps_fp32(l);
 }
 
-static double conv_flops(int64_t count)
+static double conv_flops(enum curve curve, int64_t count)
 {
-	return (2 * CONV_WIDTH + SILU_FLOPS) * (double)count;
+	return (2 * CONV_WIDTH + (curve == CURVE_SILU ? SILU_FLOPS : 0)) * (double)count;
 }
 
 static double short_conv_flops(const void *args)
 {
 	const struct short_conv_args *a = args;
 
-	return conv_flops(a->batch * a->seq_len * a->channels);
+	return conv_flops(a->curve, a->batch * a->seq_len * a->channels);
 }
 
-DESCRIPTION(short_conv);
+static const struct operation_form short_conv_variants[] = {
+        {"short_conv", .curve = CURVE_SILU}, {"plain_conv", .curve = CURVE_NONE}, {0}};
+
+DESCRIPTION(short_conv, .variants = short_conv_variants);
 
 static void size_short_conv_backward(void *args, const struct sizes *s,
                                      const struct operation_form *v)
@@ -292,7 +302,7 @@ static double short_conv_backward_flops(const void *args)
 	const struct short_conv_args *a = &x->forward;
 	const int64_t count = a->batch * a->seq_len * a->channels;
 
-	return 2 * conv_flops(count) + (double)((x->n_readers - 1) * count);
+	return 2 * conv_flops(a->curve, count) + (double)((x->n_readers - 1) * count);
 }
 
 BACKWARD_OF(short_conv, SHORT_CONV, size_short_conv_backward);
@@ -303,6 +313,7 @@ static void size_short_conv_step(void *args, const struct sizes *s, const struct
 
 	a->batch = s->batch;
 	a->channels = a->x_stride = s->width;
+	a->curve = v->curve;
 }
 
 static void describe_short_conv_step(void *args, struct operand_list *l)
@@ -310,6 +321,7 @@ static void describe_short_conv_step(void *args, struct operand_list *l)
 	struct short_conv_step_args *a = args;
 	const struct dimension b = SEQUENCES(a->batch), c = CHANNELS(a->channels);
 
+	add_option(l, &a->curve);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, c);
@@ -325,10 +337,13 @@ static double short_conv_step_flops(const void *args)
 {
 	const struct short_conv_step_args *a = args;
 
-	return conv_flops(a->batch * a->channels);
+	return conv_flops(a->curve, a->batch * a->channels);
 }
 
-DESCRIPTION(short_conv_step, .is_step = true);
+static const struct operation_form short_conv_step_variants[] = {
+        {"short_conv_step", .curve = CURVE_SILU}, {"plain_conv_step", .curve = CURVE_NONE}, {0}};
+
+DESCRIPTION(short_conv_step, .is_step = true, .variants = short_conv_step_variants);
 
 /* ---- Mamba-2's time step ---- */
 
@@ -594,3 +609,177 @@ static double gate_norm_backward_flops(const void *args)
 }
 
 BACKWARD_OF(gate_norm, GATE_NORM, size_gate_norm);
+
+/* ---- block-diagonal products ---- */
+
+static void size_block_linear(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct block_linear_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_blocks = s->n_heads;
+	a->n_products = s->any ? 1 + (int64_t)(s->bits % 3) : 2;
+	a->d_in = s->any ? s->d_in : s->d_head;
+	a->d_out = s->any ? s->d_out : s->d_head;
+}
+
+static void describe_block_linear(void *args, struct operand_list *l)
+{
+	struct block_linear_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), p = INNER(a->n_products);
+	const struct dimension h = HEADS(a->n_blocks), in = INNER(a->d_in), out = INNER(a->d_out);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_HEAD, &a->n_blocks);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "x", &a->x, INNER(1), n, h, in);
+	add_array(l, ROLE_PARAMETER, ELEMENT_ACTIVATION, "weight", &a->weight, p, h, in, out)
+	        ->scale = 0.1f;
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "y", &a->y, n, p, h, out);
+	keeps_fp32(l);
+}
+
+static double block_linear_flops(const void *args)
+{
+	const struct block_linear_args *a = args;
+
+	return 2 * (double)(a->n_tokens * a->n_products * a->n_blocks) *
+	       (double)(a->d_in * a->d_out);
+}
+
+DESCRIPTION(block_linear);
+
+static void describe_block_linear_backward(void *args, struct operand_list *l)
+{
+	struct block_linear_backward_args *b = args;
+	struct block_linear_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), p = INNER(a->n_products);
+	const struct dimension h = HEADS(a->n_blocks), in = INNER(a->d_in), out = INNER(a->d_out);
+
+	describe_block_linear(a, l);
+	forward_ends(l, "");
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "dy", &b->dy, n, p, h, out);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "dskip", &b->dskip, INNER(1), n, h, in)
+	        ->optional = true;
+	add_array(l, ROLE_GRADIENT, ELEMENT_FP32, "dweight", &b->dweight, p, h, in, out);
+	keeps_fp32(l);
+	/* Kernels may round the products before they add them up. */
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "dx", &b->dx, INNER(1), n, h, in)->base =
+	        "dskip";
+}
+
+static double block_linear_backward_flops(const void *args)
+{
+	const struct block_linear_backward_args *b = args;
+	const struct block_linear_args *a = &b->forward;
+
+	return 2 * block_linear_flops(a) +
+	       (b->dskip ? (double)(a->n_tokens * a->n_blocks * a->d_in) : 0);
+}
+
+BACKWARD_OF(block_linear, BLOCK_LINEAR, size_block_linear);
+
+/* ---- the gate of the RG-LRU ---- */
+
+static void size_lru_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct lru_gate_args *a = args;
+
+	a->batch = s->batch;
+	a->seq_len = s->seq_len;
+	a->width = s->width;
+}
+
+static void describe_lru_gate(void *args, struct operand_list *l)
+{
+	struct lru_gate_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->width), gates = INNER(2);
+
+	cut_along(l, AXIS_SEQUENCE, &a->batch);
+	cut_along(l, AXIS_CHANNEL, &a->width);
+	optional(add_position(l, &a->position, 100), false);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "logit", &a->logit, b, t, gates, c);
+	add_floats(l, ROLE_PARAMETER, "bias", &a->bias, INNER(1), gates, c);
+	add_vector(l, ROLE_PARAMETER, "rate", &a->rate, c)->scale = 3;
+	add_sequences(l, ROLE_INPUT, "x", &a->x, NULL, b, t, c);
+	add_sequences(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, b, t, c);
+	add_sequences(l, ROLE_OUTPUT, "out", &a->out, NULL, b, t, c);
+	keeps_fp32(l);
+}
+
+static double lru_gate_flops(const void *args)
+{
+	const struct lru_gate_args *a = args;
+
+	return LRU_GATE_FLOPS * (double)(a->batch * a->seq_len * a->width);
+}
+
+DESCRIPTION(lru_gate);
+
+static void describe_lru_gate_backward(void *args, struct operand_list *l)
+{
+	struct lru_gate_backward_args *x = args;
+	struct lru_gate_args *a = &x->forward;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->width), gates = INNER(2);
+
+	describe_lru_gate(a, l);
+	forward_ends(l, "");
+	add_sequences(l, ROLE_INPUT, "dlog_decay", &x->dlog_decay, NULL, b, t, c);
+	add_sequences(l, ROLE_INPUT, "dout", &x->dout, NULL, b, t, c);
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "dlogit", &x->dlogit, b, t, gates, c);
+	add_sequences(l, ROLE_OUTPUT, "dx", &x->dx, NULL, b, t, c);
+	add_floats(l, ROLE_GRADIENT, "dbias", &x->dbias, INNER(1), gates, c);
+	add_vector(l, ROLE_GRADIENT, "drate", &x->drate, c);
+	keeps_fp32(l);
+}
+
+BACKWARD(lru_gate, LRU_GATE, 2);
+
+/* ---- a gate of gelu ---- */
+
+static void size_gelu_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct gelu_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->width = a->gate_stride = s->width;
+}
+
+static void describe_gelu_gate(void *args, struct operand_list *l)
+{
+	struct gelu_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_CHANNEL, &a->width);
+	add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, c)->scale = 2;
+	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, c);
+	keeps_fp32(l);
+}
+
+static double gelu_gate_flops(const void *args)
+{
+	const struct gelu_gate_args *a = args;
+
+	return GELU_GATE_FLOPS * (double)(a->n_tokens * a->width);
+}
+
+DESCRIPTION(gelu_gate);
+
+static void describe_gelu_gate_backward(void *args, struct operand_list *l)
+{
+	struct gelu_gate_backward_args *b = args;
+	struct gelu_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	describe_gelu_gate(a, l);
+	forward_ends(l, "");
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, c);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, c);
+	keeps_fp32(l);
+}
+
+BACKWARD(gelu_gate, GELU_GATE, 2);

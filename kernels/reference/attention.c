@@ -366,9 +366,10 @@ enum status reference_attention_step(struct device *device, const void *args, vo
 	int64_t count = (a->window < 0 ? position : smaller(position, a->window)) + 1;
 	int64_t n_q = a->batch * a->n_heads * a->d_head;
 	double *q = take_doubles(n_q + count * omp_get_max_threads());
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, a->rope_width};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  1,           a->rope_width};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1, 0};
 	const struct view rotated = contiguous(q, 1, a->n_heads, a->d_head);
 
 	if (!q)
@@ -388,9 +389,10 @@ enum status reference_attention_step(struct device *device, const void *args, vo
 enum status reference_rotate(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_args *a = args;
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, a->rope_width};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  1,           a->rope_width};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1, 0};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
@@ -407,8 +409,9 @@ enum status reference_rotate(struct device *device, const void *args, void *work
 enum status reference_rotate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_backward_args *a = args;
-	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1};
-	const struct rotation back_key = {a->batch, a->kv_heads, a->d_head, a->rope, -1};
+	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1, a->rope_width};
+	const struct rotation back_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  -1,          a->rope_width};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
@@ -421,7 +424,7 @@ enum status reference_rotate_backward(struct device *device, const void *args, v
 enum status reference_rotate_step(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_step_args *a = args;
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, true, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, true, 1, 0};
 
 	rotate_token(&turn, *a->position, &a->q, 0, &a->q_out, 0);
 	rotate_token(&turn, *a->position, &a->k, 0, &a->k_out, 0);

@@ -43,6 +43,25 @@ static void linear_backward(int64_t n, int64_t d_in, int64_t d_out, const double
 	product(n, d_in, d_out, dy, d_out, false, weight, d_in, false, 0, dx, x_stride);
 }
 
+/* y [n, width] += bias, unless that is NULL. */
+static void add_bias(int64_t n, int64_t width, const float *bias, double *y)
+{
+#pragma omp parallel for
+	for (int64_t row = 0; row < (bias ? n : 0); row++)
+		add_scaled(width, 1, wide(bias), y + row * width);
+}
+
+/* sums = the sum of n rows. */
+static void sum_rows(int64_t n, int64_t width, const double *rows, float *sums)
+{
+	double *to = wide_out(sums);
+
+	zero(width, to);
+#pragma omp parallel for reduction(+ : to[:width])
+	for (int64_t row = 0; row < n; row++)
+		add_scaled(width, 1, rows + row * width, to);
+}
+
 enum status reference_norm_linear(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_linear_args *a = args;
@@ -61,6 +80,7 @@ enum status reference_norm_linear(struct device *device, const void *args, void 
 			rstd[n] = r;
 	}
 	linear(a->n_tokens, d, a->d_out, a->x_norm, d, a->weight, 0, a->y);
+	add_bias(a->n_tokens, a->d_out, a->bias, a->y);
 	return STATUS_OK;
 }
 
@@ -74,6 +94,8 @@ enum status reference_norm_linear_backward(struct device *device, const void *ar
 
 	linear_backward(f->n_tokens, d, f->d_out, f->x_norm, d, f->weight, a->dy, g,
 	                wide_out(a->dweight));
+	if (f->bias)
+		sum_rows(f->n_tokens, f->d_out, a->dy, a->dbias);
 	if (f->norm_weight) {
 		double *dweight = wide_out(a->dnorm_weight);
 
@@ -96,6 +118,7 @@ enum status reference_linear_residual(struct device *device, const void *args, v
 	if (a->residual)
 		memmove(a->y, a->residual, sizeof(double) * (size_t)(a->n_tokens * a->d_out));
 	linear(a->n_tokens, a->d_in, a->d_out, a->x, a->d_in, a->weight, a->residual ? 1 : 0, a->y);
+	add_bias(a->n_tokens, a->d_out, a->bias, a->y);
 	return STATUS_OK;
 }
 
@@ -106,6 +129,8 @@ enum status reference_linear_residual_backward(struct device *device, const void
 
 	linear_backward(a->n_tokens, a->d_in, a->d_out, a->x, a->d_in, a->weight, a->dy, a->dx,
 	                wide_out(a->dweight));
+	if (a->dbias)
+		sum_rows(a->n_tokens, a->d_out, a->dy, a->dbias);
 	return STATUS_OK;
 }
 
@@ -222,5 +247,39 @@ enum status reference_decay_gate_backward(struct device *device, const void *arg
 	}
 	if (input != f->x)
 		free(input);
+	return STATUS_OK;
+}
+
+enum status reference_block_linear(struct device *device, const void *args, void *workspace)
+{
+	const struct block_linear_args *a = args;
+	int64_t blocks = a->n_blocks, in = a->d_in, out = a->d_out;
+
+	for (int64_t g = 0; g < a->n_products * blocks; g++)
+		product(a->n_tokens, out, in, (const double *)a->x + g % blocks * in, blocks * in,
+		        false, (const double *)a->weight + g * in * out, out, false, 0,
+		        (double *)a->y + g * out, a->n_products * blocks * out);
+	return STATUS_OK;
+}
+
+enum status reference_block_linear_backward(struct device *device, const void *args,
+                                            void *workspace)
+{
+	const struct block_linear_backward_args *a = args;
+	const struct block_linear_args *f = &a->forward;
+	int64_t blocks = f->n_blocks, in = f->d_in, out = f->d_out, n = f->n_tokens;
+	int64_t row = f->n_products * blocks * out;
+
+	if (a->dskip)
+		memmove(a->dx, a->dskip, sizeof(double) * (size_t)(n * blocks * in));
+	for (int64_t g = 0; g < f->n_products * blocks; g++) {
+		const double *dy = (const double *)a->dy + g * out;
+
+		product(in, out, n, (const double *)f->x + g % blocks * in, blocks * in, true, dy,
+		        row, false, 0, wide_out(a->dweight) + g * in * out, out);
+		product(n, in, out, dy, row, false, (const double *)f->weight + g * in * out, out,
+		        true, a->dskip || g >= blocks ? 1 : 0, (double *)a->dx + g % blocks * in,
+		        blocks * in);
+	}
 	return STATUS_OK;
 }

@@ -1,17 +1,19 @@
 /* fp64 gates and norms of the linear family: norm_gate, short_conv, time_step, forget_gate,
- * gate_norm. */
+ * gate_norm; and Hawk's, lru_gate and gelu_gate. */
 #include "kernels/reference/shared.h"
 
 #include <omp.h>
 
 static double curve_of(enum curve curve, double x)
 {
-	return curve == CURVE_SILU ? silu(x) : sigmoid(x);
+	return curve == CURVE_SILU ? silu(x) : curve == CURVE_SIGMOID ? sigmoid(x) : x;
 }
 
 static double curve_derivative(enum curve curve, double x)
 {
-	return curve == CURVE_SILU ? silu_derivative(x) : sigmoid(x) * sigmoid(-x);
+	return curve == CURVE_SILU      ? silu_derivative(x)
+	       : curve == CURVE_SIGMOID ? sigmoid(x) * sigmoid(-x)
+	                                : 1;
 }
 
 /* What the norm of a head makes of it, before weights; returns 1 / the root that it divides by. */
@@ -141,7 +143,7 @@ enum status reference_short_conv(struct device *device, const void *args, void *
 #pragma omp parallel for
 	for (int64_t n = 0; n < a->batch * a->seq_len; n++)
 		for (int64_t i = 0; i < c; i++)
-			((double *)a->out)[n * c + i] = silu(conv_sum(a, n, i));
+			((double *)a->out)[n * c + i] = curve_of(a->curve, conv_sum(a, n, i));
 	for (int64_t j = 0; a->history && j < a->batch * CONV_HISTORY; j++)
 		for (int64_t i = 0; i < c; i++)
 			((double *)a->history)[j * c + i] =
@@ -158,7 +160,7 @@ static double conv_sum_gradient(const struct short_conv_backward_args *a, int64_
 
 	for (int64_t r = 0; r < a->n_readers; r++)
 		sum += dout[(n * a->n_readers + r) * a->forward.channels + i];
-	return sum * silu_derivative(conv_sum(&a->forward, n, i));
+	return sum * curve_derivative(a->forward.curve, conv_sum(&a->forward, n, i));
 }
 
 enum status reference_short_conv_backward(struct device *device, const void *args, void *workspace)
@@ -208,7 +210,7 @@ enum status reference_short_conv_step(struct device *device, const void *args, v
 				       (j < CONV_HISTORY ? history[j * c] : x);
 			for (int64_t j = 0; j < CONV_HISTORY; j++)
 				history[j * c] = j < CONV_HISTORY - 1 ? history[(j + 1) * c] : x;
-			((double *)a->out)[b * c + i] = silu(sum);
+			((double *)a->out)[b * c + i] = curve_of(a->curve, sum);
 		}
 	return STATUS_OK;
 }
@@ -463,5 +465,119 @@ enum status reference_gate_norm_backward(struct device *device, const void *args
 		gated_backward(a, n, u + width, dskip_weight);
 	}
 	free(scratch);
+	return STATUS_OK;
+}
+
+/* Of one channel of one token: the gates r and i, the logarithm of the decay, and the scale of the
+ * input, sqrt(1 - a^2). */
+struct lru {
+	double r, i, log_decay, scale;
+	bool first; /* of its sequence */
+};
+
+static struct lru lru_of(const struct lru_gate_args *a, int64_t n, int64_t channel)
+{
+	const double *logit = (const double *)a->logit + n * 2 * a->width + channel;
+	const double *bias = wide(a->bias) + channel;
+	struct lru u = {.r = sigmoid(logit[0] + bias[0]),
+	                .i = sigmoid(logit[a->width] + bias[a->width]),
+	                .first = n % a->seq_len + (a->position ? *a->position : 0) == 0};
+
+	u.log_decay = -LRU_SHARPNESS * softplus(wide(a->rate)[channel]) * u.r;
+	u.scale = u.first ? 1 : sqrt(-expm1(2 * u.log_decay));
+	return u;
+}
+
+enum status reference_lru_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct lru_gate_args *a = args;
+	const double *x = a->x;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < a->batch * a->seq_len * a->width; j++) {
+		const struct lru u = lru_of(a, j / a->width, j % a->width);
+
+		((double *)a->log_decay)[j] = u.log_decay;
+		((double *)a->out)[j] = u.scale * u.i * x[j];
+	}
+	return STATUS_OK;
+}
+
+/* d sqrt(1 - e^(2 l)) / dl = -e^(2 l) / sqrt(1 - e^(2 l)); without a decay nothing flows. */
+enum status reference_lru_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct lru_gate_backward_args *a = args;
+	const struct lru_gate_args *f = &a->forward;
+	const double *x = f->x, *dlog_decay = a->dlog_decay, *dout = a->dout;
+	double *dlogit = a->dlogit, *dx = a->dx;
+	double *dbias = wide_out(a->dbias), *drate = wide_out(a->drate);
+	int64_t width = f->width;
+
+	zero(2 * width, dbias);
+	zero(width, drate);
+#pragma omp parallel for reduction(+ : dbias[:2 * width], drate[:width])
+	for (int64_t j = 0; j < f->batch * f->seq_len * width; j++) {
+		int64_t n = j / width, c = j % width;
+		const struct lru u = lru_of(f, n, c);
+		double *to = dlogit + n * 2 * width + c, rate = wide(f->rate)[c];
+		double slope = u.first || u.scale == 0 ? 0 : -exp(2 * u.log_decay) / u.scale;
+		double dlog = dlog_decay[j] + dout[j] * u.i * x[j] * slope;
+
+		dx[j] = dout[j] * u.scale * u.i;
+		to[0] = dlog * u.log_decay * (1 - u.r);
+		to[width] = dout[j] * u.scale * x[j] * u.i * (1 - u.i);
+		dbias[c] += to[0];
+		dbias[width + c] += to[width];
+		drate[c] -= dlog * LRU_SHARPNESS * u.r * sigmoid(rate);
+	}
+	return STATUS_OK;
+}
+
+/* Of gelu in its form with a tanh: the argument of the tanh, and its slope. */
+static const double gelu_cube = 0.044715;
+
+static double gelu_argument(double z)
+{
+	return sqrt(2 / acos(-1)) * (z + gelu_cube * z * z * z);
+}
+
+static double gelu_argument_slope(double z)
+{
+	return sqrt(2 / acos(-1)) * (1 + 3 * gelu_cube * z * z);
+}
+
+enum status reference_gelu_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct gelu_gate_args *a = args;
+	int64_t width = a->width;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < a->n_tokens * width; j++) {
+		double z = ((const double *)a->gate)[j / width * a->gate_stride + j % width];
+
+		/* (1 + tanh u) / 2 = sigmoid(2 u). */
+		((double *)a->out)[j] =
+		        ((const double *)a->x)[j] * z * sigmoid(2 * gelu_argument(z));
+	}
+	return STATUS_OK;
+}
+
+enum status reference_gelu_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct gelu_gate_backward_args *a = args;
+	const struct gelu_gate_args *f = &a->forward;
+	const double *x = f->x, *dout = a->dout;
+	int64_t width = f->width;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < f->n_tokens * width; j++) {
+		int64_t at_row = j / width * f->gate_stride + j % width;
+		double z = ((const double *)f->gate)[at_row], u = 2 * gelu_argument(z);
+		double slope =
+		        sigmoid(u) + z * sigmoid(u) * sigmoid(-u) * 2 * gelu_argument_slope(z);
+
+		((double *)a->dgate)[at_row] = dout[j] * x[j] * slope;
+		((double *)a->dx)[j] = dout[j] * z * sigmoid(u);
+	}
 	return STATUS_OK;
 }

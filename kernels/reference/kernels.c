@@ -27,6 +27,10 @@ static const char *unknown_option(enum operation operation, const void *args)
 		known = is_known_shift(a->token_shift.form);
 	else if (operation == OP_TOKEN_SHIFT_STEP)
 		known = is_known_shift(a->token_shift_step.form);
+	else if (operation == OP_SHORT_CONV || operation == OP_SHORT_CONV_BACKWARD)
+		known = is_known_activation(a->short_conv.curve);
+	else if (operation == OP_SHORT_CONV_STEP)
+		known = is_known_activation(a->short_conv_step.curve);
 	return known ? NULL : "an unknown option";
 }
 

@@ -66,8 +66,8 @@ static void scan_chunk(const struct device *device, const struct rat_scan_args *
 enum status reference_rat_scan(struct device *device, const void *args, void *workspace)
 {
 	const struct rat_scan_args *a = args;
-	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1};
-	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1, 0};
+	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
 	const int64_t first = device->first_token / a->chunk;
 	double *state = take_doubles(2 * a->d_head * omp_get_max_threads());
 
@@ -156,8 +156,8 @@ static void rotate_back(const struct device *device, const struct rat_scan_backw
 {
 	const struct rat_scan_args *f = &a->forward;
 	const int64_t first = device->first_token / f->chunk;
-	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1};
-	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1};
+	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1, 0};
+	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1, 0};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < f->seq_len; t++) {
@@ -233,8 +233,8 @@ static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, const
 /* The running pair of every head to its chunk's slot. */
 static void store_chunk(const struct rat_step_args *a, int64_t chunk)
 {
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1, 0};
 	const struct view k = contiguous(wide_out(a->k_state), 1, a->n_heads, a->d_head);
 	const struct view v = contiguous(wide_out(a->v_state), 1, a->n_heads, a->d_head);
 
@@ -248,7 +248,7 @@ enum status reference_rat_step(struct device *device, const void *args, void *wo
 	int64_t position = *a->position, chunk = position / a->chunk;
 	int64_t n_q = a->batch * a->groups * a->d_head;
 	double *q = take_doubles(n_q + chunk * omp_get_max_threads());
-	const struct rotation turn = {a->batch, a->groups, a->d_head, a->rope, 1};
+	const struct rotation turn = {a->batch, a->groups, a->d_head, a->rope, 1, 0};
 	const struct view rotated = contiguous(q, 1, a->groups, a->d_head);
 
 	if (!q)
