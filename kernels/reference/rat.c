@@ -291,8 +291,8 @@ static bool is_kept_token(const struct ratplus_step_args *a, int64_t t)
 static void store_pair(const struct ratplus_step_args *a, const struct view *k_cache,
                        const struct view *v_cache, int64_t slot)
 {
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1, 0};
 	const struct view k = contiguous(wide_out(a->k_state), 1, a->n_heads, a->d_head);
 	const struct view v = contiguous(wide_out(a->v_state), 1, a->n_heads, a->d_head);
 
@@ -347,7 +347,7 @@ enum status reference_ratplus_step(struct device *device, const void *args, void
 	const int64_t position = *a->position, n_q = a->batch * a->n_heads * a->d_head;
 	double *q = take_doubles(n_q + position + 1);
 	struct pair_place *places = malloc((size_t)(position + 1) * sizeof *places);
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
 	int64_t kept = 0;
 
 	for (int64_t t = 0; t < position; t++)
