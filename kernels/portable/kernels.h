@@ -52,6 +52,9 @@
 	X(GATE_NORM_BACKWARD, "portable", portable_gate_norm_backward, checked, workspace)         \
 	X(L2_NORM, "portable", portable_l2_norm, checked, none)                                    \
 	X(L2_NORM_BACKWARD, "portable", portable_l2_norm_backward, checked, none)                  \
+	X(TOKEN_SHIFT, "portable", portable_token_shift, checked, none)                            \
+	X(TOKEN_SHIFT_BACKWARD, "portable", portable_token_shift_backward, checked, workspace)     \
+	X(TOKEN_SHIFT_STEP, "portable", portable_token_shift_step, checked, none)                  \
 	X(GELU, "portable", portable_gelu, any, none)                                              \
 	X(GELU_BACKWARD, "portable", portable_gelu_backward, any, none)                            \
 	X(EMBEDDING, "portable", portable_embedding, checked, none)                                \

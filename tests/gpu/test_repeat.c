@@ -40,6 +40,7 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"gated_delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"kda", PASS_PREFILL, 1, 4097, NULL},
+        {"rwkv6", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_TRAIN, 2, 2047, "portable"},
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
