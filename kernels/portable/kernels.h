@@ -27,6 +27,8 @@
 	X(RECURRENCE_STEP, "portable", portable_recurrence_step, checked, none)                    \
 	X(RATPLUS_STEP, "portable", portable_ratplus_step, checked, workspace)                     \
 	X(SELECTIVE_SCAN, "portable", portable_selective_scan, checked, workspace)                 \
+	X(SELECTIVE_SCAN_BACKWARD, "portable", portable_selective_scan_backward, checked,          \
+	  workspace)                                                                               \
 	X(SELECTIVE_SCAN_STEP, "portable", portable_selective_scan_step, checked, none)            \
 	X(MATRIX_RECURRENCE, "portable", portable_matrix_recurrence, checked, workspace)           \
 	X(MATRIX_RECURRENCE, "portable", portable_recurrent_form, checked, none)                   \

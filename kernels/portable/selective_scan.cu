@@ -370,22 +370,38 @@ extern "C" enum status portable_selective_scan(struct device *device, const void
 
 /* ---- one token ---- */
 
-/* A thread has a channel, whose 16 numbers are on their way together. */
-static __global__ void __launch_bounds__(THREADS)
-        step_kernel(const __grid_constant__ struct selective_scan_step_args a)
-{
-	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-	const int64_t b = index / a.channels, channel = index % a.channels;
-	float h[SCAN_STATE], y = 0.0f;
+constexpr int MANY = 64, SEQUENCES = 4, STEPS_PER_SM = 5;
 
-	if (b >= a.batch)
-		return;
+/* The 16 rates of a channel. */
+static __device__ __forceinline__ void load_rates(float (&rate)[SCAN_STATE], const float *log_rate)
+{
+#pragma unroll
+	for (int n = 0; n < SCAN_STATE; n += 4) {
+		const float4 four = *reinterpret_cast<const float4 *>(log_rate + n);
+
+		rate[n] = -LOG2E * __expf(four.x);
+		rate[n + 1] = -LOG2E * __expf(four.y);
+		rate[n + 2] = -LOG2E * __expf(four.z);
+		rate[n + 3] = -LOG2E * __expf(four.w);
+	}
+}
+
+/* A channel of one sequence, whose 16 numbers are on their way together. */
+static __device__ __forceinline__ void run_step(const struct selective_scan_step_args &a, int64_t b,
+                                                int64_t channel, const float (&rate)[SCAN_STATE],
+                                                float skip)
+{
+	/* Formed anew for each sequence: 16 addresses would take 32 registers. */
+	const int64_t apart = held((int)a.channels);
 	float *const state = a.h + b * SCAN_STATE * a.channels + channel;
+	float h[SCAN_STATE];
+
 #pragma unroll
 	for (int n = 0; n < SCAN_STATE; n++)
-		h[n] = state[n * a.channels];
+		h[n] = state[n * apart];
 	const float u = element(at(a.u, b, 0, 0) + channel);
 	const float dt = element(at(a.dt, b, 0, 0) + channel);
+	float y = skip * u;
 #pragma unroll
 	for (int n = 0; n < SCAN_STATE; n += 8) {
 		float bs[8], cs[8];
@@ -394,18 +410,34 @@ static __global__ void __launch_bounds__(THREADS)
 		load8(cs, at(a.c, b, 0, 0) + n);
 #pragma unroll
 		for (int j = 0; j < 8; j++) {
-			const float rate =
-			        -LOG2E * __expf(a.log_rate[channel * SCAN_STATE + n + j]);
-			const float next = fmaf(exp2_fast(rate * dt), h[n + j], dt * u * bs[j]);
+			const float next =
+			        fmaf(exp2_fast(rate[n + j] * dt), h[n + j], dt * u * bs[j]);
 
-			state[(n + j) * a.channels] = next;
+			state[(n + j) * apart] = next;
 			y = fmaf(next, cs[j], y);
 		}
 	}
-	y += a.skip ? a.skip[channel] * u : 0.0f;
 	if (a.z.data)
 		y *= scan_silu(element(at(a.z, b, 0, 0) + channel));
 	at(a.out, b, 0, 0)[channel] = __float2bfloat16(y);
+}
+
+/* A thread has a channel of `sequences` sequences, whose rates it reads once. */
+static __global__ void __launch_bounds__(THREADS, STEPS_PER_SM)
+        step_kernel(const __grid_constant__ struct selective_scan_step_args a, int sequences)
+{
+	const int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+	const int64_t first = index / a.channels * sequences, channel = index % a.channels;
+	const int64_t end = min(first + sequences, a.batch);
+	float rate[SCAN_STATE];
+
+	if (first >= a.batch)
+		return;
+	load_rates(rate, a.log_rate + channel * SCAN_STATE);
+	const float skip = a.skip ? a.skip[channel] : 0.0f;
+#pragma unroll 1
+	for (int64_t b = first; b < end; b++)
+		run_step(a, b, channel, rate, skip);
 }
 
 extern "C" const char *portable_selective_scan_step_unsupported(const struct device *,
@@ -413,14 +445,18 @@ extern "C" const char *portable_selective_scan_step_unsupported(const struct dev
 {
 	const auto *a = static_cast<const struct selective_scan_step_args *>(args);
 
-	return a->state != SCAN_STATE ? "a state must have 16 numbers"
-	                              : check_aligned(&a->b, &a->c);
+	if (a->state != SCAN_STATE)
+		return "a state must have 16 numbers";
+	if (a->channels > INT32_MAX)
+		return "too many channels";
+	return either(check_aligned(a->log_rate), check_aligned(&a->b, &a->c));
 }
 
 extern "C" enum status portable_selective_scan_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct selective_scan_step_args *>(args);
+	const int sequences = a->batch < MANY ? 1 : SEQUENCES;
 
-	return launch_each(device, "selective_scan_step", step_kernel, a->batch * a->channels,
-	                   THREADS, *a);
+	return launch_each(device, "selective_scan_step", step_kernel,
+	                   divide_up(a->batch, sequences) * a->channels, THREADS, *a, sequences);
 }
