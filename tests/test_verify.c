@@ -296,6 +296,7 @@ CAUGHT(test_wrong_states_are_caught,
        SLOT("swa", GENERATION, ATTENTION_STEP, "k_cache", 0, LAST % SLOTS_OF_SWA, 0),
        SLOT("swa", GENERATION, ATTENTION_STEP, "v_cache", B - 1, T % SLOTS_OF_SWA, 1),
        SLOT("rat:15", GENERATION, RAT_STEP, "v_chunk", 0, LAST / 15, 3),
+       SLOT("ratplus", GENERATION, RATPLUS_STEP, "k_recent", 0, LAST % SLOTS_OF_SWA, 0),
        WHOLE("rat", GENERATION, RAT_STEP, "k_state"),
        WHOLE("recurrence", GENERATION, RECURRENCE_STEP, "h"),
        WHOLE("gla", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
