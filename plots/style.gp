@@ -38,6 +38,7 @@ rat_colour(l) = l <= 16 ? "#0072B2" : l <= 64 ? "#56B4E9" : "#CC79A7"
 colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "swa")        ? "#E69F00" \
           : starts(s, "recurrence") ? "#009E73" \
+          : starts(s, "ratplus")    ? "#44AA99" \
           : starts(s, "rat")        ? rat_colour(chunk(s)) \
           : starts(s, "gla")        ? "#000000" \
           : starts(s, "linear")     ? "#F0E442" \
@@ -71,6 +72,7 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "gated_delta_net") ? 10 \
               : starts(s, "kda")        ? 14 \
               : starts(s, "rwkv6")      ? 15 \
+              : starts(s, "ratplus")    ? 13 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)

@@ -231,6 +231,7 @@ TEST(test_models_generate)
 	generate_text("recurrence", 0);
 	generate_text("gla", 0);
 	generate_text("attention(kv_heads=1),swa(kv_heads=2)", 2);
+	generate_text("ratplus(dilation=3,window=4,initial=2)", 0);
 }
 
 /* Prompts taken a few sequences at a time fill the same caches. */
@@ -241,6 +242,7 @@ TEST(test_micro_batches)
 	generate_text("recurrence", 4);
 	generate_text("attention", 5);
 	generate_text("swa", 9);
+	generate_text("ratplus(dilation=3,window=4,initial=2)", 2);
 }
 
 /* One run of a throughput stack ends with as many tokens picked as were asked for. */

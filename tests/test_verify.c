@@ -251,6 +251,14 @@ CAUGHT(test_wrong_family_is_caught, WHOLE("linear_attention", PREFILL, MATRIX_RE
        WHOLE("retnet", GENERATION, ROTATE_STEP, "k_out"),
        WHOLE("hgrn", GENERATION, RECURRENCE_STEP, "h"))
 
+/* RAT+: its recurrences, what fills its caches, attention, and the gate's two gradients. */
+CAUGHT(test_wrong_ratplus_is_caught, WHOLE("ratplus", PREFILL, RECURRENCE, "out"),
+       WHOLE("ratplus", PREFILL, ROTATE, "k_out"), WHOLE("ratplus", PREFILL, ATTENTION, "out"),
+       WHOLE("ratplus", TRAIN, ATTENTION_BACKWARD, "dk"),
+       WHOLE("ratplus", TRAIN, RECURRENCE_BACKWARD, "dgate"),
+       WHOLE("ratplus", GENERATION, RATPLUS_STEP, "out"),
+       WHOLE("ratplus", GENERATION, RATPLUS_STEP, "v_state"))
+
 /* The delta rules: the recurrence, and what makes its keys, writes and decays. */
 CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECURRENCE, "out"),
        WHOLE("gated_delta_net", PREFILL, L2_NORM, "y"),
@@ -321,6 +329,7 @@ CAUGHT(test_wrong_states_are_caught,
        SLOT("swa", GENERATION, ATTENTION_STEP, "k_cache", 0, LAST % SLOTS_OF_SWA, 0),
        SLOT("swa", GENERATION, ATTENTION_STEP, "v_cache", B - 1, T % SLOTS_OF_SWA, 1),
        SLOT("rat:15", GENERATION, RAT_STEP, "v_chunk", 0, LAST / 15, 3),
+       SLOT("ratplus", GENERATION, RATPLUS_STEP, "k_recent", 0, LAST % SLOTS_OF_SWA, 0),
        WHOLE("rat", GENERATION, RAT_STEP, "k_state"),
        WHOLE("recurrence", GENERATION, RECURRENCE_STEP, "h"),
        WHOLE("gla", GENERATION, MATRIX_RECURRENCE_STEP, "state"))

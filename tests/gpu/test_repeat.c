@@ -28,6 +28,7 @@ static const struct subject subjects[] = {
         {"rat:16", PASS_PREFILL, 2, 2047, "portable"},
         {"rat:64", PASS_PREFILL, 2, 2047, NULL},
         {"rat:3000", PASS_PREFILL, 1, 9001, "hopper"},
+        {"ratplus", PASS_PREFILL, 2, 3001, NULL},
         {"recurrence", PASS_PREFILL, 1, 65537, "portable"},
         {"recurrence", PASS_PREFILL, 1, 65537, "hopper"},
         {"recurrence", PASS_PREFILL, 9, 3001, "hopper"},
@@ -45,6 +46,7 @@ static const struct subject subjects[] = {
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
         {"rat:16", PASS_TRAIN, 2, 2047, "portable"},
+        {"ratplus", PASS_TRAIN, 2, 2047, NULL},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
         {"gla", PASS_TRAIN, 1, 2049, NULL},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
@@ -53,6 +55,7 @@ static const struct subject subjects[] = {
         {"rat:16", PASS_GENERATION, 7, 1500, "portable"},
         {"rat:16", PASS_GENERATION, 7, 1500, "hopper"},
         {"rat:16", PASS_GENERATION, 1, 60001, NULL},
+        {"ratplus", PASS_GENERATION, 7, 6001, NULL},
         {"attention", PASS_GENERATION, 1, 6001, NULL},
         /* So many that the last pairs are cut, at a time when every block streams. */
         {"attention(kv_heads=2)", PASS_GENERATION, 512, 4096, NULL},
