@@ -40,12 +40,15 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"gated_delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"kda", PASS_PREFILL, 1, 4097, NULL},
+        {"hawk", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_TRAIN, 2, 2047, "portable"},
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
         {"rat:16", PASS_TRAIN, 2, 2047, "portable"},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
         {"gla", PASS_TRAIN, 1, 2049, NULL},
+        {"hawk", PASS_TRAIN, 1, 2049, NULL},
+        {"griffin_attention:100", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"attention(kv_heads=1)", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
@@ -65,6 +68,7 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"gated_delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"kda", PASS_GENERATION, 7, 1500, NULL},
+        {"griffin", PASS_GENERATION, 7, 1500, NULL},
 };
 
 static const struct subject small_subjects[] = {
