@@ -1,7 +1,7 @@
 /*
  * The sm_90a kernels.
  *
- * hopper_norm_linear, hopper_linear_residual: up to 8 tokens.
+ * hopper_norm_linear, hopper_linear_residual: up to 8 tokens, no bias.
  * hopper_attention, hopper_attention_backward: d = 64 or 128, every mask except the dilated
  *   one, own token and gate. The
  *   backward sums dq in an order that differs from run to run.

@@ -52,6 +52,12 @@
 	X(FORGET_GATE_BACKWARD, "portable", portable_forget_gate_backward, checked, workspace)     \
 	X(GATE_NORM, "portable", portable_gate_norm, checked, none)                                \
 	X(GATE_NORM_BACKWARD, "portable", portable_gate_norm_backward, checked, workspace)         \
+	X(BLOCK_LINEAR, "cublaslt", portable_block_linear, checked, workspace)                     \
+	X(BLOCK_LINEAR_BACKWARD, "cublaslt", portable_block_linear_backward, checked, workspace)   \
+	X(LRU_GATE, "portable", portable_lru_gate, checked, none)                                  \
+	X(LRU_GATE_BACKWARD, "portable", portable_lru_gate_backward, checked, workspace)           \
+	X(GELU_GATE, "portable", portable_gelu_gate, checked, none)                                \
+	X(GELU_GATE_BACKWARD, "portable", portable_gelu_gate_backward, checked, none)              \
 	X(L2_NORM, "portable", portable_l2_norm, checked, none)                                    \
 	X(L2_NORM_BACKWARD, "portable", portable_l2_norm_backward, checked, none)                  \
 	X(TOKEN_SHIFT, "portable", portable_token_shift, checked, none)                            \

@@ -42,6 +42,7 @@ static const struct subject subjects[] = {
         {"gated_delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"kda", PASS_PREFILL, 1, 4097, NULL},
         {"rwkv6", PASS_PREFILL, 1, 4097, NULL},
+        {"hawk", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_TRAIN, 2, 2047, "portable"},
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
@@ -49,6 +50,8 @@ static const struct subject subjects[] = {
         {"ratplus", PASS_TRAIN, 2, 2047, NULL},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
         {"gla", PASS_TRAIN, 1, 2049, NULL},
+        {"hawk", PASS_TRAIN, 1, 2049, NULL},
+        {"griffin_attention:100", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"attention(kv_heads=1)", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
@@ -69,6 +72,7 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"gated_delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"kda", PASS_GENERATION, 7, 1500, NULL},
+        {"griffin", PASS_GENERATION, 7, 1500, NULL},
 };
 
 static const struct subject small_subjects[] = {
