@@ -41,7 +41,7 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/operations/*.c kernels
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
 FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2 delta_net gated_delta_net kda rwkv6
 # Programs of one layer: build/hybrid by another name.
-LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat ratplus mamba $(FAMILY))
+LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat ratplus mamba hawk griffin_attention $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \
 	kernel_latency chunkwise report compare plotdata publish),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
