@@ -538,8 +538,9 @@ static struct scan_segments segments_of(const struct device *device,
 
 static struct work work_of(const struct selective_scan_args *f, const struct scan_segments *s)
 {
-	struct work w = {.segments = *s};
+	struct work w = {};
 
+	w.segments = *s;
 	w.chosen = s->ends + scan_segment_bytes(f, s) / sizeof(float);
 	w.rates = w.chosen + count_slabs(f) * f->batch * f->seq_len * CHOSEN;
 	w.skips = w.rates + s->count * f->batch * f->channels * SCAN_STATE;
