@@ -2,9 +2,9 @@
  * The verdict itself (kernels/judge.h): correct kernels are far from their bounds, at any width,
  * length and seed, in fp32 and in bf16; and faults that are small, but faults, are beyond.
  *
- * test_judgement [SEEDS [BACKEND [TEST]]]: of how many seeds every block is run; on that backend,
- * in place of the CPU in fp32 and in bf16 (""); only the tests of that name, which may have a * in
- * it.
+ * test_judgement [SEEDS [BACKEND [TEST]]]: of how many seeds every block is run, or of which,
+ * FIRST..LAST, so that many processes can share them; on that backend, in place of the CPU in fp32
+ * and in bf16 (""); only the tests of that name, which may have a * in it.
  */
 #include "tests/stacks.h"
 
@@ -13,7 +13,7 @@
 #include "kernels/problem.h"
 #include "tests/rounded.h"
 
-static int n_seeds = 4;
+static int first_seed, n_seeds = 4;
 static const char *backend_name;
 
 /* ---- correct blocks ---- */
@@ -83,7 +83,7 @@ static void expect_blocks_right(struct device *device, const char *kind)
 			double worst = 0;
 			char where[128] = "";
 
-			for (int seed = 0; seed < n_seeds; seed++) {
+			for (int seed = first_seed; seed < n_seeds; seed++) {
 				struct accuracy found;
 				const enum status status = try_block(device, pattern, tried[j],
 				                                     (uint64_t)seed, &found);
@@ -437,7 +437,12 @@ int main(int argc, char **argv)
 	n_seeds = 1;
 	cmocka_set_test_filter("test_blocks");
 #endif
-	n_seeds = argc > 1 ? atoi(argv[1]) : n_seeds;
+	if (argc > 1 && sscanf(argv[1], "%d..%d", &first_seed, &n_seeds) == 2) {
+		n_seeds++;
+	} else if (argc > 1) {
+		first_seed = 0;
+		n_seeds = atoi(argv[1]);
+	}
 	backend_name = argc > 2 && argv[2][0] ? argv[2] : NULL;
 	if (argc > 3)
 		cmocka_set_test_filter(argv[3]);
