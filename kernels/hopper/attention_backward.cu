@@ -3,8 +3,8 @@
  *   prepare    takes the gate from the gradient of the output, forms delta and all gradients that
  *              need one query alone, pads the queries' statistics to whole tiles
  *   backward   persistent: 128 keys of one head at a time, whose dK and dV it holds, and the
- *              queries that see them in tiles of 64 (d = 64: 128), of one head that reads
- *              these keys after the other
+ *              queries that see them in tiles of 64 (d = 64: 128), each tile of all heads
+ *              that read these keys
  *   finish     turns the sums of dQ into bf16
  * Roles in the second:
  *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, queries, gradients of outputs
@@ -17,10 +17,13 @@
  * the end dK) and statistics; of each warpgroup dQ (at the end dV).
  * Products of a step, each beside what needs no tensor cores: dP = V dO^T beside the powers of the
  * scores; dV beside dS; dK, dQ of the tile before and S of the next while that dQ leaves.
- * dQ is summed in the order in which blocks come by: its last bits differ from run to run.
- * Limit: shared memory, busy 79% of the cycles, the tensor cores 65% (with three places);
- * 633 TFLOP/s at T = 4096 on a cool device. docs/kernels/attention_backward.md.
- * wgmma in: attention_backward_kernel
+ * Blocks begin at their first query. Where many heads read the same keys they begin at the last:
+ * side by side at the same queries, they find those of all the heads in L2.
+ * dQ is summed in the order in which blocks come by: its last bits differ from run to run, unless
+ * the device is to be deterministic. Then a count for each tile of dQ has blocks add in the order
+ * of their keys; as all begin at the last queries, each waits for the one before it once. Limit:
+ * shared memory, busy 79% of the cycles, the tensor cores 65% (with three places); 633 TFLOP/s at T
+ * = 4096 on a cool device. docs/kernels/attention_backward.md. wgmma in: attention_backward_kernel
  */
 #include <cuda_runtime.h>
 #include <limits.h>
@@ -62,9 +65,12 @@ struct parameters {
 	float scale, scale_log2;  /* scale * log2(e) */
 	int padded_len;           /* queries in whole tiles */
 	const float *lse, *delta; /* [pairs][padded_len], lse in base 2 */
-	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][DQ_FLOATS], as accumulators lie */
+	float *dq;  /* [batch * q_heads][tiles][WARPGROUPS][DQ_FLOATS], as accumulators lie */
+	int *turns; /* [batch * q_heads][tiles][WARPGROUPS] whose turn it is to add; NULL: anybody's
+	             */
 	int key_tiles;
 	int heads_per_group; /* pairs that share L2 */
+	bool descending;     /* queries, from the last on */
 	int *ticket;
 };
 
@@ -165,6 +171,38 @@ template <int D> __device__ __forceinline__ span query_tiles(const parameters &p
 	return {first / QUERIES<D>, last / QUERIES<D> + 1};
 }
 
+/* The first tile of keys that tile m of the queries sees anything of. */
+template <int D> __device__ __forceinline__ int first_key_tile(const parameters &p, int m)
+{
+	const int key = p.mask == MASK_WINDOW ? m * QUERIES<D> - p.window : 0;
+
+	return max(key, 0) / KEYS;
+}
+
+/* Tiles of queries in the order in which a block takes them, each of all heads that read the keys.
+ */
+struct walk {
+	int m, reader = 0;
+
+	__device__ __forceinline__ walk(const parameters &p, const span &tiles)
+	    : m(p.descending ? tiles.end - 1 : tiles.first)
+	{
+	}
+
+	__device__ __forceinline__ void advance(const parameters &p)
+	{
+		if (++reader < p.readers)
+			return;
+		reader = 0;
+		m += p.descending ? -1 : 1;
+	}
+
+	__device__ __forceinline__ bool is_in(const span &tiles) const
+	{
+		return m >= tiles.first && m < tiles.end;
+	}
+};
+
 __device__ __forceinline__ unit locate(const parameters &p, int number)
 {
 	const int group = number / (p.heads_per_group * p.key_tiles);
@@ -246,24 +284,45 @@ template <int D> struct producer {
 			const span m = query_tiles<D>(p, u.n);
 			const int b = u.pair / p.kv_heads, kv = u.pair - b * p.kv_heads;
 			const int h = kv * p.readers;
+			walk at(p, m);
 
 			if (m.first < m.end) {
 				load_keys(u.n, b, kv);
-				load_rows(m.first, b, h);
+				load_rows(at.m, b, h);
 				load_values(u.n, b, kv);
+				at.advance(p);
 			}
 			const int number = gridDim.x + atomicAdd(p.ticket, 1);
 			const unit next = number < n_units ? locate(p, number) : end;
 			units.put(next);
 #pragma unroll 1
-			for (int reader = 0; reader < p.readers; reader++)
-#pragma unroll 1
-				for (int i = m.first + (reader == 0); i < m.end; i++)
-					load_rows(i, b, h + reader);
+			for (; at.is_in(m); at.advance(p))
+				load_rows(at.m, b, h + at.reader);
 			u = next;
 		}
 	}
 };
+
+/* Whose turn it is to add to a tile of dQ: waits for ours, and passes it on when what was added is
+ * there. */
+__device__ __forceinline__ void await_turn(const int *turn, int mine)
+{
+	int now;
+
+	do
+		asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+		             : "=r"(now)
+		             : "l"(turn)
+		             : "memory");
+	while (now != mine);
+	asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+__device__ __forceinline__ void pass_turn(int *turn)
+{
+	asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+	asm volatile("red.release.gpu.global.add.s32 [%0], 1;" : : "l"(turn) : "memory");
+}
 
 /* Warp 1 + w: sends off what consumer warpgroup w leaves. */
 template <int D> __device__ __forceinline__ void send(const parameters &p, uint32_t shared, int w)
@@ -285,21 +344,23 @@ template <int D> __device__ __forceinline__ void send(const parameters &p, uint3
 
 		if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
-			for (int reader = 0; reader < p.readers; reader++) {
-				const int h = (kv * p.readers + reader) % p.q_heads;
+			for (walk at(p, m); at.is_in(m); at.advance(p)) {
+				const int h = (kv * p.readers + at.reader) % p.q_heads;
 				const int64_t tile =
-				        (static_cast<int64_t>(b) * p.q_heads + h) * tiles;
-				float *to = p.dq + ((tile + m.first) * WARPGROUPS + w) * DQ_FLOATS;
-#pragma unroll 1
-				for (int i = m.first; i < m.end; i++) {
-					barrier_wait(full, parity);
-					parity ^= 1;
-					bulk_add(to, out, layout::OUT_BYTES);
-					store_commit();
-					store_wait_read();
-					barrier_arrive(empty);
-					to += WARPGROUPS * DQ_FLOATS;
-				}
+				        (static_cast<int64_t>(b) * p.q_heads + h) * tiles + at.m;
+				const int64_t place = tile * WARPGROUPS + w;
+
+				barrier_wait(full, parity);
+				parity ^= 1;
+				if (p.turns)
+					await_turn(p.turns + place,
+					           u.n - first_key_tile<D>(p, at.m));
+				bulk_add(p.dq + place * DQ_FLOATS, out, layout::OUT_BYTES);
+				store_commit();
+				store_wait_read();
+				barrier_arrive(empty);
+				if (p.turns)
+					pass_turn(p.turns + place);
 			}
 			barrier_wait(full, parity);
 			parity ^= 1;
@@ -645,20 +706,21 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 		                rows_operand(layout::Q, 16));
 		barrier_wait(barrier(BAR_V_FULL), v_parity);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
-		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
+		walk at(p, tiles);
+		int left = (tiles.end - tiles.first) * p.readers - 1;
 
 		if (left == 0) {
-			step<true, true>(m, key, s, dk, dv);
+			step<true, true>(at.m, key, s, dk, dv);
 		} else {
-			step<true, false>(m, key, s, dk, dv);
+			step<true, false>(at.m, key, s, dk, dv);
 #pragma unroll 1
 			while (true) {
-				m = m + 1 < tiles.end ? m + 1 : tiles.first;
+				at.advance(p);
 				if (--left == 0)
 					break;
-				step<false, false>(m, key, s, dk, dv);
+				step<false, false>(at.m, key, s, dk, dv);
 			}
-			step<false, true>(m, key, s, dk, dv);
+			step<false, true>(at.m, key, s, dk, dv);
 		}
 		issue_dq(dq, before);
 		wgmma_wait<0>();
@@ -897,7 +959,7 @@ constexpr int64_t L2_BUDGET = 40 << 20;
 /* The workspace, in bytes from its start. */
 struct plan {
 	int64_t padded_len;
-	size_t ticket, lse, delta, gated, dq, dq_bytes, size;
+	size_t ticket, turns, lse, delta, gated, dq, dq_bytes, size;
 };
 
 struct plan make_plan(const struct attention_args *a)
@@ -915,8 +977,10 @@ struct plan make_plan(const struct attention_args *a)
 	plan.padded_len = (a->seq_len + 127) / 128 * 128;
 	plan.dq_bytes =
 	        static_cast<size_t>(a->batch * a->q_heads * plan.padded_len * a->d_head * 4);
+	/* One memset from the ticket on. */
 	plan.ticket = take(sizeof(int));
-	plan.dq = take(plan.dq_bytes); /* behind the ticket: one memset */
+	plan.turns = take(a->batch * a->q_heads * (plan.padded_len / 64) * WARPGROUPS * 4);
+	plan.dq = take(plan.dq_bytes);
 	plan.lse = take(pairs * plan.padded_len * 4);
 	plan.delta = take(pairs * plan.padded_len * 4);
 	plan.gated = take(a->gate.data ? pairs * a->seq_len * a->d_head * 2 : 0);
@@ -961,8 +1025,9 @@ query_parameters fill_query_parameters(const struct attention_backward_args *arg
 }
 
 template <int D>
-enum status fill_parameters(parameters &p, const struct attention_backward_args *args,
-                            const struct plan &plan, char *base)
+enum status fill_parameters(const struct device *device, parameters &p,
+                            const struct attention_backward_args *args, const struct plan &plan,
+                            char *base)
 {
 	const struct attention_args *a = &args->forward;
 	const struct view gated = {base + plan.gated, a->n_heads * a->seq_len * D, D,
@@ -999,7 +1064,9 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	p.delta = reinterpret_cast<float *>(base + plan.delta);
 	p.dq = reinterpret_cast<float *>(base + plan.dq);
 	p.key_tiles = static_cast<int>((a->kv_len + KEYS - 1) / KEYS);
-	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8 * p.readers);
+	p.turns = device->deterministic ? reinterpret_cast<int *>(base + plan.turns) : NULL;
+	p.descending = p.readers > 1 || device->deterministic;
+	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8);
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
 	p.ticket = reinterpret_cast<int *>(base + plan.ticket);
 	return status;
@@ -1014,7 +1081,7 @@ enum status launch(struct device *device, const struct attention_backward_args *
 	char *base = static_cast<char *>(workspace);
 	const query_parameters queries = fill_query_parameters(args, plan, base);
 	parameters p;
-	enum status status = fill_parameters<D>(p, args, plan, base);
+	enum status status = fill_parameters<D>(device, p, args, plan, base);
 	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
 	const int64_t prepare = a->batch * a->n_heads * (plan.padded_len / PREPARED_ROWS);
 	const int64_t finish = a->batch * a->q_heads * (plan.padded_len / QUERIES<D>);
@@ -1046,6 +1113,8 @@ extern "C" const char *hopper_attention_backward_unsupported(const struct device
 		return "an unknown mask";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
+	if (device->deterministic && a->q_heads != a->n_heads)
+		return "heads that share queries add to their gradients in any order";
 	return check_views(device, &a->q, &a->k, &a->v, &a->out, &x->dout, &x->dq, &x->dk, &x->dv,
 	                   &a->gate, &a->out_ungated, &x->dgate, &a->own_value, &x->down_value);
 }
