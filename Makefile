@@ -39,9 +39,9 @@ SOURCES := $(wildcard kernels/*.c kernels/cpu/*.c kernels/operations/*.c kernels
 	bench/generate.c bench/kernel_bench.c \
 	bench/stack_case.c
 PROGRAMS := $(patsubst bench/%.c,$(BUILD)/%,$(filter-out $(SHARED),$(wildcard bench/*.c)))
-FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2 delta_net gated_delta_net kda
+FAMILY := linear_attention retnet mamba2 gla hgrn hgrn2 delta_net gated_delta_net kda rwkv6
 # Programs of one layer: build/hybrid by another name.
-LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat $(FAMILY))
+LAYER_PROGRAMS := $(addprefix $(BUILD)/,attention recurrence rat ratplus mamba hawk griffin_attention $(FAMILY))
 DRIVERS := $(LAYER_PROGRAMS) $(filter $(addprefix $(BUILD)/,hybrid throughput \
 	kernel_latency chunkwise report compare plotdata publish),$(PROGRAMS))
 TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))

@@ -25,7 +25,7 @@ build=$1
 shift
 BASE=${BASE:-}
 NEW=${NEW:-}
-PATTERNS=${PATTERNS:-attention swa recurrence gla rat rat,swa linear_attention retnet mamba2 hgrn hgrn2 delta_net gated_delta_net kda}
+PATTERNS=${PATTERNS:-attention swa recurrence gla rat ratplus rat,swa linear_attention retnet mamba mamba2 hgrn hgrn2 delta_net gated_delta_net kda rwkv6 hawk griffin_attention}
 PROGRAM=${PROGRAM:-}
 PAIRS=${PAIRS:-6..40}
 MINUTES=${MINUTES:-15}

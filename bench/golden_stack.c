@@ -34,7 +34,8 @@ static enum status check_metadata(const struct golden_file *check)
 	        {"norm_eps", "1e-06"},       {"norm_before_gate", "0"},
 	        {"feature_map", "identity"}, {"output_gate", "0"},
 	        {"l2norm_eps", "1e-06"},     {"qk_norm", "l2"},
-	        {"conv_width", "4"},
+	        {"conv_width", "4"},         {"c", "8"},
+	        {"rope_fraction", "0.5"},    {"window_rule", "0 <= t - s < window"},
 	};
 	static const char *const sizes[] = {"d_model", "n_heads",  "d_head",     "chunk_size",
 	                                    "window",  "n_groups", "n_kv_heads", "n_layers"};
@@ -53,9 +54,22 @@ static enum status check_metadata(const struct golden_file *check)
 	return STATUS_OK;
 }
 
+/* RAT+'s arguments, (dilation=16,window=0,initial=4): no option of a stack sets all of them. A
+ * negative dilation is none. Returns how many characters. */
+static size_t append_ratplus(const struct golden_file *check, char *text, size_t size)
+{
+	const int64_t dilation = metadata_integer(check, "dilation_size", 0);
+
+	return (size_t)snprintf(text, size, "(dilation=%lld,window=%lld,initial=%lld)",
+	                        (long long)(dilation < 0 ? 0 : dilation),
+	                        (long long)metadata_integer(check, "local_size", 0),
+	                        (long long)metadata_integer(check, "initial_size", 0));
+}
+
 /* A pattern for the stack ("rat,swa") from the reference's name of blocks ("rat-local_attention").
  * STATUS_UNSUPPORTED if there is no such block. */
-static enum status block_pattern(const char *reference, char *pattern, size_t size)
+static enum status block_pattern(const struct golden_file *check, const char *reference,
+                                 char *pattern, size_t size)
 {
 	size_t used = 0;
 
@@ -73,6 +87,8 @@ static enum status block_pattern(const char *reference, char *pattern, size_t si
 			return status_set(STATUS_UNSUPPORTED, "no block '%s'", name);
 		used += (size_t)snprintf(pattern + used, size - used, "%s%s", used ? "," : "",
 		                         name);
+		if (strcmp(name, "ratplus") == 0 && used < size)
+			used += append_ratplus(check, pattern + used, size - used);
 		reference += length + (reference[length] == '-');
 	}
 	return STATUS_OK;
@@ -485,8 +501,8 @@ enum status golden_stack(struct golden_file *check, bool is_model)
 	struct subject s = {.check = check, .is_model = is_model};
 	char pattern[128];
 
-	TRY(block_pattern(safetensors_metadata(&check->file, is_model ? "model" : "block"), pattern,
-	                  sizeof pattern));
+	TRY(block_pattern(check, safetensors_metadata(&check->file, is_model ? "model" : "block"),
+	                  pattern, sizeof pattern));
 	TRY(check_metadata(check));
 	struct stack_options options = stack_options_of(check, pattern);
 

@@ -9,7 +9,7 @@
 
 const char *mask_name(enum mask mask)
 {
-	static const char *const names[] = {"causal", "window", "chunk", "full"};
+	static const char *const names[] = {"causal", "window", "chunk", "full", "dilated"};
 
 	return names[mask];
 }

@@ -64,6 +64,10 @@ extern "C" {
 	X(RECURRENCE, recurrence)                                                                  \
 	X(RECURRENCE_BACKWARD, recurrence_backward)                                                \
 	X(RECURRENCE_STEP, recurrence_step)                                                        \
+	X(RATPLUS_STEP, ratplus_step)                                                              \
+	X(SELECTIVE_SCAN, selective_scan)                                                          \
+	X(SELECTIVE_SCAN_BACKWARD, selective_scan_backward)                                        \
+	X(SELECTIVE_SCAN_STEP, selective_scan_step)                                                \
 	X(MATRIX_RECURRENCE, matrix_recurrence)                                                    \
 	X(MATRIX_RECURRENCE_BACKWARD, matrix_recurrence_backward)                                  \
 	X(MATRIX_RECURRENCE_STEP, matrix_recurrence_step)                                          \
@@ -83,8 +87,17 @@ extern "C" {
 	X(FORGET_GATE_BACKWARD, forget_gate_backward)                                              \
 	X(GATE_NORM, gate_norm)                                                                    \
 	X(GATE_NORM_BACKWARD, gate_norm_backward)                                                  \
+	X(BLOCK_LINEAR, block_linear)                                                              \
+	X(BLOCK_LINEAR_BACKWARD, block_linear_backward)                                            \
+	X(LRU_GATE, lru_gate)                                                                      \
+	X(LRU_GATE_BACKWARD, lru_gate_backward)                                                    \
+	X(GELU_GATE, gelu_gate)                                                                    \
+	X(GELU_GATE_BACKWARD, gelu_gate_backward)                                                  \
 	X(L2_NORM, l2_norm)                                                                        \
 	X(L2_NORM_BACKWARD, l2_norm_backward)                                                      \
+	X(TOKEN_SHIFT, token_shift)                                                                \
+	X(TOKEN_SHIFT_BACKWARD, token_shift_backward)                                              \
+	X(TOKEN_SHIFT_STEP, token_shift_step)                                                      \
 	X(GELU, gelu)                                                                              \
 	X(GELU_BACKWARD, gelu_backward)                                                            \
 	X(EMBEDDING, embedding)                                                                    \
@@ -109,7 +122,7 @@ struct cost {
 };
 
 /*
- * y = RMSNorm(x; eps) * norm_weight, times weight^T.
+ * y = RMSNorm(x; eps) * norm_weight, times weight^T, plus bias.
  * norm_weight NULL: no norm at all, y = x W^T, and x_norm must equal x.
  */
 struct norm_linear_args {
@@ -118,6 +131,7 @@ struct norm_linear_args {
 	const void *x;            /* [n_tokens, d_in] */
 	const float *norm_weight; /* [d_in] or NULL */
 	const void *weight;       /* [d_out, d_in] */
+	const float *bias;        /* [d_out] or NULL: 0 */
 	void *x_norm;             /* out [n_tokens, d_in]: normalised x times norm_weight */
 	float *rstd;              /* out [n_tokens]: 1/sqrt(mean(x^2)+eps), or NULL */
 	void *y;                  /* out [n_tokens, d_out] */
@@ -132,23 +146,27 @@ struct norm_linear_backward_args {
 	void *dx;                        /* out [n_tokens, d_in]; may alias dresidual */
 	float *dnorm_weight;             /* out [d_in]; NULL iff norm_weight is */
 	float *dweight;                  /* out [d_out, d_in], fp32 on every backend */
+	float *dbias;                    /* out [d_out] iff bias */
 };
 
-/* y = residual + x W^T; residual NULL: y = x W^T. */
+/* y = residual + x W^T + bias; residual NULL: y = x W^T + bias. */
 struct linear_residual_args {
 	int64_t n_tokens, d_in, d_out;
 	const void *x;        /* [n_tokens, d_in] */
 	const void *weight;   /* [d_out, d_in] */
+	const float *bias;    /* [d_out] or NULL: 0 */
 	const void *residual; /* [n_tokens, d_out] or NULL */
 	void *y;              /* out [n_tokens, d_out]; may alias residual */
 };
 
-/* dx = dy W; dweight = dy^T x. The residual's gradient is dy itself. */
+/* dx = dy W; dweight = dy^T x; dbias = the sum of dy over tokens. The residual's gradient is dy
+ * itself. */
 struct linear_residual_backward_args {
 	int64_t n_tokens, d_in, d_out;
 	const void *x, *weight, *dy;
 	void *dx;       /* out [n_tokens, d_in] */
 	float *dweight; /* out [d_out, d_in] */
+	float *dbias;   /* out [d_out] or NULL */
 };
 
 /* A [B, T, H, d] tensor inside a larger one; the last dimension is contiguous.
@@ -167,6 +185,8 @@ static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t
 /*
  * Rotary position embedding at positions 0..T-1, rotate-half:
  * theta_i = 10000^(-2i/d), (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+ * With a rope_width the first rope_width columns of each head are rotated as a head of that
+ * width, and the others copied.
  * k and v of tokens from first_kv on are written to slot t % kv_slots of
  * k_out, v_out (the token stride of these views is the slot's); q to q_out.
  * Outputs may alias inputs. rope false: a copy (skipped where aliased).
@@ -174,6 +194,7 @@ static inline float *view_at(const struct view *v, int64_t b, int64_t t, int64_t
 struct rotate_args {
 	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
+	int64_t rope_width;              /* even; 0: d_head */
 	int64_t first_kv, kv_slots;      /* 0 and seq_len, or a ring's tail and its size */
 	struct view q, k, v;             /* [B, T, H, d]; k, v of kv_heads heads */
 	struct view q_out, k_out, v_out; /* v_out.data NULL: v is left where it is;
@@ -185,6 +206,7 @@ struct rotate_args {
 struct rotate_backward_args {
 	int64_t batch, seq_len, n_heads, kv_heads, d_head;
 	bool rope;
+	int64_t rope_width;         /* as in struct rotate_args */
 	struct view dq_out, dk_out; /* [B, T, H, d]; dk of kv_heads heads */
 	struct view dq, dk;         /* out, likewise */
 };
@@ -193,10 +215,13 @@ enum mask {
 	MASK_CAUSAL, /* key s visible to query t iff s <= t */
 	MASK_WINDOW, /* iff 0 <= t-s <= window */
 	MASK_CHUNK,  /* iff s < t/chunk (keys are chunks; RAT) */
-	MASK_FULL
+	MASK_FULL,
+	MASK_DILATED /* iff 0 <= t-s, and t-s <= window or s < initial or (s+1) % dilation == 0
+	              * (RAT+)
+	              */
 };
 
-/* "causal", "window", "chunk", "full". */
+/* "causal", "window", "chunk", "full", "dilated". */
 const char *mask_name(enum mask mask);
 
 /*
@@ -213,7 +238,8 @@ struct attention_args {
 	int64_t batch, n_heads, q_heads, kv_heads, d_head;
 	int64_t seq_len, kv_len; /* queries, keys per sequence */
 	enum mask mask;
-	int64_t window, chunk; /* of MASK_WINDOW, MASK_CHUNK */
+	int64_t window, chunk;     /* of MASK_WINDOW and MASK_DILATED; of MASK_CHUNK */
+	int64_t dilation, initial; /* of MASK_DILATED; dilation 0: no key is seen for its place */
 	float scale;
 	struct view q;           /* [B, T, q_heads, d] */
 	struct view k, v;        /* [B, kv_len, kv_heads, d] */
@@ -252,6 +278,7 @@ struct attention_step_args {
 	int64_t batch, n_heads, kv_heads, d_head;
 	int64_t kv_slots, window;
 	bool rope;
+	int64_t rope_width; /* as in struct rotate_args */
 	float scale;
 	const int32_t *position;      /* one, in device memory, the same for all sequences */
 	int64_t position_hint;        /* its value where the host knows it, for cost(); else -1 */
@@ -340,10 +367,12 @@ struct recurrence_args {
 struct recurrence_backward_args {
 	struct recurrence_args forward; /* h (or, without z, out) holds the forward's states */
 	struct view dout;               /* [B, T, 1, D] */
-	struct view dx, dgate;          /* out */
-	struct view dz;                 /* out iff z */
-	float *dgate_bias;              /* out [D] iff gate_bias */
-	float *dh0;                     /* out [B, D] or NULL */
+	struct view dgate_base; /* [B, T, 1, D]: added to dgate, a gradient of the same gate that
+	                           another recurrence gave; data NULL: nothing */
+	struct view dx, dgate;  /* out; dgate may alias dgate_base */
+	struct view dz;         /* out iff z */
+	float *dgate_bias;      /* out [D] iff gate_bias */
+	float *dh0;             /* out [B, D] or NULL */
 };
 
 /* One token; h is updated in place. */
@@ -354,6 +383,87 @@ struct recurrence_step_args {
 	const float *gate_bias; /* [D] or NULL */
 	float *h;               /* in, out [B, D] */
 	struct view out;        /* out [B, 1, 1, D] */
+};
+
+/*
+ * Generation of RAT+ at position p = *position: with g = sigmoid(gate), channel by channel, from
+ * zero at position 0,
+ *   kt = g*kt + (1-g)*k,  vt = g*vt + (1-g)*v,
+ * then attention of q, rotated at p, to the visible tokens (MASK_DILATED), kt and vt of this one
+ * among them, out = sigmoid(z) * o. kt, rotated at p, and vt go to slot p % recent_slots of
+ * k_recent, v_recent; and where all later tokens see this one (p < initial or
+ * (p+1) % dilation == 0) to the next slot of k_kept, v_kept, which hold these tokens in order. Of
+ * them those older than the window are read. recent_slots must be at least window + 1, or the
+ * largest position + 1.
+ */
+struct ratplus_step_args {
+	int64_t batch, n_heads, d_head;
+	int64_t window, dilation, initial; /* dilation 0: no token is kept for its place */
+	int64_t kept_slots, recent_slots;
+	bool rope;
+	float scale;
+	const int32_t *position;
+	int64_t position_hint;
+	struct view z, q, k, v, gate;   /* [B, 1, H, d]; z, gate: logits */
+	float *k_state, *v_state;       /* in, out [B, H*d]: kt, vt */
+	struct view k_kept, v_kept;     /* in, out [B, kept_slots, H, d] */
+	struct view k_recent, v_recent; /* in, out [B, recent_slots, H, d] */
+	struct view out;                /* out [B, 1, H, d] */
+};
+
+/* Tokens between the states that selective_scan keeps for its backward. */
+enum { SCAN_CHUNK = 64 };
+
+/*
+ * Mamba's selective scan (arXiv 2312.00752): each channel has a state of N numbers, whose decays
+ * are rates of its own times a time step that the token chooses; B and C are the token's, for all
+ * channels:
+ *   h_t = exp(-exp(log_rate) dt_t) h_{t-1} + dt_t u_t B_t   [channels, N]
+ *   y_t = h_t C_t + skip u_t
+ *   out_t = y_t silu(z_t) where z is given, else y_t.
+ * Views have one head.
+ */
+struct selective_scan_args {
+	int64_t batch, seq_len, channels, state; /* state: N */
+	struct view u, dt;                       /* [B, T, 1, channels]; dt >= 0 */
+	struct view z;                           /* [B, T, 1, channels]; data NULL: none */
+	struct view b, c;                        /* [B, T, 1, N] */
+	const float *log_rate;                   /* [channels, N] */
+	const float *skip;                       /* [channels] or NULL: 0 */
+	const float *h0;                         /* [B, N, channels] or NULL: zero */
+	struct view out;                         /* out [B, T, 1, channels] */
+	float *borders; /* out [B, ceil(T/SCAN_CHUNK), N, channels]: the states before tokens 0,
+	                   SCAN_CHUNK, ..., for training; or NULL */
+	float *h_final; /* out [B, N, channels] or NULL */
+};
+
+/*
+ * With dy = dout silu(z) and lambda_t = C_t dy_t + a_{t+1} lambda_{t+1}, a the decays:
+ *   du = skip dy + dt (lambda B),  ddt = lambda (u B - rate a h_{t-1}),  dz = dout y silu'(z),
+ *   dB = dt u lambda,  dC = dy h  (sums over the channels),
+ *   dlog_rate = -rate dt lambda a h_{t-1},  dskip = dy u  (sums over the tokens).
+ */
+struct selective_scan_backward_args {
+	struct selective_scan_args forward; /* borders holds the forward's result; out and h_final
+	                                       are not read */
+	struct view dout;                   /* [B, T, 1, channels] */
+	struct view du, ddt;                /* out [B, T, 1, channels] */
+	struct view dz;                     /* out iff z */
+	struct view db, dc;                 /* out [B, T, 1, N] */
+	float *dlog_rate;                   /* out [channels, N] */
+	float *dskip;                       /* out [channels] iff skip */
+	float *dh0;                         /* out [B, N, channels] or NULL */
+};
+
+/* One token; h is updated in place. */
+struct selective_scan_step_args {
+	int64_t batch, channels, state;
+	struct view u, dt, z;  /* [B, 1, 1, channels]; z.data NULL: none */
+	struct view b, c;      /* [B, 1, 1, N] */
+	const float *log_rate; /* [channels, N] */
+	const float *skip;     /* [channels] or NULL: 0 */
+	float *h;              /* in, out [B, N, channels] */
+	struct view out;       /* out [B, 1, 1, channels] */
 };
 
 enum decay {
@@ -423,11 +533,14 @@ struct matrix_recurrence_step_args {
 enum low_rank {
 	LOW_RANK_DECAY, /* logsigmoid(logit) / normalizer: GLA's decay */
 	LOW_RANK_RATE,  /* -exp(log_rate_h) softplus(logit): KDA's decay, a rate per head */
-	LOW_RANK_LOGIT  /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_LOGIT, /* the logit: KDA's output gate, to which norm_gate gives its curve */
+	LOW_RANK_TANH,  /* the logit of tanh(x): RWKV-6's mixes, of token_shift */
+	LOW_RANK_EXP,   /* -exp(logit), of tanh(x): RWKV-6's decay */
+	LOW_RANK_STEP   /* softplus(logit): Mamba's time step */
 };
 
-/* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias. x is rank-wide,
- * with a row stride. */
+/* A gate of low rank, GLA's decay gate and those like it: logit = x W^T + bias, or tanh(x) W^T +
+ * bias. x is rank-wide, with a row stride. */
 struct decay_gate_args {
 	int64_t n_tokens, rank, d_out, x_stride;
 	enum low_rank form;
@@ -444,21 +557,31 @@ struct decay_gate_backward_args {
 	struct decay_gate_args forward; /* out holds the forward's result */
 	const void *dout;               /* [n_tokens, d_out] */
 	void *dx;                       /* out, rows x_stride apart */
-	void *dlogit;                   /* scratch [n_tokens, d_out]; not of LOW_RANK_LOGIT */
+	void *dlogit;                   /* scratch [n_tokens, d_out]; not where the output is the
+	                                   logit */
 	float *dweight, *dbias;         /* out */
 	float *dlog_rate;               /* out [n_heads] iff LOW_RANK_RATE */
 };
 
-enum curve { CURVE_SILU, CURVE_SIGMOID };
+enum curve { CURVE_SILU, CURVE_SIGMOID, CURVE_NONE /* the number itself */ };
 
-/* GLA's output: per-head RMSNorm with one weight [d_head] shared by the heads, times curve(gate);
- * the curve is silu, or KDA's sigmoid. */
+/* Of a head. */
+enum norm {
+	NORM_RMS,  /* x rstd * weight, rstd = 1/sqrt(mean(x^2) + eps); one weight [d] for all heads
+	            */
+	NORM_GROUP /* (x - mean) rstd * weight + bias, rstd that of x - mean; each channel has a
+	              weight and a bias of its own (RWKV-6's group norm) */
+};
+
+/* GLA's output: a norm of each head, times curve(gate); the curve is silu, or KDA's sigmoid. */
 struct norm_gate_args {
 	int64_t n_tokens, n_heads, d_head, gate_stride;
 	enum curve curve;
+	enum norm norm;
 	float eps;
 	const void *x;       /* [n_tokens, H*d] */
-	const float *weight; /* [d] */
+	const float *weight; /* [d], of NORM_GROUP [H*d] */
+	const float *bias;   /* [H*d] iff NORM_GROUP */
 	const void *gate;    /* [n_tokens, H*d], rows gate_stride apart */
 	float *rstd;         /* out [n_tokens, H] or NULL */
 	void *out;           /* out [n_tokens, H*d] */
@@ -469,7 +592,8 @@ struct norm_gate_backward_args {
 	const void *dout;              /* [n_tokens, H*d] */
 	void *dx;                      /* out [n_tokens, H*d] */
 	void *dgate;                   /* out, rows gate_stride apart */
-	float *dweight;                /* out [d] */
+	float *dweight;                /* out, shaped as weight */
+	float *dbias;                  /* out [H*d] iff NORM_GROUP */
 };
 
 /* One token per sequence, at *position: q and k rotated, as by struct rotate_args. Outputs may
@@ -485,11 +609,12 @@ enum { CONV_WIDTH = 4, CONV_HISTORY = CONV_WIDTH - 1 };
 
 /*
  * Mamba's short convolution, causal and channel by channel, and its activation:
- *   out_t = silu(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence;
- * the delta rules' has no bias.
+ *   out_t = curve(bias + sum over j of weight_j * x_{t-3+j}),  x = 0 before the sequence;
+ * the delta rules' has no bias. The curve is silu or, of Hawk, none.
  */
 struct short_conv_args {
 	int64_t batch, seq_len, channels;
+	enum curve curve;
 	int64_t x_stride;    /* of x and dx */
 	const void *x;       /* [B*T, channels], rows x_stride apart */
 	const float *weight; /* [channels, CONV_WIDTH]; the last is the token's own */
@@ -510,6 +635,7 @@ struct short_conv_backward_args {
 /* One token; history moves on by one. */
 struct short_conv_step_args {
 	int64_t batch, channels, x_stride;
+	enum curve curve;
 	const void *x; /* [B, channels], rows x_stride apart */
 	const float *weight;
 	const float *bias; /* or NULL */
@@ -610,11 +736,77 @@ struct gate_norm_args {
 struct gate_norm_backward_args {
 	struct gate_norm_args forward; /* rstd holds the forward's result */
 	const void *dout;              /* [n_tokens, H*d] */
-	void *dx;                      /* out [n_tokens, H*d] */
+	const void *dresidual;         /* [n_tokens, H*d] added to dx, or NULL */
+	void *dx;                      /* out [n_tokens, H*d]; may alias dresidual */
 	void *dskip;                   /* out [n_tokens, H*d] iff skip */
 	void *dgate;                   /* out, rows gate_stride apart, iff gate */
 	float *dskip_weight;           /* out [H] iff skip */
 	float *dweight;                /* out [H*d / groups] */
+};
+
+/*
+ * Block-diagonal products, n_products of them of the same x: block h of a row times a matrix of
+ * its own, from the left,
+ *   y_{p,h} = x_h weight_{p,h}.
+ */
+struct block_linear_args {
+	int64_t n_tokens, n_products, n_blocks, d_in, d_out; /* widths of one block */
+	const void *x;                                       /* [n_tokens, n_blocks, d_in] */
+	const void *weight; /* [n_products, n_blocks, d_in, d_out] */
+	void *y;            /* out [n_tokens, n_products, n_blocks, d_out] */
+};
+
+/* dx_h = dskip_h + sum over p of dy_{p,h} weight_{p,h}^T; dweight_{p,h} = x_h^T dy_{p,h}. */
+struct block_linear_backward_args {
+	struct block_linear_args forward; /* its y is not read */
+	const void *dy;                   /* [n_tokens, n_products, n_blocks, d_out] */
+	const void *dskip;                /* [n_tokens, n_blocks, d_in] added to dx, or NULL */
+	void *dx;                         /* out [n_tokens, n_blocks, d_in] */
+	float *dweight;                   /* out [n_products, n_blocks, d_in, d_out] */
+};
+
+/*
+ * What stands before the recurrence of the real-gated linear recurrent unit, RG-LRU (arXiv
+ * 2402.19427): with r = sigmoid(logit_0 + bias_0), i = sigmoid(logit_1 + bias_1),
+ *   log_decay = -8 softplus(rate) r,  out = sqrt(1 - exp(2 log_decay)) i x,
+ * the root being 1 at the first token of a sequence, before which there is no state.
+ */
+struct lru_gate_args {
+	int64_t batch, seq_len, width;
+	const int32_t *position; /* of the first token, one in device memory, the same for all
+	                            sequences; or NULL: 0 */
+	const void *logit;       /* [B*T, 2, width] */
+	const float *bias;       /* [2, width] */
+	const float *rate;       /* [width] */
+	const void *x;           /* [B*T, width] */
+	void *log_decay;         /* out [B*T, width] */
+	void *out;               /* out [B*T, width] */
+};
+
+enum { LRU_SHARPNESS = 8 };
+
+struct lru_gate_backward_args {
+	struct lru_gate_args forward;  /* its outputs are not read */
+	const void *dlog_decay, *dout; /* [B*T, width] */
+	void *dlogit;                  /* out [B*T, 2, width] */
+	void *dx;                      /* out [B*T, width] */
+	float *dbias;                  /* out [2, width] */
+	float *drate;                  /* out [width] */
+};
+
+/* out = x * gelu(gate), in the form gelu(z) = z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2. */
+struct gelu_gate_args {
+	int64_t n_tokens, width, gate_stride;
+	const void *gate; /* [n_tokens, width], rows gate_stride apart */
+	const void *x;    /* [n_tokens, width] */
+	void *out;        /* out [n_tokens, width] */
+};
+
+struct gelu_gate_backward_args {
+	struct gelu_gate_args forward; /* its out is not read */
+	const void *dout;              /* [n_tokens, width] */
+	void *dgate;                   /* out, rows gate_stride apart */
+	void *dx;                      /* out [n_tokens, width] */
 };
 
 /* y = x * inverse, inverse = 1/sqrt(sum(x^2) + eps) over each head: q and k of length 1, as the
@@ -630,6 +822,49 @@ struct l2_norm_args {
 struct l2_norm_backward_args {
 	struct l2_norm_args forward; /* y and inverse hold the forward's results; x is not read */
 	struct view dy, dx;          /* [B, T, H, d]; dx out, may alias dy */
+};
+
+enum shift {
+	SHIFT_CONSTANT, /* a mix per channel, a parameter */
+	SHIFT_VARIABLE  /* a mix per channel and token */
+};
+
+/*
+ * RWKV's token shift: each channel of a token is mixed with that of the token before it, zero
+ * before the sequence, in n_out ways:
+ *   out_n = x_t + (x_{t-1} - x_t) * mix_n.
+ */
+struct token_shift_args {
+	int64_t batch, seq_len, width, n_out;
+	enum shift form;
+	const void *x;       /* [B*T, width] */
+	const float *weight; /* [n_out, width]: the mixes, iff SHIFT_CONSTANT */
+	const void *mix;     /* [n_out, B*T, width] iff SHIFT_VARIABLE */
+	void *out;           /* out [n_out, B*T, width] */
+	void *last;          /* out [B, width]: the last x, or NULL */
+};
+
+struct token_shift_backward_args {
+	struct token_shift_args forward; /* its outputs are not read */
+	const void *dout;                /* [n_out, B*T, width] */
+	const void *dresidual;           /* [B*T, width] added to dx, or NULL */
+	void *dx;                        /* out [B*T, width]; may alias dresidual */
+	void *dmix;                      /* out [n_out, B*T, width] iff SHIFT_VARIABLE */
+	float *dweight;                  /* out [n_out, width] iff SHIFT_CONSTANT */
+};
+
+/* One token. The constant form goes first: it moves the state on, and leaves the variable one what
+ * the state was. */
+struct token_shift_step_args {
+	int64_t batch, width, n_out;
+	enum shift form;
+	const void *x;       /* [B, width] */
+	const float *weight; /* [n_out, width] iff SHIFT_CONSTANT */
+	const void *mix;     /* [n_out, B, width] iff SHIFT_VARIABLE */
+	void *state;         /* in, out [B, width]: the last x, iff SHIFT_CONSTANT */
+	void *before;        /* [B, width]: x of the token before; in, of SHIFT_CONSTANT out or
+	                        NULL */
+	void *out;           /* out [n_out, B, width] */
 };
 
 /* gelu(x) = x * (1 + erf(x/sqrt(2))) / 2. */
@@ -691,6 +926,12 @@ static inline bool is_known_mask(enum mask mask)
 	       mask == MASK_FULL;
 }
 
+/* Those that know MASK_DILATED as well, whose keys are no interval. */
+static inline bool is_mask(enum mask mask)
+{
+	return is_known_mask(mask) || mask == MASK_DILATED;
+}
+
 static inline bool is_known_gate(enum gate_form form)
 {
 	return form == GATE_SIGMOID || form == GATE_LOG_DECAY;
@@ -709,12 +950,41 @@ static inline bool is_known_rule(enum rule rule)
 
 static inline bool is_known_low_rank(enum low_rank form)
 {
-	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT;
+	return form == LOW_RANK_DECAY || form == LOW_RANK_RATE || form == LOW_RANK_LOGIT ||
+	       form == LOW_RANK_TANH || form == LOW_RANK_EXP || form == LOW_RANK_STEP;
+}
+
+/* Whether the output is the logit itself. */
+static inline bool is_logit(enum low_rank form)
+{
+	return form == LOW_RANK_LOGIT || form == LOW_RANK_TANH;
+}
+
+/* Whether it is tanh(x) that is multiplied. */
+static inline bool has_tanh(enum low_rank form)
+{
+	return form == LOW_RANK_TANH || form == LOW_RANK_EXP;
 }
 
 static inline bool is_known_curve(enum curve curve)
 {
 	return curve == CURVE_SILU || curve == CURVE_SIGMOID;
+}
+
+static inline bool is_known_norm(enum norm norm)
+{
+	return norm == NORM_RMS || norm == NORM_GROUP;
+}
+
+static inline bool is_known_shift(enum shift form)
+{
+	return form == SHIFT_CONSTANT || form == SHIFT_VARIABLE;
+}
+
+/* Of convolutions. */
+static inline bool is_known_activation(enum curve curve)
+{
+	return curve == CURVE_SILU || curve == CURVE_NONE;
 }
 
 /* Room for the arguments of any operation. */

@@ -135,6 +135,8 @@ struct operation_form {
 	enum rule rule;
 	enum low_rank low_rank;
 	enum curve curve;
+	enum norm norm;
+	enum shift shift;
 	bool half_keys;   /* the benchmark's keys are half as wide as values */
 	bool chunks;      /* of RAT: in chunks, with groups of heads */
 	int64_t widening; /* products: the benchmark's d_out / d_in; 0: 1 */

@@ -33,6 +33,17 @@ static void *x_norm_of(const struct layer_run *run, const void *x)
 	return saved[SAVED_X_NORM] ? saved[SAVED_X_NORM] : saved[SAVED_MIX];
 }
 
+/* A bias of the class, or NULL; its gradient likewise. */
+static float *bias_of(void *const *tensors, int parameter)
+{
+	return parameter > 0 ? tensors[parameter] : NULL;
+}
+
+static float *bias_gradient(const struct layer_run *run, int parameter)
+{
+	return parameter > 0 ? run->memory->grad[parameter] : NULL;
+}
+
 static struct norm_linear_args in_proj_args(const struct layer_run *run, const void *x)
 {
 	return (struct norm_linear_args){
@@ -43,6 +54,7 @@ static struct norm_linear_args in_proj_args(const struct layer_run *run, const v
 	        .x = x,
 	        .norm_weight = run->memory->param[PARAM_NORM],
 	        .weight = run->memory->param[PARAM_IN_PROJ],
+	        .bias = bias_of(run->memory->param, run->config->class->in_bias),
 	        .x_norm = x_norm_of(run, x),
 	        .rstd = run->memory->saved[SAVED_RSTD],
 	        .y = run->memory->saved[SAVED_PROJ],
@@ -59,11 +71,13 @@ enum status layer_forward(const struct layer_run *run, const void *x, void *y)
 	        .d_out = config->d_model,
 	        .x = mixing_mix(run),
 	        .weight = run->memory->param[PARAM_OUT_PROJ],
+	        .bias = bias_of(run->memory->param, config->class->out_bias),
 	        .residual = config->residual ? x : NULL,
 	        .y = y,
 	};
 
-	TRY(run_norm_linear(run->ctx, &in_proj));
+	TRY((config->class->in_proj ? config->class->in_proj(run, x)
+	                            : run_norm_linear(run->ctx, &in_proj)));
 	TRY((run->position ? config->class->step : config->class->forward)(run));
 	return run_linear_residual(run->ctx, &out_proj);
 }
@@ -81,6 +95,7 @@ enum status layer_backward(const struct layer_run *run, const void *x, const voi
 	        .dy = dy,
 	        .dx = memory->scratch[SCRATCH_DMIX],
 	        .dweight = memory->grad[PARAM_OUT_PROJ],
+	        .dbias = bias_gradient(run, config->class->out_bias),
 	};
 	const struct norm_linear_backward_args in_proj = {
 	        .forward = in_proj_args(run, x),
@@ -91,9 +106,11 @@ enum status layer_backward(const struct layer_run *run, const void *x, const voi
 	        .dx = dx,
 	        .dnorm_weight = memory->grad[PARAM_NORM],
 	        .dweight = memory->grad[PARAM_IN_PROJ],
+	        .dbias = bias_gradient(run, config->class->in_bias),
 	};
 
 	TRY(run_linear_residual_backward(run->ctx, &out_proj));
 	TRY(config->class->backward(run));
-	return run_norm_linear_backward(run->ctx, &in_proj);
+	return config->class->in_proj_backward ? config->class->in_proj_backward(run, x, dy, dx)
+	                                       : run_norm_linear_backward(run->ctx, &in_proj);
 }

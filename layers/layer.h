@@ -26,6 +26,9 @@ enum init {
 	INIT_CONV,       /* uniform(-1/2, 1/2): 1/sqrt of the taps */
 	INIT_TIME_STEP,  /* softplus of it is exp(uniform(log 0.001, log 0.1)) (Mamba-2) */
 	INIT_LOG_RATE,   /* log(uniform(1, 16)) (Mamba-2) */
+	INIT_MIX,        /* uniform(0, 1) */
+	INIT_LOG_COUNT,  /* log(1), log(2), ... along a row (Mamba) */
+	INIT_LRU_RATE,   /* exp(-8 softplus of it) is uniform(0.9, 0.999) (RG-LRU) */
 	INIT_LOWER_BOUND /* sigmoid of it is uniform(0.01, 0.9): a layer between the first, whose
 	                    bound is near 0, and the last (HGRN) */
 };
@@ -68,6 +71,7 @@ struct golden_name {
 	int64_t first, count; /* rows of a parameter; of a state columns, its last dimension */
 	bool is_state;
 	bool transposed; /* the last two dimensions of a state */
+	bool beside;     /* of a parameter: entries lie beside one another, not one after another */
 };
 
 static inline struct golden_name golden_rows(const char *name, int parameter, int64_t first,
@@ -79,7 +83,7 @@ static inline struct golden_name golden_rows(const char *name, int parameter, in
 static inline struct golden_name golden_columns(const char *name, int state, int64_t first,
                                                 int64_t count, bool transposed)
 {
-	return (struct golden_name){name, state, first, count, true, transposed};
+	return (struct golden_name){name, state, first, count, true, transposed, false};
 }
 
 struct layer_class;
@@ -91,8 +95,10 @@ struct layer_config {
 	/* Arguments; 0 where the class has no such one. */
 	int64_t n_heads; /* 1 where it has none */
 	int64_t chunk;   /* RAT: L; the family: of the chunkwise form; 0: the kernel picks */
-	int64_t window;  /* swa: W (W+1 keys) */
-	int64_t groups;  /* RAT: groups that share q and k */
+	int64_t window;  /* swa, RAT+: W (W+1 keys) */
+	int64_t dilation, initial; /* RAT+: every how many tokens, and how many at the start, are
+	                              kept */
+	int64_t groups;            /* RAT: groups that share q and k */
 	/* attention, swa: heads of keys and values, fewer than of queries; 0: as many. */
 	int64_t kv_heads;
 	int64_t rope; /* 1: rotary positions */
@@ -183,11 +189,15 @@ struct layer_class {
 	/* A number in a pattern ("rat:16", "swa:1024") sets the first. */
 	const struct layer_argument *arguments;
 	const struct family_member *family; /* of the linear-attention family, or NULL */
+	/* Its chunk is that of a form of the prefill, whose result is the same for all. */
+	bool chunk_is_form;
 	/* Heads where the user names no number; NULL: as wide as layers/stack.c chooses. */
 	int64_t (*default_heads)(int64_t d_model);
 	/* NULL: keys and values have as many heads as queries, and D / heads columns each. */
 	struct layer_widths (*widths)(const struct layer_config *config);
 	bool mixes; /* tokens with one another: all but the ffn */
+	/* Parameters that are added to InProj's and OutProj's products; 0: none. */
+	int in_bias, out_bias;
 	/* Columns P of InProj's output, and M of the tensor that enters OutProj (NULL: D). */
 	int64_t (*proj_width)(const struct layer_config *config);
 	int64_t (*mix_width)(const struct layer_config *config);
@@ -208,6 +218,13 @@ struct layer_class {
 	             struct tensor_spec *specs);
 	int (*scratch)(const struct layer_config *config, const struct layer_shape *shape,
 	               struct tensor_spec *specs);
+
+	/* Of a layer that mixes tokens before it projects them: saved[SAVED_PROJ] from x, norm
+	 * included; and dx from scratch[SCRATCH_DPROJ]. NULL: InProj is one product of the
+	 * normalized x. */
+	enum status (*in_proj)(const struct layer_run *run, const void *x);
+	enum status (*in_proj_backward)(const struct layer_run *run, const void *x, const void *dy,
+	                                void *dx);
 
 	/* saved[SAVED_MIX] from saved[SAVED_PROJ]; fills the state if there is one. */
 	enum status (*forward)(const struct layer_run *run);

@@ -91,8 +91,8 @@ int64_t family_value_width(const struct layer_config *config);
 	.check = family_check, .proj_width = family_proj_width, .parameters = family_parameters,   \
 	.state = family_state, .saved = family_saved, .scratch = family_scratch,                   \
 	.forward = family_forward, .backward = family_backward, .step = family_forward,            \
-	.mixes = true, .mix_width = family_value_width, .golden_names = family_golden_names,       \
-	.widths = family_widths
+	.chunk_is_form = true, .mixes = true, .mix_width = family_value_width,                     \
+	.golden_names = family_golden_names, .widths = family_widths
 
 #define ARGUMENT_FORM                                                                              \
 	ARGUMENT("chunk", chunk, .least = 1, .automatic = true,                                    \

@@ -156,7 +156,7 @@ static int layer_of_name(const struct stack *stack, const char **name)
 /* What a golden name means: pieces of one of our tensors, in the reference's order. */
 struct named {
 	struct parameter tensor; /* or a state, which has no gradient */
-	bool is_state, transposed;
+	bool is_state, transposed, beside;
 	int n_pieces;
 	int64_t first[MAX_GOLDEN_NAMES], count[MAX_GOLDEN_NAMES]; /* rows; of a state columns */
 };
@@ -187,6 +187,7 @@ static bool find_in_layer(const struct stack *stack, int layer, const char *name
 			return false;
 		named->is_state = names[i].is_state;
 		named->transposed = names[i].transposed;
+		named->beside = names[i].beside;
 		named->first[named->n_pieces] = names[i].first;
 		named->count[named->n_pieces++] = names[i].count;
 	}
@@ -222,6 +223,10 @@ static struct tensor_spec shape_of(const struct named *named)
 	shape.dims[cut] = 0;
 	for (int i = 0; i < named->n_pieces; i++)
 		shape.dims[cut] += named->count[i];
+	if (named->beside) {
+		shape.dims[cut] /= named->n_pieces;
+		shape.dims[last] *= named->n_pieces;
+	}
 	if (named->transposed) {
 		int64_t columns = shape.dims[last];
 
@@ -266,38 +271,83 @@ static void *piece_of(const struct named *named, int i, void *tensor, enum dtype
 	return (char *)tensor + width * (size_t)named->first[i] * dtype_size(dtype);
 }
 
-enum status stack_set_named(struct stack *stack, const char *name, const float *values,
-                            int64_t count)
+/* Copies a named parameter between the reference's layout, where its pieces may lie beside one
+ * another, and pieces one after another. */
+static void arrange(const struct named *named, float *theirs, float *pieces, bool to_pieces)
 {
-	struct named named;
+	const struct tensor_spec *spec = &named->tensor.spec;
+	int64_t width = tensor_count(spec) / spec->dims[0], row = width * named->n_pieces;
+
+	for (int p = 0; p < named->n_pieces; p++)
+		for (int64_t i = 0; i < named->count[p]; i++, pieces += width) {
+			float *their_row = theirs + i * row + p * width;
+
+			memcpy(to_pieces ? pieces : their_row, to_pieces ? their_row : pieces,
+			       (size_t)width * sizeof *pieces);
+		}
+}
+
+static enum status set_pieces(struct stack *stack, const struct named *named, const float *values)
+{
 	size_t n;
 
-	TRY(require_named(stack, name, false, count, &named));
-	for (int i = 0; i < named.n_pieces; i++, values += n) {
-		enum dtype dtype = tensor_dtype(&named.tensor.spec, stack->device);
-		void *to = piece_of(&named, i, named.tensor.value, dtype, &n);
+	for (int i = 0; i < named->n_pieces; i++, values += n) {
+		enum dtype dtype = tensor_dtype(&named->tensor.spec, stack->device);
+		void *to = piece_of(named, i, named->tensor.value, dtype, &n);
 
 		TRY(device_upload_floats(stack->device, dtype, to, values, n));
 	}
 	return STATUS_OK;
 }
 
-enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
-                                     int64_t count)
+static enum status get_pieces(const struct stack *stack, const struct named *named, float *values)
 {
 	const enum dtype wide = stack->device->wide;
-	struct named named;
 	size_t n;
 
-	TRY(require_named(stack, name, false, count, &named));
-	if (!named.tensor.gradient)
-		return status_set(STATUS_INVALID, "%s has a gradient only in training", name);
-	for (int i = 0; i < named.n_pieces; i++, values += n) {
-		const void *from = piece_of(&named, i, named.tensor.gradient, wide, &n);
+	for (int i = 0; i < named->n_pieces; i++, values += n) {
+		const void *from = piece_of(named, i, named->tensor.gradient, wide, &n);
 
 		TRY(device_download_floats(stack->device, wide, values, from, n));
 	}
 	return STATUS_OK;
+}
+
+enum status stack_set_named(struct stack *stack, const char *name, const float *values,
+                            int64_t count)
+{
+	struct named named;
+
+	TRY(require_named(stack, name, false, count, &named));
+	if (!named.beside)
+		return set_pieces(stack, &named, values);
+	float *pieces = malloc((size_t)count * sizeof *pieces);
+	if (!pieces)
+		return status_set(STATUS_OOM, "no memory for '%s'", name);
+	arrange(&named, (float *)values, pieces, true);
+	enum status status = set_pieces(stack, &named, pieces);
+	free(pieces);
+	return status;
+}
+
+enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
+                                     int64_t count)
+{
+	struct named named;
+
+	TRY(require_named(stack, name, false, count, &named));
+	if (!named.tensor.gradient)
+		return status_set(STATUS_INVALID, "%s has a gradient only in training", name);
+	if (!named.beside)
+		return get_pieces(stack, &named, values);
+	float *pieces = malloc((size_t)count * sizeof *pieces);
+	if (!pieces)
+		return status_set(STATUS_OOM, "no memory for '%s'", name);
+	enum status status = get_pieces(stack, &named, pieces);
+	if (status == STATUS_OK)
+		arrange(&named, values, pieces, false);
+	free(pieces);
+	return status;
 }
 
 /* The reference's layout of a state. */
@@ -383,6 +433,8 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 	        {INIT_TIME_STEP, logf(0.001f), logf(0.1f)},
 	        {INIT_LOG_RATE, 1.0f, 16.0f},
 	        {INIT_LOWER_BOUND, 0.01f, 0.9f},
+	        {INIT_MIX, 0.0f, 1.0f},
+	        {INIT_LRU_RATE, 0.9f, 0.999f},
 	};
 	size_t i = 0, n = sizeof ranges / sizeof ranges[0];
 
@@ -400,18 +452,22 @@ static bool make_spread(const struct layer_config *config, enum init init, uint6
 			values[j] = logf(expm1f(expf(u)));
 		else if (init == INIT_LOWER_BOUND)
 			values[j] = logf(u / (1.0f - u));
+		else if (init == INIT_LRU_RATE)
+			values[j] = logf(expm1f(-logf(u) / LRU_SHARPNESS));
 	}
 	return true;
 }
 
-/* Anything but INIT_NORMAL. */
-static void make_values(const struct layer_config *config, enum init init, uint64_t seed,
-                        uint64_t stream, int64_t first, int64_t count, float *values)
+/* Anything but INIT_NORMAL; of a tensor whose rows are `width` wide. */
+static void make_values(const struct layer_config *config, enum init init, int64_t width,
+                        uint64_t seed, uint64_t stream, int64_t first, int64_t count, float *values)
 {
 	if (make_spread(config, init, seed, stream, first, count, values))
 		return;
 	for (int64_t i = 0; i < count; i++)
-		values[i] = init == INIT_ONES ? 1.0f : 0.0f;
+		values[i] = init == INIT_ONES        ? 1.0f
+		            : init == INIT_LOG_COUNT ? logf((float)(1 + (first + i) % width))
+		                                     : 0.0f;
 }
 
 static enum status fill_parameter(struct stack *stack, int layer, int index, uint64_t seed,
@@ -432,7 +488,8 @@ static enum status fill_parameter(struct stack *stack, int layer, int index, uin
 	for (int64_t i = 0; i < count; i += BLOCK_COUNT) {
 		int64_t n = smaller(BLOCK_COUNT, count - i);
 
-		make_values(config, p.spec.init, seed, stream, i, n, block);
+		make_values(config, p.spec.init, p.spec.dims[p.spec.n_dims - 1], seed, stream, i, n,
+		            block);
 		TRY(device_upload_floats(device, dtype,
 		                         (char *)p.value + (size_t)i * dtype_size(dtype), block,
 		                         (size_t)n));

@@ -9,6 +9,17 @@
 /* Names and arguments are words of this: what ends one. */
 static const char separators[] = ",:()=";
 
+/* Patterns that have a name: what it stands for is read in its place. */
+static const struct {
+	const char *name, *text;
+} named_patterns[] = {
+        /* arXiv 2403.19887, figure 2: the attention is the fifth of eight. */
+        {"jamba", "mamba,mamba,mamba,mamba,attention,mamba,mamba,mamba"},
+        {"griffin", "hawk,hawk,griffin_attention"}, /* arXiv 2402.19427 */
+};
+
+enum { N_NAMED_PATTERNS = sizeof named_patterns / sizeof *named_patterns };
+
 static void append_name(char *list, size_t size, const char *name)
 {
 	snprintf(list + strlen(list), size - strlen(list), "%s%s", list[0] ? ", " : "", name);
@@ -20,6 +31,8 @@ static enum status unknown_layer(const char *name, size_t length)
 
 	for (int i = 0; layer_classes[i]; i++)
 		append_name(allowed, sizeof allowed, layer_classes[i]->name);
+	for (int i = 0; i < N_NAMED_PATTERNS; i++)
+		append_name(allowed, sizeof allowed, named_patterns[i].name);
 	return status_set(STATUS_INVALID, "--pattern: no layer '%.*s' (allowed: %s)",
 	                  (int)(length < 64 ? length : 64), name, allowed);
 }
@@ -133,22 +146,35 @@ static enum status parse_arguments(struct pattern_item *item, const char **text)
 	return STATUS_OK;
 }
 
-enum status pattern_parse(struct pattern *pattern, const char *text)
-{
-	*pattern = (struct pattern){0};
-	while (true) {
-		struct pattern_item *item = &pattern->item[pattern->count];
-		size_t length = strcspn(text, separators);
-		char name[32];
+static enum status parse_items(struct pattern *pattern, const char *text);
 
-		if (pattern->count++ == MAX_ITEMS)
-			return status_set(STATUS_INVALID, "--pattern: more than %d layers",
-			                  MAX_ITEMS);
-		item->class = take_word(name, text, length) ? layer_class_find(name) : NULL;
-		if (!item->class)
-			return unknown_layer(text, length);
-		text += length;
-		TRY(parse_arguments(item, &text));
+/* A layer with its arguments, or a pattern's name, with which *text begins and past which it is
+ * then. */
+static enum status parse_item(struct pattern *pattern, const char **text)
+{
+	const size_t length = strcspn(*text, separators);
+	char name[32];
+	const bool is_word = take_word(name, *text, length);
+
+	for (int i = 0; is_word && i < N_NAMED_PATTERNS; i++)
+		if (strcmp(name, named_patterns[i].name) == 0) {
+			*text += length;
+			return parse_items(pattern, named_patterns[i].text);
+		}
+	if (pattern->count == MAX_ITEMS)
+		return status_set(STATUS_INVALID, "--pattern: more than %d layers", MAX_ITEMS);
+	struct pattern_item *item = &pattern->item[pattern->count++];
+	item->class = is_word ? layer_class_find(name) : NULL;
+	if (!item->class)
+		return unknown_layer(*text, length);
+	*text += length;
+	return parse_arguments(item, text);
+}
+
+static enum status parse_items(struct pattern *pattern, const char *text)
+{
+	while (true) {
+		TRY(parse_item(pattern, &text));
 		if (!*text)
 			return STATUS_OK;
 		if (*text++ != ',')
@@ -156,6 +182,12 @@ enum status pattern_parse(struct pattern *pattern, const char *text)
 			                  "--pattern: expected a comma at '%.64s', as in rat,swa",
 			                  text - 1);
 	}
+}
+
+enum status pattern_parse(struct pattern *pattern, const char *text)
+{
+	*pattern = (struct pattern){0};
+	return parse_items(pattern, text);
 }
 
 void pattern_append(char *text, size_t size, const struct layer_config *config)

@@ -1,7 +1,8 @@
 /*
  * Patterns of layers, as --pattern has them: items separated by commas, each the name of a layer
  * with its arguments, "rat(chunk=16,groups=2),swa(window=1024)", or with the value of its first
- * argument alone, "rat:16". What an item does not say has the default of the layer's class.
+ * argument alone, "rat:16"; or the name of a pattern, "jamba", "griffin". What an item does not say
+ * has the default of the layer's class.
  */
 #ifndef LAYERS_PATTERN_H
 #define LAYERS_PATTERN_H

@@ -10,14 +10,19 @@
 	entry(recurrence) \
 	entry(gla) \
 	entry(rat) \
+	entry(ratplus) \
 	entry(linear_attention) \
 	entry(retnet) \
+	entry(mamba) \
 	entry(mamba2) \
 	entry(hgrn) \
 	entry(hgrn2) \
 	entry(delta_net) \
 	entry(gated_delta_net) \
-	entry(kda)
+	entry(kda) \
+	entry(rwkv6) \
+	entry(hawk) \
+	entry(griffin_attention)
 /* clang-format on */
 
 #define DECLARE(name) extern const struct layer_class name##_layer;

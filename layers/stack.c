@@ -553,7 +553,7 @@ static bool chunk_is_too_long(const struct layer_config *config, const struct la
 {
 	const int64_t longest = longest_of(shape);
 
-	if (config->class->family && shape->pass == PASS_GENERATION)
+	if (config->class->chunk_is_form && shape->pass == PASS_GENERATION)
 		return false;
 	return config->chunk > longest && config->chunk > config->train_len;
 }

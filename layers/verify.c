@@ -28,6 +28,8 @@ struct stack_snapshot {
  * first `width` bytes of each. */
 struct place {
 	uintptr_t first, end, stride, width;
+	/* Its rows, along the dimensions outside of the last: how many, how far apart. */
+	int64_t count[OPERAND_DIMS - 1], apart[OPERAND_DIMS - 1], row;
 };
 
 static struct place place_of(const struct operand *o, const struct device *device)
@@ -39,23 +41,84 @@ static struct place place_of(const struct operand *o, const struct device *devic
 	const int64_t wide = o->view ? (n[2] - 1) * s[2] + n[3] : n[3];
 	const uintptr_t first = (uintptr_t)operand_data(o);
 
-	return (struct place){first, first + (size_t)operand_span(o) * size, (size_t)row * size,
-	                      (size_t)wide * size};
+	struct place place = {.first = first,
+	                      .end = first + (size_t)operand_span(o) * size,
+	                      .stride = (size_t)row * size,
+	                      .width = (size_t)wide * size,
+	                      .row = n[3] * (int64_t)size};
+
+	for (int i = 0; i < OPERAND_DIMS - 1; i++) {
+		place.count[i] = n[i];
+		place.apart[i] = n[i] > 1 ? s[i] * (int64_t)size : 0;
+	}
+	return place;
 }
 
-/* Columns of one tensor, side by side, share no element though their spans cross. */
+/* Whether two are parts of one tensor: along each dimension rows lie as far apart, unless there is
+ * one. *apart: how far; 0: there is one of both. */
+static bool same_tensor(const struct place *a, const struct place *b, int64_t *apart)
+{
+	for (int i = 0; i < OPERAND_DIMS - 1; i++) {
+		apart[i] = a->apart[i] ? a->apart[i] : b->apart[i];
+		if (b->apart[i] && b->apart[i] != apart[i])
+			return false;
+	}
+	return true;
+}
+
+/* Whether rows of a and b meet, b's being `offset` bytes further, along the dimensions that are not
+ * `done`: the widest first, and along it only two differences can be those of two rows that do. */
+static bool rows_meet(const struct place *a, const struct place *b, const int64_t *apart,
+                      int64_t offset, unsigned done)
+{
+	int widest = -1;
+
+	for (int i = 0; i < OPERAND_DIMS - 1; i++)
+		if (!(done >> i & 1) && apart[i] && (widest < 0 || apart[i] > apart[widest]))
+			widest = i;
+	if (widest < 0)
+		return offset < a->row && -offset < b->row;
+	const int64_t step = apart[widest], down = offset / step - (offset % step < 0);
+	for (int64_t rows = down; rows <= down + 1; rows++)
+		if (rows < a->count[widest] && -rows < b->count[widest] &&
+		    rows_meet(a, b, apart, offset - rows * step, done | 1u << widest))
+			return true;
+	return false;
+}
+
+/* Whether what lies within a dimension is no longer than its rows are apart. */
+static bool nests(const struct place *p, const int64_t *apart)
+{
+	for (int i = 0; i < OPERAND_DIMS - 1; i++) {
+		int64_t span = p->row;
+
+		for (int j = 0; j < OPERAND_DIMS - 1; j++)
+			if (apart[j] < apart[i] || (apart[j] == apart[i] && j > i))
+				span += (p->count[j] - 1) * apart[j];
+		if (apart[i] && span > apart[i])
+			return false;
+	}
+	return true;
+}
+
+/* Parts of one tensor, such as columns side by side and slots of a cache, share no element though
+ * their spans cross. */
 static bool overlap(const struct place *a, const struct place *b)
 {
+	int64_t apart[OPERAND_DIMS - 1];
+
 	if (a->first >= b->end || b->first >= a->end)
 		return false;
+	if (same_tensor(a, b, apart) && nests(a, apart) && nests(b, apart))
+		return rows_meet(a, b, apart, (int64_t)(b->first - a->first), 0);
 	if (a->stride != b->stride || a->stride == 0)
 		return true;
 	const uintptr_t between = a->first < b->first ? b->first - a->first : a->first - b->first;
 	const uintptr_t left = a->first < b->first ? a->width : b->width;
 	const uintptr_t right = a->first < b->first ? b->width : a->width;
-	const uintptr_t apart = between % a->stride;
+	const uintptr_t aside = between % a->stride;
 
-	return apart < left || a->stride - apart < right;
+	return aside < left || a->stride - aside < right;
 }
 
 /* ---- which links can be checked ---- */

@@ -38,16 +38,19 @@ rat_colour(l) = l <= 16 ? "#0072B2" : l <= 64 ? "#56B4E9" : "#CC79A7"
 colour(s) = starts(s, "attention")  ? "#D55E00" \
           : starts(s, "swa")        ? "#E69F00" \
           : starts(s, "recurrence") ? "#009E73" \
+          : starts(s, "ratplus")    ? "#44AA99" \
           : starts(s, "rat")        ? rat_colour(chunk(s)) \
           : starts(s, "gla")        ? "#000000" \
           : starts(s, "linear")     ? "#F0E442" \
           : starts(s, "retnet")     ? "#CC79A7" \
           : starts(s, "mamba2")     ? "#0072B2" \
+          : starts(s, "mamba")      ? "#44AA99" \
           : starts(s, "hgrn2")      ? "#56B4E9" \
           : starts(s, "hgrn")       ? "#E69F00" \
           : starts(s, "delta_net")  ? "#117733" \
           : starts(s, "gated_delta_net") ? "#882255" \
-          : starts(s, "kda")        ? "#999933" : "#777777"
+          : starts(s, "kda")        ? "#999933" \
+          : starts(s, "rwkv6")      ? "#AA4499" : "#777777"
 
 delta_rule(s) = starts(s, "delta_net") || starts(s, "gated_delta_net") || starts(s, "kda")
 # Hybrids are dashed, dotted what a named provider ran or what has no positions; delta rules have
@@ -62,11 +65,14 @@ plain_mark(s) = starts(s, "attention")  ? 7 \
               : starts(s, "linear")     ? 2 \
               : starts(s, "retnet")     ? 9 \
               : starts(s, "mamba2")     ? 11 \
+              : starts(s, "mamba")      ? 15 \
               : starts(s, "hgrn2")      ? 13 \
               : starts(s, "hgrn")       ? 12 \
               : starts(s, "delta_net")  ? 8 \
               : starts(s, "gated_delta_net") ? 10 \
               : starts(s, "kda")        ? 14 \
+              : starts(s, "rwkv6")      ? 15 \
+              : starts(s, "ratplus")    ? 13 \
               : starts(s, "rat")        ? int(word("9 11 13 15", 1 + int(log(chunk(s)) / log(2) + 0.5) % 4)) : 3
 open_mark(mark) = mark % 2 ? mark - 1 : mark
 mark(s) = dash(s) > 1 ? open_mark(plain_mark(s)) : plain_mark(s)

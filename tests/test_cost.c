@@ -82,10 +82,10 @@ TEST(linear_costs)
 	enum { N = 5, K = 3, M = 7 };
 	const double x = N * K, w = M * K, y = N * M, product = product_flops(N, K, M);
 	float *f = &nowhere;
-	struct norm_linear_args norm = {N, K, M, 1e-6f, f, f, f, f, f, f};
+	struct norm_linear_args norm = {N, K, M, 1e-6f, f, f, f, NULL, f, f, f};
 	struct norm_linear_backward_args back = {.forward = {.n_tokens = N, .d_in = K, .d_out = M}};
-	struct linear_residual_args linear = {N, K, M, f, f, f, f};
-	struct linear_residual_backward_args linear_back = {N, K, M, f, f, f, f, f};
+	struct linear_residual_args linear = {N, K, M, f, f, NULL, f, f};
+	struct linear_residual_backward_args linear_back = {N, K, M, f, f, f, f, f, NULL};
 
 	check(OP_NORM_LINEAR, &norm, product + norm_flops(N, K), x + w, K, x + y, N);
 	norm.norm_weight = NULL;
@@ -105,6 +105,15 @@ TEST(linear_costs)
 	linear.residual = NULL;
 	check(OP_LINEAR_RESIDUAL, &linear, product, x + w, 0, y, 0);
 	check(OP_LINEAR_RESIDUAL_BACKWARD, &linear_back, 2 * product, x + w + y, 0, x, w);
+
+	/* A bias is added to every element; its gradient is as many additions. */
+	norm.bias = linear.bias = back.forward.bias = linear_back.dbias = f;
+	back.dresidual = NULL;
+	check(OP_NORM_LINEAR, &norm, product + y, x + w, M, y, 0);
+	check(OP_LINEAR_RESIDUAL, &linear, product + y, x + w, M, y, 0);
+	check(OP_NORM_LINEAR_BACKWARD, &back, 2 * product + 2 * norm_flops(N, K) + y, x + w + y + x,
+	      K + N, x, w + K + M);
+	check(OP_LINEAR_RESIDUAL_BACKWARD, &linear_back, 2 * product + y, x + w + y, 0, x, w + M);
 }
 
 /* Is key s visible to query t? As the spec has it, not as a range. */
@@ -117,6 +126,9 @@ static bool is_visible(const struct attention_args *a, int64_t t, int64_t s)
 		return 0 <= t - s && t - s <= a->window;
 	case MASK_CHUNK:
 		return s < t / a->chunk;
+	case MASK_DILATED:
+		return s <= t && (t - s <= a->window || s < a->initial ||
+		                  (a->dilation > 0 && (s + 1) % a->dilation == 0));
 	default:
 		return true;
 	}
@@ -177,6 +189,11 @@ TEST(attention_costs)
 	a.kv_heads = 4;
 	a.lse = &nowhere;
 	a.gate = a.out_ungated = some_view;
+	a.mask = MASK_DILATED;
+	for (a.dilation = 0; a.dilation < 15; a.dilation += 2)
+		for (a.window = 0; a.window < 16; a.window += 5)
+			for (a.initial = 0; a.initial < 16; a.initial += 5)
+				check_attention(&a);
 	a.mask = MASK_FULL;
 	a.kv_len = 5;
 	check_attention(&a);
@@ -247,8 +264,8 @@ TEST(rotate_costs)
 	                        .q_out = some_view,
 	                        .k_out = some_view,
 	                        .v_out = some_view};
-	struct rotate_backward_args back = {B,    T,         H,         KV,        D,
-	                                    true, some_view, some_view, some_view, some_view};
+	struct rotate_backward_args back = {B, T,         H,         KV,        D,        true,
+	                                    0, some_view, some_view, some_view, some_view};
 
 	/* Two multiplications and an addition for each element of q and of the cached k. */
 	check(OP_ROTATE, &a, 3 * (whole + tail), whole + 2 * tail, 0, whole + 2 * tail, 0);
@@ -260,6 +277,11 @@ TEST(rotate_costs)
 	check(OP_ROTATE, &a, 0, tail, 0, tail, 0);
 	check(OP_ROTATE_BACKWARD, &back, 3 * (whole + whole_k), whole + whole_k, 0, whole + whole_k,
 	      0);
+	/* A half of each head is half the work, and where nothing moves half the bytes. */
+	back.rope_width = D / 2;
+	check(OP_ROTATE_BACKWARD, &back, 1.5 * (whole + whole_k), (whole + whole_k) / 2, 0,
+	      (whole + whole_k) / 2, 0);
+	back.rope_width = 0;
 	back.rope = false;
 	check(OP_ROTATE_BACKWARD, &back, 0, 0, 0, 0, 0);
 }
@@ -324,6 +346,37 @@ TEST(rat_costs)
 	rat_step_costs();
 }
 
+/* Of tokens 0, 1, 2, 5, 11, 17, .. those older than the window, and 4 within it. */
+static void check_ratplus_step(int64_t position, double kept, double recent, bool keeps)
+{
+	enum { B = 2, H = 3, D = 4, N = B * H * D };
+	const struct ratplus_step_args a = {.batch = B,
+	                                    .n_heads = H,
+	                                    .d_head = D,
+	                                    .window = 4,
+	                                    .dilation = 6,
+	                                    .initial = 3,
+	                                    .kept_slots = 9,
+	                                    .recent_slots = 5,
+	                                    .position_hint = position};
+	const double pair = position > 0 ? 2 * N : 0;
+
+	/* z, q, k, v, gate, the position; two multiply-adds for each of a pair, and for each of
+	 * a key. */
+	check(OP_RATPLUS_STEP, &a, N * (8 + 4 * (kept + recent + 1)),
+	      5 * N + 2 * N * (kept + recent), pair + 1, N + (keeps ? 4 * N : 2 * N), 2 * N);
+}
+
+TEST(ratplus_step_costs)
+{
+	check_ratplus_step(0, 0, 0, true);
+	check_ratplus_step(2, 0, 2, true);
+	check_ratplus_step(3, 0, 3, false);
+	check_ratplus_step(5, 1, 4, true);
+	check_ratplus_step(10, 4, 4, false);
+	check_ratplus_step(17, 5, 4, true);
+}
+
 TEST(recurrence_costs)
 {
 	enum { B = 2, T = 7, D = 5 };
@@ -340,6 +393,8 @@ TEST(recurrence_costs)
 	/* x, gate, z, h, dout; bias, h0 -> dx, dgate, dz; dbias, dh0. */
 	struct recurrence_backward_args back = {.forward = a, .dgate_bias = f, .dh0 = f};
 	check(OP_RECURRENCE_BACKWARD, &back, 2.5 * flops, 5 * n, D + h, 3 * n, D + h);
+	back.dgate_base = some_view;
+	check(OP_RECURRENCE_BACKWARD, &back, 2.5 * flops, 6 * n, D + h, 3 * n, D + h);
 	/* HGRN's form is one multiply-add. */
 	a = (struct recurrence_args){
 	        .batch = B, .seq_len = T, .d_model = D, .form = GATE_LOG_DECAY};
@@ -484,6 +539,16 @@ TEST(gate_costs)
 	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + y, x + w, M, y, 0);
 	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + y), x + w + y, 0,
 	      x, w + M);
+	/* tanh of x; the bias, exp, negate. */
+	decay.form = decay_back.forward.form = LOW_RANK_EXP;
+	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + 4 * x + 3 * y, x + w, M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + 4 * x + 3 * y),
+	      x + w + 2 * y, 0, x, w + M);
+	/* bias; exp, 1 +, log. */
+	decay.form = decay_back.forward.form = LOW_RANK_STEP;
+	check(OP_DECAY_GATE, &decay, product_flops(N, R, M) + 4 * y, x + w, M, y, 0);
+	check(OP_DECAY_GATE_BACKWARD, &decay_back, 2 * (product_flops(N, R, M) + 4 * y),
+	      x + w + 2 * y, 0, x, w + M);
 	check(OP_NORM_GATE, &gate, gate_flops, 2 * heads, D, heads, rows);
 	/* x, gate, dout; rstd, weight -> dx, dgate; dweight. */
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * gate_flops, 3 * heads, rows + D, 2 * heads, D);
@@ -492,6 +557,31 @@ TEST(gate_costs)
 	check(OP_NORM_GATE, &gate, gate_flops - heads, 2 * heads, D, heads, rows);
 	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * (gate_flops - heads), 3 * heads, rows + D,
 	      2 * heads, D);
+	/* The mean, added up and taken off, and a bias; a weight and a bias of each channel. */
+	gate.norm = gate_back.forward.norm = NORM_GROUP;
+	check(OP_NORM_GATE, &gate, gate_flops + 2 * heads, 2 * heads, 2 * H * D, heads, rows);
+	check(OP_NORM_GATE_BACKWARD, &gate_back, 2 * (gate_flops + 2 * heads), 3 * heads,
+	      rows + 2 * H * D, 2 * heads, 2 * H * D);
+}
+
+/* x_{t-1} - x_t; times a mix, plus x, of each output. */
+TEST(shift_costs)
+{
+	enum { B = 2, T = 5, C = 6, N = 3 };
+	const double x = B * T * C, last = B * C, flops = x + 2 * N * x, mixes = N * C;
+	struct token_shift_args shift = {.batch = B, .seq_len = T, .width = C, .n_out = N};
+	struct token_shift_backward_args back = {.forward = shift};
+	struct token_shift_step_args step = {.batch = B, .width = C, .n_out = N};
+
+	check(OP_TOKEN_SHIFT, &shift, flops, x, mixes, N * x, 0);
+	/* x, dout; the mixes -> dx; their gradients. */
+	check(OP_TOKEN_SHIFT_BACKWARD, &back, 2 * flops, x + N * x, mixes, x, mixes);
+	/* The state is read and written. */
+	check(OP_TOKEN_SHIFT_STEP, &step, flops / T, 2 * last, mixes, (N + 1) * last, 0);
+	shift.form = back.forward.form = step.form = SHIFT_VARIABLE;
+	check(OP_TOKEN_SHIFT, &shift, flops, x + N * x, 0, N * x, 0);
+	check(OP_TOKEN_SHIFT_BACKWARD, &back, 2 * flops, x + 2 * N * x, 0, x + N * x, 0);
+	check(OP_TOKEN_SHIFT_STEP, &step, flops / T, (2 + N) * last, 0, N * last, 0);
 }
 
 static void conv_costs(void)
@@ -516,6 +606,40 @@ static void conv_costs(void)
 	check(OP_SHORT_CONV_BACKWARD, &back, 2 * flops + (R - 1) * x, (1 + R) * x, weights - C, x,
 	      weights - C);
 	check(OP_SHORT_CONV_STEP, &step, flops / T, x / T + kept, weights - C, x / T + kept, 0);
+	/* The taps alone. */
+	conv.curve = back.forward.curve = step.curve = CURVE_NONE;
+	check(OP_SHORT_CONV, &conv, flops - 4 * x, x, weights - C, x + kept, 0);
+	check(OP_SHORT_CONV_BACKWARD, &back, 2 * (flops - 4 * x) + (R - 1) * x, (1 + R) * x,
+	      weights - C, x, weights - C);
+	check(OP_SHORT_CONV_STEP, &step, flops / T - 4 * x / T, x / T + kept, weights - C,
+	      x / T + kept, 0);
+}
+
+static void hawk_costs(void)
+{
+	enum { B = 2, T = 5, H = 3, P = 2, K = 4, M = 6, C = 7 };
+	const double rows = B * T, x = rows * H * K, w = P * H * K * M, y = rows * P * H * M;
+	const double wide = rows * C, product = 2 * rows * P * H * K * M;
+	struct block_linear_args blocks = {
+	        .n_tokens = B * T, .n_products = P, .n_blocks = H, .d_in = K, .d_out = M};
+	struct block_linear_backward_args blocks_back = {.forward = blocks};
+	struct lru_gate_args lru = {.batch = B, .seq_len = T, .width = C};
+	struct lru_gate_backward_args lru_back = {.forward = lru};
+	struct gelu_gate_args gelu = {.n_tokens = B * T, .width = C, .gate_stride = 50};
+	struct gelu_gate_backward_args gelu_back = {.forward = gelu};
+	/* Two sigmoids of a sum, 4 each; times the rate; exp of twice that, 1 -, root; two
+	 * products. */
+	const double gates = (4 + 4 + 1 + 2 + 1 + 1 + 2) * wide;
+
+	check(OP_BLOCK_LINEAR, &blocks, product, x + w, 0, y, 0);
+	check(OP_BLOCK_LINEAR_BACKWARD, &blocks_back, 2 * product, x + w + y, 0, x, w);
+	blocks_back.dskip = &nowhere;
+	check(OP_BLOCK_LINEAR_BACKWARD, &blocks_back, 2 * product + x, x + w + y + x, 0, x, w);
+	check(OP_LRU_GATE, &lru, gates, 3 * wide, 3 * C, 2 * wide, 0);
+	check(OP_LRU_GATE_BACKWARD, &lru_back, 2 * gates, 5 * wide, 3 * C, 3 * wide, 3 * C);
+	/* z^2, times its factor, 1 +, times z; a sigmoid; times z, times x. */
+	check(OP_GELU_GATE, &gelu, (4 + 3 + 2) * wide, 2 * wide, 0, wide, 0);
+	check(OP_GELU_GATE_BACKWARD, &gelu_back, 2 * (4 + 3 + 2) * wide, 3 * wide, 0, 2 * wide, 0);
 }
 
 static void delta_gate_costs(void)
@@ -565,10 +689,36 @@ static void family_gate_costs(void)
 	check(OP_ROTATE_STEP, &rotate, 3 * 2 * x, 2 * x, 1, 2 * x, 0);
 }
 
+static void scan_costs(void)
+{
+	enum { B = 2, T = SCAN_CHUNK + 1, C = 5, S = 3 };
+	const double x = B * T * C, chosen = B * T * S, states = B * S * C, rates = C * S;
+	struct selective_scan_args scan = {.batch = B, .seq_len = T, .channels = C, .state = S};
+	struct selective_scan_backward_args back = {.dh0 = &nowhere};
+	struct selective_scan_step_args step = {.batch = B, .channels = C, .state = S};
+
+	/* dt u; of each number times the rate, exp, times h, + u B, times C, +. */
+	check(OP_SELECTIVE_SCAN, &scan, (6 * S + 1) * x, 2 * x + 2 * chosen, rates, x, 0);
+	scan.z.data = step.z.data = &nowhere;
+	scan.skip = step.skip = scan.h0 = scan.h_final = scan.borders = &nowhere;
+	/* times skip, +; exp, 1 +, divide, times z, times y. Two chunks have begun. */
+	const double flops = (6 * S + 1 + 2 + 5) * x;
+	check(OP_SELECTIVE_SCAN, &scan, flops, 3 * x + 2 * chosen, rates + C + states, x,
+	      3 * states);
+	back.forward = scan;
+	/* h0 is the first border. */
+	check(OP_SELECTIVE_SCAN_BACKWARD, &back, 2.5 * flops, 4 * x + 2 * chosen,
+	      rates + C + 2 * states, 3 * x + 2 * chosen, rates + C + states);
+	check(OP_SELECTIVE_SCAN_STEP, &step, flops / T, 3 * x / T + 2 * chosen / T,
+	      rates + C + states, x / T, states);
+}
+
 TEST(family_costs)
 {
+	scan_costs();
 	conv_costs();
 	delta_gate_costs();
+	hawk_costs();
 	family_gate_costs();
 }
 

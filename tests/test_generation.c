@@ -18,6 +18,11 @@ static const char *const more[] = {"swa:0",
                                    "rat:38",
                                    "rat:5,swa:3",
                                    "attention,recurrence,rat:8,gla:4",
+                                   "ratplus(dilation=4,window=6,initial=3)",
+                                   "ratplus(dilation=1,window=2,initial=0)",
+                                   "ratplus(dilation=0,window=5,initial=2)",
+                                   "ratplus(dilation=0,window=9,initial=0)",
+                                   "ratplus(dilation=16,window=0,initial=30)",
                                    "attention(kv_heads=1)",
                                    "attention(kv_heads=2),swa(window=5,kv_heads=1)",
                                    NULL};
@@ -226,6 +231,7 @@ TEST(test_models_generate)
 	generate_text("recurrence", 0);
 	generate_text("gla", 0);
 	generate_text("attention(kv_heads=1),swa(kv_heads=2)", 2);
+	generate_text("ratplus(dilation=3,window=4,initial=2)", 0);
 }
 
 /* Prompts taken a few sequences at a time fill the same caches. */
@@ -236,6 +242,7 @@ TEST(test_micro_batches)
 	generate_text("recurrence", 4);
 	generate_text("attention", 5);
 	generate_text("swa", 9);
+	generate_text("ratplus(dilation=3,window=4,initial=2)", 2);
 }
 
 /* One run of a throughput stack ends with as many tokens picked as were asked for. */

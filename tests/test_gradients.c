@@ -411,7 +411,7 @@ TEST(test_rotation_inverts)
 	                                   .k = from,
 	                                   .q_out = to,
 	                                   .k_out = to};
-	const struct rotate_backward_args unrotate = {B, T, H, H, D, true, to, to, again, again};
+	const struct rotate_backward_args unrotate = {B, T, H, H, D, true, 0, to, to, again, again};
 
 	noise_normal(24, 0, 0, N, 1, noise);
 	for (int i = 0; i < N; i++)

@@ -128,7 +128,8 @@ TEST(test_blocks)
  * rest. */
 TEST(test_long_sequences)
 {
-	static const char *const patterns[] = {"recurrence", "hgrn", "rat(chunk=4096,groups=1)", "gla"};
+	static const char *const patterns[] = {"recurrence", "hgrn", "rat(chunk=4096,groups=1)",
+	                                       "gla"};
 	struct device bf16 = rounded_device(cpu, DTYPE_BF16);
 	struct device *const devices[] = {cpu, &bf16};
 

@@ -16,6 +16,11 @@ static const char *const more[] = {"rat:1",
                                    "attention(kv_heads=2)",
                                    "attention(kv_heads=1,position=none)",
                                    "swa(kv_heads=1)",
+                                   "ratplus(dilation=4,window=6,initial=3)",
+                                   "ratplus(dilation=1,window=2,initial=0)",
+                                   "ratplus(dilation=0,window=5,initial=2)",
+                                   "ratplus(dilation=0,window=9,initial=0)",
+                                   "ratplus(dilation=16,window=0,initial=30)",
                                    NULL};
 
 /* The same stack on the device and on its fp64 reference. */
@@ -700,12 +705,20 @@ TEST(test_sizes_of_caches)
 	        {"gla", H * (D / 2 / H) * (D / H) * 4},
 	        {"linear_attention", H * (D / H) * (D / H) * 4},
 	        {"retnet", H * (D / H) * (2 * D / H) * 4},
+	        {"mamba", 16 * 2 * D * 4 + 3 * 2 * D * 4},
 	        {"mamba2", H * N * (2 * D / H) * 4 + 3 * (2 * N + 2 * D) * 4},
 	        {"hgrn", D * 4},
 	        {"hgrn2", H * (D / H) * (D / H) * 4},
 	        {"delta_net", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
 	        {"gated_delta_net", H * (D / H) * (2 * D / H) * 4 + 3 * 4 * D * 4},
 	        {"kda", H * (D / H) * (D / H) * 4 + 3 * 3 * D * 4},
+	        {"rwkv6", H * (D / 2 / H) * (D / H) * 4 + D * 4},
+	        /* Of 64 tokens 4 and the last of every 16 are kept. */
+	        {"ratplus(dilation=16,window=7,initial=4)", 2 * (8 + W + 1) * D * 4 + 2 * D * 4},
+	        {"ratplus(dilation=1,window=99,initial=0)", 2 * (T + T) * D * 4 + 2 * D * 4},
+	        {"ratplus(dilation=0,window=7,initial=0)", 2 * (1 + W + 1) * D * 4 + 2 * D * 4},
+	        {"hawk", D * 4 + 3 * D * 4},
+	        {"griffin_attention:8", 2 * 8 * (D / H) * 4},
 	        {"rat:16,recurrence", 2 * (T / L) * D * 4 + 2 * D * 4 + D * 4},
 	};
 

@@ -176,7 +176,12 @@ static bool links_hold(struct fixture *f, char *why, size_t size)
 
 static const enum pass tried[] = {PASS_PREFILL, PASS_TRAIN, PASS_GENERATION};
 
-static const char *const more_patterns[] = {"rat:1", "rat:67", "swa:100", NULL};
+static const char *const more_patterns[] = {"rat:1",
+                                            "rat:67",
+                                            "swa:100",
+                                            "ratplus(dilation=4,window=6,initial=3)",
+                                            "ratplus(dilation=0,window=5,initial=2)",
+                                            NULL};
 
 TEST(test_links)
 {
@@ -274,11 +279,17 @@ TEST(test_missing_outputs)
 	        {"attention", OP_ATTENTION, "out"},
 	        {"attention", OP_ATTENTION_BACKWARD, "dv"},
 	        {"rat", OP_RAT_SCAN, "own_score"},
+	        {"mamba", OP_SELECTIVE_SCAN, "borders"},
 	        {"mamba2", OP_TIME_STEP, "log_decay"},
+	        {"ratplus", OP_RECURRENCE_BACKWARD, "dgate"},
 	        {"gla", OP_MATRIX_RECURRENCE_BACKWARD, "dlog_decay"},
 	        {"kda", OP_DECAY_GATE, "out"},
 	        {"gated_delta_net", OP_DELTA_GATE, "beta"},
 	        {"delta_net", OP_L2_NORM, "inverse"},
+	        {"rwkv6", OP_TOKEN_SHIFT, "out"},
+	        {"rwkv6", OP_TOKEN_SHIFT_BACKWARD, "dmix"},
+	        {"hawk", OP_BLOCK_LINEAR, "y"},
+	        {"hawk", OP_LRU_GATE, "log_decay"},
 	};
 
 	for (size_t i = 0; i < COUNT_OF(lies); i++)

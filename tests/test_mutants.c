@@ -115,6 +115,30 @@ TEST(test_window_too_short)
 	expect_pass(short_window, layer_attention, "y - x");
 }
 
+/* -------- RAT+ without the tokens that it keeps -------- */
+
+EDITED(attention_without_initial, attention, a.initial = 0)
+EDITED(attention_without_dilated, attention, a.dilation = 0)
+EDITED(step_without_initial, ratplus_step, a.initial = 0)
+
+TEST(test_kept_tokens_missing)
+{
+	static const char all[] = "tests/golden/layer_ratplus_D16_W32_P4.safetensors";
+	static const char dilated[] = "tests/golden/layer_ratplus_D16.safetensors";
+	const struct kernel *no_initial =
+	        MUTANT(OP_ATTENTION, cpu_attention_workspace, attention_without_initial);
+	const struct kernel *no_dilated =
+	        MUTANT(OP_ATTENTION, cpu_attention_workspace, attention_without_dilated);
+	const struct kernel *step =
+	        MUTANT(OP_RATPLUS_STEP, cpu_ratplus_step_workspace, step_without_initial);
+
+	expect_caught(no_initial, all, "y - x");
+	expect_pass(no_initial, dilated, "y - x");
+	expect_caught(no_dilated, dilated, "y - x (prefill)");
+	expect_caught(step, all, "y_step - x");
+	expect_pass(step, dilated, "y_step - x");
+}
+
 /* -------- RAT's heads grouped by block (0 0 1 1), not tiled (0 1 0 1) -------- */
 
 typedef int64_t group_of(int64_t head, int64_t n_heads, int64_t groups);

@@ -2,13 +2,14 @@
  * Every operation of every provider on a device against the fp64 reference, over random shapes,
  * strides, options and numbers of threads, all made from the operation's description; and a few
  * times with a NaN among the inputs, which must not be lost. Nothing but outputs may change, in
- * the tensors and around them. A baseline that has to be built and is not is left out.
+ * the tensors and around them. And every form at lengths and numbers of heads where kernels end
+ * a tile, a warp or a grid. A baseline that has to be built and is not is left out.
  *
  * test_operations [BACKEND [FACTOR [OPERATION [PROVIDER]]]]: the backend
  * (default: $BACKEND, or cpu); how many times as many cases to run, below 1 for a
  * tool that makes each slow, and then a provider may be left without a case that
- * it supports; only the operations of that name, which may have a * in it; and
- * only that provider.
+ * it supports, and no edge is tried; from 2 on all edges are; only the operations of that name,
+ * which may have a * in it; and only that provider.
  */
 #include "tests/test.h"
 
@@ -121,15 +122,54 @@ static struct sizes any_sizes(struct dice *dice, bool narrow)
 	return s;
 }
 
-/* One form after the other. */
-static const struct operation_form *variant_of(enum operation operation, uint64_t seed)
+/* Sequences, tokens and heads that are an edge of something. The last is more blocks than a grid
+ * has in its second dimension, which takes an emulator too long. */
+static const struct {
+	int64_t batch, seq_len, n_heads;
+} edges[] = {{1, 1, 1},   {2, 17, 1},   {1, 63, 2},   {1, 65, 2},
+             {1, 704, 1}, {1, 4097, 1}, {257, 2, 256}};
+
+static int count_variants(enum operation operation)
 {
 	const struct operation_form *variants = operation_forms(operation);
 	int count = 0;
 
 	while (variants[count].name)
 		count++;
-	return count == 0 ? NULL : &variants[seed % (uint64_t)count];
+	return count;
+}
+
+/* Cases of edges: each of every form. The CPU's kernels have none at thousands of tokens. */
+static int count_edges(const struct subject *s)
+{
+	const bool narrow = s->device->activation == DTYPE_BF16;
+	const int variants = count_variants(s->operation);
+	const int left_out = (s->factor < 2) + !narrow;
+
+	return s->factor < 1 ? 0 : (COUNT_OF(edges) - left_out) * (variants > 0 ? variants : 1);
+}
+
+/* One form after the other. */
+static const struct operation_form *variant_of(enum operation operation, uint64_t number)
+{
+	const int count = count_variants(operation);
+
+	return count == 0 ? NULL : &operation_forms(operation)[number % (uint64_t)count];
+}
+
+static struct sizes sizes_of_edge(struct dice *dice, bool narrow, int number)
+{
+	struct sizes s = any_sizes(dice, narrow);
+
+	s.batch = edges[number].batch;
+	s.seq_len = edges[number].seq_len;
+	s.n_heads = edges[number].n_heads;
+	s.groups = any_divisor(dice, s.n_heads);
+	s.kv_heads = any_divisor(dice, s.n_heads);
+	s.d_head = 64;
+	s.d_k = s.d_v = narrow ? 64 : 16;
+	s.width = s.d_in = s.d_out = 64;
+	return s;
 }
 
 /* ---- a case ---- */
@@ -142,17 +182,22 @@ static enum data any_data(struct dice *dice)
 	return any == 0 ? DATA_SINKS : any == 1 ? DATA_PEAKED : DATA_NORMAL;
 }
 
-static void make_problem(struct subject *s, uint64_t seed)
+/* `edge`: a case of count_edges(); negative: any sizes. */
+static void make_problem(struct subject *s, uint64_t seed, int edge)
 {
 	struct dice dice = {seed, 1u << 20};
 	const bool narrow = s->device->activation == DTYPE_BF16;
-	const struct sizes sizes = any_sizes(&dice, narrow);
-	struct problem_form form = {.variant = variant_of(s->operation, seed),
-	                            .sizes = sizes,
-	                            .seed = seed,
-	                            .data = any_data(&dice),
-	                            .any = true,
-	                            .narrow = narrow};
+	const int variants = count_variants(s->operation);
+	const struct sizes sizes =
+	        edge < 0 ? any_sizes(&dice, narrow)
+	                 : sizes_of_edge(&dice, narrow, edge / (variants > 0 ? variants : 1));
+	struct problem_form form = {
+	        .variant = variant_of(s->operation, edge < 0 ? seed : (uint64_t)edge),
+	        .sizes = sizes,
+	        .seed = seed,
+	        .data = any_data(&dice),
+	        .any = true,
+	        .narrow = narrow};
 	const struct sizes *z = &form.sizes;
 
 	omp_set_num_threads((int)dice_integer(&dice, 1, MAX_THREADS));
@@ -248,11 +293,11 @@ static void check_case(struct subject *s, const struct kernel *kernel, bool nan)
 }
 
 /* False if the provider does not support the case. */
-static bool run_case(struct subject *s, uint64_t seed, bool nan)
+static bool run_case(struct subject *s, uint64_t seed, int edge, bool nan)
 {
 	void *memory;
 
-	make_problem(s, seed);
+	make_problem(s, seed, edge);
 	const struct kernel *kernel = kernel_select(&s->ctx, s->operation, &s->problem.args);
 	if (!kernel)
 		return false;
@@ -274,7 +319,7 @@ static void test_provider(struct subject *s, const char *provider)
 {
 	struct provider_choice *choice = &s->ctx.choice;
 	const int n_cases = (int)(CASES * s->factor),
-	          n_all = n_cases + (int)(NAN_CASES * s->factor);
+	          n_any = n_cases + (int)(NAN_CASES * s->factor), n_all = n_any + count_edges(s);
 	int n_run = 0;
 
 	s->ctx.device = s->device;
@@ -283,7 +328,8 @@ static void test_provider(struct subject *s, const char *provider)
 	snprintf(choice->choice[0].provider, sizeof choice->choice[0].provider, "%s", provider);
 	s->worst = (struct check_result){.name = "", .test = "anything"};
 	for (int i = 0; i < n_all; i++)
-		n_run += run_case(s, (uint64_t)s->operation << 32 | (uint64_t)i, i >= n_cases);
+		n_run += run_case(s, (uint64_t)s->operation << 32 | (uint64_t)i,
+		                  i < n_any ? -1 : i - n_any, i >= n_cases && i < n_any);
 	print_message("%-26s %-9s %3d of %3d cases supported, %4.2f of the bound in %s of %s\n",
 	              operation_name(s->operation), provider, n_run, n_all, s->worst.share,
 	              s->worst.test, s->worst.name);

@@ -33,8 +33,17 @@ TEST(spells_patterns_out)
 	        {"gla,gla:64", "gla(heads=4),gla(chunk=64,heads=4)"},
 	        {"gla(chunk=0,heads=0)", "gla(heads=4)"},
 	        {"mamba2", "mamba2(heads=4)"},
+	        {"jamba", "mamba,mamba,mamba,mamba,attention(heads=2,position=rope),"
+	                  "mamba,mamba,mamba"},
+	        {"swa:0,jamba", "swa(window=0,heads=2,position=rope),mamba,mamba,mamba,mamba,"
+	                        "attention(heads=2,position=rope),mamba,mamba,mamba"},
 	        {"retention", "retnet(heads=2,position=rope)"},
 	        {"recurrence,hgrn", "recurrence,hgrn"},
+	        {"griffin", "hawk(heads=2),hawk(heads=2),"
+	                    "griffin_attention(window=1024,heads=2,position=rope)"},
+	        {"rat:5,griffin", "rat(chunk=5,groups=2,heads=2,position=rope),hawk(heads=2),"
+	                          "hawk(heads=2),"
+	                          "griffin_attention(window=1024,heads=2,position=rope)"},
 	};
 	scoped struct stack *stack = calloc(1, sizeof *stack);
 	char text[256], again[256];
@@ -59,6 +68,9 @@ TEST(refuses_what_it_cannot_read)
 	        {"rat(typo=1)", "rat has no argument 'typo' (allowed: chunk, groups"},
 	        {"hgrn(heads=1)", "hgrn has no argument 'heads' (allowed: none)"},
 	        {"hgrn:1", "hgrn takes no number"},
+	        {"mamba:1", "mamba takes no number"},
+	        {"jamba(heads=1)", "expected a comma at '(heads=1)'"},
+	        {"jamba,jamba,jamba,jamba,rat", "more than 32 layers"},
 	        {"rat()", "no argument ''"},
 	        {"rat(chunk)", "chunk has no value"},
 	        {"rat(chunk=1,chunk=1)", "given twice"},

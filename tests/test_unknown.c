@@ -12,7 +12,7 @@
 
 static const char *backend_name = "cpu";
 
-/* Options beyond the last of each enum: the next one, and nonsense. */
+/* Options beyond the last of each enum: the next one, unless a form has it, and nonsense. */
 static const unsigned unknown[] = {4, 5, 77, 0xffffffff};
 
 /* Arguments of a form, with pointers that are never read. */
@@ -44,6 +44,20 @@ static void make_args(enum operation operation, const struct operation_form *for
 	operation_describe(operation, args, list);
 }
 
+/* Whether a form of the operation has this value for option o. */
+static bool is_used(enum operation operation, int o, unsigned value)
+{
+	for (const struct operation_form *form = operation_forms(operation); form->name; form++) {
+		union any_args args;
+		struct operand_list list;
+
+		make_args(operation, form, &args, &list);
+		if (o < list.n_options && *list.options[o] == value)
+			return true;
+	}
+	return false;
+}
+
 static int refused(const struct device *device, const struct kernel *kernel)
 {
 	const struct operation_form *form = operation_forms(kernel->operation);
@@ -56,7 +70,8 @@ static int refused(const struct device *device, const struct kernel *kernel)
 				struct operand_list list;
 
 				make_args(kernel->operation, form, &args, &list);
-				if (o >= list.n_options)
+				if (o >= list.n_options ||
+				    is_used(kernel->operation, o, unknown[i]))
 					continue;
 				*list.options[o] = unknown[i];
 				if (!kernel->unsupported || !kernel->unsupported(device, &args))

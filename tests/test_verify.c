@@ -127,7 +127,10 @@ static enum status run_mutant(struct device *device, const void *args, void *wor
 
 	memcpy(&copy, args, operation_describes(operation)->args_size);
 	operation_describe(operation, &copy, &list);
-	damage_operand(operand_find(&list, mutant.target.operand));
+	const struct operand *o = operand_find(&list, mutant.target.operand);
+	/* Not every form of an operation has it. */
+	if (o && operand_data(o))
+		damage_operand(o);
 	return status;
 }
 
@@ -248,6 +251,14 @@ CAUGHT(test_wrong_family_is_caught, WHOLE("linear_attention", PREFILL, MATRIX_RE
        WHOLE("retnet", GENERATION, ROTATE_STEP, "k_out"),
        WHOLE("hgrn", GENERATION, RECURRENCE_STEP, "h"))
 
+/* RAT+: its recurrences, what fills its caches, attention, and the gate's two gradients. */
+CAUGHT(test_wrong_ratplus_is_caught, WHOLE("ratplus", PREFILL, RECURRENCE, "out"),
+       WHOLE("ratplus", PREFILL, ROTATE, "k_out"), WHOLE("ratplus", PREFILL, ATTENTION, "out"),
+       WHOLE("ratplus", TRAIN, ATTENTION_BACKWARD, "dk"),
+       WHOLE("ratplus", TRAIN, RECURRENCE_BACKWARD, "dgate"),
+       WHOLE("ratplus", GENERATION, RATPLUS_STEP, "out"),
+       WHOLE("ratplus", GENERATION, RATPLUS_STEP, "v_state"))
+
 /* The delta rules: the recurrence, and what makes its keys, writes and decays. */
 CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECURRENCE, "out"),
        WHOLE("gated_delta_net", PREFILL, L2_NORM, "y"),
@@ -258,6 +269,36 @@ CAUGHT(test_wrong_delta_rule_is_caught, WHOLE("delta_net", PREFILL, MATRIX_RECUR
        WHOLE("kda", TRAIN, MATRIX_RECURRENCE_BACKWARD, "dbeta"),
        WHOLE("delta_net", GENERATION, DELTA_GATE, "beta"),
        WHOLE("gated_delta_net", GENERATION, MATRIX_RECURRENCE_STEP, "state"))
+
+/* RWKV-6: what its tokens are mixed with, its decays and its group norm. */
+CAUGHT(test_wrong_token_shift_is_caught, WHOLE("rwkv6", PREFILL, TOKEN_SHIFT, "out"),
+       WHOLE("rwkv6", PREFILL, TOKEN_SHIFT, "last"), WHOLE("rwkv6", PREFILL, DECAY_GATE, "out"),
+       WHOLE("rwkv6", PREFILL, NORM_GATE, "out"), WHOLE("rwkv6", TRAIN, TOKEN_SHIFT_BACKWARD, "dx"),
+       WHOLE("rwkv6", TRAIN, TOKEN_SHIFT_BACKWARD, "dmix"),
+       WHOLE("rwkv6", TRAIN, GATE_NORM_BACKWARD, "dx"),
+       WHOLE("rwkv6", TRAIN, NORM_GATE_BACKWARD, "dbias"),
+       WHOLE("rwkv6", GENERATION, TOKEN_SHIFT_STEP, "state"))
+
+/* Mamba: the scan, and the time step and what else the token chooses. */
+CAUGHT(test_wrong_scan_is_caught, WHOLE("mamba", PREFILL, SELECTIVE_SCAN, "out"),
+       WHOLE("mamba", PREFILL, DECAY_GATE, "out"), WHOLE("mamba", PREFILL, NORM_LINEAR, "y"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN, "borders"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "ddt"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "db"),
+       WHOLE("mamba", TRAIN, SELECTIVE_SCAN_BACKWARD, "dlog_rate"),
+       WHOLE("mamba", GENERATION, SELECTIVE_SCAN_STEP, "h"))
+
+/* Hawk: the gates' products, what they make, and the gate of its output. */
+CAUGHT(test_wrong_hawk_is_caught, WHOLE("hawk", PREFILL, BLOCK_LINEAR, "y"),
+       WHOLE("hawk", PREFILL, LRU_GATE, "log_decay"), WHOLE("hawk", PREFILL, GELU_GATE, "out"),
+       WHOLE("hawk", TRAIN, NORM_LINEAR_BACKWARD, "dbias"),
+       WHOLE("hawk", TRAIN, LINEAR_RESIDUAL_BACKWARD, "dbias"),
+       WHOLE("hawk", TRAIN, BLOCK_LINEAR_BACKWARD, "dweight"),
+       WHOLE("hawk", TRAIN, LRU_GATE_BACKWARD, "drate"),
+       WHOLE("hawk", TRAIN, GELU_GATE_BACKWARD, "dgate"),
+       WHOLE("hawk", GENERATION, LRU_GATE, "out"),
+       WHOLE("griffin_attention", GENERATION, ATTENTION_STEP, "k_cache"),
+       WHOLE("griffin_attention", TRAIN, ROTATE_BACKWARD, "dq"))
 
 /* Whichever layer of a stack is wrong. */
 CAUGHT(test_wrong_layer_of_a_stack_is_caught,
@@ -288,6 +329,7 @@ CAUGHT(test_wrong_states_are_caught,
        SLOT("swa", GENERATION, ATTENTION_STEP, "k_cache", 0, LAST % SLOTS_OF_SWA, 0),
        SLOT("swa", GENERATION, ATTENTION_STEP, "v_cache", B - 1, T % SLOTS_OF_SWA, 1),
        SLOT("rat:15", GENERATION, RAT_STEP, "v_chunk", 0, LAST / 15, 3),
+       SLOT("ratplus", GENERATION, RATPLUS_STEP, "k_recent", 0, LAST % SLOTS_OF_SWA, 0),
        WHOLE("rat", GENERATION, RAT_STEP, "k_state"),
        WHOLE("recurrence", GENERATION, RECURRENCE_STEP, "h"),
        WHOLE("gla", GENERATION, MATRIX_RECURRENCE_STEP, "state"))

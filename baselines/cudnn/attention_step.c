@@ -57,6 +57,8 @@ const char *cudnn_attention_step_unsupported(const struct device *device, const 
 
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
+	if (a->rope && a->rope_width > 0 && a->rope_width != a->d_head)
+		return "a part of a head that is rotated";
 	if (a->window >= 0 && a->window != a->kv_slots - 1)
 		return "the window must fill the cache";
 	const struct sdpa_shape shape = shape_of(a);

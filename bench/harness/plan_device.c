@@ -119,7 +119,8 @@ static size_t attention_backward_workspace(const struct device *device, const vo
 	const int64_t pairs = f->batch * f->n_heads, padded = divide_up(f->seq_len, 128) * 128;
 	const size_t gated = f->gate.data ? up(pairs * f->seq_len * f->d_head * 2) : 0;
 
-	if (!gpu_of(device)->hopper || (f->d_head != 64 && f->d_head != 128))
+	if (!gpu_of(device)->hopper || (f->d_head != 64 && f->d_head != 128) ||
+	    f->mask == MASK_DILATED)
 		return up(pairs * f->seq_len * 4) + gated;
 	return 256 + up(f->batch * f->q_heads * padded * f->d_head * 4) +
 	       2 * up(pairs * padded * 4) + gated;
@@ -144,6 +145,13 @@ static size_t attention_step_workspace(const struct device *device, const void *
 static size_t rat_step_workspace(const struct device *device, const void *args)
 {
 	const struct rat_step_args *a = args;
+
+	return decode_workspace(device, a->batch * a->n_heads, a->d_head);
+}
+
+static size_t ratplus_step_workspace(const struct device *device, const void *args)
+{
+	const struct ratplus_step_args *a = args;
 
 	return decode_workspace(device, a->batch * a->n_heads, a->d_head);
 }
@@ -263,6 +271,7 @@ static const struct kernel large[] = {
         PLANNED(ATTENTION_BACKWARD, "portable", attention_backward_workspace),
         PLANNED(ATTENTION_STEP, "portable", attention_step_workspace),
         PLANNED(RAT_STEP, "portable", rat_step_workspace),
+        PLANNED(RATPLUS_STEP, "portable", ratplus_step_workspace),
         PLANNED(RAT_SCAN_BACKWARD, "portable", rat_scan_backward_workspace),
         PLANNED(RECURRENCE, "portable", recurrence_workspace),
         PLANNED(RECURRENCE_BACKWARD, "portable", recurrence_backward_workspace),

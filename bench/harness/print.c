@@ -44,11 +44,19 @@ void describe_case(const struct bench_case *c, char *text, size_t size)
 /* The operations that mix tokens; the others are projections, norms and elementwise work. */
 static bool mixes_tokens(int operation)
 {
-	static const enum operation mixing[] = {
-	        OP_ATTENTION,         OP_ATTENTION_BACKWARD,         OP_ATTENTION_STEP,
-	        OP_RAT_SCAN,          OP_RAT_SCAN_BACKWARD,          OP_RAT_STEP,
-	        OP_RECURRENCE,        OP_RECURRENCE_BACKWARD,        OP_RECURRENCE_STEP,
-	        OP_MATRIX_RECURRENCE, OP_MATRIX_RECURRENCE_BACKWARD, OP_MATRIX_RECURRENCE_STEP};
+	static const enum operation mixing[] = {OP_ATTENTION,
+	                                        OP_ATTENTION_BACKWARD,
+	                                        OP_ATTENTION_STEP,
+	                                        OP_RAT_SCAN,
+	                                        OP_RAT_SCAN_BACKWARD,
+	                                        OP_RAT_STEP,
+	                                        OP_RECURRENCE,
+	                                        OP_RECURRENCE_BACKWARD,
+	                                        OP_RECURRENCE_STEP,
+	                                        OP_RATPLUS_STEP,
+	                                        OP_MATRIX_RECURRENCE,
+	                                        OP_MATRIX_RECURRENCE_BACKWARD,
+	                                        OP_MATRIX_RECURRENCE_STEP};
 
 	for (size_t i = 0; i < sizeof mixing / sizeof mixing[0]; i++)
 		if ((int)mixing[i] == operation)

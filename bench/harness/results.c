@@ -45,8 +45,9 @@ static void name_series(const struct csv *csv, int row, struct result *result)
 {
 	static const struct {
 		const char *argument, *label, *usual; /* usual: a value that goes without saying */
-	} told[] = {{"chunk", "L=", ""},
-	            {"window", "W=", ""},
+	} told[] = {{"chunk", "L=", ""},       {"window", "W=", ""},
+	            {"dilation", "dil=", ""},  /* of RAT+, */
+	            {"initial", "P=", "4"},    /* and how many tokens at the start it keeps */
 	            {"groups", "G=", "2"},     /* of q and k of a RAT */
 	            {"kv_heads", "KV=", NULL}, /* NULL: as many as heads */
 	            {"position", "", "rope"}};

@@ -8,7 +8,8 @@
  *   S^T = K Q^T   K rows broadcast, contraction over d;
  *   P^T = exp(S^T - max), every reduction lane by lane;
  *   O^T = V^T P^T   V broadcast, contraction over the keys.
- * Scores are in units of log2 (the scale carries log2 e).
+ * Scores are in units of log2 (the scale carries log2 e). The keys of MASK_DILATED are walked list
+ * by list (key_lists.h), gathered as tiles are copied.
  */
 #include "kernels/cpu/kernels_cpu.h"
 
@@ -46,9 +47,11 @@ static size_t scratch_carve(struct scratch *s, float *base, int64_t d)
 	return offset;
 }
 
-/* What one thread works on: queries first .. first+n-1 of head h, sequence b. */
+/* What one thread works on: queries first .. first+n-1 of head h, sequence b, and a list of keys.
+ */
 struct tile {
 	int64_t b, h, first, n;
+	enum key_list list;
 };
 
 size_t cpu_attention_workspace(const struct device *device, const void *args)
@@ -97,9 +100,10 @@ static void load_keys(const struct attention_args *a, const struct tile *tile, i
 	int64_t d = a->d_head, kv = tile->h / (a->n_heads / a->kv_heads);
 
 	for (int64_t j = 0; j < n; j++) {
-		memcpy(s->k + j * d, view_at(&a->k, tile->b, first + j, kv),
-		       (size_t)d * sizeof(float));
-		pack_value(s->v + j * ROWS, view_at(&a->v, tile->b, first + j, kv), d);
+		int64_t token = list_token(a, tile->list, first + j);
+
+		memcpy(s->k + j * d, view_at(&a->k, tile->b, token, kv), (size_t)d * sizeof(float));
+		pack_value(s->v + j * ROWS, view_at(&a->v, tile->b, token, kv), d);
 	}
 	memset(s->k + n * d, 0, (size_t)((round_up(n, ROWS) - n) * d) * sizeof(float));
 }
@@ -119,14 +123,14 @@ static __attribute__((noinline)) void score(const struct scratch *s, const float
 
 /* Sets the scores that queries from t on do not see to minus infinity; key 0 of the tile is
  * `first`. */
-static void mask_scores(const struct attention_args *a, float *scores, int64_t t, int64_t first,
-                        int64_t begin, int64_t end)
+static void mask_scores(const struct attention_args *a, enum key_list list, float *scores,
+                        int64_t t, int64_t first, int64_t begin, int64_t end)
 {
 	int32_t low[PANEL], high[PANEL];
 
 	for (int i = 0; i < PANEL; i++) {
-		low[i] = (int32_t)min_i64(max_i64(first_key(a, t + i) - first, 0), KEYS);
-		high[i] = (int32_t)min_i64(max_i64(end_key(a, t + i) - first, 0), KEYS);
+		low[i] = (int32_t)min_i64(max_i64(first_key(a, list, t + i) - first, 0), KEYS);
+		high[i] = (int32_t)min_i64(max_i64(end_key(a, list, t + i) - first, 0), KEYS);
 	}
 	for (int32_t j = (int32_t)begin; j < end; j++) {
 		float *row = scores + j * PANEL;
@@ -182,15 +186,16 @@ static void attend(const struct attention_args *a, const struct tile *tile, int6
 {
 	int64_t d = a->d_head, d_pad = round_up(d, PANEL);
 	int64_t t = tile->first + p, last = min_i64(t + PANEL, tile->first + tile->n) - 1;
-	int64_t begin = max_i64(first_key(a, t) - first, 0) / ROWS * ROWS;
-	int64_t end = min_i64(end_key(a, last) - first, n);
+	int64_t begin = max_i64(first_key(a, tile->list, t) - first, 0) / ROWS * ROWS;
+	int64_t end = min_i64(end_key(a, tile->list, last) - first, n);
 	vec shrink[VECTORS];
 
 	if (begin >= end)
 		return;
 	score(s, s->q + p * d, d, begin, end);
-	if (first_key(a, last) > first + begin || end_key(a, t) < first + end)
-		mask_scores(a, s->scores, t, first, begin, end);
+	if (first_key(a, tile->list, last) > first + begin ||
+	    end_key(a, tile->list, t) < first + end)
+		mask_scores(a, tile->list, s->scores, t, first, begin, end);
 	softmax(s->scores, begin, end, s->max + p, s->total + p, shrink);
 	add_values(s, s->sums + p * d_pad, d_pad, begin, end, shrink);
 }
@@ -262,17 +267,26 @@ static void store_queries(const struct attention_args *a, const struct tile *til
 		lse[i] = (s->max[i] + log2f(s->total[i])) * LN_2;
 }
 
-static void attend_tile(const struct attention_args *a, const struct tile *tile, struct scratch *s)
+/* To all keys of the tile's list. */
+static void attend_list(const struct attention_args *a, const struct tile *tile, struct scratch *s)
 {
-	int64_t end = end_key(a, tile->first + tile->n - 1);
+	int64_t end = end_key(a, tile->list, tile->first + tile->n - 1);
 
-	load_queries(a, tile, s);
-	for (int64_t first = first_key(a, tile->first); first < end; first += KEYS) {
+	for (int64_t first = first_key(a, tile->list, tile->first); first < end; first += KEYS) {
 		int64_t n = min_i64(KEYS, end - first);
 
 		load_keys(a, tile, first, n, s);
 		for (int64_t p = 0; p < tile->n; p += PANEL)
 			attend(a, tile, p, first, n, s);
+	}
+}
+
+static void attend_tile(const struct attention_args *a, struct tile *tile, struct scratch *s)
+{
+	load_queries(a, tile, s);
+	for (int list = 0; list < n_key_lists(a); list++) {
+		tile->list = (enum key_list)list;
+		attend_list(a, tile, s);
 	}
 	store_queries(a, tile, s);
 }

@@ -52,6 +52,7 @@ struct plan {
  * this item's share of their dq. */
 struct tile {
 	int64_t b, h, kv, first, n;
+	enum key_list list;
 	float *dq;
 };
 
@@ -150,22 +151,18 @@ static void load_keys(const struct attention_args *a, const struct tile *tile, s
 	int64_t d = a->d_head, d_pad = round_up(d, PANEL), n = tile->n;
 	int64_t padded = round_up(n, PANEL);
 
-	for (int64_t p = 0; p < padded; p += PANEL) {
-		int64_t lanes = min_i64(n - p, PANEL);
-
-		pack_transposed(s->k_lanes + p * d,
-		                view_at(&a->k, tile->b, tile->first + p, tile->kv), a->k.token,
-		                lanes, d, a->scale * LOG2_E);
-		pack_transposed(s->v_lanes + p * d,
-		                view_at(&a->v, tile->b, tile->first + p, tile->kv), a->v.token,
-		                lanes, d, 1.0f);
-	}
 	memset(s->k, 0, (size_t)(KEYS * d_pad) * sizeof(float));
-	for (int64_t j = 0; j < n; j++)
-		for (int64_t i = 0; i < d; i += PANEL)
-			memcpy(s->k + i * KEYS + j * PANEL,
-			       view_at(&a->k, tile->b, tile->first + j, tile->kv) + i,
+	for (int64_t j = 0; j < padded; j++) {
+		int64_t token = j < n ? list_token(a, tile->list, tile->first + j) : -1;
+		const float *k = j < n ? view_at(&a->k, tile->b, token, tile->kv) : NULL;
+		const float *v = j < n ? view_at(&a->v, tile->b, token, tile->kv) : NULL;
+
+		pack_lane(s->k_lanes + j / PANEL * PANEL * d, j % PANEL, k, d, a->scale * LOG2_E);
+		pack_lane(s->v_lanes + j / PANEL * PANEL * d, j % PANEL, v, d, 1.0f);
+		for (int64_t i = 0; k && i < d; i += PANEL)
+			memcpy(s->k + i * KEYS + j * PANEL, k + i,
 			       (size_t)min_i64(PANEL, d - i) * sizeof(float));
+	}
 	memset(s->dk, 0, (size_t)(padded * d_pad) * sizeof(float));
 	memset(s->dv, 0, (size_t)(padded * d_pad) * sizeof(float));
 }
@@ -200,10 +197,11 @@ static void load_queries(const struct plan *p, const struct tile *tile, int64_t 
 }
 
 /* Lanes of keys first .. first+PANEL-1, `j`th vector, that query t does not see. */
-static ivec hidden_lanes(const struct attention_args *a, int64_t t, int64_t first, int j)
+static ivec hidden_lanes(const struct attention_args *a, enum key_list list, int64_t t,
+                         int64_t first, int j)
 {
-	int32_t low = (int32_t)min_i64(max_i64(first_key(a, t) - first, 0), PANEL);
-	int32_t high = (int32_t)min_i64(max_i64(end_key(a, t) - first, 0), PANEL);
+	int32_t low = (int32_t)min_i64(max_i64(first_key(a, list, t) - first, 0), PANEL);
+	int32_t high = (int32_t)min_i64(max_i64(end_key(a, list, t) - first, 0), PANEL);
 	ivec lane = {0};
 
 	for (int i = 0; i < LANES; i++)
@@ -216,9 +214,10 @@ static ivec hidden_lanes(const struct attention_args *a, int64_t t, int64_t firs
  * the first being token t, and panel p (its first key within the tile).
  */
 static __attribute__((noinline)) void differentiate_scores(const struct attention_args *a,
+                                                           const struct tile *tile,
                                                            const struct scratch *s, int64_t t,
-                                                           int64_t begin, int64_t end,
-                                                           int64_t first, int64_t p, bool masked)
+                                                           int64_t begin, int64_t end, int64_t p,
+                                                           bool masked)
 {
 	int64_t d = a->d_head, d_pad = round_up(d, PANEL);
 	float *ds = s->ds + p * QUERIES;
@@ -238,7 +237,8 @@ static __attribute__((noinline)) void differentiate_scores(const struct attentio
 
 			*x = exp2_vec(*x - s->lse[i]);
 			if (masked)
-				*x = clear_lanes(*x, hidden_lanes(a, t + i, first + p, j));
+				*x = clear_lanes(
+				        *x, hidden_lanes(a, tile->list, t + i, tile->first + p, j));
 			*dx = *x * (*dx - s->delta[i]);
 		}
 }
@@ -280,8 +280,9 @@ static void differentiate_queries(const struct plan *p, const struct tile *tile,
                                   int64_t n, struct scratch *s)
 {
 	const struct attention_args *a = &p->args->forward;
-	int64_t visible_begin = max_i64(first_key(a, t) - tile->first, 0) / PANEL * PANEL;
-	int64_t visible_end = min_i64(end_key(a, t + n - 1) - tile->first, tile->n);
+	const enum key_list list = tile->list;
+	int64_t visible_begin = max_i64(first_key(a, list, t) - tile->first, 0) / PANEL * PANEL;
+	int64_t visible_end = min_i64(end_key(a, list, t + n - 1) - tile->first, tile->n);
 
 	if (visible_begin >= visible_end)
 		return;
@@ -289,20 +290,20 @@ static void differentiate_queries(const struct plan *p, const struct tile *tile,
 	for (int64_t k = visible_begin; k < visible_end; k += PANEL) {
 		int64_t first = tile->first + k, begin = 0, end = n;
 
-		while (end_key(a, t + begin) <= first)
+		while (end_key(a, list, t + begin) <= first)
 			begin++;
-		while (first_key(a, t + end - 1) >= first + PANEL)
+		while (first_key(a, list, t + end - 1) >= first + PANEL)
 			end--;
 		begin = begin / ROWS * ROWS;
 		int64_t padded_end = round_up(end, ROWS);
 		float *ds = s->ds + k * QUERIES;
-		bool masked =
-		        first_key(a, t + end - 1) > first || end_key(a, t + begin) < first + PANEL;
+		bool masked = first_key(a, list, t + end - 1) > first ||
+		              end_key(a, list, t + begin) < first + PANEL;
 
 		memset(ds, 0, (size_t)(begin * PANEL) * sizeof(float));
 		memset(ds + padded_end * PANEL, 0,
 		       (size_t)((QUERIES - padded_end) * PANEL) * sizeof(float));
-		differentiate_scores(a, s, t, begin, padded_end, tile->first, k, masked);
+		differentiate_scores(a, tile, s, t, begin, padded_end, k, masked);
 		add_product(s->dv + k * p->d_pad, s->dout + begin * p->d_pad, s->p + begin * PANEL,
 		            end - begin, p->d_pad);
 		add_product(s->dk + k * p->d_pad, s->q + begin * p->d_pad, ds + begin * PANEL,
@@ -317,8 +318,9 @@ static void store_keys(const struct plan *p, const struct tile *tile, const stru
 
 	for (int64_t j = 0; j < tile->n; j++) {
 		int64_t lane = j / PANEL * PANEL * p->d_pad + j % PANEL;
-		float *dk = view_at(&p->args->dk, tile->b, tile->first + j, tile->kv);
-		float *dv = view_at(&p->args->dv, tile->b, tile->first + j, tile->kv);
+		int64_t token = list_token(a, tile->list, tile->first + j);
+		float *dk = view_at(&p->args->dk, tile->b, token, tile->kv);
+		float *dv = view_at(&p->args->dv, tile->b, token, tile->kv);
 
 		for (int64_t i = 0; i < p->d; i++)
 			dk[i] = s->dk[lane + i * PANEL] * a->scale;
@@ -327,8 +329,24 @@ static void store_keys(const struct plan *p, const struct tile *tile, const stru
 	}
 }
 
-/* Tiles split, split + splits, ... of a head of keys: their dk and dv, and dq of all its readers
- * into the item's buffer. */
+/* A tile of keys: its dk and dv, and what it adds to dq of all its readers. */
+static void differentiate_tile(const struct plan *p, struct tile *tile, float *dq,
+                               struct scratch *s)
+{
+	const struct attention_args *a = &p->args->forward;
+
+	load_keys(a, tile, s);
+	for (int64_t reader = 0; reader < p->readers; reader++) {
+		tile->h = tile->kv * p->readers + reader;
+		tile->dq = dq + reader * p->padded_len * p->d_pad;
+		for (int64_t t = 0; t < a->seq_len; t += QUERIES)
+			differentiate_queries(p, tile, t, min_i64(QUERIES, a->seq_len - t), s);
+	}
+	store_keys(p, tile, s);
+}
+
+/* Tiles split, split + splits, ... of a head of keys, of every list: their dk and dv, and dq of all
+ * its readers into the item's buffer. */
 static void differentiate_item(const struct plan *p, int64_t item, struct scratch *s)
 {
 	const struct attention_args *a = &p->args->forward;
@@ -338,17 +356,15 @@ static void differentiate_item(const struct plan *p, int64_t item, struct scratc
 	struct tile tile = {.b = head / a->kv_heads, .kv = head % a->kv_heads};
 
 	memset(dq, 0, (size_t)(p->readers * dq_size) * sizeof(float));
-	for (tile.first = split * KEYS; tile.first < a->kv_len; tile.first += p->splits * KEYS) {
-		tile.n = min_i64(KEYS, a->kv_len - tile.first);
-		load_keys(a, &tile, s);
-		for (int64_t reader = 0; reader < p->readers; reader++) {
-			tile.h = tile.kv * p->readers + reader;
-			tile.dq = dq + reader * dq_size;
-			for (int64_t t = 0; t < a->seq_len; t += QUERIES)
-				differentiate_queries(p, &tile, t, min_i64(QUERIES, a->seq_len - t),
-				                      s);
+	for (int list = 0; list < n_key_lists(a); list++) {
+		int64_t length = list_length(a, (enum key_list)list, a->kv_len);
+
+		tile.list = (enum key_list)list;
+		for (tile.first = split * KEYS; tile.first < length;
+		     tile.first += p->splits * KEYS) {
+			tile.n = min_i64(KEYS, length - tile.first);
+			differentiate_tile(p, &tile, dq, s);
 		}
-		store_keys(p, &tile, s);
 	}
 }
 

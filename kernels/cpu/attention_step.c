@@ -34,6 +34,22 @@ static void attend(const struct readers *r, const struct cached_head *cache, flo
 			                   slot + step < end ? slot + step : end);
 }
 
+/* Columns of a head that turn. */
+static int64_t turned(const struct attention_step_args *a)
+{
+	return a->rope_width > 0 ? a->rope_width : a->d_head;
+}
+
+/* A head of q or k, by the rotation of this position, or NULL. */
+static void rotate(const struct attention_step_args *a, const float *rotation, const float *from,
+                   float *to)
+{
+	int64_t width = turned(a);
+
+	chunk_rope_rotate(width, rotation, from, to);
+	memcpy(to + width, from + width, (size_t)(a->d_head - width) * sizeof(float));
+}
+
 /* rotation: of this position, or NULL. q: scratch [r->count, d]. */
 static void step_heads(const struct attention_step_args *a, int64_t b, int64_t kv, int64_t position,
                        const float *rotation, const struct readers *r, float *q)
@@ -43,13 +59,13 @@ static void step_heads(const struct attention_step_args *a, int64_t b, int64_t k
 	int64_t first = (position + 1 - n) % a->kv_slots;
 	struct cached_head cache = {b, kv, d, &a->k_cache, &a->v_cache};
 
-	chunk_rope_rotate(d, rotation, view_at(&a->k, b, 0, kv), view_at(&a->k_cache, b, slot, kv));
+	rotate(a, rotation, view_at(&a->k, b, 0, kv), view_at(&a->k_cache, b, slot, kv));
 	memcpy(view_at(&a->v_cache, b, slot, kv), view_at(&a->v, b, 0, kv),
 	       (size_t)d * sizeof(float));
 	for (int64_t i = 0; i < r->count; i++) {
 		float *out = view_at(&a->out, b, 0, r->first + i);
 
-		chunk_rope_rotate(d, rotation, view_at(&a->q, b, 0, r->first + i), q + i * d);
+		rotate(a, rotation, view_at(&a->q, b, 0, r->first + i), q + i * d);
 		r->softmax[i] = (struct online_softmax){.max = -FLT_MAX, .out = out};
 		memset(out, 0, (size_t)d * sizeof(float));
 	}
@@ -82,7 +98,7 @@ enum status cpu_attention_step(struct device *device, const void *args, void *wo
 	float *rotation = a->rope ? queries + a->batch * a->n_heads * d : NULL;
 
 	if (rotation)
-		chunk_rope_table(d, position, 1, rotation);
+		chunk_rope_table(turned(a), position, 1, rotation);
 #pragma omp parallel for collapse(2) schedule(static)
 	for (int64_t b = 0; b < a->batch; b++)
 		for (int64_t kv = 0; kv < a->kv_heads; kv++) {

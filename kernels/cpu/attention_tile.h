@@ -1,6 +1,6 @@
 /*
  * What the tiled attention kernels share: the register-blocked product, the
- * vector exponential and the range of keys that a query sees.
+ * vector exponential, the lists of keys and the range of each that a query sees.
  *
  * A panel is a small matrix whose rows are PANEL floats, aligned to a vector.
  * The `lanes` of a panel are the queries (forward) or the keys (backward), so
@@ -14,6 +14,8 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+
+#include "kernels/key_lists.h"
 
 /* The product keeps ROWS x VECTORS accumulators; they must fit the registers. */
 #if defined(__AVX512F__)
@@ -45,15 +47,37 @@ static inline int64_t round_up(int64_t n, int64_t multiple)
 	return (n + multiple - 1) / multiple * multiple;
 }
 
-/* Keys first .. end-1 are visible to query t. Both grow with t. */
-static inline int64_t first_key(const struct attention_args *a, int64_t t)
+/* Keys come in lists, whose numbers are those of tokens except with MASK_DILATED (key_lists.h). */
+static inline int n_key_lists(const struct attention_args *a)
 {
+	return a->mask == MASK_DILATED ? N_KEY_LISTS : 1;
+}
+
+/* How many of tokens 0 .. end-1 are on the list. */
+static inline int64_t list_length(const struct attention_args *a, enum key_list list, int64_t end)
+{
+	return a->mask == MASK_DILATED ? keys_before(list, a->dilation, a->initial, end) : end;
+}
+
+/* The token of a key's number. */
+static inline int64_t list_token(const struct attention_args *a, enum key_list list, int64_t key)
+{
+	return a->mask == MASK_DILATED ? key_token(list, a->dilation, a->initial, key) : key;
+}
+
+/* Keys first .. end-1 of the list are visible to query t. Both grow with t. */
+static inline int64_t first_key(const struct attention_args *a, enum key_list list, int64_t t)
+{
+	if (a->mask == MASK_DILATED)
+		return list == KEYS_KEPT ? 0 : list_length(a, list, max_i64(t - a->window, 0));
 	return a->mask == MASK_WINDOW ? max_i64(t - a->window, 0) : 0;
 }
 
-static inline int64_t end_key(const struct attention_args *a, int64_t t)
+static inline int64_t end_key(const struct attention_args *a, enum key_list list, int64_t t)
 {
 	switch (a->mask) {
+	case MASK_DILATED:
+		return list_length(a, list, min_i64(t + 1, a->kv_len));
 	case MASK_CHUNK:
 		return min_i64(t / a->chunk, a->kv_len);
 	case MASK_FULL:
@@ -138,6 +162,15 @@ static inline void store_rows(vec acc[ROWS][VECTORS], float *c)
 			*(vec *)(c + i * PANEL + j * LANES) = acc[i][j];
 }
 
+/* A row of d floats, times factor, becomes a lane of a panel; row NULL: zeros. */
+static inline void pack_lane(float *panel, int64_t lane, const float *row, int64_t d, float factor)
+{
+	for (int64_t i = 0; row && i < d; i++)
+		panel[i * PANEL + lane] = row[i] * factor;
+	for (int64_t i = 0; !row && i < d; i++)
+		panel[i * PANEL + lane] = 0.0f;
+}
+
 /*
  * Transposes n rows of d floats, `stride` apart, times factor, into a panel of
  * d rows whose lanes from n on are zero.
@@ -145,12 +178,8 @@ static inline void store_rows(vec acc[ROWS][VECTORS], float *c)
 static inline void pack_transposed(float *panel, const float *rows, int64_t stride, int64_t n,
                                    int64_t d, float factor)
 {
-	for (int64_t lane = 0; lane < n; lane++)
-		for (int64_t i = 0; i < d; i++)
-			panel[i * PANEL + lane] = rows[lane * stride + i] * factor;
-	for (int64_t lane = n; lane < PANEL; lane++)
-		for (int64_t i = 0; i < d; i++)
-			panel[i * PANEL + lane] = 0.0f;
+	for (int64_t lane = 0; lane < PANEL; lane++)
+		pack_lane(panel, lane, lane < n ? rows + lane * stride : NULL, d, factor);
 }
 
 #endif

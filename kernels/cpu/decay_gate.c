@@ -1,4 +1,5 @@
-/* Gates of low rank: a decay of x W^T + bias, or these logits themselves; and their gradients. */
+/* Gates of low rank: a decay of x W^T + bias, or these logits themselves, of x or of tanh(x); and
+ * their gradients. */
 #include <cblas.h>
 #include <omp.h>
 #include <string.h>
@@ -20,12 +21,37 @@ static int64_t block_size(const struct decay_gate_args *a, int64_t first)
 	return a->n_tokens - first < BLOCK_TOKENS ? a->n_tokens - first : BLOCK_TOKENS;
 }
 
-/* to [n, d_out] = x W^T for n tokens from `first` on, without the bias. */
-static void project(const struct decay_gate_args *a, int64_t first, int64_t n, float *to)
+/* Rows of a block that are multiplied. */
+struct rows {
+	const float *data;
+	int stride;
+};
+
+/* Floats of a block of tanh(x), in whole cache lines; 0: x is multiplied as it is. */
+static int64_t tanh_floats(const struct decay_gate_args *a)
+{
+	return has_tanh(a->form) ? (BLOCK_TOKENS * a->rank + 15) / 16 * 16 : 0;
+}
+
+/* x of n tokens from `first` on, or tanh(x) in `space`. */
+static struct rows input_of(const struct decay_gate_args *a, int64_t first, int64_t n, float *space)
+{
+	const float *x = (const float *)a->x + first * a->x_stride;
+
+	if (!has_tanh(a->form))
+		return (struct rows){x, (int)a->x_stride};
+	for (int64_t t = 0; t < n; t++)
+#pragma omp simd
+		for (int64_t i = 0; i < a->rank; i++)
+			space[t * a->rank + i] = tanh_f32(x[t * a->x_stride + i]);
+	return (struct rows){space, (int)a->rank};
+}
+
+/* to [n, d_out] = x W^T for n rows, without the bias. */
+static void project(const struct decay_gate_args *a, struct rows x, int64_t n, float *to)
 {
 	cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)n, (int)a->d_out, (int)a->rank, 1,
-	            (const float *)a->x + first * a->x_stride, (int)a->x_stride, a->weight,
-	            (int)a->rank, 0, to, (int)a->d_out);
+	            x.data, x.stride, a->weight, (int)a->rank, 0, to, (int)a->d_out);
 }
 
 /* Columns of each rate, of which there are n_heads or none. */
@@ -43,19 +69,32 @@ static void finish_row(const struct decay_gate_args *a, float *row)
 #pragma omp simd
 		for (int64_t i = 0; i < a->d_out; i++)
 			row[i] = log_sigmoid_f32(row[i] + a->bias[i]) * inverse;
-	else if (a->form == LOW_RANK_LOGIT)
+	else if (a->form == LOW_RANK_EXP)
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_out; i++)
+			row[i] = -exp_f32(row[i] + a->bias[i]);
+	else if (is_logit(a->form))
 #pragma omp simd
 		for (int64_t i = 0; i < a->d_out; i++)
 			row[i] += a->bias[i];
+	else if (a->form == LOW_RANK_STEP)
+	/* softplus(x) = -logsigmoid(-x). */
+#pragma omp simd
+		for (int64_t i = 0; i < a->d_out; i++)
+			row[i] = -log_sigmoid_f32(-row[i] - a->bias[i]);
 	else
 		for (int64_t h = 0, d = rate_width(a); h < a->n_heads; h++) {
 			float rate = expf(a->log_rate[h]);
 
-			/* softplus(x) = -logsigmoid(-x). */
 #pragma omp simd
 			for (int64_t i = h * d; i < (h + 1) * d; i++)
 				row[i] = rate * log_sigmoid_f32(-row[i] - a->bias[i]);
 		}
+}
+
+size_t cpu_decay_gate_workspace(const struct device *device, const void *args)
+{
+	return sizeof(float) * (size_t)(tanh_floats(args) * omp_get_max_threads());
 }
 
 enum status cpu_decay_gate(struct device *device, const void *args, void *workspace)
@@ -65,9 +104,10 @@ enum status cpu_decay_gate(struct device *device, const void *args, void *worksp
 #pragma omp parallel for schedule(static)
 	for (int64_t block = 0; block < count_blocks(a); block++) {
 		int64_t first = block * BLOCK_TOKENS, n = block_size(a, first);
+		int64_t space = tanh_floats(a) * omp_get_thread_num();
 		float *out = (float *)a->out + first * a->d_out;
 
-		project(a, first, n, out);
+		project(a, input_of(a, first, n, (float *)workspace + space), n, out);
 		for (int64_t t = 0; t < n; t++)
 			finish_row(a, out + t * a->d_out);
 	}
@@ -75,15 +115,16 @@ enum status cpu_decay_gate(struct device *device, const void *args, void *worksp
 }
 
 /* Each thread's share of dbias and of dlog_rate, channel by channel [d_out], and of dweight
- * [d_out, rank]. */
+ * [d_out, rank]; and its block of tanh(x). */
 struct partial {
 	double *dbias, *drate;
-	float *dweight;
+	float *dweight, *space;
 };
 
 static size_t partial_bytes(const struct decay_gate_args *f)
 {
-	size_t bytes = (size_t)f->d_out * (2 * sizeof(double) + (size_t)f->rank * sizeof(float));
+	size_t bytes = (size_t)f->d_out * (2 * sizeof(double) + (size_t)f->rank * sizeof(float)) +
+	               (size_t)tanh_floats(f) * sizeof(float);
 
 	return (bytes + 63) / 64 * 64;
 }
@@ -92,7 +133,9 @@ static struct partial partial_of(const struct decay_gate_args *f, void *workspac
 {
 	double *dbias = (double *)((char *)workspace + partial_bytes(f) * (size_t)thread);
 
-	return (struct partial){dbias, dbias + f->d_out, (float *)(dbias + 2 * f->d_out)};
+	float *dweight = (float *)(dbias + 2 * f->d_out);
+
+	return (struct partial){dbias, dbias + f->d_out, dweight, dweight + f->d_out * f->rank};
 }
 
 size_t cpu_decay_gate_backward_workspace(const struct device *device, const void *args)
@@ -115,6 +158,14 @@ static void slope_row(const struct decay_gate_args *f, const float *dout, float 
 #pragma omp simd
 		for (int64_t i = 0; i < f->d_out; i++)
 			row[i] = dout[i] * inverse * sigmoid_f32(-row[i] - f->bias[i]);
+	else if (f->form == LOW_RANK_EXP)
+#pragma omp simd
+		for (int64_t i = 0; i < f->d_out; i++)
+			row[i] = -dout[i] * exp_f32(row[i] + f->bias[i]);
+	else if (f->form == LOW_RANK_STEP)
+#pragma omp simd
+		for (int64_t i = 0; i < f->d_out; i++)
+			row[i] = dout[i] * sigmoid_f32(row[i] + f->bias[i]);
 	else
 		for (int64_t h = 0, d = rate_width(f); h < f->n_heads; h++) {
 			float rate = expf(f->log_rate[h]);
@@ -132,20 +183,20 @@ static void slope_row(const struct decay_gate_args *f, const float *dout, float 
 /* Where dlogit is: of logits it is the output's gradient. */
 static float *dlogit_of(const struct decay_gate_backward_args *a)
 {
-	return a->forward.form == LOW_RANK_LOGIT ? (float *)a->dout : a->dlogit;
+	return is_logit(a->forward.form) ? (float *)a->dout : a->dlogit;
 }
 
-static void logit_backward(const struct decay_gate_backward_args *a, int64_t first, int64_t n,
-                           const struct partial *sum)
+static void logit_backward(const struct decay_gate_backward_args *a, struct rows x, int64_t first,
+                           int64_t n, const struct partial *sum)
 {
 	const struct decay_gate_args *f = &a->forward;
 	float *dlogit = dlogit_of(a) + first * f->d_out;
 	const float *dout = (const float *)a->dout + first * f->d_out;
 
-	if (f->form != LOW_RANK_LOGIT)
-		project(f, first, n, dlogit);
+	if (!is_logit(f->form))
+		project(f, x, n, dlogit);
 	for (int64_t t = 0; t < n; t++, dlogit += f->d_out, dout += f->d_out) {
-		if (f->form != LOW_RANK_LOGIT)
+		if (!is_logit(f->form))
 			slope_row(f, dout, dlogit, sum->drate);
 #pragma omp simd
 		for (int64_t i = 0; i < f->d_out; i++)
@@ -158,13 +209,22 @@ static void block_backward(const struct decay_gate_backward_args *a, int64_t fir
 {
 	const struct decay_gate_args *f = &a->forward;
 	const float *dlogit = dlogit_of(a) + first * f->d_out;
-	int tokens = (int)n, rank = (int)f->rank, d_out = (int)f->d_out, stride = (int)f->x_stride;
+	int tokens = (int)n, rank = (int)f->rank, d_out = (int)f->d_out;
+	const struct rows x = input_of(f, first, n, sum->space);
+	float *dx = (float *)a->dx + first * f->x_stride;
 
-	logit_backward(a, first, n, sum);
+	logit_backward(a, x, first, n, sum);
 	cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, tokens, rank, d_out, 1, dlogit,
-	            d_out, f->weight, rank, 0, (float *)a->dx + first * f->x_stride, stride);
+	            d_out, f->weight, rank, 0, dx, (int)f->x_stride);
 	cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, d_out, rank, tokens, 1, dlogit, d_out,
-	            (const float *)f->x + first * f->x_stride, stride, 1, sum->dweight, rank);
+	            x.data, x.stride, 1, sum->dweight, rank);
+	for (int64_t t = 0; has_tanh(f->form) && t < n; t++)
+#pragma omp simd
+		for (int64_t i = 0; i < f->rank; i++) {
+			float y = x.data[t * f->rank + i];
+
+			dx[t * f->x_stride + i] *= (1.0f - y) * (1.0f + y);
+		}
 }
 
 static void add_partials(const struct decay_gate_backward_args *a, void *workspace, int n_threads)

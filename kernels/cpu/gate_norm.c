@@ -148,6 +148,22 @@ static void skip_backward(const struct gate_norm_backward_args *a, int64_t n,
 	}
 }
 
+/* dx of token n. */
+static void add_residual(const struct gate_norm_backward_args *a, int64_t n,
+                         const struct scratch *s)
+{
+	int64_t width = a->forward.n_heads * a->forward.d_head;
+	const float *dresidual = a->dresidual;
+	float *dx = (float *)a->dx + n * width;
+
+	if (!dresidual)
+		memcpy(dx, s->du, sizeof *dx * (size_t)width);
+	else
+#pragma omp simd
+		for (int64_t i = 0; i < width; i++)
+			dx[i] = s->du[i] + dresidual[n * width + i];
+}
+
 enum status cpu_gate_norm_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct gate_norm_backward_args *a = args;
@@ -165,7 +181,7 @@ enum status cpu_gate_norm_backward(struct device *device, const void *args, void
 		norm_backward(a, n, &s);
 		gate_backward(a, n, &s);
 		skip_backward(a, n, &s);
-		memcpy((float *)a->dx + n * width, s.du, sizeof *s.du * (size_t)width);
+		add_residual(a, n, &s);
 	}
 	add_shares(workspace, n_threads, share, group, a->dweight);
 	if (f->skip)

@@ -14,7 +14,7 @@
 	X(NORM_LINEAR, "cpu", cpu_norm_linear, any, none)                                          \
 	X(NORM_LINEAR_BACKWARD, "cpu", cpu_norm_linear_backward, any, workspace)                   \
 	X(LINEAR_RESIDUAL, "cpu", cpu_linear_residual, any, none)                                  \
-	X(LINEAR_RESIDUAL_BACKWARD, "cpu", cpu_linear_residual_backward, any, none)                \
+	X(LINEAR_RESIDUAL_BACKWARD, "cpu", cpu_linear_residual_backward, any, workspace)           \
 	X(ROTATE, "cpu", cpu_rotate, checked, workspace)                                           \
 	X(ROTATE_BACKWARD, "cpu", cpu_rotate_backward, checked, workspace)                         \
 	X(ATTENTION, "cpu", cpu_attention, checked, workspace)                             \
@@ -26,17 +26,21 @@
 	X(RECURRENCE, "cpu", cpu_recurrence, checked, workspace)                           \
 	X(RECURRENCE_BACKWARD, "cpu", cpu_recurrence_backward, checked, workspace)         \
 	X(RECURRENCE_STEP, "cpu", cpu_recurrence_step, checked, none)                      \
+	X(RATPLUS_STEP, "cpu", cpu_ratplus_step, any, workspace)                                   \
+	X(SELECTIVE_SCAN, "cpu", cpu_selective_scan, any, workspace)                               \
+	X(SELECTIVE_SCAN_BACKWARD, "cpu", cpu_selective_scan_backward, any, workspace)             \
+	X(SELECTIVE_SCAN_STEP, "cpu", cpu_selective_scan_step, any, workspace)                     \
 	X(MATRIX_RECURRENCE, "cpu", cpu_matrix_recurrence, checked, workspace)             \
 	X(MATRIX_RECURRENCE_BACKWARD, "cpu", cpu_matrix_recurrence_backward, checked, workspace)\
 	X(MATRIX_RECURRENCE_STEP, "cpu", cpu_matrix_recurrence_step, checked, workspace)   \
-	X(DECAY_GATE, "cpu", cpu_decay_gate, checked, none)                                        \
+	X(DECAY_GATE, "cpu", cpu_decay_gate, checked, workspace)                                   \
 	X(DECAY_GATE_BACKWARD, "cpu", cpu_decay_gate_backward, checked, workspace)                 \
 	X(NORM_GATE, "cpu", cpu_norm_gate, checked, none)                                          \
 	X(NORM_GATE_BACKWARD, "cpu", cpu_norm_gate_backward, checked, workspace)                   \
 	X(ROTATE_STEP, "cpu", cpu_rotate_step, checked, workspace)                                 \
-	X(SHORT_CONV, "cpu", cpu_short_conv, any, none)                                            \
-	X(SHORT_CONV_BACKWARD, "cpu", cpu_short_conv_backward, any, workspace)                     \
-	X(SHORT_CONV_STEP, "cpu", cpu_short_conv_step, any, none)                                  \
+	X(SHORT_CONV, "cpu", cpu_short_conv, checked, none)                                        \
+	X(SHORT_CONV_BACKWARD, "cpu", cpu_short_conv_backward, checked, workspace)                 \
+	X(SHORT_CONV_STEP, "cpu", cpu_short_conv_step, checked, none)                              \
 	X(TIME_STEP, "cpu", cpu_time_step, any, none)                                              \
 	X(TIME_STEP_BACKWARD, "cpu", cpu_time_step_backward, any, workspace)                       \
 	X(DELTA_GATE, "cpu", cpu_delta_gate, any, none)                                            \
@@ -45,8 +49,17 @@
 	X(FORGET_GATE_BACKWARD, "cpu", cpu_forget_gate_backward, any, workspace)                   \
 	X(GATE_NORM, "cpu", cpu_gate_norm, any, none)                                              \
 	X(GATE_NORM_BACKWARD, "cpu", cpu_gate_norm_backward, any, workspace)                       \
+	X(BLOCK_LINEAR, "cpu", cpu_block_linear, any, none)                                        \
+	X(BLOCK_LINEAR_BACKWARD, "cpu", cpu_block_linear_backward, any, none)                      \
+	X(LRU_GATE, "cpu", cpu_lru_gate, any, workspace)                                           \
+	X(LRU_GATE_BACKWARD, "cpu", cpu_lru_gate_backward, any, workspace)                         \
+	X(GELU_GATE, "cpu", cpu_gelu_gate, any, none)                                              \
+	X(GELU_GATE_BACKWARD, "cpu", cpu_gelu_gate_backward, any, none)                            \
 	X(L2_NORM, "cpu", cpu_l2_norm, any, none)                                                  \
 	X(L2_NORM_BACKWARD, "cpu", cpu_l2_norm_backward, any, none)                                \
+	X(TOKEN_SHIFT, "cpu", cpu_token_shift, checked, none)                                      \
+	X(TOKEN_SHIFT_BACKWARD, "cpu", cpu_token_shift_backward, checked, workspace)               \
+	X(TOKEN_SHIFT_STEP, "cpu", cpu_token_shift_step, checked, none)                            \
 	X(GELU, "cpu", cpu_gelu, any, none)                                                        \
 	X(GELU_BACKWARD, "cpu", cpu_gelu_backward, any, none)                                      \
 	X(EMBEDDING, "cpu", cpu_embedding, any, none)                                              \

@@ -46,7 +46,10 @@ enum status cpu_norm_linear(struct device *device, const void *args, void *works
 
 	if (a->norm_weight)
 		normalize(a);
-	cpu_matmul(false, true, a->n_tokens, a->d_out, a->d_in, a->x_norm, a->weight, 0, a->y);
+	for (int64_t n = 0; a->bias && n < a->n_tokens; n++)
+		memcpy((float *)a->y + n * a->d_out, a->bias, (size_t)a->d_out * sizeof(float));
+	cpu_matmul(false, true, a->n_tokens, a->d_out, a->d_in, a->x_norm, a->weight,
+	           a->bias ? 1.0f : 0.0f, a->y);
 	return STATUS_OK;
 }
 
@@ -116,9 +119,10 @@ size_t cpu_norm_linear_backward_workspace(const struct device *device, const voi
 {
 	const struct norm_linear_backward_args *a = args;
 
-	return a->forward.norm_weight
-	               ? (size_t)omp_get_max_threads() * (size_t)a->forward.d_in * sizeof(double)
-	               : 0;
+	size_t norm = a->forward.norm_weight ? sum_rows_bytes(a->forward.d_in) : 0;
+	size_t bias = a->forward.bias ? sum_rows_bytes(a->forward.d_out) : 0;
+
+	return norm > bias ? norm : bias;
 }
 
 enum status cpu_norm_linear_backward(struct device *device, const void *args, void *workspace)
@@ -129,6 +133,8 @@ enum status cpu_norm_linear_backward(struct device *device, const void *args, vo
 	           a->forward.x_norm, 0, a->dweight);
 	cpu_matmul(false, false, a->forward.n_tokens, a->forward.d_in, a->forward.d_out, a->dy,
 	           a->forward.weight, 0, a->dx_norm);
+	if (a->forward.bias)
+		sum_rows(a->forward.n_tokens, a->forward.d_out, a->dy, workspace, a->dbias);
 	if (a->forward.norm_weight)
 		norm_backward(a, workspace);
 	else

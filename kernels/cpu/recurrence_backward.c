@@ -25,10 +25,11 @@ static void output_gate_backward(int64_t n, const float *dout, const float *z, c
 	}
 }
 
-/* carry: g_{t+1} lambda_{t+1} in, g_t lambda_t out. h_before NULL: zero. dbias accumulates. */
+/* carry: g_{t+1} lambda_{t+1} in, g_t lambda_t out. h_before NULL: zero. base, which may be dgate,
+ * is added to it, or NULL. dbias accumulates. */
 static void token_sigmoid(int64_t n, const float *x, const float *gate, const float *bias,
-                          const float *h_before, const float *dh, float *carry, float *dx,
-                          float *dgate, double *dbias)
+                          const float *h_before, const float *dh, const float *base, float *carry,
+                          float *dx, float *dgate, double *dbias)
 {
 #pragma omp simd
 	for (int64_t i = 0; i < n; i++) {
@@ -38,14 +39,14 @@ static void token_sigmoid(int64_t n, const float *x, const float *gate, const fl
 		float dlogit = lambda * difference * g.decay * g.input;
 
 		dx[i] = lambda * g.input;
-		dgate[i] = dlogit;
+		dgate[i] = base ? base[i] + dlogit : dlogit;
 		carry[i] = lambda * g.decay;
 		dbias[i] += dlogit;
 	}
 }
 
 static void token_log_decay(int64_t n, const float *gate, const float *h_before, const float *dh,
-                            float *carry, float *dx, float *dgate)
+                            const float *base, float *carry, float *dx, float *dgate)
 {
 #pragma omp simd
 	for (int64_t i = 0; i < n; i++) {
@@ -53,7 +54,9 @@ static void token_log_decay(int64_t n, const float *gate, const float *h_before,
 		float decayed = lambda * exp_f32(gate[i]);
 
 		dx[i] = lambda;
-		dgate[i] = h_before ? decayed * h_before[i] : 0.0f;
+		float dlog = h_before ? decayed * h_before[i] : 0.0f;
+
+		dgate[i] = base ? base[i] + dlog : dlog;
 		carry[i] = decayed;
 	}
 }
@@ -99,6 +102,7 @@ static void run_token(const struct recurrence_backward_args *a, int64_t b, int64
 	const float *dh = view_at(&a->dout, b, t, 0) + first;
 	float *dx = view_at(&a->dx, b, t, 0) + first;
 	float *dgate = view_at(&a->dgate, b, t, 0) + first;
+	const float *base = a->dgate_base.data ? view_at(&a->dgate_base, b, t, 0) + first : NULL;
 
 	if (f->z.data) {
 		output_gate_backward(n, dh, view_at(&f->z, b, t, 0) + first,
@@ -108,10 +112,10 @@ static void run_token(const struct recurrence_backward_args *a, int64_t b, int64
 	}
 	if (f->form == GATE_SIGMOID)
 		token_sigmoid(n, x, gate, f->gate_bias ? f->gate_bias + first : NULL,
-		              state_before(f, b, t, first), dh, s->carry + row, dx, dgate,
+		              state_before(f, b, t, first), dh, base, s->carry + row, dx, dgate,
 		              s->dbias + row);
 	else
-		token_log_decay(n, gate, state_before(f, b, t, first), dh, s->carry + row, dx,
+		token_log_decay(n, gate, state_before(f, b, t, first), dh, base, s->carry + row, dx,
 		                dgate);
 }
 

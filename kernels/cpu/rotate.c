@@ -110,13 +110,20 @@ static inline void rotate_head(float *to, const float *from, const struct angles
 	}
 }
 
-/* All heads of a token, from token t of one view to token (or slot) t_out of another. */
+/* All heads of a token, from token t of one view to token (or slot) t_out of another; `rest`
+ * columns after those that turn are copied. */
 static void rotate_token(const struct view *to, int64_t t_out, const struct view *from, int64_t b,
-                         int64_t t, int64_t n_heads, int64_t half, const struct angles *angles,
-                         float sign)
+                         int64_t t, int64_t n_heads, int64_t half, int64_t rest,
+                         const struct angles *angles, float sign)
 {
-	for (int64_t h = 0; h < n_heads; h++)
-		rotate_head(view_at(to, b, t_out, h), view_at(from, b, t, h), angles, half, sign);
+	for (int64_t h = 0; h < n_heads; h++) {
+		const float *source = view_at(from, b, t, h);
+		float *target = view_at(to, b, t_out, h);
+
+		rotate_head(target, source, angles, half, sign);
+		if (rest > 0 && target != source)
+			memcpy(target + 2 * half, source + 2 * half, (size_t)rest * sizeof(float));
+	}
 }
 
 static void copy_token(const struct view *to, int64_t t_out, const struct view *from, int64_t b,
@@ -127,32 +134,34 @@ static void copy_token(const struct view *to, int64_t t_out, const struct view *
 		       (size_t)d_head * sizeof(float));
 }
 
-/* q, k and v of tokens `first` to `last` of sequence b; they are of one block of positions. */
+/* q and k of tokens `first` to `last` of sequence b; they are of one block of positions. */
 static void rotate_block(const struct rotate_args *a, float sign, const double *table,
                          const struct angles *angles, int64_t b, int64_t first, int64_t last)
 {
-	int64_t half = a->d_head / 2;
+	int64_t half = a->rope_width / 2, rest = a->d_head - a->rope_width;
 
-	enter_block(angles, a->d_head, first);
+	enter_block(angles, a->rope_width, first);
 	for (int64_t t = first; t < last; t++) {
 		enter_token(angles, table, half, t - first);
 		if (a->q_out.data)
-			rotate_token(&a->q_out, t, &a->q, b, t, a->n_heads, half, angles, sign);
+			rotate_token(&a->q_out, t, &a->q, b, t, a->n_heads, half, rest, angles,
+			             sign);
 		if (a->k_out.data && t >= a->first_kv)
 			rotate_token(&a->k_out, t % a->kv_slots, &a->k, b, t, a->kv_heads, half,
-			             angles, sign);
+			             rest, angles, sign);
 	}
 }
 
+/* With a rope_width that is not 0. */
 static void rotate_q_and_k(const struct rotate_args *a, float sign, double *workspace)
 {
 	int64_t n_blocks = (a->seq_len + BLOCK - 1) / BLOCK;
 
 #pragma omp parallel
 	{
-		struct angles angles = thread_angles(workspace, a->d_head / 2);
+		struct angles angles = thread_angles(workspace, a->rope_width / 2);
 
-		fill_tables(workspace, a->d_head);
+		fill_tables(workspace, a->rope_width);
 #pragma omp for schedule(static)
 		for (int64_t i = 0; i < a->batch * n_blocks; i++) {
 			int64_t first = i % n_blocks * BLOCK;
@@ -183,31 +192,39 @@ static void copy_tokens(const struct rotate_args *a, const struct view *to, cons
 		           n_heads, a->d_head);
 }
 
-static const char *rotation_unsupported(bool rope, int64_t d_head)
+/* Columns that turn. */
+static int64_t turned(int64_t rope_width, int64_t d_head)
 {
-	return rope && d_head % 2 != 0 ? "rotary positions need an even head width" : NULL;
+	return rope_width > 0 ? rope_width : d_head;
+}
+
+static const char *rotation_unsupported(bool rope, int64_t width)
+{
+	return rope && width % 2 != 0 ? "rotary positions need an even head width" : NULL;
 }
 
 const char *cpu_rotate_unsupported(const struct device *device, const void *args)
 {
 	const struct rotate_args *a = args;
 
-	return rotation_unsupported(a->rope, a->d_head);
+	return rotation_unsupported(a->rope, turned(a->rope_width, a->d_head));
 }
 
 size_t cpu_rotate_workspace(const struct device *device, const void *args)
 {
 	const struct rotate_args *a = args;
 
-	return rotation_workspace(a->rope, a->d_head);
+	return rotation_workspace(a->rope, turned(a->rope_width, a->d_head));
 }
 
 enum status cpu_rotate(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_args *a = args;
+	struct rotate_args turn = *a;
 
+	turn.rope_width = turned(a->rope_width, a->d_head);
 	if (a->rope) {
-		rotate_q_and_k(a, 1, workspace);
+		rotate_q_and_k(&turn, 1, workspace);
 	} else {
 		copy_tokens(a, &a->q_out, &a->q, a->n_heads, 0, a->seq_len);
 		copy_tokens(a, &a->k_out, &a->k, a->kv_heads, a->first_kv, a->kv_slots);
@@ -220,14 +237,14 @@ const char *cpu_rotate_backward_unsupported(const struct device *device, const v
 {
 	const struct rotate_backward_args *a = args;
 
-	return rotation_unsupported(a->rope, a->d_head);
+	return rotation_unsupported(a->rope, turned(a->rope_width, a->d_head));
 }
 
 size_t cpu_rotate_backward_workspace(const struct device *device, const void *args)
 {
 	const struct rotate_backward_args *a = args;
 
-	return rotation_workspace(a->rope, a->d_head);
+	return rotation_workspace(a->rope, turned(a->rope_width, a->d_head));
 }
 
 enum status cpu_rotate_backward(struct device *device, const void *args, void *workspace)
@@ -239,6 +256,7 @@ enum status cpu_rotate_backward(struct device *device, const void *args, void *w
 	        .n_heads = a->n_heads,
 	        .kv_heads = a->kv_heads,
 	        .d_head = a->d_head,
+	        .rope_width = turned(a->rope_width, a->d_head),
 	        .kv_slots = a->seq_len,
 	        .q = a->dq_out,
 	        .k = a->dk_out,
@@ -285,8 +303,8 @@ enum status cpu_rotate_step(struct device *device, const void *args, void *works
 	}
 #pragma omp parallel for schedule(static)
 	for (int64_t b = 0; b < a->batch; b++) {
-		rotate_token(&a->q_out, 0, &a->q, b, 0, a->n_heads, half, &angles, 1);
-		rotate_token(&a->k_out, 0, &a->k, b, 0, a->n_heads, half, &angles, 1);
+		rotate_token(&a->q_out, 0, &a->q, b, 0, a->n_heads, half, 0, &angles, 1);
+		rotate_token(&a->k_out, 0, &a->k, b, 0, a->n_heads, half, 0, &angles, 1);
 	}
 	return STATUS_OK;
 }

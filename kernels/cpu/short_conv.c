@@ -1,4 +1,4 @@
-/* Mamba's short convolution with its silu: forward, gradients, and one token at a time. */
+/* Mamba's short convolution with its silu, or none: forward, gradients, and one token at a time. */
 #include <omp.h>
 #include <string.h>
 
@@ -60,6 +60,8 @@ enum status cpu_short_conv(struct device *device, const void *args, void *worksp
 			float *out = (float *)a->out + (b * a->seq_len + t) * a->channels;
 
 			convolve(a, x, t, a->channels, a->weight, a->bias, out);
+			if (a->curve == CURVE_NONE)
+				continue;
 #pragma omp simd
 			for (int64_t i = 0; i < a->channels; i++)
 				out[i] = silu_f32(out[i]);
@@ -94,6 +96,10 @@ static void activation_backward(const struct short_conv_backward_args *a, int64_
 #pragma omp simd
 		for (int64_t i = 0; i < channels; i++)
 			sum[i] += dout[r * f->channels + i];
+	if (f->curve == CURVE_NONE) {
+		memcpy(dpre, sum, sizeof *sum * (size_t)channels);
+		return;
+	}
 	convolve(f, x, t, channels, f->weight + first * CONV_WIDTH,
 	         f->bias ? f->bias + first : NULL, dpre);
 #pragma omp simd
@@ -174,8 +180,10 @@ enum status cpu_short_conv_step(struct device *device, const void *args, void *w
 			const float *w = a->weight + i * CONV_WIDTH;
 			float old = history[i], middle = history[c + i], last = history[2 * c + i];
 
-			out[i] = silu_f32((a->bias ? a->bias[i] : 0.0f) + w[0] * old +
-			                  w[1] * middle + w[2] * last + w[3] * x[i]);
+			float sum = (a->bias ? a->bias[i] : 0.0f) + w[0] * old + w[1] * middle +
+			            w[2] * last + w[3] * x[i];
+
+			out[i] = a->curve == CURVE_NONE ? sum : silu_f32(sum);
 			history[i] = middle;
 			history[c + i] = last;
 			history[2 * c + i] = x[i];

@@ -15,7 +15,7 @@ static const char *check_gate(enum gate_form form)
 
 static const char *check_mask(enum mask mask)
 {
-	return is_known_mask(mask) ? NULL : "an unknown mask";
+	return is_mask(mask) ? NULL : "an unknown mask";
 }
 
 static const char *check_low_rank(enum low_rank form)
@@ -23,9 +23,21 @@ static const char *check_low_rank(enum low_rank form)
 	return is_known_low_rank(form) ? NULL : "an unknown gate of low rank";
 }
 
-static const char *check_curve(enum curve curve)
+static const char *check_output(enum curve curve, enum norm norm)
 {
-	return is_known_curve(curve) ? NULL : "an unknown curve";
+	return !is_known_curve(curve) ? "an unknown curve"
+	       : !is_known_norm(norm) ? "an unknown norm"
+	                              : NULL;
+}
+
+static const char *check_shift(enum shift form)
+{
+	return is_known_shift(form) ? NULL : "an unknown form of shift";
+}
+
+static const char *check_activation(enum curve curve)
+{
+	return is_known_activation(curve) ? NULL : "an unknown curve";
 }
 
 #define UNSUPPORTED(op, check)                                                                     \
@@ -46,5 +58,11 @@ UNSUPPORTED(matrix_recurrence_backward, check_matrix(a->forward.decay, a->forwar
 UNSUPPORTED(matrix_recurrence_step, check_matrix(a->decay, a->rule))
 UNSUPPORTED(decay_gate, check_low_rank(a->form))
 UNSUPPORTED(decay_gate_backward, check_low_rank(a->forward.form))
-UNSUPPORTED(norm_gate, check_curve(a->curve))
-UNSUPPORTED(norm_gate_backward, check_curve(a->forward.curve))
+UNSUPPORTED(norm_gate, check_output(a->curve, a->norm))
+UNSUPPORTED(norm_gate_backward, check_output(a->forward.curve, a->forward.norm))
+UNSUPPORTED(token_shift, check_shift(a->form))
+UNSUPPORTED(token_shift_backward, check_shift(a->forward.form))
+UNSUPPORTED(token_shift_step, check_shift(a->form))
+UNSUPPORTED(short_conv, check_activation(a->curve))
+UNSUPPORTED(short_conv_backward, check_activation(a->forward.curve))
+UNSUPPORTED(short_conv_step, check_activation(a->curve))

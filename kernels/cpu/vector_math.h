@@ -42,6 +42,19 @@ static inline float silu_f32(float x)
 	return x * sigmoid_f32(x);
 }
 
+/* tanh(x) = x p(x^2) near 0, where 1 - 2 / (1 + e^2x) would cancel. */
+static inline float tanh_f32(float x)
+{
+	float s = x * x, p = -1382.0f / 155925.0f;
+	float far = 1.0f - 2.0f / (1.0f + exp_f32(2.0f * fabsf(x)));
+
+	p = fmaf(p, s, 62.0f / 2835.0f);
+	p = fmaf(p, s, -17.0f / 315.0f);
+	p = fmaf(p, s, 2.0f / 15.0f);
+	p = fmaf(p, s, -1.0f / 3.0f);
+	return s < 0.1f ? fmaf(x * s, p, x) : copysignf(far, x);
+}
+
 /* In blocks: a sum of thousands of squares one by one loses a hundred units in its last place where
  * nothing is vectorised. */
 static inline float dot_f32(int64_t n, const float *x, const float *y)
@@ -74,6 +87,22 @@ static inline float log1p_f32(float e)
 	p = fmaf(p, s, 1.0f / 5.0f);
 	p = fmaf(p, s, 1.0f / 3.0f);
 	return 2.0f * fmaf(p * s, y, y);
+}
+
+/* 1 - e^x for x <= 0, relatively accurate however close to 0 that is. */
+static inline float one_minus_exp_f32(float x)
+{
+	float p = 1.0f / 9.0f;
+
+	/* -x (1 + x/2 (1 + x/3 (...))) down to -1/2. */
+	p = fmaf(p * x, 1.0f / 8.0f, 1.0f / 8.0f);
+	p = fmaf(p * x, 1.0f / 7.0f, 1.0f / 7.0f);
+	p = fmaf(p * x, 1.0f / 6.0f, 1.0f / 6.0f);
+	p = fmaf(p * x, 1.0f / 5.0f, 1.0f / 5.0f);
+	p = fmaf(p * x, 1.0f / 4.0f, 1.0f / 4.0f);
+	p = fmaf(p * x, 1.0f / 3.0f, 1.0f / 3.0f);
+	p = fmaf(p * x, 1.0f / 2.0f, 1.0f / 2.0f);
+	return x > -0.5f ? -fmaf(p * x, x, x) : 1.0f - exp_f32(x);
 }
 
 static inline float log_sigmoid_f32(float x)

@@ -14,7 +14,7 @@ static enum status run(struct device *device, const void *args, void *workspace)
 
 static bool is_known(const struct attention_args &a)
 {
-	return is_known_mask(a.mask);
+	return is_mask(a.mask);
 }
 
 static bool is_known(const struct matrix_recurrence_args &a)

@@ -137,11 +137,14 @@ static __global__ void __launch_bounds__(THREADS)
 	if (a.own_score && warp == 0)
 		s.add(a.d_head, doubles(a.own_score)[own(a, p.b, p.row, p.h)],
 		      at(&a.own_value, p.b, p.row, p.h));
-	for (int64_t key = lo + warp; key < hi; key += WARPS)
+	for (int64_t key = lo + warp; key < hi; key += WARPS) {
+		if (!is_visible(&a, p.row, key))
+			continue;
 		s.add(a.d_head,
 		      a.scale * dot(a.d_head, at(&a.q, p.b, p.row, p.h % a.q_heads),
 		                    at(&a.k, p.b, key, kv)),
 		      at(&a.v, p.b, key, kv));
+	}
 	merge(&s);
 	const double o = channel_sum(s.o) / s.sum;
 	if (a.lse && i == 0)
@@ -254,6 +257,8 @@ static __global__ void __launch_bounds__(THREADS)
 		if (warp == 0)
 			own_gradients(w, p.b, p.row, h);
 		for (int64_t s = lo + warp; s < hi; s += WARPS) {
+			if (!is_visible(&a, p.row, s))
+				continue;
 			differentiate(w, p.b, h, p.row, s, &ds);
 			add_scaled(a.d_head, ds, at(&a.k, p.b, s, attention_kv_head(&a, h)), dq);
 		}
@@ -275,6 +280,8 @@ static __global__ void __launch_bounds__(THREADS) keys_kernel(struct backward w,
 	seeing_queries(&a, key.row, &lo, &hi);
 	for (int64_t h = key.h * readers; h < (key.h + 1) * readers; h++)
 		for (int64_t t = lo + threadIdx.x / 32; t < hi; t += WARPS) {
+			if (!is_visible(&a, t, key.row))
+				continue;
 			const double p = differentiate(w, key.b, h, t, key.row, &ds);
 
 			add_scaled(a.d_head, ds, at(&a.q, key.b, t, h % a.q_heads), dk);

@@ -153,6 +153,40 @@ static __global__ void __launch_bounds__(THREADS)
 	}
 }
 
+/* ---- biases: a block per row ---- */
+
+static __global__ void __launch_bounds__(THREADS)
+        bias_kernel(int64_t width, const double *bias, double *y)
+{
+	for (int64_t i = threadIdx.x; i < width; i += THREADS)
+		y[blockIdx.x * width + i] += bias[i];
+}
+
+static __global__ void __launch_bounds__(THREADS)
+        sum_rows_kernel(int64_t width, const double *rows, double *sums)
+{
+	for (int64_t i = threadIdx.x; i < width; i += THREADS)
+		atomicAdd(sums + i, rows[blockIdx.x * width + i]);
+}
+
+/* y [n, width] += bias, unless that is NULL. */
+static enum status add_bias(struct device *device, int64_t n, int64_t width, const float *bias,
+                            void *y)
+{
+	return bias ? launch(device, bias_kernel, n, 0, width, doubles(bias), doubles(y))
+	            : STATUS_OK;
+}
+
+/* dbias = the sum of n rows of dy, unless dbias is NULL. */
+static enum status bias_gradient(struct device *device, int64_t n, int64_t width, const void *dy,
+                                 float *dbias)
+{
+	if (!dbias)
+		return STATUS_OK;
+	TRY(device_fill(device, dbias, 0, (size_t)width * sizeof(double)));
+	return launch(device, sum_rows_kernel, n, 0, width, doubles(dy), doubles(dbias));
+}
+
 /* ---- operations ---- */
 
 REFERENCE(norm_linear)
@@ -161,7 +195,8 @@ REFERENCE(norm_linear)
 
 	if (a->norm_weight)
 		TRY(launch(device, norm_kernel, a->n_tokens, 0, *a));
-	return linear(device, a->n_tokens, a->d_in, a->d_out, a->x_norm, a->weight, NULL, a->y);
+	TRY(linear(device, a->n_tokens, a->d_in, a->d_out, a->x_norm, a->weight, NULL, a->y));
+	return add_bias(device, a->n_tokens, a->d_out, a->bias, a->y);
 }
 
 REFERENCE(norm_linear_backward)
@@ -170,6 +205,7 @@ REFERENCE(norm_linear_backward)
 	        static_cast<const struct norm_linear_backward_args *>(args);
 	const struct norm_linear_args *f = &a->forward;
 
+	TRY(bias_gradient(device, f->n_tokens, f->d_out, a->dy, f->bias ? a->dbias : NULL));
 	if (!f->norm_weight)
 		return linear_backward(device, f->n_tokens, f->d_in, f->d_out, f->x_norm, f->weight,
 		                       a->dy, a->dresidual, a->dx, a->dweight);
@@ -184,7 +220,8 @@ REFERENCE(linear_residual)
 	const struct linear_residual_args *a =
 	        static_cast<const struct linear_residual_args *>(args);
 
-	return linear(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y);
+	TRY(linear(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y));
+	return add_bias(device, a->n_tokens, a->d_out, a->bias, a->y);
 }
 
 REFERENCE(linear_residual_backward)
@@ -192,6 +229,7 @@ REFERENCE(linear_residual_backward)
 	const struct linear_residual_backward_args *a =
 	        static_cast<const struct linear_residual_backward_args *>(args);
 
+	TRY(bias_gradient(device, a->n_tokens, a->d_out, a->dy, a->dbias));
 	return linear_backward(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->dy, NULL,
 	                       a->dx, a->dweight);
 }

@@ -1,5 +1,6 @@
 /*
- * Attention forward for sm_90a: d = 64 or 128, bf16 in and out, fp32 softmax; every mask.
+ * Attention forward for sm_90a: d = 64 or 128, bf16 in and out, fp32 softmax; every mask
+ * except the dilated one.
  *
  * One persistent block per multiprocessor: a producer warpgroup and two consumer warpgroups
  * (d = 64: three) of 64 query rows each.

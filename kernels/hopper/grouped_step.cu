@@ -706,6 +706,8 @@ extern "C" const char *hopper_grouped_step_unsupported(const struct device *devi
 		return "head width must be 64 or 128";
 	if (!(a->scale > 0.0f))
 		return "scale must be positive";
+	if (a->rope && a->rope_width > 0 && a->rope_width != a->d_head)
+		return "a part of a head that is rotated";
 	return check_views(device, &a->q, &a->k, &a->v, &a->k_cache, &a->v_cache, &a->out);
 }
 

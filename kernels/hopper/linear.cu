@@ -472,6 +472,8 @@ extern "C" const char *hopper_norm_linear_unsupported(const struct device *devic
 {
 	const auto *a = static_cast<const struct norm_linear_args *>(args);
 
+	if (a->bias)
+		return "a bias";
 	return unsupported_sizes(device, a->n_tokens, a->d_in, a->d_out);
 }
 
@@ -492,6 +494,8 @@ extern "C" const char *hopper_linear_residual_unsupported(const struct device *d
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
+	if (a->bias)
+		return "a bias";
 	return unsupported_sizes(device, a->n_tokens, a->d_in, a->d_out);
 }
 

@@ -674,6 +674,8 @@ extern "C" const char *hopper_attention_step_unsupported(const struct device *de
 
 	if (a->kv_heads != a->n_heads)
 		return "heads that share keys have a kernel of their own";
+	if (a->rope && a->rope_width > 0 && a->rope_width != a->d_head)
+		return "a part of a head that is rotated";
 	if (!aligned(a->q) || !aligned(a->k) || !aligned(a->v) || !aligned(a->out))
 		return "views must be 16-byte aligned";
 	return unsupported_shape(device, a->d_head, &a->k_cache, &a->v_cache);

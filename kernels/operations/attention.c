@@ -1,9 +1,12 @@
 /* Softmax attention, its step, and the rotation of queries and keys. */
 #include <math.h>
 
+#include "kernels/key_lists.h"
 #include "kernels/operation.h"
 
 enum { ROTATE_FLOPS = 3 /* 4 multiplications and 2 additions for two elements */ };
+/* RAT+ where nobody says otherwise. */
+enum { DILATION = 16, DILATED_WINDOW = 256, INITIAL = 4 };
 
 static bool same_place(const struct view *a, const struct view *b)
 {
@@ -12,6 +15,18 @@ static bool same_place(const struct view *a, const struct view *b)
 }
 
 /* ---- rotate ---- */
+
+/* Columns of a head that turn. */
+static double turned(bool rope, int64_t rope_width, int64_t d_head)
+{
+	return !rope ? 0 : (double)(rope_width > 0 ? rope_width : d_head);
+}
+
+/* Now and then a half of the head. */
+static int64_t any_rope_width(const struct sizes *s)
+{
+	return s->any && s->d_head % 4 == 0 && s->bits >> 12 & 1 ? s->d_head / 2 : 0;
+}
 
 static void size_rotate(void *args, const struct sizes *s, const struct operation_form *v)
 {
@@ -23,6 +38,7 @@ static void size_rotate(void *args, const struct sizes *s, const struct operatio
 	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 	a->kv_slots = s->seq_len;
 	/* Now and then a ring that holds the last tokens alone. */
 	if (s->any && s->bits & 4)
@@ -37,8 +53,9 @@ static void add_moved(struct operand_list *l, const char *name, struct view *fro
 {
 	const struct dimension heads = cached ? KV_HEADS(a->kv_heads) : HEADS(a->n_heads);
 	const int64_t count = cached ? a->seq_len - a->first_kv : a->seq_len;
-	const double width = (double)(a->batch * heads.size * a->d_head);
-	const double moved = to->data && (rotated || !same_place(from, to)) ? width : 0;
+	const double columns = same_place(from, to) ? turned(rotated, a->rope_width, a->d_head)
+	                                            : (double)a->d_head;
+	const double moved = to->data ? (double)(a->batch * heads.size) * columns : 0;
 	struct operand *o = add_view(l, ROLE_INPUT, name, from, SEQUENCES(a->batch),
 	                             TOKENS(a->seq_len), heads, INNER(a->d_head));
 
@@ -68,11 +85,11 @@ static void describe_rotate(void *args, struct operand_list *l)
 static double rotate_flops(const void *args)
 {
 	const struct rotate_args *a = args;
-	const double width = (double)(a->batch * a->d_head);
+	const double width = (double)a->batch * turned(a->rope, a->rope_width, a->d_head);
 	const double q = a->q_out.data ? (double)(a->n_heads * a->seq_len) : 0;
 	const double k = a->k_out.data ? (double)(a->kv_heads * (a->seq_len - a->first_kv)) : 0;
 
-	return a->rope ? ROTATE_FLOPS * width * (q + k) : 0;
+	return ROTATE_FLOPS * width * (q + k);
 }
 
 DESCRIPTION(rotate);
@@ -87,6 +104,7 @@ static void size_rotate_backward(void *args, const struct sizes *s, const struct
 	a->kv_heads = s->kv_heads;
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 }
 
 static void describe_rotate_backward(void *args, struct operand_list *l)
@@ -99,16 +117,19 @@ static void describe_rotate_backward(void *args, struct operand_list *l)
 
 	cut_kv_heads(l, &a->batch, &a->n_heads, NULL, &a->kv_heads);
 	for (int i = 0; i < 2; i++) {
-		const bool moves = a->rope || !same_place(from[i], to[i]);
+		const double part =
+		        same_place(from[i], to[i])
+		                ? turned(a->rope, a->rope_width, a->d_head) / (double)a->d_head
+		                : 1;
 		struct operand *o =
 		        add_view(l, ROLE_INPUT, from_names[i], from[i], SEQUENCES(a->batch),
 		                 TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 
-		o->read = moves ? o->read : 0;
+		o->read *= part;
 		o = add_view(l, ROLE_OUTPUT, to_names[i], to[i], SEQUENCES(a->batch),
 		             TOKENS(a->seq_len), heads[i], INNER(a->d_head));
 		o->alias = from_names[i];
-		o->written = moves ? o->written : 0;
+		o->written *= part;
 	}
 	keeps_fp32(l);
 }
@@ -119,8 +140,8 @@ static double rotate_backward_flops(const void *args)
 
 	const double tokens = (double)(a->batch * a->seq_len);
 
-	return a->rope ? ROTATE_FLOPS * tokens * (double)((a->n_heads + a->kv_heads) * a->d_head)
-	               : 0;
+	return ROTATE_FLOPS * tokens * (double)(a->n_heads + a->kv_heads) *
+	       turned(a->rope, a->rope_width, a->d_head);
 }
 
 DESCRIPTION(rotate_backward);
@@ -171,6 +192,18 @@ static struct operand *add_queries(struct operand_list *l, struct view *q, struc
 	return o;
 }
 
+/* RAT+'s mask; in a test any, without dilated or without initial keys now and then. */
+static void size_dilated(struct attention_args *a, const struct sizes *s)
+{
+	a->dilation = s->chunk > 0 ? s->chunk : DILATION;
+	a->window = s->window >= 0 && s->any ? s->window : DILATED_WINDOW;
+	a->initial = INITIAL;
+	if (!s->any)
+		return;
+	a->dilation = s->bits >> 20 & 7 ? 1 + (int64_t)((s->bits >> 24) % 40) : 0;
+	a->initial = s->bits >> 32 & 1 ? (int64_t)((s->bits >> 33) % 100) : 0;
+}
+
 static void size_attention(void *args, const struct sizes *s, const struct operation_form *v)
 {
 	struct attention_args *a = args;
@@ -189,6 +222,8 @@ static void size_attention(void *args, const struct sizes *s, const struct opera
 		a->kv_len = divide_up(s->seq_len, s->chunk);
 	if (v->mask == MASK_FULL && s->any)
 		a->kv_len = 1 + (int64_t)(s->bits % 300);
+	if (v->mask == MASK_DILATED)
+		size_dilated(a, s);
 }
 
 static void describe_attention(void *args, struct operand_list *l)
@@ -210,7 +245,8 @@ static void describe_attention(void *args, struct operand_list *l)
 	o->draw = DRAW_SCORES;
 	if (a->own_score)
 		add_view(l, ROLE_INPUT, "own_value", &a->own_value, b, t, h, d);
-	optional(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d), a->mask == MASK_CHUNK);
+	optional(add_view(l, ROLE_INPUT, "gate", &a->gate, b, t, h, d),
+	         a->mask == MASK_CHUNK || a->mask == MASK_DILATED);
 	add_view(l, ROLE_OUTPUT, "out", &a->out, b, t, h, d);
 	add_view(l, ROLE_OUTPUT, "out_ungated", &a->out_ungated, b, t, h, d)->optional = true;
 	add_floats(l, ROLE_OUTPUT, "lse", &a->lse, b, h, t)->optional = true;
@@ -222,6 +258,20 @@ static double triangle(int64_t n, int64_t limit)
 	const double rising = (double)(n < limit ? n : limit);
 
 	return rising * (rising + 1) / 2 + ((double)n - rising) * (double)limit;
+}
+
+/* Each key is seen by itself and the queries after it, by all or by those within the window. */
+static double dilated_pairs(const struct attention_args *a)
+{
+	double pairs = 0;
+
+	for (int64_t s = 0; s < a->kv_len && s < a->seq_len; s++) {
+		const int64_t later = a->seq_len - s;
+		const bool kept = is_kept(a->dilation, a->initial, s);
+
+		pairs += (double)(kept || later <= a->window ? later : a->window + 1);
+	}
+	return pairs;
 }
 
 /*
@@ -244,6 +294,8 @@ static double visible_pairs(const struct attention_args *a)
 		rest = t % a->chunk;
 		return own + (double)a->chunk * (double)whole * (double)(whole - 1) / 2 +
 		       (double)rest * (double)whole;
+	case MASK_DILATED:
+		return own + dilated_pairs(a);
 	case MASK_FULL:
 		break;
 	}
@@ -264,6 +316,7 @@ static const struct operation_form attention_variants[] = {
         {"attention_forward", .mask = MASK_WINDOW},
         {"attention_forward", .mask = MASK_CHUNK, .chunks = true},
         {"attention_forward", .mask = MASK_FULL},
+        {"dilated_forward", .mask = MASK_DILATED},
         {0}};
 
 DESCRIPTION(attention, .variants = attention_variants);
@@ -306,6 +359,7 @@ static void size_attention_step(void *args, const struct sizes *s, const struct 
 		a->n_heads = s->kv_heads * (1 + (int64_t)((s->bits >> 4) % 40));
 	a->d_head = s->d_head;
 	a->rope = !s->any || s->bits & 3;
+	a->rope_width = any_rope_width(s);
 	a->scale = key_scale(s->d_head);
 	a->window = s->any && s->bits & 4 ? s->window : -1;
 	a->position_hint = s->seq_len - 1;

@@ -13,6 +13,12 @@ static double product(int64_t n, int64_t k, int64_t m)
 	return 2 * (double)n * (double)k * (double)m;
 }
 
+/* One per element of what is added to a product, if it is there. */
+static double additions(bool there, int64_t n, int64_t m)
+{
+	return there ? (double)n * (double)m : 0;
+}
+
 /* ---- norm_linear ---- */
 
 static void size_norm_linear(void *args, const struct sizes *s, const struct operation_form *v)
@@ -37,6 +43,7 @@ static void describe_norm_linear(void *args, struct operand_list *l)
 	uniform(optional(add_vector(l, ROLE_PARAMETER, "norm_weight", &a->norm_weight, in), true),
 	        2);
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, in)->scale = 0.02f;
+	optional(add_vector(l, ROLE_PARAMETER, "bias", &a->bias, out), false);
 	if (a->norm_weight) {
 		add_rows(l, ROLE_OUTPUT, "x_norm", &a->x_norm, NULL, n, in);
 		add_vector(l, ROLE_OUTPUT, "rstd", &a->rstd, n)->optional = true;
@@ -53,7 +60,8 @@ static double norm_linear_flops(const void *args)
 	const struct norm_linear_args *a = args;
 	const double norm = a->norm_weight ? NORM_FLOPS * (double)a->n_tokens * (double)a->d_in : 0;
 
-	return product(a->n_tokens, a->d_in, a->d_out) + norm;
+	return product(a->n_tokens, a->d_in, a->d_out) + norm +
+	       additions(a->bias != NULL, a->n_tokens, a->d_out);
 }
 
 static const struct operation_form norm_linear_variants[] = {{"norm_linear", .widening = 3}, {0}};
@@ -81,6 +89,9 @@ static void describe_norm_linear_backward(void *args, struct operand_list *l)
 		add_vector(l, ROLE_GRADIENT, "dnorm_weight", &b->dnorm_weight, in)->apart =
 		        ALONG(AXIS_IN);
 	add_floats(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(1), out, in);
+	if (a->bias)
+		add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, out)->apart = ALONG(AXIS_OUT);
+	operand_find(l, "bias")->read = 0;
 	/* x is read by the norm alone, x_norm by the product. */
 	if (!a->norm_weight)
 		operand_find(l, "x")->read = (double)(a->n_tokens * a->d_in);
@@ -90,9 +101,9 @@ static double norm_linear_backward_flops(const void *args)
 {
 	const struct norm_linear_backward_args *b = args;
 	const struct norm_linear_args *a = &b->forward;
-	const double residual = b->dresidual ? (double)a->n_tokens * (double)a->d_in : 0;
-
-	return 2 * norm_linear_flops(a) + residual;
+	/* A bias's gradient is one addition per element, as the bias is. */
+	return 2 * norm_linear_flops(a) - additions(a->bias != NULL, a->n_tokens, a->d_out) +
+	       additions(b->dresidual != NULL, a->n_tokens, a->d_in);
 }
 
 BACKWARD_OF(norm_linear, NORM_LINEAR, size_norm_linear);
@@ -119,6 +130,7 @@ static void describe_linear_residual(void *args, struct operand_list *l)
 	cut_along(l, AXIS_OUT, &a->d_out);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, in);
 	add_rows(l, ROLE_PARAMETER, "weight", &a->weight, NULL, out, in)->scale = 0.02f;
+	optional(add_vector(l, ROLE_PARAMETER, "bias", &a->bias, out), false);
 	add_rows(l, ROLE_INPUT, "residual", &a->residual, NULL, n, out)->optional = true;
 	/* Kernels may round the product before they add to it. */
 	o = add_rows(l, ROLE_OUTPUT, "y", &a->y, NULL, n, out);
@@ -128,9 +140,10 @@ static void describe_linear_residual(void *args, struct operand_list *l)
 static double linear_residual_flops(const void *args)
 {
 	const struct linear_residual_args *a = args;
-	const double residual = a->residual ? (double)a->n_tokens * (double)a->d_out : 0;
 
-	return product(a->n_tokens, a->d_in, a->d_out) + residual;
+	return product(a->n_tokens, a->d_in, a->d_out) +
+	       additions(a->residual != NULL, a->n_tokens, a->d_out) +
+	       additions(a->bias != NULL, a->n_tokens, a->d_out);
 }
 
 static const struct operation_form linear_variants[] = {{"linear", .widening = 3}, {0}};
@@ -160,6 +173,7 @@ static void describe_linear_residual_backward(void *args, struct operand_list *l
 	add_rows(l, ROLE_INPUT, "dy", &a->dy, NULL, n, out);
 	add_rows(l, ROLE_OUTPUT, "dx", &a->dx, NULL, n, in);
 	add_floats(l, ROLE_GRADIENT, "dweight", &a->dweight, INNER(1), out, in);
+	optional(add_vector(l, ROLE_GRADIENT, "dbias", &a->dbias, out), false);
 	keeps_fp32(l);
 }
 
@@ -167,7 +181,8 @@ static double linear_residual_backward_flops(const void *args)
 {
 	const struct linear_residual_backward_args *a = args;
 
-	return 2 * product(a->n_tokens, a->d_in, a->d_out);
+	return 2 * product(a->n_tokens, a->d_in, a->d_out) +
+	       additions(a->dbias != NULL, a->n_tokens, a->d_out);
 }
 
 static const struct operation_form linear_backward_variants[] = {{"linear_backward", .widening = 3},

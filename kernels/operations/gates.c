@@ -4,15 +4,24 @@
 
 enum {
 	NORM_FLOPS = 4,         /* square, add; times rstd, times weight */
+	CENTER_FLOPS = 3,       /* of the mean: add, subtract; bias */
 	SILU_GATE_FLOPS = 5,    /* exp, add, divide; times the gate, times x */
 	SIGMOID_GATE_FLOPS = 4, /* exp, add, divide; times x */
 	BIAS_FLOPS = 1,
 	LOG_DECAY_FLOPS = 5,    /* bias; exp, add, log; divide, or times the rate */
+	EXP_DECAY_FLOPS = 3,    /* bias; exp, negate */
+	TANH_FLOPS = 4,         /* exp, add, divide; from 1 */
+	SOFTPLUS_FLOPS = 4,     /* bias; exp, add, log */
 	SIGMOID_FLOPS = 3,      /* exp, add, divide */
 	SILU_FLOPS = 4,         /* exp, add, divide; times x */
 	TIME_STEP_FLOPS = 5,    /* bias; exp, add, log; times the rate */
 	FORGET_GATE_FLOPS = 12, /* exp, add, divide; times 1-b, subtract, log; silu; times 1-f */
-	SKIP_FLOPS = 2          /* times its weight, add */
+	SKIP_FLOPS = 2,         /* times its weight, add */
+	/* Twice bias, exp, add, divide; times the rate; exp of twice that, subtract, root; times
+	   the gate, times x. */
+	LRU_GATE_FLOPS = 15,
+	/* Square, times its factor, plus 1, times z; exp, add, divide; times z, times x. */
+	GELU_GATE_FLOPS = 9
 };
 
 /* ---- gates of low rank ---- */
@@ -63,14 +72,22 @@ static double decay_gate_flops(const void *args)
 	const struct decay_gate_args *a = args;
 	const double n = (double)a->n_tokens, m = (double)a->d_out;
 
-	return 2 * n * (double)a->rank * m +
-	       (a->form == LOW_RANK_LOGIT ? BIAS_FLOPS : LOG_DECAY_FLOPS) * n * m;
+	const double of_column = is_logit(a->form)          ? BIAS_FLOPS
+	                         : a->form == LOW_RANK_EXP  ? EXP_DECAY_FLOPS
+	                         : a->form == LOW_RANK_STEP ? SOFTPLUS_FLOPS
+	                                                    : LOG_DECAY_FLOPS;
+	const double of_input = has_tanh(a->form) ? TANH_FLOPS : 0;
+
+	return 2 * n * (double)a->rank * m + of_input * n * (double)a->rank + of_column * n * m;
 }
 
 static const struct operation_form low_rank_variants[] = {
         {"decay_gate", .low_rank = LOW_RANK_DECAY},
         {"rate_gate", .low_rank = LOW_RANK_RATE},
         {"low_rank_gate", .low_rank = LOW_RANK_LOGIT},
+        {"tanh_gate", .low_rank = LOW_RANK_TANH},
+        {"exp_gate", .low_rank = LOW_RANK_EXP},
+        {"low_rank_step", .low_rank = LOW_RANK_STEP},
         {0}};
 
 DESCRIPTION(decay_gate, .variants = low_rank_variants);
@@ -83,10 +100,10 @@ static void describe_decay_gate_backward(void *args, struct operand_list *l)
 	const struct dimension out = low_rank_columns(a);
 
 	describe_decay_gate(a, l);
-	forward_ends(l, a->form == LOW_RANK_LOGIT ? "" : "out");
+	forward_ends(l, is_logit(a->form) ? "" : "out");
 	operand_find(l, "bias")->read = 0;
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, out);
-	if (a->form != LOW_RANK_LOGIT)
+	if (!is_logit(a->form))
 		add_rows(l, ROLE_SCRATCH, "dlogit", &b->dlogit, NULL, n, out);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, &a->x_stride, n, rank);
 	add_floats(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(1), out, rank);
@@ -118,9 +135,19 @@ static void size_norm_gate(void *args, const struct sizes *s, const struct opera
 	a->n_heads = s->n_heads;
 	a->d_head = s->d_head;
 	widen(s, &a->n_tokens, &a->d_head);
-	a->gate_stride = a->n_heads * a->d_head;
 	a->curve = v->curve;
+	a->norm = v->norm;
+	/* A group of two has nothing but signs left, whose gradient is all rounding. */
+	if (a->norm == NORM_GROUP && a->d_head < 3)
+		a->d_head = 4;
+	a->gate_stride = a->n_heads * a->d_head;
 	a->eps = 1e-5f;
+}
+
+/* Columns that have a weight of their own. */
+static int64_t norm_width(const struct norm_gate_args *a)
+{
+	return a->norm == NORM_GROUP ? a->n_heads * a->d_head : a->d_head;
 }
 
 static void describe_norm_gate(void *args, struct operand_list *l)
@@ -129,9 +156,12 @@ static void describe_norm_gate(void *args, struct operand_list *l)
 	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
 
 	add_option(l, &a->curve);
+	add_option(l, &a->norm);
 	cut_along(l, AXIS_ROW, &a->n_tokens);
 	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, width);
-	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(a->d_head)), 2);
+	uniform(add_vector(l, ROLE_PARAMETER, "weight", &a->weight, INNER(norm_width(a))), 2);
+	if (a->norm == NORM_GROUP)
+		add_vector(l, ROLE_PARAMETER, "bias", &a->bias, width);
 	add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, width)->scale = 2;
 	add_floats(l, ROLE_OUTPUT, "rstd", &a->rstd, INNER(1), n, INNER(a->n_heads))->optional =
 	        true;
@@ -143,12 +173,16 @@ static double norm_gate_flops(const void *args)
 {
 	const struct norm_gate_args *a = args;
 
-	return (NORM_FLOPS + (a->curve == CURVE_SILU ? SILU_GATE_FLOPS : SIGMOID_GATE_FLOPS)) *
+	return (NORM_FLOPS + (a->norm == NORM_GROUP ? CENTER_FLOPS : 0) +
+	        (a->curve == CURVE_SILU ? SILU_GATE_FLOPS : SIGMOID_GATE_FLOPS)) *
 	       (double)(a->n_tokens * a->n_heads * a->d_head);
 }
 
 static const struct operation_form norm_gate_variants[] = {
-        {"norm_gate", .curve = CURVE_SILU}, {"norm_sigmoid_gate", .curve = CURVE_SIGMOID}, {0}};
+        {"norm_gate", .curve = CURVE_SILU},
+        {"norm_sigmoid_gate", .curve = CURVE_SIGMOID},
+        {"group_norm_gate", .curve = CURVE_SILU, .norm = NORM_GROUP},
+        {0}};
 
 DESCRIPTION(norm_gate, .variants = norm_gate_variants);
 
@@ -163,7 +197,9 @@ static void describe_norm_gate_backward(void *args, struct operand_list *l)
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
 	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
 	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, width);
-	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(a->d_head));
+	add_vector(l, ROLE_GRADIENT, "dweight", &b->dweight, INNER(norm_width(a)));
+	if (a->norm == NORM_GROUP)
+		add_vector(l, ROLE_GRADIENT, "dbias", &b->dbias, width);
 	keeps_fp32(l);
 }
 
@@ -178,6 +214,7 @@ static void size_short_conv(void *args, const struct sizes *s, const struct oper
 	a->batch = s->batch;
 	a->seq_len = s->seq_len;
 	a->channels = a->x_stride = s->width;
+	a->curve = v->curve;
 }
 
 /* [B*T, channels] rows, as the sequences that they are. */
@@ -202,6 +239,7 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
 	const struct dimension c = CHANNELS(a->channels);
 
+	add_option(l, &a->curve);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_sequences(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, t, c);
@@ -214,19 +252,22 @@ static void describe_short_conv(void *args, struct operand_list *l)
 	keeps_fp32(l);
 }
 
-static double conv_flops(int64_t count)
+static double conv_flops(enum curve curve, int64_t count)
 {
-	return (2 * CONV_WIDTH + SILU_FLOPS) * (double)count;
+	return (2 * CONV_WIDTH + (curve == CURVE_SILU ? SILU_FLOPS : 0)) * (double)count;
 }
 
 static double short_conv_flops(const void *args)
 {
 	const struct short_conv_args *a = args;
 
-	return conv_flops(a->batch * a->seq_len * a->channels);
+	return conv_flops(a->curve, a->batch * a->seq_len * a->channels);
 }
 
-DESCRIPTION(short_conv);
+static const struct operation_form short_conv_variants[] = {
+        {"short_conv", .curve = CURVE_SILU}, {"plain_conv", .curve = CURVE_NONE}, {0}};
+
+DESCRIPTION(short_conv, .variants = short_conv_variants);
 
 static void size_short_conv_backward(void *args, const struct sizes *s,
                                      const struct operation_form *v)
@@ -261,7 +302,7 @@ static double short_conv_backward_flops(const void *args)
 	const struct short_conv_args *a = &x->forward;
 	const int64_t count = a->batch * a->seq_len * a->channels;
 
-	return 2 * conv_flops(count) + (double)((x->n_readers - 1) * count);
+	return 2 * conv_flops(a->curve, count) + (double)((x->n_readers - 1) * count);
 }
 
 BACKWARD_OF(short_conv, SHORT_CONV, size_short_conv_backward);
@@ -272,6 +313,7 @@ static void size_short_conv_step(void *args, const struct sizes *s, const struct
 
 	a->batch = s->batch;
 	a->channels = a->x_stride = s->width;
+	a->curve = v->curve;
 }
 
 static void describe_short_conv_step(void *args, struct operand_list *l)
@@ -279,6 +321,7 @@ static void describe_short_conv_step(void *args, struct operand_list *l)
 	struct short_conv_step_args *a = args;
 	const struct dimension b = SEQUENCES(a->batch), c = CHANNELS(a->channels);
 
+	add_option(l, &a->curve);
 	cut_along(l, AXIS_SEQUENCE, &a->batch);
 	cut_along(l, AXIS_CHANNEL, &a->channels);
 	add_rows(l, ROLE_INPUT, "x", &a->x, &a->x_stride, b, c);
@@ -294,10 +337,13 @@ static double short_conv_step_flops(const void *args)
 {
 	const struct short_conv_step_args *a = args;
 
-	return conv_flops(a->batch * a->channels);
+	return conv_flops(a->curve, a->batch * a->channels);
 }
 
-DESCRIPTION(short_conv_step, .is_step = true);
+static const struct operation_form short_conv_step_variants[] = {
+        {"short_conv_step", .curve = CURVE_SILU}, {"plain_conv_step", .curve = CURVE_NONE}, {0}};
+
+DESCRIPTION(short_conv_step, .is_step = true, .variants = short_conv_step_variants);
 
 /* ---- Mamba-2's time step ---- */
 
@@ -534,11 +580,14 @@ static void describe_gate_norm_backward(void *args, struct operand_list *l)
 	struct gate_norm_backward_args *b = args;
 	struct gate_norm_args *a = &b->forward;
 	const struct dimension n = ROWS(a->n_tokens), width = INNER(a->n_heads * a->d_head);
+	struct operand *o;
 
 	describe_gate_norm(a, l);
 	forward_ends(l, "rstd");
 	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, width);
-	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	add_rows(l, ROLE_INPUT, "dresidual", &b->dresidual, NULL, n, width)->optional = true;
+	o = add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, width);
+	o->alias = o->base = "dresidual";
 	if (a->skip) {
 		add_rows(l, ROLE_OUTPUT, "dskip", &b->dskip, NULL, n, width);
 		add_vector(l, ROLE_GRADIENT, "dskip_weight", &b->dskip_weight, INNER(a->n_heads));
@@ -550,4 +599,187 @@ static void describe_gate_norm_backward(void *args, struct operand_list *l)
 	keeps_fp32(l);
 }
 
-BACKWARD(gate_norm, GATE_NORM, 2);
+static double gate_norm_backward_flops(const void *args)
+{
+	const struct gate_norm_backward_args *b = args;
+	const struct gate_norm_args *a = &b->forward;
+	const double residual = b->dresidual ? (double)(a->n_tokens * a->n_heads * a->d_head) : 0;
+
+	return 2 * gate_norm_flops(args) + residual;
+}
+
+BACKWARD_OF(gate_norm, GATE_NORM, size_gate_norm);
+
+/* ---- block-diagonal products ---- */
+
+static void size_block_linear(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct block_linear_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->n_blocks = s->n_heads;
+	a->n_products = s->any ? 1 + (int64_t)(s->bits % 3) : 2;
+	a->d_in = s->any ? s->d_in : s->d_head;
+	a->d_out = s->any ? s->d_out : s->d_head;
+}
+
+static void describe_block_linear(void *args, struct operand_list *l)
+{
+	struct block_linear_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), p = INNER(a->n_products);
+	const struct dimension h = HEADS(a->n_blocks), in = INNER(a->d_in), out = INNER(a->d_out);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_HEAD, &a->n_blocks);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "x", &a->x, INNER(1), n, h, in);
+	add_array(l, ROLE_PARAMETER, ELEMENT_ACTIVATION, "weight", &a->weight, p, h, in, out)
+	        ->scale = 0.1f;
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "y", &a->y, n, p, h, out);
+	keeps_fp32(l);
+}
+
+static double block_linear_flops(const void *args)
+{
+	const struct block_linear_args *a = args;
+
+	return 2 * (double)(a->n_tokens * a->n_products * a->n_blocks) *
+	       (double)(a->d_in * a->d_out);
+}
+
+DESCRIPTION(block_linear);
+
+static void describe_block_linear_backward(void *args, struct operand_list *l)
+{
+	struct block_linear_backward_args *b = args;
+	struct block_linear_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), p = INNER(a->n_products);
+	const struct dimension h = HEADS(a->n_blocks), in = INNER(a->d_in), out = INNER(a->d_out);
+
+	describe_block_linear(a, l);
+	forward_ends(l, "");
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "dy", &b->dy, n, p, h, out);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "dskip", &b->dskip, INNER(1), n, h, in)
+	        ->optional = true;
+	add_array(l, ROLE_GRADIENT, ELEMENT_FP32, "dweight", &b->dweight, p, h, in, out);
+	keeps_fp32(l);
+	/* Kernels may round the products before they add them up. */
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "dx", &b->dx, INNER(1), n, h, in)->base =
+	        "dskip";
+}
+
+static double block_linear_backward_flops(const void *args)
+{
+	const struct block_linear_backward_args *b = args;
+	const struct block_linear_args *a = &b->forward;
+
+	return 2 * block_linear_flops(a) +
+	       (b->dskip ? (double)(a->n_tokens * a->n_blocks * a->d_in) : 0);
+}
+
+BACKWARD_OF(block_linear, BLOCK_LINEAR, size_block_linear);
+
+/* ---- the gate of the RG-LRU ---- */
+
+static void size_lru_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct lru_gate_args *a = args;
+
+	a->batch = s->batch;
+	a->seq_len = s->seq_len;
+	a->width = s->width;
+}
+
+static void describe_lru_gate(void *args, struct operand_list *l)
+{
+	struct lru_gate_args *a = args;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->width), gates = INNER(2);
+
+	cut_along(l, AXIS_SEQUENCE, &a->batch);
+	cut_along(l, AXIS_CHANNEL, &a->width);
+	optional(add_position(l, &a->position, 100), false);
+	add_array(l, ROLE_INPUT, ELEMENT_ACTIVATION, "logit", &a->logit, b, t, gates, c);
+	add_floats(l, ROLE_PARAMETER, "bias", &a->bias, INNER(1), gates, c);
+	add_vector(l, ROLE_PARAMETER, "rate", &a->rate, c)->scale = 3;
+	add_sequences(l, ROLE_INPUT, "x", &a->x, NULL, b, t, c);
+	add_sequences(l, ROLE_OUTPUT, "log_decay", &a->log_decay, NULL, b, t, c);
+	add_sequences(l, ROLE_OUTPUT, "out", &a->out, NULL, b, t, c);
+	keeps_fp32(l);
+}
+
+static double lru_gate_flops(const void *args)
+{
+	const struct lru_gate_args *a = args;
+
+	return LRU_GATE_FLOPS * (double)(a->batch * a->seq_len * a->width);
+}
+
+DESCRIPTION(lru_gate);
+
+static void describe_lru_gate_backward(void *args, struct operand_list *l)
+{
+	struct lru_gate_backward_args *x = args;
+	struct lru_gate_args *a = &x->forward;
+	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len);
+	const struct dimension c = CHANNELS(a->width), gates = INNER(2);
+
+	describe_lru_gate(a, l);
+	forward_ends(l, "");
+	add_sequences(l, ROLE_INPUT, "dlog_decay", &x->dlog_decay, NULL, b, t, c);
+	add_sequences(l, ROLE_INPUT, "dout", &x->dout, NULL, b, t, c);
+	add_array(l, ROLE_OUTPUT, ELEMENT_ACTIVATION, "dlogit", &x->dlogit, b, t, gates, c);
+	add_sequences(l, ROLE_OUTPUT, "dx", &x->dx, NULL, b, t, c);
+	add_floats(l, ROLE_GRADIENT, "dbias", &x->dbias, INNER(1), gates, c);
+	add_vector(l, ROLE_GRADIENT, "drate", &x->drate, c);
+	keeps_fp32(l);
+}
+
+BACKWARD(lru_gate, LRU_GATE, 2);
+
+/* ---- a gate of gelu ---- */
+
+static void size_gelu_gate(void *args, const struct sizes *s, const struct operation_form *v)
+{
+	struct gelu_gate_args *a = args;
+
+	a->n_tokens = s->batch * s->seq_len;
+	a->width = a->gate_stride = s->width;
+}
+
+static void describe_gelu_gate(void *args, struct operand_list *l)
+{
+	struct gelu_gate_args *a = args;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	cut_along(l, AXIS_ROW, &a->n_tokens);
+	cut_along(l, AXIS_CHANNEL, &a->width);
+	add_rows(l, ROLE_INPUT, "gate", &a->gate, &a->gate_stride, n, c)->scale = 2;
+	add_rows(l, ROLE_INPUT, "x", &a->x, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "out", &a->out, NULL, n, c);
+	keeps_fp32(l);
+}
+
+static double gelu_gate_flops(const void *args)
+{
+	const struct gelu_gate_args *a = args;
+
+	return GELU_GATE_FLOPS * (double)(a->n_tokens * a->width);
+}
+
+DESCRIPTION(gelu_gate);
+
+static void describe_gelu_gate_backward(void *args, struct operand_list *l)
+{
+	struct gelu_gate_backward_args *b = args;
+	struct gelu_gate_args *a = &b->forward;
+	const struct dimension n = ROWS(a->n_tokens), c = CHANNELS(a->width);
+
+	describe_gelu_gate(a, l);
+	forward_ends(l, "");
+	add_rows(l, ROLE_INPUT, "dout", &b->dout, NULL, n, c);
+	add_rows(l, ROLE_OUTPUT, "dgate", &b->dgate, &a->gate_stride, n, c);
+	add_rows(l, ROLE_OUTPUT, "dx", &b->dx, NULL, n, c);
+	keeps_fp32(l);
+}
+
+BACKWARD(gelu_gate, GELU_GATE, 2);

@@ -78,12 +78,15 @@ static void describe_recurrence_backward(void *args, struct operand_list *l)
 	struct recurrence_args *a = &x->forward;
 	const struct dimension b = SEQUENCES(a->batch), t = TOKENS(a->seq_len), one = INNER(1);
 	const struct dimension d = CHANNELS(a->d_model);
+	struct operand *o;
 
 	describe_recurrence(a, l);
 	forward_ends(l, a->z.data || a->h.data ? "h" : "out");
 	add_view(l, ROLE_INPUT, "dout|do", &x->dout, b, t, one, d);
+	optional(add_view(l, ROLE_INPUT, "dgate_base", &x->dgate_base, b, t, one, d), false);
 	add_view(l, ROLE_OUTPUT, "dx", &x->dx, b, t, one, d);
-	add_view(l, ROLE_OUTPUT, "dgate|dg", &x->dgate, b, t, one, d);
+	o = add_view(l, ROLE_OUTPUT, "dgate|dg", &x->dgate, b, t, one, d);
+	o->alias = o->base = "dgate_base";
 	if (a->z.data)
 		add_view(l, ROLE_OUTPUT, "dz", &x->dz, b, t, one, d);
 	if (a->gate_bias)

@@ -2,8 +2,10 @@
  * Softmax attention on the tensor cores of any GPU from compute capability
  * 8.0: a block of four warps takes 128 queries of one head, 32 per warp, and
  * walks the visible keys in tiles of 64, two in flight, with an online
- * softmax in registers. The four masks differ only in the interval of keys
- * that a query sees, whose ends never decrease from one query to the next.
+ * softmax in registers. The masks differ only in the interval of keys that a
+ * query sees, whose ends never decrease from one query to the next; the dilated
+ * one has two lists of keys, walked one after the other (key_lists.h), whose
+ * rows are gathered as tiles are copied.
  */
 #include "kernels/portable/attention_tile.cuh"
 #include "kernels/portable/kernels.h"
@@ -79,16 +81,17 @@ static __device__ __forceinline__ void scores(float (&s)[M_TILES][KEY_TILES][4],
 }
 
 /* Scores of keys outside a query's interval become -infinity. */
+template <bool DILATED>
 static __device__ __forceinline__ void apply_mask(float (&s)[M_TILES][KEY_TILES][4],
-                                                  const struct attention_args &a, int64_t first,
-                                                  int first_key)
+                                                  const struct attention_args &a, int list,
+                                                  int64_t first, int first_key)
 {
 	const int lane = threadIdx.x % WARP;
 
 #pragma unroll
 	for (int i = 0; i < 2 * M_TILES; i++) {
 		const int64_t t = first + 8 * i + lane / 4;
-		const struct interval keys = visible(a, t);
+		const struct interval keys = visible<DILATED>(a, t, list);
 
 #pragma unroll
 		for (int n = 0; n < KEY_TILES; n++) {
@@ -229,52 +232,79 @@ static __device__ __forceinline__ void store(const struct attention_args &a, int
 	}
 }
 
-template <int D>
-static __global__ void __launch_bounds__(THREADS, 2)
-        attention_kernel(const __grid_constant__ struct attention_args a)
+/* Where a warp is: its queries first .. last, of head h and sequence b, which read head kv of keys.
+ */
+struct place {
+	int64_t b, h, kv, first, last;
+};
+
+/* The block's queries block_first .. block_last attend to all keys of a list that any of them sees.
+ * All threads have left k and v behind. */
+template <int D, bool DILATED>
+static __device__ __forceinline__ void
+walk(accumulator<D> &acc, const struct attention_args &a, const struct place &p, int list,
+     int64_t block_first, int64_t block_last, const bf16 *warp_q, bf16 *k, bf16 *v)
 {
-	const int64_t h = blockIdx.y, b = blockIdx.z, kv = h / readers(a);
-	/* The last queries see the most keys: they start first. */
-	const int64_t block_first = (int64_t)(gridDim.x - 1 - blockIdx.x) * QUERIES;
-	const int64_t last = min(block_first + QUERIES, a.seq_len) - 1;
-	const int64_t first = block_first + threadIdx.x / WARP * WARP_QUERIES;
-	const int64_t warp_last = min(first + WARP_QUERIES, a.seq_len) - 1;
-	const int begin = visible(a, block_first).first / KEYS * KEYS, end = visible(a, last).end;
-	bf16 *const q = reinterpret_cast<bf16 *>(shared_memory);
-	bf16 *const k = q + QUERIES * D, *const v = k + 2 * KEYS * D;
-	const bf16 *const warp_q = q + threadIdx.x / WARP * WARP_QUERIES * D;
+	const int begin = visible<DILATED>(a, block_first, list).first / KEYS * KEYS;
+	const int end = visible<DILATED>(a, block_last, list).end;
+	const struct interval from = visible<DILATED>(a, p.first, list);
+	const struct interval to = visible<DILATED>(a, p.last, list);
 	const float scale = a.scale * LOG2E;
-	accumulator<D> acc;
 	float s[M_TILES][KEY_TILES][4];
 
-	load_tile<D, QUERIES, THREADS>(q, a.q, b, h % a.q_heads, block_first, a.seq_len);
-	load_tile<D, KEYS, THREADS>(k, a.k, b, kv, begin, end);
-	load_tile<D, KEYS, THREADS>(v, a.v, b, kv, begin, end);
+	load_keys<D, KEYS, THREADS, DILATED>(k, a, a.k, p.b, p.kv, list, begin, end);
+	load_keys<D, KEYS, THREADS, DILATED>(v, a, a.v, p.b, p.kv, list, begin, end);
 	copy_commit();
-	seed(acc, a, b, h, first);
+	if (list == 0) /* while the first tiles are on their way */
+		seed(acc, a, p.b, p.h, p.first);
 	for (int key = begin; key < end; key += KEYS) {
 		const int buffer = (key - begin) / KEYS % 2 * KEYS * D;
+		bf16 *const next_k = k + (KEYS * D - buffer), *const next_v =
+		                                                      v + (KEYS * D - buffer);
 
 		copy_wait<0>();
 		__syncthreads();
 		if (key + KEYS < end) {
-			load_tile<D, KEYS, THREADS>(k + (KEYS * D - buffer), a.k, b, kv, key + KEYS,
-			                            end);
-			load_tile<D, KEYS, THREADS>(v + (KEYS * D - buffer), a.v, b, kv, key + KEYS,
-			                            end);
+			load_keys<D, KEYS, THREADS, DILATED>(next_k, a, a.k, p.b, p.kv, list,
+			                                     key + KEYS, end);
+			load_keys<D, KEYS, THREADS, DILATED>(next_v, a, a.v, p.b, p.kv, list,
+			                                     key + KEYS, end);
 			copy_commit();
 		}
-		if (first > warp_last || key >= visible(a, warp_last).end ||
-		    key + KEYS <= visible(a, first).first)
+		/* Without divisions it takes fewer registers to compute them again. */
+		const struct interval earliest = DILATED ? from : visible(a, p.first);
+		const struct interval latest = DILATED ? to : visible(a, p.last);
+		if (p.first > p.last || key >= latest.end || key + KEYS <= earliest.first)
 			continue;
 		scores<D>(s, warp_q, k + buffer);
-		if (key < visible(a, warp_last).first || key + KEYS > visible(a, first).end)
-			apply_mask(s, a, first, key);
+		if (key < latest.first || key + KEYS > earliest.end)
+			apply_mask<DILATED>(s, a, list, p.first, key);
 		softmax(acc, s, scale);
 		weigh(acc, s, v + buffer);
 	}
 	copy_wait<0>();
 	__syncthreads();
+}
+
+template <int D, bool DILATED>
+static __global__ void __launch_bounds__(THREADS, 2)
+        attention_kernel(const __grid_constant__ struct attention_args a)
+{
+	const int64_t h = blockIdx.y, b = blockIdx.z;
+	/* The last queries see the most keys: they start first. */
+	const int64_t block_first = (int64_t)(gridDim.x - 1 - blockIdx.x) * QUERIES;
+	const int64_t block_last = min(block_first + QUERIES, a.seq_len) - 1;
+	const int64_t first = block_first + threadIdx.x / WARP * WARP_QUERIES;
+	const struct place p = {b, h, h / readers(a), first,
+	                        min(first + WARP_QUERIES, a.seq_len) - 1};
+	bf16 *const q = reinterpret_cast<bf16 *>(shared_memory);
+	bf16 *const k = q + QUERIES * D, *const v = k + 2 * KEYS * D;
+	const bf16 *const warp_q = q + threadIdx.x / WARP * WARP_QUERIES * D;
+	accumulator<D> acc;
+
+	load_tile<D, QUERIES, THREADS>(q, a.q, b, h % a.q_heads, block_first, a.seq_len);
+	for (int list = 0; list < KEY_LISTS<DILATED>; list++)
+		walk<D, DILATED>(acc, a, p, list, block_first, block_last, warp_q, k, v);
 	float *staging = reinterpret_cast<float *>(shared_memory) +
 	                 threadIdx.x / WARP * WARP_QUERIES * (D + 4);
 	finish(acc, a, b, h, first, staging);
@@ -285,7 +315,7 @@ extern "C" const char *portable_attention_unsupported(const struct device *, con
 {
 	const auto *a = static_cast<const struct attention_args *>(args);
 
-	if (!is_known_mask(a->mask))
+	if (!is_mask(a->mask))
 		return "an unknown mask";
 	if (a->d_head != 64 && a->d_head != 128)
 		return "head width must be 64 or 128";
@@ -306,7 +336,12 @@ extern "C" enum status portable_attention(struct device *device, const void *arg
 	                (unsigned)a->batch);
 	const size_t shared = (QUERIES + 4 * KEYS) * (size_t)a->d_head * sizeof(bf16);
 
+	const bool dilated = a->mask == MASK_DILATED;
+
 	return launch(device, "attention",
-	              a->d_head == 64 ? attention_kernel<64> : attention_kernel<128>, grid, THREADS,
-	              shared, *a);
+	              a->d_head == 64
+	                      ? dilated ? attention_kernel<64, true> : attention_kernel<64, false>
+	              : dilated ? attention_kernel<128, true>
+	                        : attention_kernel<128, false>,
+	              grid, THREADS, shared, *a);
 }

@@ -10,7 +10,9 @@
  *   3. dq: a block holds 64 queries and walks the keys they see, for every
  *      head that shares the queries' columns, dQ += dS K.
  * S and dP are computed twice, seven products instead of the five that a
- * single walk with a sum of dq in memory needs.
+ * single walk with a sum of dq in memory needs. The keys of the dilated mask are
+ * two lists (key_lists.h): blocks of the second step have tiles of one of them,
+ * those of the third walk both.
  */
 #include "kernels/portable/attention_tile.cuh"
 #include "kernels/portable/kernels.h"
@@ -145,11 +147,12 @@ static __device__ __forceinline__ void add_weighted(float (&sums)[D / 8][4],
 	}
 }
 
-/* Writes this warp's 16 rows from row `first` on, times `factor`, by way of its own `staging`. */
-template <int D>
-static __device__ __forceinline__ void
-store_rows(const struct view &to, int64_t b, int64_t h, int64_t first, int64_t limit,
-           const float (&x)[D / 8][4], float factor, bf16 *staging)
+/* Writes this warp's 16 rows, times `factor`, by way of its own `staging`; row i to the token that
+ * token_of(i) says, unless that is negative. */
+template <int D, typename F>
+static __device__ __forceinline__ void store_rows(const struct view &to, int64_t b, int64_t h,
+                                                  const F &token_of, const float (&x)[D / 8][4],
+                                                  float factor, bf16 *staging)
 {
 	const int lane = threadIdx.x % WARP;
 
@@ -165,20 +168,29 @@ store_rows(const struct view &to, int64_t b, int64_t h, int64_t first, int64_t l
 	__syncwarp();
 	for (int i = lane; i < 16 * D / 8; i += WARP) {
 		const int row = i / (D / 8), piece = i % (D / 8);
+		const int64_t token = token_of(row);
 
-		if (first + row < limit)
-			*reinterpret_cast<vector8 *>(at(to, b, first + row, h) + 8 * piece) =
+		if (token >= 0)
+			*reinterpret_cast<vector8 *>(at(to, b, token, h) + 8 * piece) =
 			        load8(staging + swizzled<D>(row, piece));
 	}
 }
 
 /* ---- dk, dv ---- */
 
-/* The queries that see some of keys first .. end-1. */
-static __device__ __forceinline__ struct interval viewers(const struct attention_args &f,
+/* The queries that see some of keys first .. end-1 of a list. */
+template <bool DILATED>
+static __device__ __forceinline__ struct interval viewers(const struct attention_args &f, int list,
                                                           int64_t first, int64_t end)
 {
 	int64_t begin = 0, limit = f.seq_len;
+
+	if (DILATED) {
+		begin = list_token<true>(f, list, first, end);
+		if (list == KEYS_RECENT)
+			limit = min(list_token<true>(f, list, end - 1, end) + f.window + 1, limit);
+		return {(int)begin, (int)limit};
+	}
 
 	if (f.mask == MASK_CHUNK)
 		begin = (first + 1) * f.chunk;
@@ -189,12 +201,20 @@ static __device__ __forceinline__ struct interval viewers(const struct attention
 	return {(int)min(begin, f.seq_len), (int)limit};
 }
 
-/* Whether all queries first .. end-1 see all of the keys. */
-static __device__ __forceinline__ bool all_visible(const struct attention_args &f, int64_t first,
-                                                   int64_t end, struct interval keys)
+/* Whether all queries first .. end-1 see all of the keys of a list. */
+template <bool DILATED>
+static __device__ __forceinline__ bool all_visible(const struct attention_args &f, int list,
+                                                   int64_t first, int64_t end, struct interval keys)
 {
-	return end <= f.seq_len && visible(f, end - 1).first <= keys.first &&
-	       visible(f, first).end >= keys.end;
+	return end <= f.seq_len && visible<DILATED>(f, end - 1, list).first <= keys.first &&
+	       visible<DILATED>(f, first, list).end >= keys.end;
+}
+
+/* Whether query t sees the key of a token of a list; this saves divisions. */
+static __device__ __forceinline__ bool sees_token(const struct attention_args &f, int list,
+                                                  int64_t t, int64_t token)
+{
+	return token >= 0 && token <= t && (list == KEYS_KEPT || t - token <= f.window);
 }
 
 /* lse in units of log2, and delta, of 64 queries. */
@@ -224,15 +244,19 @@ static __device__ __forceinline__ void load_queries(const struct problem &p, bf1
 	load_statistics(statistics, p, b, h, t);
 }
 
-template <int D>
+/* The first `kept` blocks have tiles of the first list. */
+template <int D, bool DILATED>
 static __global__ void __launch_bounds__(THREADS, 2)
-        keys_kernel(const __grid_constant__ struct problem p)
+        keys_kernel(const __grid_constant__ struct problem p, int kept)
 {
 	const struct attention_args &f = p.a.forward;
-	const int64_t kv = blockIdx.y, b = blockIdx.z, first = (int64_t)blockIdx.x * TILE;
-	const int64_t end = min(first + TILE, f.kv_len);
+	const int list = DILATED && (int)blockIdx.x >= kept ? KEYS_RECENT : KEYS_KEPT;
+	const int64_t kv = blockIdx.y, b = blockIdx.z;
+	const int64_t first = (int64_t)(blockIdx.x - (list == KEYS_KEPT ? 0 : kept)) * TILE;
+	const int64_t length = DILATED ? list_length<DILATED>(f, list, f.kv_len) : f.kv_len;
+	const int64_t end = min(first + TILE, length);
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const struct interval queries = viewers(f, first, end);
+	const struct interval queries = viewers<DILATED>(f, list, first, end);
 	const struct interval keys = {(int)first, (int)first + TILE};
 	bf16 *const k = reinterpret_cast<bf16 *>(shared_memory), *const v = k + TILE * D;
 	bf16 *const q = v + TILE * D, *const dout = q + 2 * TILE * D;
@@ -241,8 +265,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	const float scale = f.scale * LOG2E;
 	float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[N_TILES][4], dp[N_TILES][4];
 
-	load_tile<D, TILE, THREADS>(k, f.k, b, kv, first, end);
-	load_tile<D, TILE, THREADS>(v, f.v, b, kv, first, end);
+	load_keys<D, TILE, THREADS, DILATED>(k, f, f.k, b, kv, list, first, end);
+	load_keys<D, TILE, THREADS, DILATED>(v, f, f.v, b, kv, list, first, end);
+	int64_t token[2]; /* of the lane's keys, for the dilated mask */
+#pragma unroll
+	for (int i = 0; i < 2; i++)
+		token[i] = DILATED ? list_token<DILATED>(f, list,
+		                                         first + warp * 16 + lane / 4 + i * 8, end)
+		                   : 0;
 	int t = queries.first, buffer = 0;
 	int64_t h = kv * readers(f), end_head = t < queries.end ? h + readers(f) : h;
 	if (h < end_head)
@@ -262,7 +292,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			                statistics + other * 2 * TILE, b, next_head, next);
 			copy_commit();
 		}
-		const bool all = all_visible(f, t, t + TILE, keys);
+		const bool all = all_visible<DILATED>(f, list, t, t + TILE, keys);
 		multiply_rows<D>(s, my_k, q + buffer * TILE * D);
 		multiply_rows<D>(dp, my_v, dout + buffer * TILE * D);
 #pragma unroll
@@ -274,10 +304,14 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 				s[n][e] = exp2_fast(fmaf(s[n][e], scale, -lse[column]));
 				if (!all) {
-					const struct interval seen = visible(f, t + column);
+					const struct interval seen =
+					        DILATED ? interval() : visible(f, t + column);
+					const bool hidden =
+					        DILATED ? !sees_token(f, list, t + column,
+					                              token[e / 2])
+					                : key < seen.first || key >= seen.end;
 
-					if (t + column >= f.seq_len || key < seen.first ||
-					    key >= seen.end)
+					if (t + column >= f.seq_len || hidden)
 						s[n][e] = 0.0f;
 				}
 				dp[n][e] = s[n][e] * (dp[n][e] - delta[column]);
@@ -289,13 +323,16 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	}
 	copy_wait<0>();
 	__syncthreads();
-	store_rows<D>(p.a.dk, b, kv, first + warp * 16, end, dk, f.scale, my_k);
-	store_rows<D>(p.a.dv, b, kv, first + warp * 16, end, dv, 1.0f, my_v);
+	const auto token_of = [&](int row) {
+		return list_token<DILATED>(f, list, first + warp * 16 + row, end);
+	};
+	store_rows<D>(p.a.dk, b, kv, token_of, dk, f.scale, my_k);
+	store_rows<D>(p.a.dv, b, kv, token_of, dv, 1.0f, my_v);
 }
 
 /* ---- dq ---- */
 
-template <int D>
+template <int D, bool DILATED>
 static __global__ void __launch_bounds__(THREADS, 2)
         queries_kernel(const __grid_constant__ struct problem p)
 {
@@ -305,8 +342,6 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	const int64_t first = (int64_t)(gridDim.x - 1 - blockIdx.x) * TILE;
 	const int64_t end = min(first + TILE, f.seq_len);
 	const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-	const struct interval keys = {visible(f, first).first / TILE * TILE,
-	                              visible(f, end - 1).end};
 	bf16 *const q = reinterpret_cast<bf16 *>(shared_memory), *const dout = q + TILE * D;
 	bf16 *const k = dout + TILE * D, *const v = k + 2 * TILE * D;
 	bf16 *const my_q = q + warp * 16 * D, *const my_dout = dout + warp * 16 * D;
@@ -315,10 +350,17 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 	load_tile<D, TILE, THREADS>(q, f.q, b, group, first, end);
 	copy_commit();
-	for (int64_t h = group; h < f.n_heads && keys.first < keys.end; h += f.q_heads) {
+	/* Every head that shares the queries, and for each every list of keys. */
+	for (int64_t turn = 0; turn < f.n_heads / f.q_heads * KEY_LISTS<DILATED>; turn++) {
+		const int64_t h = group + turn / KEY_LISTS<DILATED> * f.q_heads;
+		const int list = (int)(turn % KEY_LISTS<DILATED>);
 		const int64_t kv = h / readers(f);
+		const struct interval keys = {visible<DILATED>(f, first, list).first / TILE * TILE,
+		                              visible<DILATED>(f, end - 1, list).end};
 		float lse[2], delta[2];
 
+		if (keys.first >= keys.end)
+			continue;
 #pragma unroll
 		for (int i = 0; i < 2; i++) {
 			const int64_t t = min(first + warp * 16 + lane / 4 + 8 * i, f.seq_len - 1);
@@ -329,8 +371,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
 		}
 		__syncthreads();
 		load_tile<D, TILE, THREADS>(dout, p.dout, b, h, first, end);
-		load_tile<D, TILE, THREADS>(k, f.k, b, kv, keys.first, keys.end);
-		load_tile<D, TILE, THREADS>(v, f.v, b, kv, keys.first, keys.end);
+		load_keys<D, TILE, THREADS, DILATED>(k, f, f.k, b, kv, list, keys.first, keys.end);
+		load_keys<D, TILE, THREADS, DILATED>(v, f, f.v, b, kv, list, keys.first, keys.end);
 		copy_commit();
 		for (int key = keys.first, buffer = 0; key < keys.end; key += TILE, buffer ^= 1) {
 			copy_wait<0>();
@@ -338,19 +380,20 @@ static __global__ void __launch_bounds__(THREADS, 2)
 			if (key + TILE < keys.end) {
 				const int other = (buffer ^ 1) * TILE * D;
 
-				load_tile<D, TILE, THREADS>(k + other, f.k, b, kv, key + TILE,
-				                            keys.end);
-				load_tile<D, TILE, THREADS>(v + other, f.v, b, kv, key + TILE,
-				                            keys.end);
+				load_keys<D, TILE, THREADS, DILATED>(k + other, f, f.k, b, kv, list,
+				                                     key + TILE, keys.end);
+				load_keys<D, TILE, THREADS, DILATED>(v + other, f, f.v, b, kv, list,
+				                                     key + TILE, keys.end);
 				copy_commit();
 			}
-			const bool all = all_visible(f, first, first + TILE, {key, key + TILE});
+			const bool all = all_visible<DILATED>(f, list, first, first + TILE,
+			                                      {key, key + TILE});
 			multiply_rows<D>(s, my_q, k + buffer * TILE * D);
 			multiply_rows<D>(dp, my_dout, v + buffer * TILE * D);
 #pragma unroll
 			for (int half = 0; half < 2; half++) {
 				const int64_t t = first + warp * 16 + lane / 4 + 8 * half;
-				const struct interval seen = visible(f, t);
+				const struct interval seen = visible<DILATED>(f, t, list);
 
 #pragma unroll
 				for (int i = 0; i < 2 * N_TILES; i++) {
@@ -370,7 +413,12 @@ static __global__ void __launch_bounds__(THREADS, 2)
 	}
 	copy_wait<0>();
 	__syncthreads();
-	store_rows<D>(p.a.dq, b, group, first + warp * 16, end, dq, f.scale, my_q);
+	const auto token_of = [&](int row) {
+		const int64_t t = first + warp * 16 + row;
+
+		return t < end ? t : (int64_t)-1;
+	};
+	store_rows<D>(p.a.dq, b, group, token_of, dq, f.scale, my_q);
 }
 
 /* ---- the operation ---- */
@@ -390,24 +438,28 @@ static struct problem problem_of(const struct attention_backward_args *a, void *
 	return p;
 }
 
-template <int D> static enum status run(struct device *device, const struct problem &p)
+template <int D, bool DILATED>
+static enum status run(struct device *device, const struct problem &p)
 {
 	const struct attention_args *f = &p.a.forward;
 	const int64_t threads = f->batch * f->seq_len * f->n_heads * (D / 8);
 	const size_t shared = 6 * TILE * D * sizeof(bf16);
-	const dim3 keys((unsigned)divide_up(f->kv_len, TILE), (unsigned)f->kv_heads,
-	                (unsigned)f->batch);
+	const int64_t kept =
+	        DILATED ? keys_before(KEYS_KEPT, f->dilation, f->initial, f->kv_len) : f->kv_len;
+	const int64_t kept_tiles = divide_up(kept, TILE);
+	const int64_t tiles = kept_tiles + divide_up(f->kv_len - kept, TILE);
+	const dim3 keys((unsigned)tiles, (unsigned)f->kv_heads, (unsigned)f->batch);
 	const dim3 queries((unsigned)divide_up(f->seq_len, TILE), (unsigned)f->q_heads,
 	                   (unsigned)f->batch);
 	enum status status =
 	        launch_each(device, "attention_backward", prepare_kernel<D>, threads, THREADS, p);
 
 	if (status == STATUS_OK && f->kv_len > 0)
-		status = launch(device, "attention_backward", keys_kernel<D>, keys, THREADS,
-		                shared + 4 * TILE * sizeof(float), p);
+		status = launch(device, "attention_backward", keys_kernel<D, DILATED>, keys,
+		                THREADS, shared + 4 * TILE * sizeof(float), p, (int)kept_tiles);
 	if (status == STATUS_OK)
-		status = launch(device, "attention_backward", queries_kernel<D>, queries, THREADS,
-		                shared, p);
+		status = launch(device, "attention_backward", queries_kernel<D, DILATED>, queries,
+		                THREADS, shared, p);
 	return status;
 }
 
@@ -419,7 +471,7 @@ extern "C" const char *portable_attention_backward_unsupported(const struct devi
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct attention_args *f = &a->forward;
 
-	if (!is_known_mask(f->mask))
+	if (!is_mask(f->mask))
 		return "an unknown mask";
 	return either(check_heads(f->d_head, f->n_heads, f->batch),
 	              check_aligned(&f->q, &f->k, &f->v, &f->own_value, &f->gate, &f->out,
@@ -443,5 +495,9 @@ extern "C" enum status portable_attention_backward(struct device *device, const 
 	const auto *a = static_cast<const struct attention_backward_args *>(args);
 	const struct problem p = problem_of(a, workspace);
 
-	return a->forward.d_head == 64 ? run<64>(device, p) : run<128>(device, p);
+	const bool dilated = a->forward.mask == MASK_DILATED;
+
+	if (a->forward.d_head == 64)
+		return dilated ? run<64, true>(device, p) : run<64, false>(device, p);
+	return dilated ? run<128, true>(device, p) : run<128, false>(device, p);
 }

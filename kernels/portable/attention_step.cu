@@ -17,7 +17,7 @@ take_own_token(softmax_state &state, const float (&q)[8], const struct attention
 
 	load8(k, at(a.k, b, 0, kv) + 8 * lane);
 	if (a.rope)
-		rope_lanes(k, table, lane, D / 8, position);
+		rope_lanes(k, table, lane, (int)a.rope_width / 8, position);
 	const vector8 key = pack8(k);
 	unpack8(k, key);
 #pragma unroll
@@ -55,7 +55,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS)
 
 	load8(q, at(a.q, b, 0, h) + 8 * lane);
 	if (a.rope)
-		rope_lanes(q, table, lane, D / 8, position);
+		rope_lanes(q, table, lane, (int)a.rope_width / 8, position);
 #pragma unroll
 	for (int i = 0; i < 8; i++)
 		q[i] *= a.scale * LOG2E;
@@ -76,6 +76,8 @@ extern "C" const char *portable_attention_step_unsupported(const struct device *
 {
 	const auto *a = static_cast<const struct attention_step_args *>(args);
 
+	if (a->rope_width % 16 || a->rope_width & (a->rope_width - 1) || a->rope_width > a->d_head)
+		return "columns that turn must be a power of two from 16 on";
 	return either(check_heads(a->d_head, a->n_heads, a->batch),
 	              check_aligned(&a->q, &a->k, &a->v, &a->k_cache, &a->v_cache, &a->out));
 }
@@ -92,8 +94,12 @@ static enum status run(struct device *device, const struct attention_step_args *
                        const decode_target &target)
 {
 	const dim3 grid((unsigned)target.splits, (unsigned)a->n_heads, (unsigned)a->batch);
-	enum status status = launch(device, "attention_step", attention_step_kernel<D>, grid,
-	                            DECODE_THREADS, decode_shared(D), *a, rope_table_of(D), target);
+	struct attention_step_args turned = *a;
+
+	turned.rope_width = turned_width(a->rope_width, D);
+	enum status status =
+	        launch(device, "attention_step", attention_step_kernel<D>, grid, DECODE_THREADS,
+	               decode_shared(D), turned, rope_table_of(turned.rope_width), target);
 
 	return status != STATUS_OK ? status
 	                           : decode_launch_merge<D>(device, "attention_step", target,

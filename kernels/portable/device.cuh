@@ -157,6 +157,23 @@ static __device__ __forceinline__ float softplus(float x)
 	return fmaxf(x, 0.0f) + log_1_plus(__expf(-fabsf(x)));
 }
 
+/* tanh(x), and 1 - tanh(x)^2 without cancellation. */
+struct tanh_pair {
+	float value, slope;
+};
+
+/* By its series near 0, where 1 - e^-2|x| would cancel. */
+static __device__ __forceinline__ struct tanh_pair tanh_of(float x)
+{
+	const float e = __expf(-2.0f * fabsf(x)), inverse = __fdividef(1.0f, 1.0f + e);
+	const float s = x * x;
+	const float near =
+	        x * (1.0f -
+	             s * (0.33333333f - s * (0.13333333f - s * (0.053968254f - s * 0.021869488f))));
+
+	return {s < 0.1f ? near : copysignf((1.0f - e) * inverse, x), 4.0f * e * inverse * inverse};
+}
+
 static __host__ __device__ __forceinline__ int64_t divide_up(int64_t a, int64_t b)
 {
 	return (a + b - 1) / b;

@@ -1,5 +1,5 @@
-/* GLA's two gates, and KDA's: the low-rank decay before the recurrence, the normalized output after
- * it. */
+/* GLA's two gates, KDA's and RWKV-6's: the low-rank decay before the recurrence, the normalized
+ * output after it. */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 
@@ -26,7 +26,22 @@ static __device__ __forceinline__ uint32_t load_pair(const bf16 *from)
 	return *reinterpret_cast<const uint32_t *>(from);
 }
 
-/* sum[n]: 16 tokens from `token` on times columns 8 (x / 2) + 2 (n % 4) + x % 2 of group n / 4. */
+/* Two neighbours' tanh in bf16, and what that leaves of it, likewise. */
+struct split_pair {
+	uint32_t high, low;
+};
+
+static __device__ __forceinline__ struct split_pair tanh_of(uint32_t pair)
+{
+	const float x = tanh_of(low_half(pair)).value, y = tanh_of(high_half(pair)).value;
+	const uint32_t high = pack(x, y);
+
+	return {high, pack(x - low_half(high), y - high_half(high))};
+}
+
+/* sum[n]: 16 tokens from `token` on times columns 8 (x / 2) + 2 (n % 4) + x % 2 of group n / 4.
+ * TANH: of tanh(x), to twice the digits of bf16. */
+template <bool TANH>
 static __device__ __forceinline__ void gate_products(float (&sum)[COLUMNS / 8][4],
                                                      const struct decay_gate_args &a, int64_t token,
                                                      int64_t column)
@@ -38,17 +53,29 @@ static __device__ __forceinline__ void gate_products(float (&sum)[COLUMNS / 8][4
 
 	for (int64_t r = 0; r < a.rank; r += 16) {
 		const bool whole = r + 8 < a.rank;
-		const uint32_t left[4] = {load_pair(row0 + r), load_pair(row1 + r),
-		                          whole ? load_pair(row0 + r + 8) : 0,
-		                          whole ? load_pair(row1 + r + 8) : 0};
+		uint32_t left[4] = {load_pair(row0 + r), load_pair(row1 + r),
+		                    whole ? load_pair(row0 + r + 8) : 0,
+		                    whole ? load_pair(row1 + r + 8) : 0};
+		uint32_t rest[4];
 
+#pragma unroll
+		for (int i = 0; TANH && i < 4; i++) {
+			const struct split_pair split = tanh_of(left[i]);
+
+			left[i] = split.high;
+			rest[i] = split.low;
+		}
 #pragma unroll
 		for (int n = 0; n < COLUMNS / 8; n++) {
 			const int64_t own = column + n / 4 * GROUP + g / 2 * 8 + n % 4 * 2 + g % 2;
 			const bf16 *w = static_cast<const bf16 *>(a.weight) +
 			                min(own, a.d_out - 1) * a.rank + r + 2 * c;
 
-			multiply_add(sum[n], left, load_pair(w), whole ? load_pair(w + 8) : 0);
+			const uint32_t right[2] = {load_pair(w), whole ? load_pair(w + 8) : 0};
+
+			multiply_add(sum[n], left, right[0], right[1]);
+			if (TANH)
+				multiply_add(sum[n], rest, right[0], right[1]);
 		}
 	}
 }
@@ -58,16 +85,23 @@ template <enum low_rank FORM>
 static __device__ __forceinline__ void finish_gate(float (&y)[8], const struct decay_gate_args &a,
                                                    int64_t own)
 {
-	if (FORM == LOW_RANK_LOGIT)
+	if (FORM == LOW_RANK_LOGIT || FORM == LOW_RANK_TANH)
 		return;
+	if (FORM == LOW_RANK_EXP) {
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			y[j] = -exp2_fast(LOG2E * y[j]);
+		return;
+	}
 	/* softplus(x) = -logsigmoid(-x). */
 	const float factor = FORM == LOW_RANK_RATE
 	                             ? LN2 * __expf(a.log_rate[own / (a.d_out / a.n_heads)])
-	                             : LN2 / a.normalizer;
+	                     : FORM == LOW_RANK_STEP ? -LN2
+	                                             : LN2 / a.normalizer;
 
 #pragma unroll
 	for (int j = 0; j < 8; j++)
-		y[j] = factor * log2_sigmoid((FORM == LOW_RANK_RATE ? -LOG2E : LOG2E) * y[j]);
+		y[j] = factor * log2_sigmoid((FORM == LOW_RANK_DECAY ? LOG2E : -LOG2E) * y[j]);
 }
 
 template <enum low_rank FORM>
@@ -81,7 +115,7 @@ static __global__ void __launch_bounds__(THREADS)
 		const int64_t token = ((int64_t)blockIdx.x * TILES + tile) * TOKENS;
 		float sum[COLUMNS / 8][4] = {};
 
-		gate_products(sum, a, token, column);
+		gate_products<FORM == LOW_RANK_TANH || FORM == LOW_RANK_EXP>(sum, a, token, column);
 #pragma unroll
 		for (int i = 0; i < COLUMNS / GROUP * 2; i++) {
 			const int64_t n = token + lane / 4 + i % 2 * 8;
@@ -111,20 +145,36 @@ extern "C" const char *portable_decay_gate_unsupported(const struct device *, co
 	return either(check_widths(a->rank, a->x_stride, a->d_out), check_aligned(a->x));
 }
 
+static auto kernel_of(enum low_rank form) -> decltype(&decay_gate_kernel<LOW_RANK_DECAY>)
+{
+	switch (form) {
+	case LOW_RANK_DECAY:
+		return decay_gate_kernel<LOW_RANK_DECAY>;
+	case LOW_RANK_RATE:
+		return decay_gate_kernel<LOW_RANK_RATE>;
+	case LOW_RANK_TANH:
+		return decay_gate_kernel<LOW_RANK_TANH>;
+	case LOW_RANK_EXP:
+		return decay_gate_kernel<LOW_RANK_EXP>;
+	case LOW_RANK_STEP:
+		return decay_gate_kernel<LOW_RANK_STEP>;
+	default:
+		return decay_gate_kernel<LOW_RANK_LOGIT>;
+	}
+}
+
 extern "C" enum status portable_decay_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
 	const dim3 grid((unsigned)divide_up(a->n_tokens, TOKENS * TILES),
 	                (unsigned)divide_up(a->d_out, THREADS / WARP * COLUMNS));
 
-	return launch(device, "decay_gate",
-	              a->form == LOW_RANK_DECAY  ? decay_gate_kernel<LOW_RANK_DECAY>
-	              : a->form == LOW_RANK_RATE ? decay_gate_kernel<LOW_RANK_RATE>
-	                                         : decay_gate_kernel<LOW_RANK_LOGIT>,
-	              grid, THREADS, 0, *a);
+	return launch(device, "decay_gate", kernel_of(a->form), grid, THREADS, 0, *a);
 }
 
-/* `width` lanes take the head of one token; its second reading comes from the L1 cache. */
+/* `width` lanes take the head of one token; what they read again comes from the L1 cache. CENTERED:
+ * the mean is taken off first, and each channel has its own weight and bias. */
+template <bool CENTERED>
 static __global__ void __launch_bounds__(THREADS)
         norm_gate_kernel(const __grid_constant__ struct norm_gate_args a, int width)
 {
@@ -136,22 +186,34 @@ static __global__ void __launch_bounds__(THREADS)
 	const auto *x = static_cast<const bf16 *>(a.x) + n * a.n_heads * a.d_head + offset;
 	const auto *gate = static_cast<const bf16 *>(a.gate) + n * a.gate_stride + offset;
 	auto *out = static_cast<bf16 *>(a.out) + n * a.n_heads * a.d_head + offset;
-	float sum = 0.0f, v[8], z[8], w[8];
+	const float *weight = a.weight + (CENTERED ? offset : 0);
+	float sum = 0.0f, mean = 0.0f, v[8], z[8], w[8], b[8] = {};
 
+	for (int64_t i = 8 * lane; CENTERED && i < a.d_head; i += 8 * width) {
+		load8(v, x + i);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			mean += v[j];
+	}
+	if (CENTERED)
+		mean = group_sum(mean, width) / (float)a.d_head;
 	for (int64_t i = 8 * lane; i < a.d_head; i += 8 * width) {
 		load8(v, x + i);
 #pragma unroll
 		for (int j = 0; j < 8; j++)
-			sum += v[j] * v[j];
+			sum += (v[j] - mean) * (v[j] - mean);
 	}
 	const float r = rsqrtf(group_sum(sum, width) / (float)a.d_head + a.eps);
 	for (int64_t i = 8 * lane; valid && i < a.d_head; i += 8 * width) {
 		load8(v, x + i);
 		load8(z, gate + i);
-		load8f(w, a.weight + i);
+		load8f(w, weight + i);
+		if (CENTERED)
+			load8f(b, a.bias + offset + i);
 #pragma unroll
 		for (int j = 0; j < 8; j++)
-			v[j] *= r * w[j] * (a.curve == CURVE_SILU ? z[j] : 1.0f) * sigmoid(z[j]);
+			v[j] = ((v[j] - mean) * r * w[j] + b[j]) *
+			       (a.curve == CURVE_SILU ? z[j] : 1.0f) * sigmoid(z[j]);
 		store8(out + i, v);
 	}
 	if (valid && a.rstd && lane == 0)
@@ -164,6 +226,8 @@ extern "C" const char *portable_norm_gate_unsupported(const struct device *, con
 
 	if (!is_known_curve(a->curve))
 		return "an unknown curve";
+	if (!is_known_norm(a->norm))
+		return "an unknown norm";
 	return either(check_widths(a->d_head, a->gate_stride), check_aligned(a->gate));
 }
 
@@ -173,5 +237,7 @@ extern "C" enum status portable_norm_gate(struct device *device, const void *arg
 	const int width = lanes_for(a->d_head);
 	const int64_t threads = a->n_tokens * a->n_heads * width;
 
-	return launch_each(device, "norm_gate", norm_gate_kernel, threads, THREADS, *a, width);
+	return launch_each(device, "norm_gate",
+	                   a->norm == NORM_GROUP ? norm_gate_kernel<true> : norm_gate_kernel<false>,
+	                   threads, THREADS, *a, width);
 }

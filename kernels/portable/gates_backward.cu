@@ -126,12 +126,27 @@ static __device__ __forceinline__ void write_sums(float *to, const float *sums, 
 
 /* ---- norm_gate ---- */
 
+/* The mean of a row of d elements, which `lanes` lanes take; all get it. */
+static __device__ __forceinline__ float row_mean(const bf16 *x, int64_t d, int lane, int lanes)
+{
+	float sum = 0.0f, v[8];
+
+	for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
+		load8(v, x + i);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			sum += v[j];
+	}
+	return row_sum(sum, lanes) / (float)d;
+}
+
 /*
  * With x^ = x rstd, y = x^ weight, out = y curve(gate): `lanes` lanes take head
  * blockIdx.y of one token after another. parts [H, rows at once, d]; their sums are in shared
- * memory until the end, if that is so large.
+ * memory until the end, if that is so large. CENTERED: x^ = (x - mean) rstd, y = x^ weight + bias,
+ * parts [2, rows at once, H, d] of dweight and dbias.
  */
-template <bool IN_SHARED>
+template <bool IN_SHARED, bool CENTERED>
 static __global__ void __launch_bounds__(THREADS)
         norm_gate_backward_kernel(const __grid_constant__ struct norm_gate_backward_args a,
                                   int lanes, float *parts)
@@ -141,10 +156,15 @@ static __global__ void __launch_bounds__(THREADS)
 	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
 	const int64_t d = f.d_head, width = f.n_heads * d;
 	const int lane = threadIdx.x % lanes;
-	float *part = parts + (h * slots + slot) * d;
-	float *sums = IN_SHARED ? shared_rows() + threadIdx.x / lanes * d : part;
+	float *part = CENTERED ? parts + slot * width + h * d : parts + (h * slots + slot) * d;
+	float *bias_part = part + slots * width;
+	float *row = shared_rows() + threadIdx.x / lanes * (CENTERED ? 2 : 1) * d;
+	float *sums = IN_SHARED ? row : part, *bias_sums = IN_SHARED ? row + d : bias_part;
+	const float *weight = f.weight + (CENTERED ? h * d : 0);
 
 	clear_sums(sums, d, lane, lanes);
+	if (CENTERED)
+		clear_sums(bias_sums, d, lane, lanes);
 	for (int64_t first = 0; first < f.n_tokens; first += slots) {
 		const bool valid = first + slot < f.n_tokens;
 		const int64_t n = valid ? first + slot : f.n_tokens - 1;
@@ -154,46 +174,64 @@ static __global__ void __launch_bounds__(THREADS)
 		bf16 *dx = static_cast<bf16 *>(a.dx) + n * width + h * d;
 		bf16 *dgate = static_cast<bf16 *>(a.dgate) + n * f.gate_stride + h * d;
 		const float r = f.rstd[n * f.n_heads + h];
-		float xs[8], dy[8], z[8], w[8], projection = 0.0f;
+		const float mean = CENTERED ? row_mean(x, d, lane, lanes) : 0.0f;
+		float xs[8], dy[8], z[8], w[8], b[8] = {}, projection = 0.0f, center = 0.0f;
 
 		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
 			load8(xs, x + i);
 			load8(dy, dout + i);
 			load8(z, gate + i);
-			load8f(w, f.weight + i);
+			load8f(w, weight + i);
+			if (CENTERED)
+				load8f(b, f.bias + h * d + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
 				const struct silu_pair s = curve_of(f.curve, z[j]);
-				const float normed = xs[j] * r, through = dy[j] * s.value * normed;
+				const float normed = (xs[j] - mean) * r, dnorm = dy[j] * s.value;
+				const float through = dnorm * normed;
 
-				z[j] = dy[j] * normed * w[j] * s.slope;
+				z[j] = dy[j] * (normed * w[j] + b[j]) * s.slope;
 				projection += through * w[j];
+				center += dnorm * w[j];
 				xs[j] = valid ? through : 0.0f;
+				dy[j] = valid ? dnorm : 0.0f;
 			}
 			add8(sums + i, xs);
+			if (CENTERED)
+				add8(bias_sums + i, dy);
 			if (valid)
 				store8(dgate + i, z);
 		}
 		projection = row_sum(projection, lanes) / (float)d;
+		center = CENTERED ? row_sum(center, lanes) / (float)d : 0.0f;
 		for (int64_t i = 8 * lane; valid && i < d; i += 8 * lanes) {
 			load8(xs, x + i);
 			load8(dy, dout + i);
 			/* dgate may have taken the gate's place. */
 			load8(z, gate + i);
-			load8f(w, f.weight + i);
+			load8f(w, weight + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++)
-				dy[j] = r * (dy[j] * curve_of(f.curve, z[j]).value * w[j] -
-				             xs[j] * r * projection);
+				dy[j] = r * (dy[j] * curve_of(f.curve, z[j]).value * w[j] - center -
+				             (xs[j] - mean) * r * projection);
 			store8(dx + i, dy);
 		}
 	}
 	write_sums(part, sums, d, lane, lanes);
+	if (CENTERED)
+		write_sums(bias_part, bias_sums, d, lane, lanes);
+}
+
+template <bool IN_SHARED>
+static auto norm_gate_kernel_of(enum norm norm) -> decltype(&norm_gate_backward_kernel<true, true>)
+{
+	return norm == NORM_GROUP ? norm_gate_backward_kernel<IN_SHARED, true>
+	                          : norm_gate_backward_kernel<IN_SHARED, false>;
 }
 
 } // namespace
 
-/* Rows of partial sums that norm_gate's kernel leaves. */
+/* Rows of partial sums that norm_gate's kernel leaves of dweight, and of dbias. */
 static int64_t norm_gate_parts(const struct device *device, const struct norm_gate_args *f)
 {
 	const int lanes = lanes_of_row(f->d_head);
@@ -211,6 +249,8 @@ extern "C" const char *portable_norm_gate_backward_unsupported(const struct devi
 		return "more than 65535 heads";
 	if (!is_known_curve(f->curve))
 		return "an unknown curve";
+	if (!is_known_norm(f->norm))
+		return "an unknown norm";
 	if (f->gate == a->dgate)
 		return "dgate in the place of the gate";
 	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
@@ -221,7 +261,10 @@ extern "C" size_t portable_norm_gate_backward_workspace(const struct device *dev
 {
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 
-	return (size_t)(norm_gate_parts(device, &a->forward) * a->forward.d_head) * sizeof(float);
+	const int64_t sums = a->forward.norm == NORM_GROUP ? 2 : 1;
+
+	return (size_t)(sums * norm_gate_parts(device, &a->forward) * a->forward.d_head) *
+	       sizeof(float);
 }
 
 extern "C" enum status portable_norm_gate_backward(struct device *device, const void *args,
@@ -230,17 +273,25 @@ extern "C" enum status portable_norm_gate_backward(struct device *device, const 
 	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
 	const struct norm_gate_args *f = &a->forward;
 	const int lanes = lanes_of_row(f->d_head);
-	const size_t shared = shared_for(THREADS / lanes, f->d_head);
+	const bool group = f->norm == NORM_GROUP;
+	const size_t shared = shared_for((group ? 2 : 1) * (THREADS / lanes), f->d_head);
 	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
 	                (unsigned)f->n_heads);
-	float *parts = static_cast<float *>(workspace);
+	const int64_t width = f->n_heads * f->d_head, n_parts = norm_gate_parts(device, f);
+	float *parts = static_cast<float *>(workspace), *bias_parts = parts + n_parts * f->d_head;
 	enum status status = launch(device, "norm_gate_backward",
-	                            shared > shared_for(0, 0) ? norm_gate_backward_kernel<true>
-	                                                      : norm_gate_backward_kernel<false>,
+	                            shared > shared_for(0, 0) ? norm_gate_kernel_of<true>(f->norm)
+	                                                      : norm_gate_kernel_of<false>(f->norm),
 	                            grid, THREADS, shared, *a, lanes, parts);
 
+	if (status == STATUS_OK && group)
+		status = column_sums(device, "norm_gate_backward", bias_parts, n_parts / f->n_heads,
+		                     width, width, a->dbias);
 	if (status != STATUS_OK)
 		return status;
+	if (group)
+		return column_sums(device, "norm_gate_backward", parts, n_parts / f->n_heads, width,
+		                   width, a->dweight);
 	return column_sums(device, "norm_gate_backward", parts, norm_gate_parts(device, f),
 	                   f->d_head, f->d_head, a->dweight);
 }
@@ -280,6 +331,20 @@ static __device__ __forceinline__ void load_gated(struct gated8 &g, const struct
 		g.slope[j] = s.slope;
 		g.u[j] = g.w[j] * g.value[j];
 	}
+}
+
+/* to = x, plus what `more` has there, unless that is NULL; it may be `to`. */
+static __device__ __forceinline__ void store_added(bf16 *to, const void *more, int64_t place,
+                                                   const float (&x)[8])
+{
+	float sum[8] = {};
+
+	if (more)
+		load8(sum, elements(more) + place);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		sum[j] += x[j];
+	store8(to + place, sum);
 }
 
 /* `lanes` lanes take group blockIdx.y of one token after another. parts [groups, rows at once,
@@ -337,7 +402,7 @@ static __global__ void __launch_bounds__(THREADS)
 				dy[j] = du * x.value[j];
 				x.w[j] *= du * x.slope[j];
 			}
-			store8(static_cast<bf16 *>(a.dx) + n * width + column, dy);
+			store_added(static_cast<bf16 *>(a.dx), a.dresidual, n * width + column, dy);
 			if (f.gate)
 				store8(static_cast<bf16 *>(a.dgate) + n * f.gate_stride + column,
 				       x.w);
@@ -405,7 +470,7 @@ extern "C" const char *portable_gate_norm_backward_unsupported(const struct devi
 		return "gradients in the place of what they are taken of";
 	return either(check_widths(f->d_head, group, f->skip ? f->skip_stride : 0,
 	                           f->gate ? f->gate_stride : 0),
-	              check_aligned(f->skip, f->gate, a->dgate));
+	              check_aligned(f->skip, f->gate, a->dgate, a->dresidual));
 }
 
 extern "C" size_t portable_gate_norm_backward_workspace(const struct device *device,
@@ -482,13 +547,14 @@ static __global__ void __launch_bounds__(THREADS)
 	const struct decay_gate_args &f = a.forward;
 	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
 	const int64_t column = index % f.d_out;
-	const bool rate = f.form == LOW_RANK_RATE;
+	const bool rate = f.form == LOW_RANK_RATE, step = f.form == LOW_RANK_STEP;
 	float logit[8], bias[8], d[8];
 
 	if (index >= f.n_tokens * f.d_out)
 		return;
-	const float factor =
-	        rate ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)]) : 1.0f / f.normalizer;
+	const float factor = rate   ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)])
+	                     : step ? 1.0f
+	                            : 1.0f / f.normalizer;
 	load8(logit, elements(a.dlogit) + index);
 	load8(d, elements(a.dout) + index);
 	load8f(bias, f.bias + column);
@@ -496,9 +562,61 @@ static __global__ void __launch_bounds__(THREADS)
 	for (int j = 0; j < 8; j++) {
 		const float u = logit[j] + bias[j];
 
-		d[j] *= factor * sigmoid(rate ? u : -u);
+		d[j] *= factor * sigmoid(rate || step ? u : -u);
 	}
 	store8(static_cast<bf16 *>(a.dlogit) + index, d);
+}
+
+/* dlogit = dout out: -exp(logit) is its own derivative. */
+static __global__ void __launch_bounds__(THREADS)
+        exp_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
+{
+	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	float out[8], d[8];
+
+	if (index >= a.forward.n_tokens * a.forward.d_out)
+		return;
+	load8(out, elements(a.forward.out) + index);
+	load8(d, elements(a.dout) + index);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		d[j] *= out[j];
+	store8(static_cast<bf16 *>(a.dlogit) + index, d);
+}
+
+/* to [n_tokens, rank] = tanh(x). */
+static __global__ void __launch_bounds__(THREADS)
+        tanh_kernel(const __grid_constant__ struct decay_gate_args f, bf16 *to)
+{
+	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	float x[8];
+
+	if (index >= f.n_tokens * f.rank)
+		return;
+	load8(x, elements(f.x) + index / f.rank * f.x_stride + index % f.rank);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		x[j] = tanh_of(x[j]).value;
+	store8(to + index, x);
+}
+
+/* dx, of tanh(x), becomes that of x. */
+static __global__ void __launch_bounds__(THREADS)
+        tanh_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
+{
+	const struct decay_gate_args &f = a.forward;
+	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	const int64_t place = index / f.rank * f.x_stride + index % f.rank;
+	float x[8], dx[8];
+
+	if (index >= f.n_tokens * f.rank)
+		return;
+	load8(x, elements(f.x) + place);
+	load8(dx, static_cast<const bf16 *>(a.dx) + place);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		dx[j] *= tanh_of(x[j]).slope;
+	store8(static_cast<bf16 *>(a.dx) + place, dx);
 }
 
 static int64_t token_splits(const struct device *device, int64_t n_tokens, int64_t width)
@@ -551,16 +669,46 @@ extern "C" const char *portable_decay_gate_backward_unsupported(const struct dev
 	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));
 }
 
+/* Bytes of partial sums and of products, which take turns; behind them is tanh(x). */
+static size_t low_rank_sums(const struct device *device, const struct decay_gate_args *f)
+{
+	const int64_t rows =
+	        token_splits(device, f->n_tokens, f->d_out) + (f->form == LOW_RANK_RATE ? 1 : 0);
+	const size_t parts = (size_t)(rows * f->d_out) * sizeof(float);
+
+	return (std::max(parts, (size_t)GEMM_WORKSPACE) + 255) / 256 * 256;
+}
+
 extern "C" size_t portable_decay_gate_backward_workspace(const struct device *device,
                                                          const void *args)
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
-	const int64_t rows =
-	        token_splits(device, f->n_tokens, f->d_out) + (f->form == LOW_RANK_RATE ? 1 : 0);
-	const size_t parts = (size_t)(rows * f->d_out) * sizeof(float);
 
-	return std::max(parts, (size_t)GEMM_WORKSPACE);
+	return low_rank_sums(device, f) +
+	       (has_tanh(f->form) ? (size_t)(f->n_tokens * f->rank) * sizeof(bf16) : 0);
+}
+
+/* dlogit, unless that is dout. */
+static enum status low_rank_slope(struct device *device, const struct decay_gate_backward_args *a,
+                                  void *workspace)
+{
+	const struct decay_gate_args *f = &a->forward;
+	const int64_t threads = f->n_tokens * (f->d_out / 8);
+
+	if (is_logit(f->form))
+		return STATUS_OK;
+	if (f->form == LOW_RANK_EXP)
+		return launch_each(device, "decay_gate_backward", exp_slope_kernel, threads,
+		                   THREADS, *a);
+	/* The logits once more, in dlogit's place. */
+	struct gemm g = product(f->n_tokens, f->rank, f->d_out, {f->x, false}, {f->weight, true},
+	                        a->dlogit, DTYPE_BF16);
+	g.a_leading = f->x_stride;
+	const enum status status = gemm_run(device, &g, workspace);
+	return status == STATUS_OK ? launch_each(device, "decay_gate_backward", decay_slope_kernel,
+	                                         threads, THREADS, *a)
+	                           : status;
 }
 
 extern "C" enum status portable_decay_gate_backward(struct device *device, const void *args,
@@ -568,35 +716,36 @@ extern "C" enum status portable_decay_gate_backward(struct device *device, const
 {
 	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
 	const struct decay_gate_args *f = &a->forward;
-	const bool logits = f->form == LOW_RANK_LOGIT;
-	const void *dlogit = logits ? a->dout : a->dlogit;
-	const int64_t threads = f->n_tokens * (f->d_out / 8);
+	const void *dlogit = is_logit(f->form) ? a->dout : a->dlogit;
+	const int64_t threads = f->n_tokens * (f->rank / 8);
+	const bool tanh = has_tanh(f->form);
 	float *parts = static_cast<float *>(workspace);
-	enum status status = STATUS_OK;
-	/* The logits once more, in dlogit's place. */
-	struct gemm g = product(f->n_tokens, f->rank, f->d_out, {f->x, false}, {f->weight, true},
-	                        a->dlogit, DTYPE_BF16);
-	g.a_leading = f->x_stride;
-	if (!logits)
-		status = gemm_run(device, &g, workspace);
-	if (status == STATUS_OK && !logits)
-		status = launch_each(device, "decay_gate_backward", decay_slope_kernel, threads,
-		                     THREADS, *a);
+	auto *input =
+	        reinterpret_cast<bf16 *>(static_cast<char *>(workspace) + low_rank_sums(device, f));
+	enum status status = low_rank_slope(device, a, workspace);
+
+	if (status == STATUS_OK && tanh)
+		status = launch_each(device, "decay_gate_backward", tanh_kernel, threads, THREADS,
+		                     *f, input);
 	if (status == STATUS_OK)
 		status = sum_tokens(device, f, dlogit, NULL, parts, a->dbias);
 	if (status == STATUS_OK && f->form == LOW_RANK_RATE)
 		status = sum_rates(device, a, parts);
-	/* dweight = dlogit^T x. */
-	g = product(f->d_out, f->n_tokens, f->rank, {dlogit, true}, {f->x, false}, a->dweight,
-	            DTYPE_F32);
-	g.b_leading = f->x_stride;
+	/* dweight = dlogit^T x, or tanh(x). */
+	struct gemm g = product(f->d_out, f->n_tokens, f->rank, {dlogit, true},
+	                        {tanh ? input : f->x, false}, a->dweight, DTYPE_F32);
+	g.b_leading = tanh ? f->rank : f->x_stride;
 	if (status == STATUS_OK)
 		status = gemm_run(device, &g, workspace);
 	/* dx = dlogit W. */
 	g = product(f->n_tokens, f->d_out, f->rank, {dlogit, false}, {f->weight, false}, a->dx,
 	            DTYPE_BF16);
 	g.out_leading = f->x_stride;
-	return status == STATUS_OK ? gemm_run(device, &g, workspace) : status;
+	if (status == STATUS_OK)
+		status = gemm_run(device, &g, workspace);
+	if (status != STATUS_OK || !tanh)
+		return status;
+	return launch_each(device, "decay_gate_backward", tanh_slope_kernel, threads, THREADS, *a);
 }
 
 /* ---- forget_gate ---- */

@@ -25,6 +25,11 @@
 	X(RECURRENCE, "portable", portable_recurrence, checked, workspace)                         \
 	X(RECURRENCE_BACKWARD, "portable", portable_recurrence_backward, checked, workspace)       \
 	X(RECURRENCE_STEP, "portable", portable_recurrence_step, checked, none)                    \
+	X(RATPLUS_STEP, "portable", portable_ratplus_step, checked, workspace)                     \
+	X(SELECTIVE_SCAN, "portable", portable_selective_scan, checked, workspace)                 \
+	X(SELECTIVE_SCAN_BACKWARD, "portable", portable_selective_scan_backward, checked,          \
+	  workspace)                                                                               \
+	X(SELECTIVE_SCAN_STEP, "portable", portable_selective_scan_step, checked, none)            \
 	X(MATRIX_RECURRENCE, "portable", portable_matrix_recurrence, checked, workspace)           \
 	X(MATRIX_RECURRENCE, "portable", portable_recurrent_form, checked, none)                   \
 	X(MATRIX_RECURRENCE_BACKWARD, "portable", portable_matrix_recurrence_backward,             \
@@ -47,8 +52,17 @@
 	X(FORGET_GATE_BACKWARD, "portable", portable_forget_gate_backward, checked, workspace)     \
 	X(GATE_NORM, "portable", portable_gate_norm, checked, none)                                \
 	X(GATE_NORM_BACKWARD, "portable", portable_gate_norm_backward, checked, workspace)         \
+	X(BLOCK_LINEAR, "cublaslt", portable_block_linear, checked, workspace)                     \
+	X(BLOCK_LINEAR_BACKWARD, "cublaslt", portable_block_linear_backward, checked, workspace)   \
+	X(LRU_GATE, "portable", portable_lru_gate, checked, none)                                  \
+	X(LRU_GATE_BACKWARD, "portable", portable_lru_gate_backward, checked, workspace)           \
+	X(GELU_GATE, "portable", portable_gelu_gate, checked, none)                                \
+	X(GELU_GATE_BACKWARD, "portable", portable_gelu_gate_backward, checked, none)              \
 	X(L2_NORM, "portable", portable_l2_norm, checked, none)                                    \
 	X(L2_NORM_BACKWARD, "portable", portable_l2_norm_backward, checked, none)                  \
+	X(TOKEN_SHIFT, "portable", portable_token_shift, checked, none)                            \
+	X(TOKEN_SHIFT_BACKWARD, "portable", portable_token_shift_backward, checked, workspace)     \
+	X(TOKEN_SHIFT_STEP, "portable", portable_token_shift_step, checked, none)                  \
 	X(GELU, "portable", portable_gelu, any, none)                                              \
 	X(GELU_BACKWARD, "portable", portable_gelu_backward, any, none)                            \
 	X(EMBEDDING, "portable", portable_embedding, checked, none)                                \

@@ -1,9 +1,10 @@
-/* The projections: RMSNorm before, or the residual after, a product by cuBLASLt. */
+/* The projections: RMSNorm before, or the residual after, a product by cuBLASLt. A bias is added in
+ * a pass of its own, the residual with it. */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 #include "kernels/portable/product.cuh"
 
-enum { ROWS = 4 };
+enum { ROWS = 4, THREADS = 256 };
 
 static __global__ void __launch_bounds__(ROWS *WARP)
         rms_norm_kernel(const bf16 *x, const float *weight, bf16 *y, float *rstd, int64_t n_rows,
@@ -59,6 +60,33 @@ static enum status multiply(struct device *device, int64_t n, int64_t d_in, int6
 	return gemm_run(device, &g, workspace);
 }
 
+/* y += bias + residual (or NULL); a thread takes eight elements. */
+static __global__ void __launch_bounds__(THREADS)
+        bias_kernel(bf16 *y, const float *bias, const bf16 *residual, int64_t n, int64_t width)
+{
+	const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 8;
+	float v[8], b[8], r[8] = {};
+
+	if (i >= n * width)
+		return;
+	load8(v, y + i);
+	load8f(b, bias + i % width);
+	if (residual)
+		load8(r, residual + i);
+#pragma unroll
+	for (int j = 0; j < 8; j++)
+		v[j] += b[j] + r[j];
+	store8(y + i, v);
+}
+
+static enum status add_bias(struct device *device, const char *operation, int64_t n, int64_t width,
+                            const float *bias, const void *residual, void *y)
+{
+	return launch_each(device, operation, bias_kernel, n * (width / 8), THREADS,
+	                   static_cast<bf16 *>(y), bias, static_cast<const bf16 *>(residual), n,
+	                   width);
+}
+
 extern "C" enum status portable_norm_linear(struct device *device, const void *args,
                                             void *workspace)
 {
@@ -73,14 +101,21 @@ extern "C" enum status portable_norm_linear(struct device *device, const void *a
 		if (status != STATUS_OK)
 			return status;
 	}
-	return multiply(device, a->n_tokens, a->d_in, a->d_out, a->norm_weight ? a->x_norm : a->x,
-	                a->weight, NULL, a->y, workspace);
+	const enum status status =
+	        multiply(device, a->n_tokens, a->d_in, a->d_out, a->norm_weight ? a->x_norm : a->x,
+	                 a->weight, NULL, a->y, workspace);
+
+	return status != STATUS_OK || !a->bias ? status
+	                                       : add_bias(device, "norm_linear", a->n_tokens,
+	                                                  a->d_out, a->bias, NULL, a->y);
 }
 
 extern "C" const char *portable_linear_residual_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
+	if (a->bias && a->residual == a->y)
+		return "a bias, and the residual in the place of y";
 	return check_widths(a->d_in, a->d_out);
 }
 
@@ -94,6 +129,10 @@ extern "C" enum status portable_linear_residual(struct device *device, const voi
 {
 	const auto *a = static_cast<const struct linear_residual_args *>(args);
 
-	return multiply(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight, a->residual, a->y,
-	                workspace);
+	const enum status status = multiply(device, a->n_tokens, a->d_in, a->d_out, a->x, a->weight,
+	                                    a->bias ? NULL : a->residual, a->y, workspace);
+
+	return status != STATUS_OK || !a->bias ? status
+	                                       : add_bias(device, "linear_residual", a->n_tokens,
+	                                                  a->d_out, a->bias, a->residual, a->y);
 }

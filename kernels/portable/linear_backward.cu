@@ -139,6 +139,51 @@ static enum status norm_backward(struct device *device, const struct norm_linear
 	                   a->forward.d_in, a->dnorm_weight);
 }
 
+/* A thread's eight columns of a share of the tokens. parts [gridDim.y, width]. */
+static __global__ void __launch_bounds__(THREADS)
+        bias_gradient_kernel(const bf16 *dy, int64_t n_tokens, int64_t width, float *parts)
+{
+	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	float sum[8] = {}, v[8];
+
+	if (column >= width)
+		return;
+#pragma unroll 4
+	for (int64_t n = blockIdx.y; n < n_tokens; n += gridDim.y) {
+		load8(v, dy + n * width + column);
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+			sum[j] += v[j];
+	}
+	store8f(parts + blockIdx.y * width + column, sum);
+}
+
+static int64_t bias_shares(const struct device *device, int64_t n, int64_t width)
+{
+	return count_shares(device, n, BLOCKS_PER_SM, divide_up(width, 8 * THREADS));
+}
+
+static size_t bias_workspace(const struct device *device, int64_t n, int64_t width)
+{
+	return (size_t)(bias_shares(device, n, width) * width) * sizeof(float);
+}
+
+/* dbias [width] = the sum of n rows of dy. */
+static enum status bias_gradient(struct device *device, const char *operation, int64_t n,
+                                 int64_t width, const void *dy, float *dbias, void *workspace)
+{
+	const int64_t shares = bias_shares(device, n, width);
+	float *parts = static_cast<float *>(workspace);
+	const enum status status =
+	        launch(device, operation, bias_gradient_kernel,
+	               dim3((unsigned)divide_up(width, 8 * THREADS), (unsigned)shares), THREADS, 0,
+	               static_cast<const bf16 *>(dy), n, width, parts);
+
+	return status != STATUS_OK
+	               ? status
+	               : column_sums(device, operation, parts, shares, width, width, dbias);
+}
+
 /* dx [n, d_in] = dy [n, d_out] weight + addend (or NULL); dweight = dy^T x. */
 static enum status input_gradient(struct device *device, int64_t n, int64_t d_in, int64_t d_out,
                                   const void *dy, const void *weight, const void *addend, void *dx,
@@ -172,9 +217,11 @@ extern "C" size_t portable_norm_linear_backward_workspace(const struct device *d
                                                           const void *args)
 {
 	const auto *a = static_cast<const struct norm_linear_backward_args *>(args);
-	const size_t parts = (size_t)(norm_blocks(device, a) * a->forward.d_in) * sizeof(float);
+	const struct norm_linear_args *f = &a->forward;
+	const size_t parts = (size_t)(norm_blocks(device, a) * f->d_in) * sizeof(float);
+	const size_t bias = f->bias ? bias_workspace(device, f->n_tokens, f->d_out) : 0;
 
-	return std::max(parts, (size_t)GEMM_WORKSPACE);
+	return std::max({parts, bias, (size_t)GEMM_WORKSPACE});
 }
 
 extern "C" enum status portable_norm_linear_backward(struct device *device, const void *args,
@@ -185,6 +232,9 @@ extern "C" enum status portable_norm_linear_backward(struct device *device, cons
 	        weight_gradient(device, a->forward.n_tokens, a->forward.d_in, a->forward.d_out,
 	                        a->dy, a->forward.x_norm, a->dweight, workspace);
 
+	if (status == STATUS_OK && a->forward.bias)
+		status = bias_gradient(device, "norm_linear_backward", a->forward.n_tokens,
+		                       a->forward.d_out, a->dy, a->dbias, workspace);
 	if (status != STATUS_OK)
 		return status;
 	if (!a->forward.norm_weight)
@@ -205,9 +255,13 @@ extern "C" const char *portable_linear_residual_backward_unsupported(const struc
 	return check_widths(a->d_in, a->d_out);
 }
 
-extern "C" size_t portable_linear_residual_backward_workspace(const struct device *, const void *)
+extern "C" size_t portable_linear_residual_backward_workspace(const struct device *device,
+                                                              const void *args)
 {
-	return GEMM_WORKSPACE;
+	const auto *a = static_cast<const struct linear_residual_backward_args *>(args);
+	const size_t bias = a->dbias ? bias_workspace(device, a->n_tokens, a->d_out) : 0;
+
+	return std::max(bias, (size_t)GEMM_WORKSPACE);
 }
 
 extern "C" enum status portable_linear_residual_backward(struct device *device, const void *args,
@@ -217,6 +271,9 @@ extern "C" enum status portable_linear_residual_backward(struct device *device, 
 	enum status status = input_gradient(device, a->n_tokens, a->d_in, a->d_out, a->dy,
 	                                    a->weight, NULL, a->dx, workspace);
 
+	if (status == STATUS_OK && a->dbias)
+		status = bias_gradient(device, "linear_residual_backward", a->n_tokens, a->d_out,
+		                       a->dy, a->dbias, workspace);
 	if (status != STATUS_OK)
 		return status;
 	return weight_gradient(device, a->n_tokens, a->d_in, a->d_out, a->dy, a->x, a->dweight,

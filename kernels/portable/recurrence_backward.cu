@@ -5,6 +5,7 @@
  *   dx = (1-a) lambda, dlogit = lambda (h_{t-1} - x) a (1-a)   (sigmoid gate)
  *   dx = lambda,       dgate  = lambda h_{t-1} a               (log decay)
  *   dz = dout h sigmoid'(z)
+ * and dgate_base is added to dgate where there is one.
  * A block takes a tile of 64 channels, a warp ROWS consecutive tokens of it, a
  * lane two channels. Everything that does not depend on lambda is done while
  * the tile behind is still at work: of the forward's states only those before
@@ -315,6 +316,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 	float sums[2] = {};
 	bf16 *to_dx = at(a.dx, b, first + ROWS - 1, 0) + channel;
 	bf16 *to_dgate = at(a.dgate, b, first + ROWS - 1, 0) + channel;
+	const bf16 *from = at(a.dgate_base, b, first + ROWS - 1, 0) + channel;
 #pragma unroll
 	for (int i = ROWS - 1; i >= 0; i--) {
 		float dx[2], dgate[2];
@@ -329,11 +331,18 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 			c[e] = decay_of<FORM>(kept.share[e][i]) * lambda;
 		}
 		if (has_channel && i < n) {
+			if (a.dgate_base.data) {
+				const uint32_t base = *reinterpret_cast<const uint32_t *>(from);
+
+				dgate[0] += low_half(base);
+				dgate[1] += high_half(base);
+			}
 			*reinterpret_cast<uint32_t *>(to_dx) = pack(dx[0], dx[1]);
 			*reinterpret_cast<uint32_t *>(to_dgate) = pack(dgate[0], dgate[1]);
 		}
 		to_dx -= a.dx.token;
 		to_dgate -= a.dgate.token;
+		from -= a.dgate_base.token;
 	}
 	if (!f.gate_bias)
 		return;
@@ -417,8 +426,8 @@ extern "C" const char *portable_recurrence_backward_unsupported(const struct dev
 		return "width must be a multiple of 8";
 	if (divide_up(f->seq_len, TILE) * f->batch * divide_up(f->d_model, SLAB) > INT32_MAX)
 		return "too many tiles";
-	return check_aligned(&f->x, &f->gate, &f->z, &f->h, &f->out, &a->dout, &a->dx, &a->dgate,
-	                     &a->dz);
+	return check_aligned(&f->x, &f->gate, &f->z, &f->h, &f->out, &a->dout, &a->dgate_base,
+	                     &a->dx, &a->dgate, &a->dz);
 }
 
 extern "C" size_t portable_recurrence_backward_workspace(const struct device *, const void *args)

@@ -74,8 +74,9 @@ static __device__ __forceinline__ void rope_angles(float (&cosine)[8], float (&s
 }
 
 /*
- * Eight elements of a head spread over d / 8 neighbouring lanes, `lane` of
- * them: rotates this lane's x, whose partners are in the lane half a head away.
+ * Eight elements of a head spread over neighbouring lanes, `lane` of them, of which the first
+ * `lanes`, a power of two, hold what turns: rotates this lane's x, whose partners are half of these
+ * lanes away.
  */
 static __device__ __forceinline__ void rope_lanes(float (&x)[8], const struct rope_table &table,
                                                   int lane, int lanes, int64_t position)
@@ -87,7 +88,8 @@ static __device__ __forceinline__ void rope_lanes(float (&x)[8], const struct ro
 	for (int i = 0; i < 8; i++) {
 		const float partner = __shfl_xor_sync(0xffffffffu, x[i], lanes / 2);
 
-		x[i] = x[i] * cosine[i] + (lane < lanes / 2 ? -partner : partner) * sine[i];
+		if (lane < lanes)
+			x[i] = x[i] * cosine[i] + (lane < lanes / 2 ? -partner : partner) * sine[i];
 	}
 }
 
@@ -107,6 +109,7 @@ static __device__ __forceinline__ void turn8(float (&low)[8], float (&high)[8],
 /* A tensor to be rotated, or copied if not `rope`; see rotate_tensor(). */
 struct rotation {
 	int64_t batch, n_tokens, n_heads, d_head;
+	int64_t width;  /* columns of a head that turn, its first */
 	int64_t first;  /* tokens before it are left out */
 	int64_t slots;  /* token t goes to token t % slots of `to` */
 	int64_t period; /* token t has position t / period */
@@ -119,7 +122,13 @@ struct rotation {
 static inline struct rotation rotation_of(int64_t batch, int64_t n_tokens, int64_t n_heads,
                                           int64_t d_head, bool rope)
 {
-	return {batch, n_tokens, n_heads, d_head, 0, n_tokens, 1, rope, false, {}, {}};
+	return {batch, n_tokens, n_heads, d_head, d_head, 0, n_tokens, 1, rope, false, {}, {}};
+}
+
+/* Columns of a head that turn. */
+static inline int64_t turned_width(int64_t rope_width, int64_t d_head)
+{
+	return rope_width > 0 ? rope_width : d_head;
 }
 
 /* Submits one rotation; `to` may be `from`, or nothing, which then is all that is done. */

@@ -4,7 +4,8 @@
 
 enum { THREADS = 256, HEADS = 4 };
 
-/* A thread takes 8 pairs of up to HEADS heads of one token, whose angles are the same. */
+/* A thread takes 8 pairs of up to HEADS heads of one token, whose angles are the same; or 16
+ * columns of those that do not turn. */
 static __global__ void __launch_bounds__(THREADS)
         rotate_kernel(const __grid_constant__ struct rotation r,
                       const __grid_constant__ struct rope_table table)
@@ -18,21 +19,24 @@ static __global__ void __launch_bounds__(THREADS)
 
 	if (token >= r.batch * per_sequence)
 		return;
-	if (r.rope)
+	const bool paired = piece < r.width / 16, turns = r.rope && paired;
+	const int64_t left = paired ? 8 * piece : 16 * piece;
+	const int64_t right = left + (paired ? r.width / 2 : 8);
+	if (turns)
 		rope_angles(cosine, sine, table, 8 * piece, t / r.period);
 	for (int i = 0; r.inverse && i < 8; i++)
 		sine[i] = -sine[i];
 	for (int64_t h = (int64_t)blockIdx.y * HEADS;
 	     h < r.n_heads && h < ((int64_t)blockIdx.y + 1) * HEADS; h++) {
-		const bf16 *from = at(r.from, b, t, h) + 8 * piece;
-		bf16 *to = at(r.to, b, t % r.slots, h) + 8 * piece;
+		const bf16 *from = at(r.from, b, t, h);
+		bf16 *to = at(r.to, b, t % r.slots, h);
 
-		load8(low, from);
-		load8(high, from + r.d_head / 2);
-		if (r.rope)
+		load8(low, from + left);
+		load8(high, from + right);
+		if (turns)
 			turn8(low, high, cosine, sine);
-		store8(to, low);
-		store8(to + r.d_head / 2, high);
+		store8(to + left, low);
+		store8(to + right, high);
 	}
 }
 
@@ -54,11 +58,13 @@ enum status rotate_tensor(struct device *device, const char *operation, struct r
 	r.from = from;
 	r.to = to;
 	return launch(device, operation, rotate_kernel, grid, THREADS, 0, r,
-	              rope_table_of(r.d_head));
+	              rope_table_of(r.width));
 }
 
-static const char *check_rope_width(int64_t d_head)
+static const char *check_rope_width(int64_t d_head, int64_t rope_width)
 {
+	if (rope_width % 16 || rope_width > d_head)
+		return "columns that turn must be a multiple of 16";
 	return d_head % 16 || d_head > MAX_ROPE_WIDTH
 	               ? "head width must be a multiple of 16 up to 128"
 	               : NULL;
@@ -68,7 +74,7 @@ extern "C" const char *portable_rotate_unsupported(const struct device *, const 
 {
 	const auto *a = static_cast<const struct rotate_args *>(args);
 
-	return either(check_rope_width(a->d_head),
+	return either(check_rope_width(a->d_head, a->rope_width),
 	              check_aligned(&a->q, &a->k, &a->v, &a->q_out, &a->k_out, &a->v_out));
 }
 
@@ -76,6 +82,7 @@ extern "C" enum status portable_rotate(struct device *device, const void *args, 
 {
 	const auto *a = static_cast<const struct rotate_args *>(args);
 	struct rotation r = rotation_of(a->batch, a->seq_len, a->n_heads, a->d_head, a->rope);
+	r.width = turned_width(a->rope_width, a->d_head);
 	enum status status = rotate_tensor(device, "rotate", r, a->q, a->q_out);
 
 	r.n_heads = a->kv_heads;
@@ -91,7 +98,7 @@ extern "C" const char *portable_rotate_backward_unsupported(const struct device 
 {
 	const auto *a = static_cast<const struct rotate_backward_args *>(args);
 
-	return either(check_rope_width(a->d_head),
+	return either(check_rope_width(a->d_head, a->rope_width),
 	              check_aligned(&a->dq_out, &a->dk_out, &a->dq, &a->dk));
 }
 
@@ -100,6 +107,7 @@ extern "C" enum status portable_rotate_backward(struct device *device, const voi
 	const auto *a = static_cast<const struct rotate_backward_args *>(args);
 	struct rotation r = rotation_of(a->batch, a->seq_len, a->n_heads, a->d_head, a->rope);
 
+	r.width = turned_width(a->rope_width, a->d_head);
 	r.inverse = true;
 	enum status status = rotate_tensor(device, "rotate_backward", r, a->dq_out, a->dq);
 	r.n_heads = a->kv_heads;
@@ -134,7 +142,7 @@ extern "C" const char *portable_rotate_step_unsupported(const struct device *, c
 {
 	const auto *a = static_cast<const struct rotate_step_args *>(args);
 
-	return either(check_rope_width(a->d_head),
+	return either(check_rope_width(a->d_head, a->d_head),
 	              check_aligned(&a->q, &a->k, &a->q_out, &a->k_out));
 }
 

@@ -1,5 +1,5 @@
 /*
- * Mamba's short convolution and its silu. A thread owns eight channels and
+ * Mamba's short convolution and its silu, or none. A thread owns eight channels and
  * walks down TOKENS tokens with the three before them in registers, so x is
  * read 1 + 3/TOKENS times, the repeated rows from the L2 cache.
  */
@@ -31,7 +31,7 @@ static __device__ __forceinline__ void load_weights(struct channels &c, const fl
 
 /* One token: out from its x and those before, which move on by one. */
 static __device__ __forceinline__ void advance(struct channels &c, const float (&x)[8],
-                                               float (&out)[8])
+                                               float (&out)[8], enum curve curve)
 {
 #pragma unroll
 	for (int i = 0; i < 8; i++) {
@@ -40,7 +40,7 @@ static __device__ __forceinline__ void advance(struct channels &c, const float (
 #pragma unroll
 		for (int j = 0; j < CONV_HISTORY; j++)
 			sum = fmaf(c.weight[i][j], c.before[j][i], sum);
-		out[i] = sum * sigmoid(sum);
+		out[i] = curve == CURVE_NONE ? sum : sum * sigmoid(sum);
 #pragma unroll
 		for (int j = 0; j + 1 < CONV_HISTORY; j++)
 			c.before[j][i] = c.before[j + 1][i];
@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll 4
 	for (int64_t t = first; t < last; t++) {
 		load8(value, x + t * a.x_stride);
-		advance(c, value, result);
+		advance(c, value, result, a.curve);
 		store8(out + t * a.channels, result);
 	}
 	if (!a.history || last < a.seq_len)
@@ -92,6 +92,8 @@ extern "C" const char *portable_short_conv_unsupported(const struct device *, co
 {
 	const auto *a = static_cast<const struct short_conv_args *>(args);
 
+	if (!is_known_activation(a->curve))
+		return "an unknown curve";
 	return either(check_widths(a->channels, a->x_stride), check_aligned(a->x, a->weight));
 }
 
@@ -119,7 +121,7 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
 	for (int j = 0; j < CONV_HISTORY; j++)
 		load8(c.before[j], history + j * a.channels);
-	advance(c, value, result);
+	advance(c, value, result, a.curve);
 #pragma unroll
 	for (int j = 0; j < CONV_HISTORY; j++)
 		store8(history + j * a.channels, c.before[j]);
@@ -130,6 +132,8 @@ extern "C" const char *portable_short_conv_step_unsupported(const struct device 
 {
 	const auto *a = static_cast<const struct short_conv_step_args *>(args);
 
+	if (!is_known_activation(a->curve))
+		return "an unknown curve";
 	return either(check_widths(a->channels, a->x_stride), check_aligned(a->x, a->weight));
 }
 

@@ -57,7 +57,7 @@ load_dout(float (&sum)[8], const struct short_conv_backward_args &a, int64_t n, 
 /* A token's x and dout; `own`: its share of the parameters' gradients is this thread's. Afterwards
  * c.dx[0] is complete. */
 static __device__ __forceinline__ void advance(struct channels &c, const float (&x)[8],
-                                               const float (&dout)[8], bool own)
+                                               const float (&dout)[8], bool own, enum curve curve)
 {
 #pragma unroll
 	for (int i = 0; i < 8; i++) {
@@ -66,7 +66,9 @@ static __device__ __forceinline__ void advance(struct channels &c, const float (
 #pragma unroll
 		for (int j = 0; j < CONV_HISTORY; j++)
 			pre = fmaf(c.weight[j][i], c.before[j][i], pre);
-		const float s = sigmoid(pre), dpre = dout[i] * s * (1.0f + pre * (1.0f - s));
+		const float s = sigmoid(pre);
+		const float slope = curve == CURVE_NONE ? 1.0f : s * (1.0f + pre * (1.0f - s));
+		const float dpre = dout[i] * slope;
 		const float share = own ? dpre : 0.0f;
 
 #pragma unroll
@@ -136,7 +138,7 @@ static __global__ void __launch_bounds__(THREADS)
 				load8(value, x + t * f.x_stride);
 				load_dout(dout, a, b * f.seq_len + t, channel);
 			}
-			advance(c, value, dout, t < last);
+			advance(c, value, dout, t < last, f.curve);
 			if (t - CONV_HISTORY >= first)
 				store8(dx + (t - CONV_HISTORY) * f.x_stride, c.dx[0]);
 			shift(c, value);
@@ -166,6 +168,8 @@ extern "C" const char *portable_short_conv_backward_unsupported(const struct dev
 	const auto *a = static_cast<const struct short_conv_backward_args *>(args);
 	const struct short_conv_args *f = &a->forward;
 
+	if (!is_known_activation(f->curve))
+		return "an unknown curve";
 	if (f->x == a->dx)
 		return "dx in the place of x";
 	return either(check_widths(f->channels, f->x_stride), check_aligned(f->x, a->dx));

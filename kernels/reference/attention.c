@@ -12,14 +12,26 @@ struct block {
 	int n;
 	int64_t index[BLOCK_ROWS]; /* position in the sequence */
 	int64_t lo[BLOCK_ROWS], hi[BLOCK_ROWS];
+	const struct attention_args *a;
+	bool of_keys; /* the rows are keys, the columns queries */
 };
+
+/* Whether row r is paired with column s of its range. */
+static bool is_pair(const struct block *block, int r, int64_t s)
+{
+	const int64_t row = block->index[r];
+
+	return is_visible(block->a, block->of_keys ? s : row, block->of_keys ? row : s);
+}
 
 /* Up to BLOCK_ROWS rows of the list, from the one at `first` on; its rows NULL: 0, 1, ... */
 static struct block
 take_block(const struct attention_args *a, const struct row_list *list, int64_t first,
            void (*range)(const struct attention_args *, int64_t, int64_t *, int64_t *))
 {
-	struct block block = {.n = (int)smaller(BLOCK_ROWS, list->count - first)};
+	struct block block = {.n = (int)smaller(BLOCK_ROWS, list->count - first),
+	                      .a = a,
+	                      .of_keys = range == seeing_queries};
 
 	for (int r = 0; r < block.n; r++) {
 		block.index[r] = list->rows ? list->rows[first + r] : first + r;
@@ -33,7 +45,8 @@ static struct row_list all_queries_or(const struct attention_args *a, const stru
 	return rows ? *rows : (struct row_list){.count = a->seq_len};
 }
 
-/* w[r*ld + s] = x_r . y_s for every pair of the block; rows of x and y are strided. */
+/* w[r*ld + s] = x_r . y_s for every pair of the block, -infinity for what else is in the range;
+ * rows of x and y are strided. */
 static void products(const struct block *block, int64_t d, const double *x, int64_t x_stride,
                      const double *y, int64_t y_stride, int64_t ld, double *w)
 {
@@ -41,8 +54,10 @@ static void products(const struct block *block, int64_t d, const double *x, int6
 		for (int r = 0; r < block->n; r++)
 			for (int64_t s = larger(tile, block->lo[r]);
 			     s < smaller(tile + TILE, block->hi[r]); s++)
-				w[r * ld + s] =
-				        dot(d, x + block->index[r] * x_stride, y + s * y_stride);
+				w[r * ld + s] = is_pair(block, r, s)
+				                        ? dot(d, x + block->index[r] * x_stride,
+				                              y + s * y_stride)
+				                        : -INFINITY;
 }
 
 /* acc[r*d + i] += sum over s of w[r*ld + s] * y_s[i]. */
@@ -53,7 +68,8 @@ static void weighted_sums(const struct block *block, int64_t d, const double *w,
 		for (int r = 0; r < block->n; r++)
 			for (int64_t s = larger(tile, block->lo[r]);
 			     s < smaller(tile + TILE, block->hi[r]); s++)
-				add_scaled(d, w[r * ld + s], y + s * y_stride, acc + r * d);
+				if (is_pair(block, r, s))
+					add_scaled(d, w[r * ld + s], y + s * y_stride, acc + r * d);
 }
 
 /* Index into own_score and down_score [B, T, H]. */
@@ -350,9 +366,10 @@ enum status reference_attention_step(struct device *device, const void *args, vo
 	int64_t count = (a->window < 0 ? position : smaller(position, a->window)) + 1;
 	int64_t n_q = a->batch * a->n_heads * a->d_head;
 	double *q = take_doubles(n_q + count * omp_get_max_threads());
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, a->rope_width};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  1,           a->rope_width};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1, 0};
 	const struct view rotated = contiguous(q, 1, a->n_heads, a->d_head);
 
 	if (!q)
@@ -372,9 +389,10 @@ enum status reference_attention_step(struct device *device, const void *args, vo
 enum status reference_rotate(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_args *a = args;
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, a->rope_width};
+	const struct rotation turn_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  1,           a->rope_width};
+	const struct rotation copy = {a->batch, a->kv_heads, a->d_head, false, 1, 0};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
@@ -391,8 +409,9 @@ enum status reference_rotate(struct device *device, const void *args, void *work
 enum status reference_rotate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_backward_args *a = args;
-	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1};
-	const struct rotation back_key = {a->batch, a->kv_heads, a->d_head, a->rope, -1};
+	const struct rotation back = {a->batch, a->n_heads, a->d_head, a->rope, -1, a->rope_width};
+	const struct rotation back_key = {a->batch, a->kv_heads, a->d_head,
+	                                  a->rope,  -1,          a->rope_width};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < a->seq_len; t++) {
@@ -405,7 +424,7 @@ enum status reference_rotate_backward(struct device *device, const void *args, v
 enum status reference_rotate_step(struct device *device, const void *args, void *workspace)
 {
 	const struct rotate_step_args *a = args;
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, true, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, true, 1, 0};
 
 	rotate_token(&turn, *a->position, &a->q, 0, &a->q_out, 0);
 	rotate_token(&turn, *a->position, &a->k, 0, &a->k_out, 0);

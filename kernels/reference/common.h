@@ -49,7 +49,7 @@ REFERENCE_FUNCTION int64_t attention_kv_head(const struct attention_args *a, int
 	return h / (a->n_heads / a->kv_heads);
 }
 
-/* The keys lo .. hi that query t sees. */
+/* The keys lo .. hi among which query t sees some. */
 REFERENCE_FUNCTION void visible_keys(const struct attention_args *a, int64_t t, int64_t *lo,
                                      int64_t *hi)
 {
@@ -60,7 +60,14 @@ REFERENCE_FUNCTION void visible_keys(const struct attention_args *a, int64_t t, 
 	              a->kv_len);
 }
 
-/* The queries lo .. hi that see key s. */
+/* Whether query t sees key s, one of the keys that visible_keys() names. */
+REFERENCE_FUNCTION bool is_visible(const struct attention_args *a, int64_t t, int64_t s)
+{
+	return a->mask != MASK_DILATED || t - s <= a->window || s < a->initial ||
+	       (a->dilation > 0 && (s + 1) % a->dilation == 0);
+}
+
+/* The queries lo .. hi of which some see key s. */
 REFERENCE_FUNCTION void seeing_queries(const struct attention_args *a, int64_t s, int64_t *lo,
                                        int64_t *hi)
 {

@@ -1,17 +1,46 @@
 /* fp64 gates and norms of the linear family: norm_gate, short_conv, time_step, forget_gate,
- * gate_norm. */
+ * gate_norm; and Hawk's, lru_gate and gelu_gate. */
 #include "kernels/reference/shared.h"
 
 #include <omp.h>
 
 static double curve_of(enum curve curve, double x)
 {
-	return curve == CURVE_SILU ? silu(x) : sigmoid(x);
+	return curve == CURVE_SILU ? silu(x) : curve == CURVE_SIGMOID ? sigmoid(x) : x;
 }
 
 static double curve_derivative(enum curve curve, double x)
 {
-	return curve == CURVE_SILU ? silu_derivative(x) : sigmoid(x) * sigmoid(-x);
+	return curve == CURVE_SILU      ? silu_derivative(x)
+	       : curve == CURVE_SIGMOID ? sigmoid(x) * sigmoid(-x)
+	                                : 1;
+}
+
+/* What the norm of a head makes of it, before weights; returns 1 / the root that it divides by. */
+static double normalize(const struct norm_gate_args *a, const double *x, double *normed)
+{
+	int64_t d = a->d_head;
+	double mean = 0;
+
+	for (int64_t i = 0; a->norm == NORM_GROUP && i < d; i++)
+		mean += x[i] / (double)d;
+	for (int64_t i = 0; i < d; i++)
+		normed[i] = x[i] - mean;
+	double r = inverse_rms(d, a->eps, normed);
+	for (int64_t i = 0; i < d; i++)
+		normed[i] *= r;
+	return r;
+}
+
+/* The first of head h's weights or biases. */
+static int64_t first_weight(const struct norm_gate_args *a, int64_t h)
+{
+	return a->norm == NORM_GROUP ? h * a->d_head : 0;
+}
+
+static double bias_of(const struct norm_gate_args *a, int64_t column)
+{
+	return a->norm == NORM_GROUP ? wide(a->bias)[column] : 0;
 }
 
 enum status reference_norm_gate(struct device *device, const void *args, void *workspace)
@@ -21,43 +50,67 @@ enum status reference_norm_gate(struct device *device, const void *args, void *w
 
 #pragma omp parallel for
 	for (int64_t row = 0; row < a->n_tokens * heads; row++) {
-		const double *x = (const double *)a->x + row * d, *weight = wide(a->weight);
-		const double *gate =
-		        (const double *)a->gate + row / heads * a->gate_stride + row % heads * d;
-		double *out = (double *)a->out + row * d, r = inverse_rms(d, a->eps, x);
+		int64_t h = row % heads;
+		const double *x = (const double *)a->x + row * d;
+		const double *weight = wide(a->weight) + first_weight(a, h);
+		const double *gate = (const double *)a->gate + row / heads * a->gate_stride + h * d;
+		double *out = (double *)a->out + row * d, r = normalize(a, x, out);
 
 		for (int64_t i = 0; i < d; i++)
-			out[i] = x[i] * r * weight[i] * curve_of(a->curve, gate[i]);
+			out[i] = (out[i] * weight[i] + bias_of(a, h * d + i)) *
+			         curve_of(a->curve, gate[i]);
 		if (a->rstd)
 			wide_out(a->rstd)[row] = r;
 	}
 	return STATUS_OK;
 }
 
+/* One head; `normed` is that of the forward. Adds to dweight, and to dbias where there is one. */
+static void norm_gate_head_backward(const struct norm_gate_backward_args *a, int64_t row,
+                                    double *normed, double *dweight, double *dbias)
+{
+	const struct norm_gate_args *f = &a->forward;
+	int64_t d = f->d_head, h = row % f->n_heads, own = first_weight(f, h);
+	int64_t first = row / f->n_heads * f->gate_stride + h * d;
+	const double *weight = wide(f->weight) + own, *gate = (const double *)f->gate + first;
+	const double *dout = (const double *)a->dout + row * d;
+	double *dx = (double *)a->dx + row * d, *dgate = (double *)a->dgate + first;
+	double r = normalize(f, (const double *)f->x + row * d, normed), mean = 0;
+
+	for (int64_t i = 0; i < d; i++) {
+		dgate[i] = dout[i] * (normed[i] * weight[i] + bias_of(f, h * d + i)) *
+		           curve_derivative(f->curve, gate[i]);
+		dx[i] = dout[i] * curve_of(f->curve, gate[i]);
+		if (f->norm == NORM_GROUP)
+			dbias[h * d + i] += dx[i];
+	}
+	for (int64_t i = 0; i < d; i++)
+		normed[i] /= r;
+	norm_row_backward(d, r, normed, weight, dx, dx, dweight + own);
+	for (int64_t i = 0; f->norm == NORM_GROUP && i < d; i++)
+		mean += dx[i] / (double)d;
+	for (int64_t i = 0; i < d; i++)
+		dx[i] -= mean;
+}
+
 enum status reference_norm_gate_backward(struct device *device, const void *args, void *workspace)
 {
 	const struct norm_gate_backward_args *a = args;
 	const struct norm_gate_args *f = &a->forward;
-	int64_t d = f->d_head, heads = f->n_heads;
-	double *dweight = wide_out(a->dweight);
+	const bool group = f->norm == NORM_GROUP;
+	int64_t d = f->d_head, width = group ? f->n_heads * d : d, biases = group ? width : 1;
+	double none = 0, *dweight = wide_out(a->dweight),
+	       *dbias = group ? wide_out(a->dbias) : &none;
+	double *scratch = take_doubles(d * omp_get_max_threads());
 
-	zero(d, dweight);
-#pragma omp parallel for reduction(+ : dweight[:d])
-	for (int64_t row = 0; row < f->n_tokens * heads; row++) {
-		int64_t first = row / heads * f->gate_stride + row % heads * d;
-		const double *x = (const double *)f->x + row * d, *weight = wide(f->weight);
-		const double *gate = (const double *)f->gate + first;
-		const double *dout = (const double *)a->dout + row * d;
-		double *dx = (double *)a->dx + row * d, *dgate = (double *)a->dgate + first;
-		double r = inverse_rms(d, f->eps, x);
-
-		for (int64_t i = 0; i < d; i++) {
-			dgate[i] = dout[i] * (x[i] * r * weight[i]) *
-			           curve_derivative(f->curve, gate[i]);
-			dx[i] = dout[i] * curve_of(f->curve, gate[i]);
-		}
-		norm_row_backward(d, r, x, weight, dx, dx, dweight);
-	}
+	if (!scratch)
+		return STATUS_OOM;
+	zero(width, dweight);
+	zero(biases, dbias);
+#pragma omp parallel for reduction(+ : dweight[:width], dbias[:biases])
+	for (int64_t row = 0; row < f->n_tokens * f->n_heads; row++)
+		norm_gate_head_backward(a, row, scratch + d * omp_get_thread_num(), dweight, dbias);
+	free(scratch);
 	return STATUS_OK;
 }
 
@@ -90,7 +143,7 @@ enum status reference_short_conv(struct device *device, const void *args, void *
 #pragma omp parallel for
 	for (int64_t n = 0; n < a->batch * a->seq_len; n++)
 		for (int64_t i = 0; i < c; i++)
-			((double *)a->out)[n * c + i] = silu(conv_sum(a, n, i));
+			((double *)a->out)[n * c + i] = curve_of(a->curve, conv_sum(a, n, i));
 	for (int64_t j = 0; a->history && j < a->batch * CONV_HISTORY; j++)
 		for (int64_t i = 0; i < c; i++)
 			((double *)a->history)[j * c + i] =
@@ -107,7 +160,7 @@ static double conv_sum_gradient(const struct short_conv_backward_args *a, int64_
 
 	for (int64_t r = 0; r < a->n_readers; r++)
 		sum += dout[(n * a->n_readers + r) * a->forward.channels + i];
-	return sum * silu_derivative(conv_sum(&a->forward, n, i));
+	return sum * curve_derivative(a->forward.curve, conv_sum(&a->forward, n, i));
 }
 
 enum status reference_short_conv_backward(struct device *device, const void *args, void *workspace)
@@ -157,7 +210,7 @@ enum status reference_short_conv_step(struct device *device, const void *args, v
 				       (j < CONV_HISTORY ? history[j * c] : x);
 			for (int64_t j = 0; j < CONV_HISTORY; j++)
 				history[j * c] = j < CONV_HISTORY - 1 ? history[(j + 1) * c] : x;
-			((double *)a->out)[b * c + i] = silu(sum);
+			((double *)a->out)[b * c + i] = curve_of(a->curve, sum);
 		}
 	return STATUS_OK;
 }
@@ -380,7 +433,8 @@ static void gated_backward(const struct gate_norm_backward_args *a, int64_t n, c
 			        dx * wide(f->skip_weight)[i / f->d_head];
 			dskip_weight[i / f->d_head] += dx * skip;
 		}
-		((double *)a->dx)[n * width + i] = dx;
+		((double *)a->dx)[n * width + i] =
+		        dx + (a->dresidual ? ((const double *)a->dresidual)[n * width + i] : 0);
 	}
 }
 
@@ -411,5 +465,119 @@ enum status reference_gate_norm_backward(struct device *device, const void *args
 		gated_backward(a, n, u + width, dskip_weight);
 	}
 	free(scratch);
+	return STATUS_OK;
+}
+
+/* Of one channel of one token: the gates r and i, the logarithm of the decay, and the scale of the
+ * input, sqrt(1 - a^2). */
+struct lru {
+	double r, i, log_decay, scale;
+	bool first; /* of its sequence */
+};
+
+static struct lru lru_of(const struct lru_gate_args *a, int64_t n, int64_t channel)
+{
+	const double *logit = (const double *)a->logit + n * 2 * a->width + channel;
+	const double *bias = wide(a->bias) + channel;
+	struct lru u = {.r = sigmoid(logit[0] + bias[0]),
+	                .i = sigmoid(logit[a->width] + bias[a->width]),
+	                .first = n % a->seq_len + (a->position ? *a->position : 0) == 0};
+
+	u.log_decay = -LRU_SHARPNESS * softplus(wide(a->rate)[channel]) * u.r;
+	u.scale = u.first ? 1 : sqrt(-expm1(2 * u.log_decay));
+	return u;
+}
+
+enum status reference_lru_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct lru_gate_args *a = args;
+	const double *x = a->x;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < a->batch * a->seq_len * a->width; j++) {
+		const struct lru u = lru_of(a, j / a->width, j % a->width);
+
+		((double *)a->log_decay)[j] = u.log_decay;
+		((double *)a->out)[j] = u.scale * u.i * x[j];
+	}
+	return STATUS_OK;
+}
+
+/* d sqrt(1 - e^(2 l)) / dl = -e^(2 l) / sqrt(1 - e^(2 l)); without a decay nothing flows. */
+enum status reference_lru_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct lru_gate_backward_args *a = args;
+	const struct lru_gate_args *f = &a->forward;
+	const double *x = f->x, *dlog_decay = a->dlog_decay, *dout = a->dout;
+	double *dlogit = a->dlogit, *dx = a->dx;
+	double *dbias = wide_out(a->dbias), *drate = wide_out(a->drate);
+	int64_t width = f->width;
+
+	zero(2 * width, dbias);
+	zero(width, drate);
+#pragma omp parallel for reduction(+ : dbias[:2 * width], drate[:width])
+	for (int64_t j = 0; j < f->batch * f->seq_len * width; j++) {
+		int64_t n = j / width, c = j % width;
+		const struct lru u = lru_of(f, n, c);
+		double *to = dlogit + n * 2 * width + c, rate = wide(f->rate)[c];
+		double slope = u.first || u.scale == 0 ? 0 : -exp(2 * u.log_decay) / u.scale;
+		double dlog = dlog_decay[j] + dout[j] * u.i * x[j] * slope;
+
+		dx[j] = dout[j] * u.scale * u.i;
+		to[0] = dlog * u.log_decay * (1 - u.r);
+		to[width] = dout[j] * u.scale * x[j] * u.i * (1 - u.i);
+		dbias[c] += to[0];
+		dbias[width + c] += to[width];
+		drate[c] -= dlog * LRU_SHARPNESS * u.r * sigmoid(rate);
+	}
+	return STATUS_OK;
+}
+
+/* Of gelu in its form with a tanh: the argument of the tanh, and its slope. */
+static const double gelu_cube = 0.044715;
+
+static double gelu_argument(double z)
+{
+	return sqrt(2 / acos(-1)) * (z + gelu_cube * z * z * z);
+}
+
+static double gelu_argument_slope(double z)
+{
+	return sqrt(2 / acos(-1)) * (1 + 3 * gelu_cube * z * z);
+}
+
+enum status reference_gelu_gate(struct device *device, const void *args, void *workspace)
+{
+	const struct gelu_gate_args *a = args;
+	int64_t width = a->width;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < a->n_tokens * width; j++) {
+		double z = ((const double *)a->gate)[j / width * a->gate_stride + j % width];
+
+		/* (1 + tanh u) / 2 = sigmoid(2 u). */
+		((double *)a->out)[j] =
+		        ((const double *)a->x)[j] * z * sigmoid(2 * gelu_argument(z));
+	}
+	return STATUS_OK;
+}
+
+enum status reference_gelu_gate_backward(struct device *device, const void *args, void *workspace)
+{
+	const struct gelu_gate_backward_args *a = args;
+	const struct gelu_gate_args *f = &a->forward;
+	const double *x = f->x, *dout = a->dout;
+	int64_t width = f->width;
+
+#pragma omp parallel for
+	for (int64_t j = 0; j < f->n_tokens * width; j++) {
+		int64_t at_row = j / width * f->gate_stride + j % width;
+		double z = ((const double *)f->gate)[at_row], u = 2 * gelu_argument(z);
+		double slope =
+		        sigmoid(u) + z * sigmoid(u) * sigmoid(-u) * 2 * gelu_argument_slope(z);
+
+		((double *)a->dgate)[at_row] = dout[j] * x[j] * slope;
+		((double *)a->dx)[j] = dout[j] * z * sigmoid(u);
+	}
 	return STATUS_OK;
 }

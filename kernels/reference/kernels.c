@@ -8,7 +8,7 @@ static const char *unknown_option(enum operation operation, const void *args)
 	bool known = true;
 
 	if (operation == OP_ATTENTION || operation == OP_ATTENTION_BACKWARD)
-		known = is_known_mask(a->attention.mask);
+		known = is_mask(a->attention.mask);
 	else if (operation == OP_RECURRENCE || operation == OP_RECURRENCE_BACKWARD)
 		known = is_known_gate(a->recurrence.form);
 	else if (operation == OP_RECURRENCE_STEP)
@@ -22,7 +22,15 @@ static const char *unknown_option(enum operation operation, const void *args)
 	else if (operation == OP_DECAY_GATE || operation == OP_DECAY_GATE_BACKWARD)
 		known = is_known_low_rank(a->decay_gate.form);
 	else if (operation == OP_NORM_GATE || operation == OP_NORM_GATE_BACKWARD)
-		known = is_known_curve(a->norm_gate.curve);
+		known = is_known_curve(a->norm_gate.curve) && is_known_norm(a->norm_gate.norm);
+	else if (operation == OP_TOKEN_SHIFT || operation == OP_TOKEN_SHIFT_BACKWARD)
+		known = is_known_shift(a->token_shift.form);
+	else if (operation == OP_TOKEN_SHIFT_STEP)
+		known = is_known_shift(a->token_shift_step.form);
+	else if (operation == OP_SHORT_CONV || operation == OP_SHORT_CONV_BACKWARD)
+		known = is_known_activation(a->short_conv.curve);
+	else if (operation == OP_SHORT_CONV_STEP)
+		known = is_known_activation(a->short_conv_step.curve);
 	return known ? NULL : "an unknown option";
 }
 

@@ -66,8 +66,8 @@ static void scan_chunk(const struct device *device, const struct rat_scan_args *
 enum status reference_rat_scan(struct device *device, const void *args, void *workspace)
 {
 	const struct rat_scan_args *a = args;
-	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1};
-	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1};
+	const struct rotation queries = {a->batch, a->groups, a->d_head, a->rope, 1, 0};
+	const struct rotation keys = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
 	const int64_t first = device->first_token / a->chunk;
 	double *state = take_doubles(2 * a->d_head * omp_get_max_threads());
 
@@ -156,8 +156,8 @@ static void rotate_back(const struct device *device, const struct rat_scan_backw
 {
 	const struct rat_scan_args *f = &a->forward;
 	const int64_t first = device->first_token / f->chunk;
-	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1};
-	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1};
+	const struct rotation queries = {f->batch, f->groups, f->d_head, f->rope, -1, 0};
+	const struct rotation keys = {f->batch, f->n_heads, f->d_head, f->rope, -1, 0};
 
 #pragma omp parallel for
 	for (int64_t t = 0; t < f->seq_len; t++) {
@@ -233,8 +233,8 @@ static void step_head(const struct rat_step_args *a, int64_t b, int64_t h, const
 /* The running pair of every head to its chunk's slot. */
 static void store_chunk(const struct rat_step_args *a, int64_t chunk)
 {
-	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1};
-	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1};
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1, 0};
 	const struct view k = contiguous(wide_out(a->k_state), 1, a->n_heads, a->d_head);
 	const struct view v = contiguous(wide_out(a->v_state), 1, a->n_heads, a->d_head);
 
@@ -248,7 +248,7 @@ enum status reference_rat_step(struct device *device, const void *args, void *wo
 	int64_t position = *a->position, chunk = position / a->chunk;
 	int64_t n_q = a->batch * a->groups * a->d_head;
 	double *q = take_doubles(n_q + chunk * omp_get_max_threads());
-	const struct rotation turn = {a->batch, a->groups, a->d_head, a->rope, 1};
+	const struct rotation turn = {a->batch, a->groups, a->d_head, a->rope, 1, 0};
 	const struct view rotated = contiguous(q, 1, a->groups, a->d_head);
 
 	if (!q)
@@ -263,4 +263,115 @@ enum status reference_rat_step(struct device *device, const void *args, void *wo
 		store_chunk(a, chunk);
 	free(q);
 	return STATUS_OK;
+}
+
+/* ---- RAT+ ---- */
+
+/* The running pair of one head moves on, and goes to the cache's slots of this token, its key
+ * rotated. */
+static void advance_pair(const struct ratplus_step_args *a, int64_t b, int64_t h)
+{
+	const int64_t d = a->d_head, row = (b * a->n_heads + h) * d;
+	double *kt = wide_out(a->k_state) + row, *vt = wide_out(a->v_state) + row;
+	const bool first = *a->position == 0;
+
+	for (int64_t i = 0; i < d; i++) {
+		const double g = sigmoid(at(&a->gate, b, 0, h)[i]);
+
+		kt[i] = smooth(g, first ? 0 : kt[i], at(&a->k, b, 0, h)[i]);
+		vt[i] = smooth(g, first ? 0 : vt[i], at(&a->v, b, 0, h)[i]);
+	}
+}
+
+static bool is_kept_token(const struct ratplus_step_args *a, int64_t t)
+{
+	return t < a->initial || (a->dilation > 0 && (t + 1) % a->dilation == 0);
+}
+
+static void store_pair(const struct ratplus_step_args *a, const struct view *k_cache,
+                       const struct view *v_cache, int64_t slot)
+{
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
+	const struct rotation copy = {a->batch, a->n_heads, a->d_head, false, 1, 0};
+	const struct view k = contiguous(wide_out(a->k_state), 1, a->n_heads, a->d_head);
+	const struct view v = contiguous(wide_out(a->v_state), 1, a->n_heads, a->d_head);
+
+	rotate_token(&turn, *a->position, &k, 0, k_cache, slot);
+	rotate_token(&copy, *a->position, &v, 0, v_cache, slot);
+}
+
+/* Where a visible token's key and value are. */
+struct pair_place {
+	const double *k, *v;
+};
+
+/* The tokens that this one sees, itself among them; [n_kept + window + 1] places. Returns how many.
+ */
+static int64_t visible_pairs(const struct ratplus_step_args *a, int64_t b, int64_t h,
+                             struct pair_place *places)
+{
+	int64_t n = 0, kept = 0;
+
+	for (int64_t t = 0; t <= *a->position; t++) {
+		const int64_t slot = t % a->recent_slots;
+
+		if (*a->position - t <= a->window)
+			places[n++] = (struct pair_place){at(&a->k_recent, b, slot, h),
+			                                  at(&a->v_recent, b, slot, h)};
+		else if (is_kept_token(a, t))
+			places[n++] = (struct pair_place){at(&a->k_kept, b, kept, h),
+			                                  at(&a->v_kept, b, kept, h)};
+		kept += is_kept_token(a, t);
+	}
+	return n;
+}
+
+static void attend_to_pairs(const struct ratplus_step_args *a, int64_t b, int64_t h,
+                            const double *q, int64_t n, const struct pair_place *places, double *w)
+{
+	double none, *out = at(&a->out, b, 0, h);
+
+	for (int64_t i = 0; i < n; i++)
+		w[i] = dot(a->d_head, q, places[i].k);
+	softmax(a->scale, w, 0, n, NULL, &none);
+	zero(a->d_head, out);
+	for (int64_t i = 0; i < n; i++)
+		add_scaled(a->d_head, w[i], places[i].v, out);
+	for (int64_t i = 0; i < a->d_head; i++)
+		out[i] *= sigmoid(at(&a->z, b, 0, h)[i]);
+}
+
+enum status reference_ratplus_step(struct device *device, const void *args, void *workspace)
+{
+	const struct ratplus_step_args *a = args;
+	const int64_t position = *a->position, n_q = a->batch * a->n_heads * a->d_head;
+	double *q = take_doubles(n_q + position + 1);
+	struct pair_place *places = malloc((size_t)(position + 1) * sizeof *places);
+	const struct rotation turn = {a->batch, a->n_heads, a->d_head, a->rope, 1, 0};
+	int64_t kept = 0;
+
+	for (int64_t t = 0; t < position; t++)
+		kept += is_kept_token(a, t);
+	if (q && places) {
+		const struct view rotated = contiguous(q, 1, a->n_heads, a->d_head);
+
+		for (int64_t i = 0; i < a->batch * a->n_heads; i++)
+			advance_pair(a, i / a->n_heads, i % a->n_heads);
+		store_pair(a, &a->k_recent, &a->v_recent, position % a->recent_slots);
+		if (is_kept_token(a, position))
+			store_pair(a, &a->k_kept, &a->v_kept, kept);
+		rotate_token(&turn, position, &a->q, 0, &rotated, 0);
+		for (int64_t i = 0; i < a->batch * a->n_heads; i++) {
+			const int64_t b = i / a->n_heads, h = i % a->n_heads;
+			const int64_t n = visible_pairs(a, b, h, places);
+
+			attend_to_pairs(a, b, h, at(&rotated, b, 0, h), n, places, q + n_q);
+		}
+	}
+	const enum status status =
+	        q && places ? STATUS_OK
+	                    : status_set(STATUS_OOM, "no memory for a reference's step");
+	free(q);
+	free(places);
+	return status;
 }

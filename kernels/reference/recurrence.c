@@ -43,9 +43,11 @@ enum status reference_recurrence(struct device *device, const void *args, void *
 	return STATUS_OK;
 }
 
-/* One channel of one sequence, last token first; returns the gradient of h0. */
+/* One channel of one sequence, last token first; returns the gradient of h0, and adds to that of
+ * the bias (or NULL). */
 static double channel_backward(const struct device *device,
-                               const struct recurrence_backward_args *a, int64_t b, int64_t i)
+                               const struct recurrence_backward_args *a, int64_t b, int64_t i,
+                               double *dgate_bias)
 {
 	const struct recurrence_args *f = &a->forward;
 	const struct view *h = f->h.data ? &f->h : &f->out;
@@ -59,16 +61,20 @@ static double channel_backward(const struct device *device,
 		                             : 0;
 		struct coefficients c = coefficients(device, f, b, t, i);
 		double z = f->z.data ? sigmoid(at(&f->z, b, t, 0)[i]) : 1;
-		double dout = at(&a->dout, b, t, 0)[i], x = at(&f->x, b, t, 0)[i];
+		double dout = at(&a->dout, b, t, 0)[i], x = at(&f->x, b, t, 0)[i], dgate;
 
 		if (f->z.data)
 			at(&a->dz, b, t, 0)[i] = dout * at(h, b, t, 0)[i] * z * (1 - z);
 		dh += dout * z;
 		at(&a->dx, b, t, 0)[i] = c.weight * dh;
 		if (f->form == GATE_SIGMOID)
-			at(&a->dgate, b, t, 0)[i] = dh * (before - x) * c.decay * c.weight;
+			dgate = dh * (before - x) * c.decay * c.weight;
 		else
-			at(&a->dgate, b, t, 0)[i] = has_before ? dh * before * c.decay : 0;
+			dgate = has_before ? dh * before * c.decay : 0;
+		if (dgate_bias)
+			*dgate_bias += dgate;
+		at(&a->dgate, b, t, 0)[i] =
+		        dgate + (a->dgate_base.data ? at(&a->dgate_base, b, t, 0)[i] : 0);
 		dh *= c.decay;
 	}
 	return dh;
@@ -78,23 +84,20 @@ enum status reference_recurrence_backward(struct device *device, const void *arg
 {
 	const struct recurrence_backward_args *a = args;
 	const struct recurrence_args *f = &a->forward;
-	double *dgate_bias = wide_out(a->dgate_bias);
+	double *dgate_bias = f->gate_bias ? wide_out(a->dgate_bias) : NULL;
 
-#pragma omp parallel for collapse(2)
-	for (int64_t b = 0; b < f->batch; b++)
-		for (int64_t i = 0; i < f->d_model; i++) {
-			double dh0 = channel_backward(device, a, b, i);
+	if (dgate_bias)
+		zero(f->d_model, dgate_bias);
+		/* A channel's share of its bias is summed over the sequences in a fixed order. */
+#pragma omp parallel for
+	for (int64_t i = 0; i < f->d_model; i++)
+		for (int64_t b = 0; b < f->batch; b++) {
+			double dh0 = channel_backward(device, a, b, i,
+			                              dgate_bias ? &dgate_bias[i] : NULL);
 
 			if (a->dh0)
 				wide_out(a->dh0)[b * f->d_model + i] = dh0;
 		}
-	if (!f->gate_bias)
-		return STATUS_OK;
-	zero(f->d_model, dgate_bias);
-#pragma omp parallel for reduction(+ : dgate_bias[:f->d_model])
-	for (int64_t n = 0; n < f->batch * f->seq_len; n++)
-		add_scaled(f->d_model, 1, at(&a->dgate, n / f->seq_len, n % f->seq_len, 0),
-		           dgate_bias);
 	return STATUS_OK;
 }
 

@@ -117,26 +117,29 @@ static inline void norm_row_backward(int64_t d, double r, const double *x, const
 		dx[i] = r * (weight[i] * dy[i] - x[i] * r * mean);
 }
 
-/* What is rotated, and which way: sign 1, or -1 for the gradient; rope false: copied. */
+/* What is rotated, and which way: sign 1, or -1 for the gradient; rope false: copied. Of a head the
+ * first `width` columns turn, 0: all. */
 struct rotation {
 	int64_t batch, n_heads, d_head;
 	bool rope;
 	double sign;
+	int64_t width;
 };
 
 /* Token t of every sequence of `from`, at this position, to token t_out of `to`; the views may be
- * the same: every pair (x_i, x_{i+d/2}) turns by sign * position * 10000^(-2i/d). */
+ * the same: every pair (x_i, x_{i+w/2}) of w columns turns by sign * position * 10000^(-2i/w). */
 static inline void rotate_token(const struct rotation *r, int64_t position, const struct view *from,
                                 int64_t t, const struct view *to, int64_t t_out)
 {
-	int64_t half = r->d_head / 2, n = r->batch * r->n_heads;
+	int64_t width = !r->rope ? 0 : r->width > 0 ? r->width : r->d_head;
+	int64_t half = width / 2, n = r->batch * r->n_heads;
 
-	for (int64_t j = 0; !r->rope && j < n; j++)
-		memmove(at(to, j / r->n_heads, t_out, j % r->n_heads),
-		        at(from, j / r->n_heads, t, j % r->n_heads),
-		        sizeof(double) * (size_t)r->d_head);
-	for (int64_t i = 0; r->rope && i < half; i++) {
-		double angle = (double)position * pow(10000, -2 * (double)i / (double)r->d_head);
+	for (int64_t j = 0; width < r->d_head && j < n; j++)
+		memmove(at(to, j / r->n_heads, t_out, j % r->n_heads) + width,
+		        at(from, j / r->n_heads, t, j % r->n_heads) + width,
+		        sizeof(double) * (size_t)(r->d_head - width));
+	for (int64_t i = 0; i < half; i++) {
+		double angle = (double)position * pow(10000, -2 * (double)i / (double)width);
 		double c = cos(angle), s = r->sign * sin(angle);
 
 		for (int64_t j = 0; j < n; j++) {

@@ -28,6 +28,7 @@ static const struct subject subjects[] = {
         {"rat:16", PASS_PREFILL, 2, 2047, "portable"},
         {"rat:64", PASS_PREFILL, 2, 2047, NULL},
         {"rat:3000", PASS_PREFILL, 1, 9001, "hopper"},
+        {"ratplus", PASS_PREFILL, 2, 3001, NULL},
         {"recurrence", PASS_PREFILL, 1, 65537, "portable"},
         {"recurrence", PASS_PREFILL, 1, 65537, "hopper"},
         {"recurrence", PASS_PREFILL, 9, 3001, "hopper"},
@@ -40,6 +41,8 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"gated_delta_net", PASS_PREFILL, 1, 4097, NULL},
         {"kda", PASS_PREFILL, 1, 4097, NULL},
+        {"rwkv6", PASS_PREFILL, 1, 4097, NULL},
+        {"hawk", PASS_PREFILL, 1, 4097, NULL},
         {"attention", PASS_TRAIN, 2, 2047, "portable"},
         {"attention(kv_heads=1)", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_TRAIN, 2, 2047, "attention_backward=hopper"},
@@ -48,14 +51,18 @@ static const struct subject subjects[] = {
         {"swa:100", PASS_TRAIN, 2, 2047, "attention_backward=hopper"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
         {"rat:16", PASS_TRAIN, 2, 2047, "portable"},
+        {"ratplus", PASS_TRAIN, 2, 2047, NULL},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
         {"gla", PASS_TRAIN, 1, 2049, NULL},
+        {"hawk", PASS_TRAIN, 1, 2049, NULL},
+        {"griffin_attention:100", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"attention(kv_heads=1)", PASS_GENERATION, 7, 1500, "attention_step=hopper"},
         {"rat:16", PASS_GENERATION, 7, 1500, "portable"},
         {"rat:16", PASS_GENERATION, 7, 1500, "hopper"},
         {"rat:16", PASS_GENERATION, 1, 60001, NULL},
+        {"ratplus", PASS_GENERATION, 7, 6001, NULL},
         {"attention", PASS_GENERATION, 1, 6001, NULL},
         /* So many that the last pairs are cut, at a time when every block streams. */
         {"attention(kv_heads=2)", PASS_GENERATION, 512, 4096, NULL},
@@ -69,6 +76,7 @@ static const struct subject subjects[] = {
         {"delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"gated_delta_net", PASS_GENERATION, 7, 1500, NULL},
         {"kda", PASS_GENERATION, 7, 1500, NULL},
+        {"griffin", PASS_GENERATION, 7, 1500, NULL},
 };
 
 static const struct subject small_subjects[] = {

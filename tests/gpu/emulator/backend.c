@@ -175,17 +175,18 @@ static float element(const void *matrix, int64_t index)
 }
 
 /* One element of a product of bf16 matrices, no batch. */
-static float product(const struct gemm *g, int64_t row, int64_t column)
+static float product(const struct gemm *g, int64_t batch, int64_t row, int64_t column)
 {
 	const int64_t a_row = g->a_transposed ? 1 : g->a_leading;
 	const int64_t a_step = g->a_transposed ? g->a_leading : 1;
 	const int64_t b_column = g->b_transposed ? g->b_leading : 1;
 	const int64_t b_step = g->b_transposed ? 1 : g->b_leading;
+	const int64_t a = batch * g->a_stride + row * a_row;
+	const int64_t b = batch * g->b_stride + column * b_column;
 	float sum = 0.0f;
 
 	for (int64_t k = 0; k < g->inner; k++)
-		sum += element(g->a, row * a_row + k * a_step) *
-		       element(g->b, column * b_column + k * b_step);
+		sum += element(g->a, a + k * a_step) * element(g->b, b + k * b_step);
 	return g->scale * sum;
 }
 
@@ -196,11 +197,12 @@ enum status gemm_run(struct device *device, const struct gemm *g, void *workspac
 
 	if (!sums)
 		return status_set(STATUS_OOM, "no memory for a row of a product");
-	for (int64_t row = 0; row < g->rows && status == STATUS_OK; row++) {
-		const int64_t first = row * g->out_leading;
+	for (int64_t j = 0; j < g->batch * g->rows && status == STATUS_OK; j++) {
+		const int64_t batch = j / g->rows, row = j % g->rows;
+		const int64_t first = batch * g->out_stride + row * g->out_leading;
 
 		for (int64_t i = 0; i < g->columns; i++)
-			sums[i] = product(g, row, i) +
+			sums[i] = product(g, batch, row, i) +
 			          (g->addend ? element(g->addend, first + i) : 0.0f);
 		status = device_upload_floats(device, g->out_type,
 		                              (char *)g->out +
