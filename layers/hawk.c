@@ -199,38 +199,16 @@ static struct gelu_gate_args output_args(const struct layer_run *run)
 
 static enum status convolve(const struct layer_run *run)
 {
-	const struct short_conv_args full = conv_args(run);
-	const struct short_conv_step_args step = {
-	        .batch = full.batch,
-	        .channels = full.channels,
-	        .x_stride = full.x_stride,
-	        .curve = full.curve,
-	        .x = full.x,
-	        .weight = full.weight,
-	        .bias = full.bias,
-	        .history = full.history,
-	        .out = full.out,
-	};
+	const struct short_conv_args args = conv_args(run);
 
-	return run->position ? run_short_conv_step(run->ctx, &step)
-	                     : run_short_conv(run->ctx, &full);
+	return mixing_convolve(run, &args);
 }
 
 static enum status recur(const struct layer_run *run)
 {
-	const struct recurrence_args full = recurrence_args(run);
-	const struct recurrence_step_args step = {
-	        .batch = full.batch,
-	        .d_model = full.d_model,
-	        .form = full.form,
-	        .x = full.x,
-	        .gate = full.gate,
-	        .h = full.h_final,
-	        .out = full.out,
-	};
+	const struct recurrence_args args = recurrence_args(run);
 
-	return run->position ? run_recurrence_step(run->ctx, &step)
-	                     : run_recurrence(run->ctx, &full);
+	return mixing_recur(run, &args);
 }
 
 /* Of a sequence, and of a step. */

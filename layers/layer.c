@@ -41,7 +41,9 @@ static float *bias_of(void *const *tensors, int parameter)
 
 static float *bias_gradient(const struct layer_run *run, int parameter)
 {
-	return parameter > 0 ? run->memory->grad[parameter] : NULL;
+	float *const *gradients = run->memory->grad;
+
+	return parameter > 0 ? gradients[parameter] : NULL;
 }
 
 static struct norm_linear_args in_proj_args(const struct layer_run *run, const void *x)

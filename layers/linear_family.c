@@ -617,19 +617,9 @@ static enum status rotate_token(const struct layer_run *r)
 
 static enum status convolve(const struct layer_run *r)
 {
-	const struct short_conv_args full = conv_args(r);
-	const struct short_conv_step_args step = {
-	        .batch = full.batch,
-	        .channels = full.channels,
-	        .x_stride = full.x_stride,
-	        .x = full.x,
-	        .weight = full.weight,
-	        .bias = full.bias,
-	        .history = full.history,
-	        .out = full.out,
-	};
+	const struct short_conv_args args = conv_args(r);
 
-	return r->position ? run_short_conv_step(r->ctx, &step) : run_short_conv(r->ctx, &full);
+	return mixing_convolve(r, &args);
 }
 
 static enum status prepare(const struct layer_run *r)
@@ -831,42 +821,16 @@ static struct matrix_recurrence_args matrix_args(const struct layer_run *r)
 
 static enum status recur_vector(const struct layer_run *r)
 {
-	const struct recurrence_args full = vector_args(r);
-	const struct recurrence_step_args step = {
-	        .batch = full.batch,
-	        .d_model = full.d_model,
-	        .form = full.form,
-	        .x = full.x,
-	        .gate = full.gate,
-	        .h = full.h_final,
-	        .out = full.out,
-	};
+	const struct recurrence_args args = vector_args(r);
 
-	return r->position ? run_recurrence_step(r->ctx, &step) : run_recurrence(r->ctx, &full);
+	return mixing_recur(r, &args);
 }
 
 static enum status recur_matrix(const struct layer_run *r)
 {
-	const struct matrix_recurrence_args full = matrix_args(r);
-	const struct matrix_recurrence_step_args step = {
-	        .batch = full.batch,
-	        .n_heads = full.n_heads,
-	        .d_k = full.d_k,
-	        .d_v = full.d_v,
-	        .decay = full.decay,
-	        .rule = full.rule,
-	        .scale = full.scale,
-	        .q = full.q,
-	        .k = full.k,
-	        .v = full.v,
-	        .log_decay = full.log_decay,
-	        .beta = full.beta,
-	        .state = full.final_state,
-	        .out = full.out,
-	};
+	const struct matrix_recurrence_args args = matrix_args(r);
 
-	return r->position ? run_matrix_recurrence_step(r->ctx, &step)
-	                   : run_matrix_recurrence(r->ctx, &full);
+	return mixing_recur_matrix(r, &args);
 }
 
 /* The gradient of value(). */

@@ -225,19 +225,9 @@ static struct selective_scan_args scan_args(const struct layer_run *r)
 
 static enum status convolve(const struct layer_run *r)
 {
-	const struct short_conv_args full = conv_args(r);
-	const struct short_conv_step_args step = {
-	        .batch = full.batch,
-	        .channels = full.channels,
-	        .x_stride = full.x_stride,
-	        .x = full.x,
-	        .weight = full.weight,
-	        .bias = full.bias,
-	        .history = full.history,
-	        .out = full.out,
-	};
+	const struct short_conv_args args = conv_args(r);
 
-	return r->position ? run_short_conv_step(r->ctx, &step) : run_short_conv(r->ctx, &full);
+	return mixing_convolve(r, &args);
 }
 
 static enum status scan(const struct layer_run *r)

@@ -127,3 +127,65 @@ struct view mixing_slots(const struct layer_run *run, void *cache, int64_t n_hea
 
 	return (struct view){cache, n_heads * slots * d, d, slots * d};
 }
+
+enum status mixing_convolve(const struct layer_run *run, const struct short_conv_args *args)
+{
+	const struct short_conv_step_args step = {
+	        .batch = args->batch,
+	        .channels = args->channels,
+	        .x_stride = args->x_stride,
+	        .curve = args->curve,
+	        .x = args->x,
+	        .weight = args->weight,
+	        .bias = args->bias,
+	        .history = args->history,
+	        .out = args->out,
+	};
+
+	return run->position ? run_short_conv_step(run->ctx, &step)
+	                     : run_short_conv(run->ctx, args);
+}
+
+enum status mixing_recur(const struct layer_run *run, const struct recurrence_args *args)
+{
+	const struct recurrence_step_args step = {
+	        .batch = args->batch,
+	        .d_model = args->d_model,
+	        .form = args->form,
+	        .x = args->x,
+	        .gate = args->gate,
+	        .z = args->z,
+	        .gate_bias = args->gate_bias,
+	        .h = args->h_final,
+	        .out = args->out,
+	};
+
+	return run->position ? run_recurrence_step(run->ctx, &step)
+	                     : run_recurrence(run->ctx, args);
+}
+
+enum status mixing_recur_matrix(const struct layer_run *run,
+                                const struct matrix_recurrence_args *args)
+{
+	const struct matrix_recurrence_step_args step = {
+	        .batch = args->batch,
+	        .n_heads = args->n_heads,
+	        .d_k = args->d_k,
+	        .d_v = args->d_v,
+	        .decay = args->decay,
+	        .rule = args->rule,
+	        .scale = args->scale,
+	        .q = args->q,
+	        .k = args->k,
+	        .v = args->v,
+	        .log_decay = args->log_decay,
+	        .beta = args->beta,
+	        .bonus = args->bonus,
+	        .state = args->final_state,
+	        .out = args->out,
+	        .first_head = args->first_head,
+	};
+
+	return run->position ? run_matrix_recurrence_step(run->ctx, &step)
+	                     : run_matrix_recurrence(run->ctx, args);
+}

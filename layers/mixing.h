@@ -44,4 +44,11 @@ void *mixing_column(const struct context *ctx, void *memory, int64_t first);
 /* A cache [B, n_heads, slots, D/H] as a view [B, slots, n_heads, D/H]. */
 struct view mixing_slots(const struct layer_run *run, void *cache, int64_t n_heads, int64_t slots);
 
+/* The operation of a sequence, or of the token at run->position; what it leaves is the step's
+ * state. */
+enum status mixing_convolve(const struct layer_run *run, const struct short_conv_args *args);
+enum status mixing_recur(const struct layer_run *run, const struct recurrence_args *args);
+enum status mixing_recur_matrix(const struct layer_run *run,
+                                const struct matrix_recurrence_args *args);
+
 #endif

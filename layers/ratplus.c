@@ -312,11 +312,11 @@ static enum status scan_backward(const struct layer_run *run, enum block block)
 	void *const *scratch = run->memory->scratch;
 	const bool keys = block == BLOCK_K;
 	const struct view gate = mixing_block(run, scratch[SCRATCH_DPROJ], BLOCK_G);
-	const struct view of_keys = whole(run, scratch[SCRATCH_DGATE]);
+	const struct view of_keys = whole(run, scratch[SCRATCH_DGATE]), none = {.data = NULL};
 	const struct recurrence_backward_args args = {
 	        .forward = scan_args(run, block),
 	        .dout = whole(run, scratch[keys ? SCRATCH_DK : SCRATCH_DV]),
-	        .dgate_base = keys ? (struct view){.data = NULL} : of_keys,
+	        .dgate_base = keys ? none : of_keys,
 	        .dx = mixing_block(run, scratch[SCRATCH_DPROJ], block),
 	        .dgate = keys ? of_keys : gate,
 	};

@@ -64,21 +64,9 @@ static enum status recurrence_backward(const struct layer_run *run)
 /* Of a sequence, and of a step. */
 static enum status recurrence_forward(const struct layer_run *run)
 {
-	const struct recurrence_args full = recurrence_args(run);
-	const struct recurrence_step_args step = {
-	        .batch = full.batch,
-	        .d_model = full.d_model,
-	        .form = full.form,
-	        .z = full.z,
-	        .x = full.x,
-	        .gate = full.gate,
-	        .gate_bias = full.gate_bias,
-	        .h = full.h_final,
-	        .out = full.out,
-	};
+	const struct recurrence_args args = recurrence_args(run);
 
-	return run->position ? run_recurrence_step(run->ctx, &step)
-	                     : run_recurrence(run->ctx, &full);
+	return mixing_recur(run, &args);
 }
 
 const struct layer_class recurrence_layer = {

@@ -529,26 +529,9 @@ static struct norm_gate_args out_norm_args(const struct layer_run *r)
 
 static enum status recur(const struct layer_run *r)
 {
-	const struct matrix_recurrence_args full = recurrence_args(r);
-	const struct matrix_recurrence_step_args step = {
-	        .batch = full.batch,
-	        .n_heads = full.n_heads,
-	        .d_k = full.d_k,
-	        .d_v = full.d_v,
-	        .decay = full.decay,
-	        .rule = full.rule,
-	        .scale = full.scale,
-	        .q = full.q,
-	        .k = full.k,
-	        .v = full.v,
-	        .log_decay = full.log_decay,
-	        .bonus = full.bonus,
-	        .state = full.final_state,
-	        .out = full.out,
-	};
+	const struct matrix_recurrence_args args = recurrence_args(r);
 
-	return r->position ? run_matrix_recurrence_step(r->ctx, &step)
-	                   : run_matrix_recurrence(r->ctx, &full);
+	return mixing_recur_matrix(r, &args);
 }
 
 static enum status rwkv6_forward(const struct layer_run *r)

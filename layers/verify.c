@@ -93,7 +93,7 @@ static bool nests(const struct place *p, const int64_t *apart)
 		int64_t span = p->row;
 
 		for (int j = 0; j < OPERAND_DIMS - 1; j++)
-			if (apart[j] < apart[i] || (apart[j] == apart[i] && j > i))
+			if (apart[j] < apart[i] || (j > i && apart[j] == apart[i]))
 				span += (p->count[j] - 1) * apart[j];
 		if (apart[i] && span > apart[i])
 			return false;

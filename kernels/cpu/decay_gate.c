@@ -60,36 +60,54 @@ static int64_t rate_width(const struct decay_gate_args *a)
 	return a->form == LOW_RANK_RATE ? a->d_out / a->n_heads : a->d_out;
 }
 
+/* Of n logits x without their bias, in their place: factor logsigmoid(logit), */
+static void log_sigmoids(int64_t n, const float *bias, float factor, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = log_sigmoid_f32(x[i] + bias[i]) * factor;
+}
+
+/* factor logsigmoid(-logit), which is -factor softplus(logit), */
+static void softpluses(int64_t n, const float *bias, float factor, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = factor * log_sigmoid_f32(-x[i] - bias[i]);
+}
+
+/* -exp(logit), */
+static void negative_powers(int64_t n, const float *bias, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = -exp_f32(x[i] + bias[i]);
+}
+
+/* the logit. */
+static void add_bias(int64_t n, const float *bias, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] += bias[i];
+}
+
 /* What a row of logits without their bias makes, in its place. */
 static void finish_row(const struct decay_gate_args *a, float *row)
 {
-	float inverse = 1.0f / a->normalizer;
+	const int64_t d = rate_width(a);
 
 	if (a->form == LOW_RANK_DECAY)
-#pragma omp simd
-		for (int64_t i = 0; i < a->d_out; i++)
-			row[i] = log_sigmoid_f32(row[i] + a->bias[i]) * inverse;
+		log_sigmoids(a->d_out, a->bias, 1.0f / a->normalizer, row);
 	else if (a->form == LOW_RANK_EXP)
-#pragma omp simd
-		for (int64_t i = 0; i < a->d_out; i++)
-			row[i] = -exp_f32(row[i] + a->bias[i]);
+		negative_powers(a->d_out, a->bias, row);
 	else if (is_logit(a->form))
-#pragma omp simd
-		for (int64_t i = 0; i < a->d_out; i++)
-			row[i] += a->bias[i];
+		add_bias(a->d_out, a->bias, row);
 	else if (a->form == LOW_RANK_STEP)
-	/* softplus(x) = -logsigmoid(-x). */
-#pragma omp simd
-		for (int64_t i = 0; i < a->d_out; i++)
-			row[i] = -log_sigmoid_f32(-row[i] - a->bias[i]);
+		softpluses(a->d_out, a->bias, -1.0f, row);
 	else
-		for (int64_t h = 0, d = rate_width(a); h < a->n_heads; h++) {
-			float rate = expf(a->log_rate[h]);
-
-#pragma omp simd
-			for (int64_t i = h * d; i < (h + 1) * d; i++)
-				row[i] = rate * log_sigmoid_f32(-row[i] - a->bias[i]);
-		}
+		for (int64_t h = 0; h < a->n_heads; h++)
+			softpluses(d, a->bias + h * d, expf(a->log_rate[h]), row + h * d);
 }
 
 size_t cpu_decay_gate_workspace(const struct device *device, const void *args)
@@ -145,6 +163,32 @@ size_t cpu_decay_gate_backward_workspace(const struct device *device, const void
 	return partial_bytes(&a->forward) * (size_t)omp_get_max_threads();
 }
 
+/* Of n logits x without their bias, in their place: dout times the slope of factor
+ * logsigmoid(logit), */
+static void log_sigmoid_slopes(int64_t n, const float *bias, const float *dout, float factor,
+                               float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = dout[i] * factor * sigmoid_f32(-x[i] - bias[i]);
+}
+
+/* of -exp(logit), */
+static void negative_power_slopes(int64_t n, const float *bias, const float *dout, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = -dout[i] * exp_f32(x[i] + bias[i]);
+}
+
+/* of softplus(logit). */
+static void softplus_slopes(int64_t n, const float *bias, const float *dout, float *x)
+{
+#pragma omp simd
+	for (int64_t i = 0; i < n; i++)
+		x[i] = dout[i] * sigmoid_f32(x[i] + bias[i]);
+}
+
 /*
  * A row of logits without their bias becomes dlogit: of GLA dlog_decay / normalizer *
  * sigmoid(-logit). The logit is computed again: sigmoid(-logit) = 1 - exp(log_decay * normalizer)
@@ -152,22 +196,16 @@ size_t cpu_decay_gate_backward_workspace(const struct device *device, const void
  */
 static void slope_row(const struct decay_gate_args *f, const float *dout, float *row, double *drate)
 {
-	float inverse = 1.0f / f->normalizer;
+	const int64_t d = rate_width(f);
 
 	if (f->form == LOW_RANK_DECAY)
-#pragma omp simd
-		for (int64_t i = 0; i < f->d_out; i++)
-			row[i] = dout[i] * inverse * sigmoid_f32(-row[i] - f->bias[i]);
+		log_sigmoid_slopes(f->d_out, f->bias, dout, 1.0f / f->normalizer, row);
 	else if (f->form == LOW_RANK_EXP)
-#pragma omp simd
-		for (int64_t i = 0; i < f->d_out; i++)
-			row[i] = -dout[i] * exp_f32(row[i] + f->bias[i]);
+		negative_power_slopes(f->d_out, f->bias, dout, row);
 	else if (f->form == LOW_RANK_STEP)
-#pragma omp simd
-		for (int64_t i = 0; i < f->d_out; i++)
-			row[i] = dout[i] * sigmoid_f32(row[i] + f->bias[i]);
+		softplus_slopes(f->d_out, f->bias, dout, row);
 	else
-		for (int64_t h = 0, d = rate_width(f); h < f->n_heads; h++) {
+		for (int64_t h = 0; h < f->n_heads; h++) {
 			float rate = expf(f->log_rate[h]);
 
 #pragma omp simd

@@ -128,10 +128,11 @@ static void output_backward(const struct part *p, int64_t t, const float *after,
 	dz = view_at(&a->dz, p->b, t, 0) + p->first;
 	for (int64_t i = 0; i < p->count; i++)
 		y[i] = skip ? skip[i] * u[i] : 0.0f;
-	for (int64_t m = 0; m < f->state; m++)
+	for (int64_t m = 0; m < f->state; m++) {
 #pragma omp simd
 		for (int64_t i = 0; i < p->count; i++)
 			y[i] += c[m] * after[m * SCAN_CHANNELS + i];
+	}
 #pragma omp simd
 	for (int64_t i = 0; i < p->count; i++) {
 		const float s = sigmoid_f32(z[i]);

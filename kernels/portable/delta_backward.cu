@@ -25,7 +25,7 @@
  *   1. prepare (delta_prepare.cuh): P, M, the chunk's decays and, where they differ by channel,
  *      the decayed q and k; a block per chunk and head;
  *   2. walk (delta_walk.cuh): forward for e and S before every chunk, and at the same time back
- *      for dv and D behind every chunk; a block per head, 64 columns and direction;
+ *      for dv and D after every chunk; a block per head, 64 columns and direction;
  *   3. gradient (delta_gradient.cuh): all that sums over columns; a block per chunk and head.
  * What passes hand on is bf16 in the workspace, 1.5 KB for each token of a head of 128 x 128, 2.3
  * where decays differ by channel; channels and columns are padded with zeros.

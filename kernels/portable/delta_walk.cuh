@@ -1,6 +1,6 @@
 /*
  * The second pass of delta_backward.cu: walks through the chunks of a head, forward for e and the
- * state before every chunk, back for y = dv and the gradient D behind every chunk. Columns of the
+ * state before every chunk, back for y = dv and the gradient D after every chunk. Columns of the
  * state are independent: a block takes 64 of one head, in fp32 in registers; its warps are four
  * quarters of the rows, or of the chunk's tokens, times two halves of the columns.
  *

@@ -669,7 +669,7 @@ extern "C" const char *portable_decay_gate_backward_unsupported(const struct dev
 	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));
 }
 
-/* Bytes of partial sums and of products, which take turns; behind them is tanh(x). */
+/* Bytes of partial sums and of products, which take turns; after them is tanh(x). */
 static size_t low_rank_sums(const struct device *device, const struct decay_gate_args *f)
 {
 	const int64_t rows =

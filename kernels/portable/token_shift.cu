@@ -47,7 +47,7 @@ static __host__ __device__ __forceinline__ int64_t count_segments(const struct t
 	return a.batch * divide_up(a.seq_len, TOKENS);
 }
 
-/* The first row of a segment, that behind its last, and that behind its sequence. */
+/* The first row of a segment, the one after its last, and the one after its sequence. */
 struct segment {
 	int64_t first, last, end;
 	bool begins; /* its sequence */
