@@ -50,6 +50,8 @@ static const struct subject subjects[] = {
         {"attention(kv_heads=2)", PASS_TRAIN, 2, 5001, "attention_backward=hopper"},
         {"swa:100", PASS_TRAIN, 2, 2047, "attention_backward=hopper"},
         {"swa:100", PASS_TRAIN, 2, 2047, "portable"},
+        {"rat:16", PASS_TRAIN, 2, 2047, "attention_backward=hopper"},
+        {"rat:16", PASS_TRAIN, 1, 40001, "attention_backward=hopper"},
         {"rat:16", PASS_TRAIN, 2, 2047, "portable"},
         {"ratplus", PASS_TRAIN, 2, 2047, NULL},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
