@@ -99,6 +99,8 @@ struct device {
 	 * long as this handle.
 	 */
 	struct device *reference;
+	/* Kernels that would add up in another order at every run do not, or refuse. */
+	bool deterministic;
 	/* Of operations over pairs of tokens the reference computes these rows alone; NULL: all. */
 	const struct row_list *rows;
 	/* The reference's first token, where a sequence is cut: positions count from it. */

@@ -214,6 +214,7 @@ static void record_environment(const struct run *run, struct record *r)
 	r->duty = run->options.duty;
 	r->precision_pct = 100 * run->options.precision;
 	r->warm = run->options.warm;
+	r->deterministic = run->options.deterministic;
 	r->copy_gb_per_s = run->device->ceilings.copy_gb_per_s;
 	r->read_gb_per_s = run->device->ceilings.read_gb_per_s;
 	r->gemm_tflops = run->device->ceilings.gemm_tflops;
@@ -948,6 +949,7 @@ int bench_main(const struct driver *driver, const struct subject *subject, int a
 		status = open_backend(&run);
 	if (status != STATUS_OK)
 		return complain(&run, status);
+	run.device->deterministic = run.options.deterministic;
 	status = make_sweep(&run);
 	if (status == STATUS_OK && run.options.list)
 		print_list(stdout, driver, &run.options, &run.environment, run.device);

@@ -116,6 +116,8 @@ static const struct option_spec specs[] = {
         {"seed", KIND_INTEGER, AT(seed), 0, false, "N", "1", "of the random data"},
         {"warm", KIND_FLAG, AT(warm), 0, false, NULL, NULL,
          "leave caches as the last sample left them (default: cold)"},
+        {"deterministic", KIND_FLAG, AT(deterministic), 0, false, NULL, NULL,
+         "only kernels that give the same bits at every run"},
         {"nvtx", KIND_FLAG, AT(nvtx), 0, false, NULL, NULL,
          "mark phases, layers and operations for a profiler; samples then include that"},
         {"resume", KIND_FLAG, AT(resume), 0, false, NULL, NULL,

@@ -40,7 +40,7 @@ struct options {
 	double precision;           /* of the median, a fraction of it; 0: any */
 	double case_seconds;        /* 0: no limit */
 	int64_t rows, seed;         /* of verification */
-	bool warm, nvtx, list, dry_run, resume, truncate; /* flags */
+	bool warm, deterministic, nvtx, list, dry_run, resume, truncate; /* flags */
 	bool breakdown, apart;
 	bool help, version;
 	char out[MAX_PATH], run_id[MAX_WORD];

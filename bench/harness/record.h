@@ -52,7 +52,7 @@
 	TEXT(status, VALUE) TEXT(message, VALUE) \
 	TEXT(requested, KEY) /* --provider; empty: the fastest */ \
 	TEXT(providers, VALUE) /* every operation's, as it ran: "attention=cudnn ..." */ \
-	INTEGER(warm, KEY) INTEGER(threads, KEY) REAL(memory_total_mib, VALUE) \
+	INTEGER(warm, KEY) INTEGER(deterministic, KEY) INTEGER(threads, KEY) REAL(memory_total_mib, VALUE) \
 	REAL(copy_gb_per_s, VALUE) REAL(read_gb_per_s, VALUE) REAL(gemm_tflops, VALUE) \
 	TEXT(compiler, VALUE) TEXT(runtime, VALUE)
 /* clang-format on */

@@ -199,6 +199,7 @@ static const struct {
         {"duty", "duty="},
         {"data", "data="},
         {"warm", "warm="},
+        {"deterministic", "deterministic="},
         {"threads", "threads="},
         {"dtype", ""},
         {"model", ""},
@@ -363,8 +364,9 @@ static bool same_threads(const struct result *a, const struct result *b)
 static bool same_conditions(const struct result *a, const struct result *b)
 {
 	return a->kind == b->kind && strcmp(a->dtype, b->dtype) == 0 && a->warm == b->warm &&
-	       same_threads(a, b) && same_text_if_known(a->duty, b->duty) &&
-	       strcmp(data_of(a), data_of(b)) == 0 && strcmp(a->baseline, b->baseline) == 0;
+	       (a->deterministic > 0) == (b->deterministic > 0) && same_threads(a, b) &&
+	       same_text_if_known(a->duty, b->duty) && strcmp(data_of(a), data_of(b)) == 0 &&
+	       strcmp(a->baseline, b->baseline) == 0;
 }
 
 bool result_same_case(const struct result *a, const struct result *b)

@@ -2,14 +2,13 @@
  * Gradients of attention for sm_90a: d = 64 or 128, bf16 in and out, fp32 sums. Three kernels:
  *   prepare    takes the gate from the gradient of the output, forms delta and all gradients that
  *              need one query alone, pads the queries' statistics to whole tiles
- *   backward   persistent: 128 keys of one head at a time, whose dK and dV it holds, and the
- *              queries that see them in tiles of 64 (d = 64: 128), of one head that reads
- *              these keys after the other
- *   finish     turns the sums of dQ into bf16
+ *   backward   persistent: 128 keys and one head that reads them at a time, whose dK and dV it
+ *              holds, and the queries that see them in tiles of 64 (d = 64: 128)
+ *   finish     turns the sums of dQ into bf16, and those of dK and dV where heads share keys
  * Roles in the second:
  *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, queries, gradients of outputs
  *   warp 1 + w  sends what consumer warpgroup w leaves: its half of a tile of dQ, to be added in
- *               memory; at the end dK and dV
+ *               memory; at the end dK and dV, to be added too where heads share keys
  *   consumer    64 keys, scores transposed (a row is a key): P and dS are the register operands of
  *               dV += P^T dO, dK += dS^T Q. Both warpgroups' dS meet in shared memory for
  *               dQ = dS K, of which each forms a 64 x 64 block, a tile late, so that none waits
@@ -17,7 +16,9 @@
  * the end dK) and statistics; of each warpgroup dQ (at the end dV).
  * Products of a step, each beside what needs no tensor cores: dP = V dO^T beside the powers of the
  * scores; dV beside dS; dK, dQ of the tile before and S of the next while that dQ leaves.
- * dQ is summed in the order in which blocks come by: its last bits differ from run to run.
+ * dQ is summed in the order in which blocks come by: its last bits differ from run to run, unless
+ * the device is to be deterministic. Then blocks add in the order of tickets, which begin at the
+ * last keys: a block comes to a tile two steps after the one before it anyway.
  * Limit: shared memory, busy 79% of the cycles, the tensor cores 65% (with three places);
  * 633 TFLOP/s at T = 4096 on a cool device. docs/kernels/attention_backward.md.
  * wgmma in: attention_backward_kernel
@@ -44,25 +45,31 @@ namespace
 constexpr int KEYS = 128, STAGES = 2, WARPGROUPS = 2;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-constexpr int BOTH_BARRIER = 1;    /* named: the two consumer warpgroups */
-constexpr int ROW_BYTES = 128;     /* of a panel */
-constexpr int DQ_FLOATS = 64 * 64; /* of a tile of dQ, a warpgroup's block */
-constexpr int PREPARED_ROWS = 64;  /* queries of a block of the first kernel */
+constexpr int BOTH_BARRIER = 1;     /* named: the two consumer warpgroups */
+constexpr int ROW_BYTES = 128;      /* of a panel */
+constexpr int SUM_FLOATS = 64 * 64; /* of what a warpgroup adds in memory at a time */
+constexpr int PREPARED_ROWS = 64;   /* queries of a block of the first kernel */
 
 /* Queries of a tile. */
 template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
 
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
-	int seq_len, n_heads, q_heads, kv_heads, pairs; /* pairs: batch * kv_heads */
+	int seq_len, n_heads, q_heads, kv_heads, pairs; /* pairs: batch * n_heads */
 	int readers;                                    /* heads that read a head of keys */
+	int sharers;                                    /* heads of the same queries */
 	int seen_keys;                                  /* no query sees the keys after these */
 	int window, chunk;
 	enum mask mask;
 	float scale, scale_log2;  /* scale * log2(e) */
 	int padded_len;           /* queries in whole tiles */
 	const float *lse, *delta; /* [pairs][padded_len], lse in base 2 */
-	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][DQ_FLOATS], as accumulators lie */
+	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][SUM_FLOATS], as accumulators lie */
+	/* [batch * kv_heads][key_tiles][WARPGROUPS][D / 64][SUM_FLOATS] where heads share keys */
+	float *dk_sums, *dv_sums;
+	/* How often each of a warpgroup's sums in dq, and in dk_sums, has been added to; NULL: in
+	 * any order. */
+	int *dq_turns, *dk_turns;
 	int key_tiles;
 	int heads_per_group; /* pairs that share L2 */
 	int *ticket;
@@ -99,7 +106,7 @@ template <int D> struct shared_layout {
 	static constexpr int DO = Q + STAGES * ROWS_BYTES;
 	static constexpr int DS = DO + STAGES * ROWS_BYTES; /* [key][query]; at the end dK */
 	static constexpr int OUT = DS + STAGES * DS_BYTES;  /* dQ; at the end dV */
-	static constexpr int OUT_BYTES = DQ_FLOATS * 4;     /* of a warpgroup */
+	static constexpr int OUT_BYTES = SUM_FLOATS * 4;    /* of a warpgroup */
 	static constexpr int LSE = OUT + WARPGROUPS * OUT_BYTES;
 	static constexpr int DELTA = LSE + STAGES * STATISTICS_BYTES;
 	static constexpr int UNITS = DELTA + STAGES * STATISTICS_BYTES;
@@ -109,7 +116,7 @@ template <int D> struct shared_layout {
 
 static_assert(shared_layout<64>::BYTES <= 227 * 1024 && shared_layout<128>::BYTES <= 227 * 1024);
 
-/* What one ticket stands for: tile n of the keys of a sequence and head of keys; n < 0: no more. */
+/* What one ticket stands for: tile n of the keys, for one sequence and head; n < 0: no more. */
 struct unit {
 	static constexpr int BYTES = 8; /* in shared memory */
 
@@ -165,14 +172,29 @@ template <int D> __device__ __forceinline__ span query_tiles(const parameters &p
 	return {first / QUERIES<D>, last / QUERIES<D> + 1};
 }
 
+/* The last tile of keys that tile m of the queries sees anything of. */
+template <int D> __device__ __forceinline__ int last_key_tile(const parameters &p, int m)
+{
+	const int query = min(m * QUERIES<D> + QUERIES<D>, p.seq_len) - 1;
+	int key = p.seen_keys - 1;
+
+	if (p.mask == MASK_CHUNK)
+		key = min(key, query / p.chunk - 1);
+	else if (p.mask != MASK_FULL)
+		key = min(key, query);
+	return key / KEYS;
+}
+
+/* The longest first, or in order the last keys first. */
 __device__ __forceinline__ unit locate(const parameters &p, int number)
 {
 	const int group = number / (p.heads_per_group * p.key_tiles);
 	const int first_pair = group * p.heads_per_group;
 	const int in_group = min(p.heads_per_group, p.pairs - first_pair);
 	const int within = number - first_pair * p.key_tiles;
+	const int n = within / in_group;
 
-	return {within / in_group, first_pair + within % in_group};
+	return {p.dq_turns ? p.key_tiles - 1 - n : n, first_pair + within % in_group};
 }
 
 template <int D>
@@ -244,80 +266,166 @@ template <int D> struct producer {
 		units.put(u);
 		while (u.n >= 0) {
 			const span m = query_tiles<D>(p, u.n);
-			const int b = u.pair / p.kv_heads, kv = u.pair - b * p.kv_heads;
-			const int h = kv * p.readers;
+			const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+			const int kv = h / p.readers;
+			const auto draw = [&] {
+				const int number = gridDim.x + atomicAdd(p.ticket, 1);
+
+				return number < n_units ? locate(p, number) : end;
+			};
 
 			if (m.first < m.end) {
 				load_keys(u.n, b, kv);
 				load_rows(m.first, b, h);
 				load_values(u.n, b, kv);
 			}
-			const int number = gridDim.x + atomicAdd(p.ticket, 1);
-			const unit next = number < n_units ? locate(p, number) : end;
-			units.put(next);
+			/* In order others may wait for the next unit: nobody holds it back. */
+			u = p.dq_turns ? end : draw();
+			if (!p.dq_turns)
+				units.put(u);
 #pragma unroll 1
-			for (int reader = 0; reader < p.readers; reader++)
-#pragma unroll 1
-				for (int i = m.first + (reader == 0); i < m.end; i++)
-					load_rows(i, b, h + reader);
-			u = next;
+			for (int i = m.first + 1; i < m.end; i++)
+				load_rows(i, b, h);
+			if (p.dq_turns) {
+				u = draw();
+				units.put(u);
+			}
 		}
 	}
 };
 
-/* Warp 1 + w: sends off what consumer warpgroup w leaves. */
-template <int D> __device__ __forceinline__ void send(const parameters &p, uint32_t shared, int w)
+/* Waits until a sum has been added to so often. */
+__device__ __forceinline__ void await_turn(const int *turn, int mine)
 {
-	using layout = shared_layout<D>;
-	const uint32_t barriers = shared + layout::BARRIERS;
-	const uint32_t full = barriers + (BAR_OUT_FULL + w) * 8;
-	const uint32_t empty = barriers + (BAR_OUT_EMPTY + w) * 8;
-	const uint32_t out = shared + layout::OUT + w * layout::OUT_BYTES;
-	const uint32_t dk = shared + layout::DS + w * layout::OUT_BYTES;
-	const int tiles = p.padded_len / QUERIES<D>;
-	schedule<D> units = {shared};
-	uint32_t parity = 0;
-	unit u;
+	int now;
 
-	while (units.get(u)) {
-		const span m = query_tiles<D>(p, u.n);
-		const int b = u.pair / p.kv_heads, kv = u.pair - b * p.kv_heads;
-
-		if (threadIdx.x % 32 == 0) {
-#pragma unroll 1
-			for (int reader = 0; reader < p.readers; reader++) {
-				const int h = (kv * p.readers + reader) % p.q_heads;
-				const int64_t tile =
-				        (static_cast<int64_t>(b) * p.q_heads + h) * tiles;
-				float *to = p.dq + ((tile + m.first) * WARPGROUPS + w) * DQ_FLOATS;
-#pragma unroll 1
-				for (int i = m.first; i < m.end; i++) {
-					barrier_wait(full, parity);
-					parity ^= 1;
-					bulk_add(to, out, layout::OUT_BYTES);
-					store_commit();
-					store_wait_read();
-					barrier_arrive(empty);
-					to += WARPGROUPS * DQ_FLOATS;
-				}
-			}
-			barrier_wait(full, parity);
-			parity ^= 1;
-#pragma unroll
-			for (int panel = 0; panel < D / 64; panel++) {
-				tensor_store(&p.dk, dk + panel * PANEL_BYTES, panel * 64,
-				             u.n * KEYS + w * 64, kv, b);
-				tensor_store(&p.dv, out + panel * PANEL_BYTES, panel * 64,
-				             u.n * KEYS + w * 64, kv, b);
-			}
-			store_commit();
-			store_wait_read();
-			barrier_arrive(empty);
-			barrier_arrive(barriers + BAR_DK_LEFT * 8);
-		}
-		__syncwarp();
-	}
+	do
+		asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+		             : "=r"(now)
+		             : "l"(turn)
+		             : "memory");
+	while (now != mine);
+	asm volatile("fence.proxy.async;" ::: "memory");
 }
+
+/* What this thread has added to a sum, `pending` additions since aside, is there: the next may. */
+template <int pending> __device__ __forceinline__ void pass_turn(int *turn)
+{
+	asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
+	asm volatile("fence.proxy.async;" ::: "memory");
+	asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
+/* Warp 1 + w, a thread: sends off what consumer warpgroup w leaves. */
+template <int D> struct sender {
+	using layout = shared_layout<D>;
+
+	const parameters &p;
+	uint32_t shared;
+	int w;
+	uint32_t parity;
+
+	__device__ uint32_t barrier(int which) const
+	{
+		return shared + layout::BARRIERS + which * 8;
+	}
+
+	__device__ uint32_t out() const
+	{
+		return shared + layout::OUT + w * layout::OUT_BYTES;
+	}
+
+	__device__ uint32_t dk() const
+	{
+		return shared + layout::DS + w * layout::OUT_BYTES;
+	}
+
+	__device__ void await_leaving()
+	{
+		barrier_wait(barrier(BAR_OUT_FULL + w), parity);
+		parity ^= 1;
+	}
+
+	/* What leaves has been read. */
+	__device__ void release() const
+	{
+		store_commit();
+		store_wait_read();
+		barrier_arrive(barrier(BAR_OUT_EMPTY + w));
+	}
+
+	/* A unit's share of each tile of dQ. A turn is passed on a step later, when the addition
+	 * has had the time to arrive. */
+	__device__ void add_queries(const unit &u, int b, int h)
+	{
+		const span m = query_tiles<D>(p, u.n);
+		const int q_head = h % p.q_heads, turn = h / p.q_heads;
+		int64_t place = (static_cast<int64_t>(b) * p.q_heads + q_head) *
+		                (p.padded_len / QUERIES<D>)+m.first;
+
+		place = place * WARPGROUPS + w;
+#pragma unroll 1
+		for (int i = m.first; i < m.end; i++, place += WARPGROUPS) {
+			await_leaving();
+			if (p.dq_turns)
+				await_turn(p.dq_turns + place,
+				           (last_key_tile<D>(p, i) - u.n) * p.sharers + turn);
+			bulk_add(p.dq + place * SUM_FLOATS, out(), layout::OUT_BYTES);
+			release();
+			if (p.dq_turns && i > m.first)
+				pass_turn<1>(p.dq_turns + place - WARPGROUPS);
+		}
+		if (p.dq_turns && m.first < m.end)
+			pass_turn<0>(p.dq_turns + place - WARPGROUPS);
+	}
+
+	__device__ void store_keys(const unit &u, int b, int kv)
+	{
+		await_leaving();
+#pragma unroll
+		for (int panel = 0; panel < D / 64; panel++) {
+			tensor_store(&p.dk, dk() + panel * PANEL_BYTES, panel * 64,
+			             u.n * KEYS + w * 64, kv, b);
+			tensor_store(&p.dv, out() + panel * PANEL_BYTES, panel * 64,
+			             u.n * KEYS + w * 64, kv, b);
+		}
+		release();
+	}
+
+	/* Of heads that share keys, 64 columns at a time. */
+	__device__ void add_keys(const unit &u, int b, int h)
+	{
+		const int64_t tile =
+		        (static_cast<int64_t>(b) * p.kv_heads + h / p.readers) * p.key_tiles + u.n;
+		const int64_t place = tile * WARPGROUPS + w;
+
+		if (p.dk_turns)
+			await_turn(p.dk_turns + place, h % p.readers);
+#pragma unroll 1
+		for (int i = 0; i < D / 64; i++) {
+			const int64_t at = (place * (D / 64) + i) * SUM_FLOATS;
+
+			await_leaving();
+			bulk_add(p.dk_sums + at, dk(), layout::OUT_BYTES);
+			bulk_add(p.dv_sums + at, out(), layout::OUT_BYTES);
+			release();
+		}
+		if (p.dk_turns)
+			pass_turn<0>(p.dk_turns + place);
+	}
+
+	__device__ void run(const unit &u)
+	{
+		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+
+		add_queries(u, b, h);
+		if (p.readers > 1)
+			add_keys(u, b, h);
+		else
+			store_keys(u, b, h);
+		barrier_arrive(barrier(BAR_DK_LEFT));
+	}
+};
 
 /* acc (64 keys x n queries) = A (64 x D) B (n x D)^T. Descriptors count in 16 bytes. */
 template <int D, int n>
@@ -379,7 +487,8 @@ template <int n> struct statistics {
 	}
 };
 
-template <int D> struct consumer {
+/* `shared_keys`: several heads read the same. */
+template <int D, bool shared_keys> struct consumer {
 	using layout = shared_layout<D>;
 	static constexpr int N = QUERIES<D> / 2; /* accumulators of a tile of scores */
 
@@ -432,18 +541,20 @@ template <int D> struct consumer {
 	                              const statistics<N> &delta, uint32_t (&ds)[N / 2]) const;
 	__device__ void store_ds(const uint32_t (&ds)[N / 2]) const;
 	__device__ void issue_dq(float (&dq)[32], const slot_ring<STAGES> &at) const;
+	__device__ void store_sums(uint32_t place, const float *x) const;
 	__device__ void store_dq(const float (&dq)[32]);
 	__device__ void store_keys(uint32_t place, const float (&x)[D / 2], float scale) const;
+	__device__ void leave_keys(const float (&dk)[D / 2], const float (&dv)[D / 2]);
 	template <bool first, bool last>
 	__device__ void step(int m, int key, float (&s)[N], float (&dk)[D / 2], float (&dv)[D / 2]);
 	__device__ void run(const unit &u);
 };
 
 /* Scores -> probabilities; `key` is the thread's first, the other is 8 further. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::powers(float (&s)[N], const statistics<N> &lse,
-                                                    uint32_t (&probabilities)[N / 2], int m,
-                                                    int key) const
+template <int D, bool shared_keys>
+__device__ __forceinline__ void
+consumer<D, shared_keys>::powers(float (&s)[N], const statistics<N> &lse,
+                                 uint32_t (&probabilities)[N / 2], int m, int key) const
 {
 	const int begin = m * QUERIES<D>, column = begin + 2 * (threadIdx.x & 3);
 	float2 x;
@@ -470,10 +581,11 @@ __device__ __forceinline__ void consumer<D>::powers(float (&s)[N], const statist
 }
 
 /* P from its bf16, which is what dV sees: no room for it in fp32. */
-template <int D>
+template <int D, bool shared_keys>
 __device__ __forceinline__ void
-consumer<D>::differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
-                           const statistics<N> &delta, uint32_t (&ds)[N / 2]) const
+consumer<D, shared_keys>::differentiate(const uint32_t (&probabilities)[N / 2],
+                                        const float (&dp)[N], const statistics<N> &delta,
+                                        uint32_t (&ds)[N / 2]) const
 {
 	float2 x;
 
@@ -489,8 +601,9 @@ consumer<D>::differentiate(const uint32_t (&probabilities)[N / 2], const float (
 }
 
 /* [key][query], panels of 64 queries. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2]) const
+template <int D, bool shared_keys>
+__device__ __forceinline__ void
+consumer<D, shared_keys>::store_ds(const uint32_t (&ds)[N / 2]) const
 {
 	const uint32_t place = shared + layout::DS + rows.slot * layout::DS_BYTES +
 	                       warpgroup_index() * 64 * ROW_BYTES;
@@ -505,9 +618,9 @@ __device__ __forceinline__ void consumer<D>::store_ds(const uint32_t (&ds)[N / 2
 
 /* dq (64 queries x 64 of D) = dS K over all keys of the tile; d = 64: of warpgroup w queries from
  * 64w on, d = 128: columns from 64w on. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::issue_dq(float (&dq)[32],
-                                                      const slot_ring<STAGES> &at) const
+template <int D, bool shared_keys>
+__device__ __forceinline__ void
+consumer<D, shared_keys>::issue_dq(float (&dq)[32], const slot_ring<STAGES> &at) const
 {
 	const int w = warpgroup_index();
 	const uint64_t ds = matrix_descriptor(shared + layout::DS + at.slot * layout::DS_BYTES +
@@ -524,24 +637,31 @@ __device__ __forceinline__ void consumer<D>::issue_dq(float (&dq)[32],
 	wgmma_commit();
 }
 
-/* As the accumulators lie: 4 floats of every thread of the warpgroup, 8 times. */
-template <int D> __device__ __forceinline__ void consumer<D>::store_dq(const float (&dq)[32])
+/* 32 accumulators as they lie: 4 floats of every thread of the warpgroup, 8 times. */
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::store_sums(uint32_t place,
+                                                                     const float *x) const
 {
-	const uint32_t place = shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES +
-	                       threadIdx.x % 128 * 16;
+	const uint32_t own = place + threadIdx.x % 128 * 16;
 
-	await_out_place();
 #pragma unroll
 	for (int j = 0; j < 8; j++)
-		shared_store4(place + j * 128 * 16, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2],
-		              dq[4 * j + 3]);
+		shared_store4(own + j * 128 * 16, x[4 * j], x[4 * j + 1], x[4 * j + 2],
+		              x[4 * j + 3]);
+}
+
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::store_dq(const float (&dq)[32])
+{
+	await_out_place();
+	store_sums(shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES, dq);
 	hand_over();
 }
 
 /* 64 keys x D, as panels of 64. */
-template <int D>
-__device__ __forceinline__ void consumer<D>::store_keys(uint32_t place, const float (&x)[D / 2],
-                                                        float scale) const
+template <int D, bool shared_keys>
+__device__ __forceinline__ void
+consumer<D, shared_keys>::store_keys(uint32_t place, const float (&x)[D / 2], float scale) const
 {
 #pragma unroll
 	for (int j = 0; j < D / 16; j++) {
@@ -555,15 +675,40 @@ __device__ __forceinline__ void consumer<D>::store_keys(uint32_t place, const fl
 	}
 }
 
+/* What the sender stores, or adds where heads share keys. */
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::leave_keys(const float (&dk)[D / 2],
+                                                                     const float (&dv)[D / 2])
+{
+	const uint32_t dk_place = shared + layout::DS + warpgroup_index() * layout::OUT_BYTES;
+	const uint32_t dv_place = shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES;
+
+	if (!shared_keys) {
+		store_keys(dk_place, dk, p.scale);
+		await_out_place();
+		store_keys(dv_place, dv, 1);
+		hand_over();
+		return;
+	}
+#pragma unroll
+	for (int i = 0; i < D / 64; i++) {
+		await_out_place();
+		store_sums(dk_place, &dk[32 * i]);
+		store_sums(dv_place, &dv[32 * i]);
+		hand_over();
+	}
+}
+
 /*
  * Tile m of the queries; its scores have been issued, and those of the next
  * tile are, except after the last. dQ is that of the tile before, so that neither
  * warpgroup waits for the other's dS.
  */
-template <int D>
+template <int D, bool shared_keys>
 template <bool first, bool last>
-__device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N], float (&dk)[D / 2],
-                                                  float (&dv)[D / 2])
+__device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, float (&s)[N],
+                                                               float (&dk)[D / 2],
+                                                               float (&dv)[D / 2])
 {
 	constexpr uint32_t PANEL = QUERIES<D> * ROW_BYTES;
 	const uint32_t own_rows = warpgroup_index() * 64 * ROW_BYTES;
@@ -624,7 +769,8 @@ __device__ __forceinline__ void consumer<D>::step(int m, int key, float (&s)[N],
 	before = now;
 }
 
-template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 {
 	const int w = warpgroup_index(), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 	const int key = u.n * KEYS + w * 64 + warp * 16 + lane / 4;
@@ -645,19 +791,16 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 		                rows_operand(layout::Q, 16));
 		barrier_wait(barrier(BAR_V_FULL), v_parity);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
-		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
+		const int last = tiles.end - 1;
+		int m = tiles.first;
 
-		if (left == 0) {
+		if (m == last) {
 			step<true, true>(m, key, s, dk, dv);
 		} else {
 			step<true, false>(m, key, s, dk, dv);
 #pragma unroll 1
-			while (true) {
-				m = m + 1 < tiles.end ? m + 1 : tiles.first;
-				if (--left == 0)
-					break;
+			for (m++; m < last; m++)
 				step<false, false>(m, key, s, dk, dv);
-			}
 			step<false, true>(m, key, s, dk, dv);
 		}
 		issue_dq(dq, before);
@@ -674,13 +817,10 @@ template <int D> __device__ __forceinline__ void consumer<D>::run(const unit &u)
 	unit_parity ^= 1;
 	/* Nobody reads dS any more. */
 	named_barrier_sync(BOTH_BARRIER, 128 * WARPGROUPS);
-	store_keys(shared + layout::DS + w * layout::OUT_BYTES, dk, p.scale);
-	await_out_place();
-	store_keys(shared + layout::OUT + w * layout::OUT_BYTES, dv, 1);
-	hand_over();
+	leave_keys(dk, dv);
 }
 
-template <int D>
+template <int D, bool shared_keys>
 __global__ void __launch_bounds__(THREADS, 1)
         attention_backward_kernel(const __grid_constant__ parameters p)
 {
@@ -711,13 +851,22 @@ __global__ void __launch_bounds__(THREADS, 1)
 	__syncthreads();
 	if (warp < 4) {
 		registers_decrease<PRODUCER_REGISTERS>();
-		if (threadIdx.x == 0)
+		if (threadIdx.x == 0) {
 			producer<D>{p, shared, {}, {}, 0}.run();
-		else if (warp > 0 && warp <= WARPGROUPS)
-			send<D>(p, shared, warp - 1);
+		} else if (warp > 0 && warp <= WARPGROUPS) {
+			sender<D> s = {p, shared, warp - 1, 0};
+			schedule<D> units = {shared};
+			unit u;
+
+			while (units.get(u)) {
+				if (threadIdx.x % 32 == 0)
+					s.run(u);
+				__syncwarp();
+			}
+		}
 	} else {
 		registers_increase<CONSUMER_REGISTERS>();
-		consumer<D> c = {p, shared, {}, {}, {}, 0, 0, 0, {}};
+		consumer<D, shared_keys> c = {p, shared, {}, {}, {}, 0, 0, 0, {}};
 		schedule<D> units = {shared};
 		unit u;
 
@@ -740,13 +889,19 @@ struct rows {
 };
 
 struct query_parameters {
-	rows dout, o, gate, own_value, dgate, down_value, dq; /* data NULL: none */
-	int batch, seq_len, n_heads, q_heads, padded_len;
-	float scale;
+	rows dout, o, gate, own_value, dgate, down_value; /* data NULL: none */
+	int batch, seq_len, n_heads, padded_len;
 	const float *forward_lse, *own_score;
 	float *lse, *delta, *down_score;
 	uint4 *gated; /* gradients of outputs before the gate [B, H, T, d], or NULL */
-	const float *dq_sums;
+};
+
+/* Sums [batch * heads][tiles][WARPGROUPS][SUM_FLOATS], whose tiles are of QUERIES tokens. */
+struct sum_parameters {
+	const float *sums;
+	rows to;
+	int tokens, tiles, heads;
+	float scale;
 };
 
 /* Sum over the D/8 lanes that share a row. */
@@ -853,20 +1008,19 @@ __global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
 	}
 }
 
-/* A tile of dQ to bf16, and from the order of accumulators to rows. */
-template <int D> __global__ void __launch_bounds__(256) finish_kernel(query_parameters p)
+/* A tile of sums to bf16, and from the order of accumulators to rows. */
+template <int D> __global__ void __launch_bounds__(256) finish_kernel(sum_parameters p)
 {
 	constexpr int PITCH = D / 2 + 4; /* pairs of a row in shared memory */
 	__shared__ alignas(16) uint32_t tile[QUERIES<D> * PITCH];
-	const int tiles = p.padded_len / QUERIES<D>, number = blockIdx.x / p.q_heads;
-	const int h = blockIdx.x - number * p.q_heads, b = number / tiles;
-	const int m = number - b * tiles, first = m * QUERIES<D>;
-	const int64_t place = (static_cast<int64_t>(b) * p.q_heads + h) * tiles + m;
+	const int number = blockIdx.x / p.heads, h = blockIdx.x - number * p.heads;
+	const int b = number / p.tiles, m = number - b * p.tiles, first = m * QUERIES<D>;
+	const int64_t place = (static_cast<int64_t>(b) * p.heads + h) * p.tiles + m;
 	const int w = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 	const int row = warp * 16 + lane / 4 + (D == 64 ? 64 * w : 0);
 	const int column = (lane & 3) + (D == 64 ? 0 : 32 * w); /* in pairs */
-	const float4 *from = reinterpret_cast<const float4 *>(p.dq_sums) +
-	                     (place * WARPGROUPS + w) * (DQ_FLOATS / 4) + threadIdx.x % 128;
+	const float4 *from = reinterpret_cast<const float4 *>(p.sums) +
+	                     (place * WARPGROUPS + w) * (SUM_FLOATS / 4) + threadIdx.x % 128;
 	float4 x[8];
 
 #pragma unroll
@@ -883,8 +1037,8 @@ template <int D> __global__ void __launch_bounds__(256) finish_kernel(query_para
 	for (int i = threadIdx.x; i < QUERIES<D> * D / 8; i += 256) {
 		const int t = i / (D / 8), piece = i % (D / 8);
 
-		if (first + t < p.seq_len)
-			reinterpret_cast<uint4 *>(p.dq.at(b, first + t, h))[piece] =
+		if (first + t < p.tokens)
+			reinterpret_cast<uint4 *>(p.to.at(b, first + t, h))[piece] =
 			        *reinterpret_cast<const uint4 *>(&tile[t * PITCH + piece * 4]);
 	}
 }
@@ -894,10 +1048,10 @@ template <int D> __global__ void __launch_bounds__(256) finish_kernel(query_para
 /* Bytes of queries, gradients and sums to keep in L2 at a time. */
 constexpr int64_t L2_BUDGET = 40 << 20;
 
-/* The workspace, in bytes from its start. */
+/* The workspace, in bytes from its start; zeros from the ticket to the end of dv. */
 struct plan {
-	int64_t padded_len;
-	size_t ticket, lse, delta, gated, dq, dq_bytes, size;
+	int64_t padded_len, key_tiles;
+	size_t ticket, dq_turns, dk_turns, dq, dk, dv, zeros, lse, delta, gated, size;
 };
 
 struct plan make_plan(const struct attention_args *a)
@@ -913,10 +1067,20 @@ struct plan make_plan(const struct attention_args *a)
 	struct plan plan;
 
 	plan.padded_len = (a->seq_len + 127) / 128 * 128;
-	plan.dq_bytes =
-	        static_cast<size_t>(a->batch * a->q_heads * plan.padded_len * a->d_head * 4);
+	plan.key_tiles = (a->kv_len + KEYS - 1) / KEYS;
+	/* Of dQ a warpgroup adds 64 x 64 at a time, of dK and dV 64 rows. */
+	const int64_t dq_sums = a->batch * a->q_heads * plan.padded_len * a->d_head / SUM_FLOATS;
+	const int64_t tiles = a->batch * a->kv_heads * plan.key_tiles * WARPGROUPS;
+	const int64_t dk_bytes =
+	        a->n_heads == a->kv_heads ? 0 : tiles * (a->d_head / 64) * SUM_FLOATS * 4;
+
 	plan.ticket = take(sizeof(int));
-	plan.dq = take(plan.dq_bytes); /* behind the ticket: one memset */
+	plan.dq_turns = take(dq_sums * 4);
+	plan.dk_turns = take(tiles * 4);
+	plan.dq = take(dq_sums * SUM_FLOATS * 4);
+	plan.dk = take(dk_bytes);
+	plan.dv = take(dk_bytes);
+	plan.zeros = end - plan.ticket;
 	plan.lse = take(pairs * plan.padded_len * 4);
 	plan.delta = take(pairs * plan.padded_len * 4);
 	plan.gated = take(a->gate.data ? pairs * a->seq_len * a->d_head * 2 : 0);
@@ -943,26 +1107,23 @@ query_parameters fill_query_parameters(const struct attention_backward_args *arg
 	p.dgate = gate ? rows_of(args->dgate) : none;
 	p.own_value = own ? rows_of(a->own_value) : none;
 	p.down_value = own ? rows_of(args->down_value) : none;
-	p.dq = rows_of(args->dq);
 	p.batch = static_cast<int>(a->batch);
 	p.seq_len = static_cast<int>(a->seq_len);
 	p.n_heads = static_cast<int>(a->n_heads);
-	p.q_heads = static_cast<int>(a->q_heads);
 	p.padded_len = static_cast<int>(plan.padded_len);
-	p.scale = a->scale;
 	p.forward_lse = a->lse;
 	p.own_score = a->own_score;
 	p.lse = reinterpret_cast<float *>(base + plan.lse);
 	p.delta = reinterpret_cast<float *>(base + plan.delta);
 	p.down_score = args->down_score;
 	p.gated = gate ? reinterpret_cast<uint4 *>(base + plan.gated) : NULL;
-	p.dq_sums = reinterpret_cast<float *>(base + plan.dq);
 	return p;
 }
 
 template <int D>
-enum status fill_parameters(parameters &p, const struct attention_backward_args *args,
-                            const struct plan &plan, char *base)
+enum status fill_parameters(parameters &p, const struct device *device,
+                            const struct attention_backward_args *args, const struct plan &plan,
+                            char *base)
 {
 	const struct attention_args *a = &args->forward;
 	const struct view gated = {base + plan.gated, a->n_heads * a->seq_len * D, D,
@@ -985,7 +1146,8 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	p.q_heads = static_cast<int>(a->q_heads);
 	p.kv_heads = static_cast<int>(a->kv_heads);
 	p.readers = static_cast<int>(a->n_heads / a->kv_heads);
-	p.pairs = static_cast<int>(a->batch * a->kv_heads);
+	p.sharers = static_cast<int>(a->n_heads / a->q_heads);
+	p.pairs = static_cast<int>(a->batch * a->n_heads);
 	p.window = static_cast<int>(a->window < a->seq_len ? a->window : a->seq_len);
 	p.chunk = static_cast<int>(a->chunk < a->seq_len ? a->chunk : a->seq_len);
 	p.mask = a->mask;
@@ -998,11 +1160,34 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	p.lse = reinterpret_cast<float *>(base + plan.lse);
 	p.delta = reinterpret_cast<float *>(base + plan.delta);
 	p.dq = reinterpret_cast<float *>(base + plan.dq);
-	p.key_tiles = static_cast<int>((a->kv_len + KEYS - 1) / KEYS);
-	const int64_t fit = L2_BUDGET / (a->seq_len * D * 8 * p.readers);
+	p.dk_sums = reinterpret_cast<float *>(base + plan.dk);
+	p.dv_sums = reinterpret_cast<float *>(base + plan.dv);
+	const bool ordered = device->deterministic;
+	p.dq_turns = ordered ? reinterpret_cast<int *>(base + plan.dq_turns) : NULL;
+	p.dk_turns = ordered ? reinterpret_cast<int *>(base + plan.dk_turns) : NULL;
+	p.key_tiles = static_cast<int>(plan.key_tiles);
+	int64_t fit = L2_BUDGET / (a->seq_len * D * 8);
+	/* Heads of the same queries wait for each other: all are in one group. */
+	if (ordered && p.sharers > 1)
+		fit = (fit + a->n_heads) / a->n_heads * a->n_heads;
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
 	p.ticket = reinterpret_cast<int *>(base + plan.ticket);
 	return status;
+}
+
+/* Sums of a tensor of so many heads and tokens, QUERIES of them a tile. */
+template <int D>
+enum status finish(struct device *device, int64_t batch, const char *sums, const struct view &to,
+                   int64_t tokens, int64_t tiles, int64_t heads, float scale)
+{
+	const sum_parameters p = {reinterpret_cast<const float *>(sums),
+	                          rows_of(to),
+	                          static_cast<int>(tokens),
+	                          static_cast<int>(tiles),
+	                          static_cast<int>(heads),
+	                          scale};
+
+	return submit(device, finish_kernel<D>, batch * heads * tiles, 256, 0, p);
 }
 
 template <int D>
@@ -1014,24 +1199,33 @@ enum status launch(struct device *device, const struct attention_backward_args *
 	char *base = static_cast<char *>(workspace);
 	const query_parameters queries = fill_query_parameters(args, plan, base);
 	parameters p;
-	enum status status = fill_parameters<D>(p, args, plan, base);
+	enum status status = fill_parameters<D>(p, device, args, plan, base);
 	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
 	const int64_t prepare = a->batch * a->n_heads * (plan.padded_len / PREPARED_ROWS);
-	const int64_t finish = a->batch * a->q_heads * (plan.padded_len / QUERIES<D>);
+	const int64_t key_tiles = plan.key_tiles * KEYS / QUERIES<D>;
 
 	if (status != STATUS_OK)
 		return status;
-	CUDA_TRY(cudaMemsetAsync(base + plan.ticket, 0, plan.dq + plan.dq_bytes - plan.ticket,
-	                         cuda_stream(device)));
+	CUDA_TRY(cudaMemsetAsync(base + plan.ticket, 0, plan.zeros, cuda_stream(device)));
 	status = submit(device,
 	                a->gate.data || a->own_score ? prepare_kernel<D, true>
 	                                             : prepare_kernel<D, false>,
 	                prepare, 256, 0, queries);
 	if (status == STATUS_OK)
-		status = submit(device, attention_backward_kernel<D>, turns(device, units), THREADS,
-		                shared_layout<D>::BYTES, p);
-	return status == STATUS_OK ? submit(device, finish_kernel<D>, finish, 256, 0, queries)
-	                           : status;
+		status = submit(device,
+		                p.readers > 1 ? attention_backward_kernel<D, true>
+		                              : attention_backward_kernel<D, false>,
+		                turns(device, units), THREADS, shared_layout<D>::BYTES, p);
+	if (status == STATUS_OK)
+		status = finish<D>(device, a->batch, base + plan.dq, args->dq, a->seq_len,
+		                   plan.padded_len / QUERIES<D>, a->q_heads, a->scale);
+	if (status == STATUS_OK && p.readers > 1)
+		status = finish<D>(device, a->batch, base + plan.dk, args->dk, a->kv_len, key_tiles,
+		                   a->kv_heads, a->scale);
+	if (status == STATUS_OK && p.readers > 1)
+		status = finish<D>(device, a->batch, base + plan.dv, args->dv, a->kv_len, key_tiles,
+		                   a->kv_heads, 1);
+	return status;
 }
 
 } // namespace
