@@ -683,18 +683,18 @@ __device__ __forceinline__ void consumer<D, shared_keys>::leave_keys(const float
 	const uint32_t dk_place = shared + layout::DS + warpgroup_index() * layout::OUT_BYTES;
 	const uint32_t dv_place = shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES;
 
-	if (!shared_keys) {
+	if constexpr (shared_keys) {
+#pragma unroll
+		for (int i = 0; i < D / 64; i++) {
+			await_out_place();
+			store_sums(dk_place, &dk[32 * i]);
+			store_sums(dv_place, &dv[32 * i]);
+			hand_over();
+		}
+	} else {
 		store_keys(dk_place, dk, p.scale);
 		await_out_place();
 		store_keys(dv_place, dv, 1);
-		hand_over();
-		return;
-	}
-#pragma unroll
-	for (int i = 0; i < D / 64; i++) {
-		await_out_place();
-		store_sums(dk_place, &dk[32 * i]);
-		store_sums(dv_place, &dv[32 * i]);
 		hand_over();
 	}
 }

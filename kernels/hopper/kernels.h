@@ -4,7 +4,8 @@
  * hopper_norm_linear, hopper_linear_residual: up to 8 tokens, no bias.
  * hopper_attention, hopper_attention_backward: d = 64 or 128, every mask except the dilated
  *   one, own token and gate. The
- *   backward sums dq in an order that differs from run to run.
+ *   backward sums dq, and dk and dv of heads that share keys, in an order that differs from run to
+ *   run, unless the device is to be deterministic.
  * hopper_attention_step, hopper_rat_step: d = 64 or 128, each head's cache contiguous.
  * hopper_grouped_step: the attention_step of heads that share keys, or of any cache; d = 64 or 128.
  * hopper_rat_scan: d = 64 or 128.
@@ -12,6 +13,7 @@
  * hopper_scalar_decay: the plain rule, decays that channels share; d_k up to 256. The form picked
  *   by the shape; _onchip: all on the chip; _materialise: the states before chunks of any multiple
  *   of 64 in memory.
+ * hopper_scalar_decay_backward: the plain rule, constant decays or none; d_k and d_v up to 256.
  * hopper_delta_rule: the delta rule, decays that channels share; d_k up to 128.
  * hopper_gla: a diagonal decay, the plain rule or the bonus; d_k = 64, 128, 256, d_v up to 512, not
  *   256/64. _fused: one kernel, both widths at most 128. _staged: its operands go through memory.
@@ -44,6 +46,7 @@
 	X(MATRIX_RECURRENCE, "hopper_fused", hopper_gla_fused, checked, none)                      \
 	X(MATRIX_RECURRENCE, "hopper_staged", hopper_gla_staged, checked, workspace)               \
 	X(MATRIX_RECURRENCE, "hopper_materialise", hopper_gla_materialise, checked, workspace)     \
+	X(MATRIX_RECURRENCE_BACKWARD, "hopper", hopper_scalar_decay_backward, checked, workspace)  \
 	X(MATRIX_RECURRENCE_STEP, "hopper", hopper_matrix_recurrence_step, checked, none)
 /* clang-format on */
 

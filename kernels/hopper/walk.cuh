@@ -6,6 +6,8 @@
  * policy class with
  *   SOLVES             whether the scores' warpgroup also solves a triangular system: then a block
  *                      has room and registers for that, and powers come with beta, unscaled
+ *   BACKWARD           whether the walk begins at the last token, and tokens see those after them;
+ *                      it ends with a gradient, of the first state, and that is scaled
  *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
  *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
  */
@@ -63,7 +65,8 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 };
 
 /* What the warp of the decays leaves of each chunk, floats by token: G, 2^G (of the plain rule,
- * times the scale), 2^(G_E - G), and beta; and one 2^(G_E). */
+ * times the scale), 2^(G_E - G), and beta; and one 2^(G_E). Backward -G, and the powers change
+ * places, the scale with them. */
 enum { LOG_DECAY = 0, FROM_START = 256, TO_END = 512, WHOLE = 768, BETA = 784 };
 
 struct parameters {
@@ -101,6 +104,12 @@ __device__ __forceinline__ piece locate(const parameters &p, int number)
 	return x;
 }
 
+/* The tokens' chunk that is the index-th of the walk. */
+template <typename RULE> __device__ __forceinline__ int chunk_of(const parameters &p, int index)
+{
+	return RULE::BACKWARD ? p.chunks - 1 - index : index;
+}
+
 /* Pieces of a pass: the first has nothing to find out about the last segment. */
 template <bool OUTPUTS> __device__ __forceinline__ int piece_count(const parameters &p)
 {
@@ -120,31 +129,32 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 		const piece x = locate(p, number);
 
 #pragma unroll 1
-		for (int chunk = x.first; chunk < x.last; chunk++) {
+		for (int i = x.first; i < x.last; i++) {
+			const int token = chunk_of<RULE>(p, i) * CHUNK;
 			const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
 			const uint32_t full = shared + S::FULL + stage.slot * 8;
 
 			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
 			barrier_arrive_expect(full, BYTES);
 #pragma unroll
-			for (int i = 0; i < S::KEY_PANELS; i++) {
+			for (int j = 0; j < S::KEY_PANELS; j++) {
 				if (OUTPUTS)
-					tensor_load(at + S::Q + i * PANEL_BYTES, &p.q, full, i * 64,
-					            chunk * CHUNK, x.h * p.q_step, x.b);
-				tensor_load(at + S::K + i * PANEL_BYTES, &p.k, full, i * 64,
-				            chunk * CHUNK, x.h * p.k_step, x.b);
+					tensor_load(at + S::Q + j * PANEL_BYTES, &p.q, full, j * 64,
+					            token, x.h * p.q_step, x.b);
+				tensor_load(at + S::K + j * PANEL_BYTES, &p.k, full, j * 64, token,
+				            x.h * p.k_step, x.b);
 			}
 #pragma unroll
-			for (int i = 0; i < SLICES; i++)
-				tensor_load(at + S::V + i * PANEL_BYTES, &p.v, full,
-				            (x.slice * SLICES + i) * 64, chunk * CHUNK, x.h, x.b);
+			for (int j = 0; j < SLICES; j++)
+				tensor_load(at + S::V + j * PANEL_BYTES, &p.v, full,
+				            (x.slice * SLICES + j) * 64, token, x.h, x.b);
 			stage.advance();
 		}
 	}
 }
 
-/* log2 decay of one token as it lies in memory, or for all of a head; those past the end do not
- * decay. */
+/* log2 decay of one token as it lies in memory, or for all of a head; those past the end, or
+ * backward before the start, do not decay. */
 struct token_decays {
 	const __nv_bfloat16 *data;
 	int64_t stride;
@@ -163,14 +173,19 @@ struct token_decays {
 	{
 	}
 
+	__device__ bool has(int token) const
+	{
+		return token >= 0 && token < tokens;
+	}
+
 	__device__ __nv_bfloat16 load(int token) const
 	{
-		return data && token < tokens ? data[token * stride] : __nv_bfloat16();
+		return data && has(token) ? data[token * stride] : __nv_bfloat16();
 	}
 
 	__device__ float log2(__nv_bfloat16 loaded, int token) const
 	{
-		return data ? __bfloat162float(loaded) * LOG2E : token < tokens ? constant : 0.0f;
+		return data ? __bfloat162float(loaded) * LOG2E : has(token) ? constant : 0.0f;
 	}
 };
 
@@ -192,6 +207,7 @@ __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shar
 	using S = walk_shape<DK, SLICES, RULE>;
 	const uint32_t powers = shared + S::POWERS + slot * S::POWERS_BYTES;
 	const float scale = RULE::SOLVES ? 1.0f : p.scale;
+	const float sign = RULE::BACKWARD ? -1.0f : 1.0f;
 	const int lane = threadIdx.x % 32;
 	float sum = x0 + x1;
 
@@ -205,10 +221,14 @@ __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shar
 	const float end = __shfl_sync(~0u, sum, 31), g0 = sum - x1, g1 = sum;
 
 	barrier_wait(shared + S::EMPTY + slot * 8, parity ^ 1);
-	shared_store2(powers + LOG_DECAY + lane * 8, g0, g1);
-	shared_store2(powers + FROM_START + lane * 8, scale * exp2_approx(g0),
-	              scale * exp2_approx(g1));
-	shared_store2(powers + TO_END + lane * 8, exp2_approx(end - g0), exp2_approx(end - g1));
+	const float2 from_start = {exp2_approx(g0), exp2_approx(g1)};
+	const float2 to_end = {exp2_approx(end - g0), exp2_approx(end - g1)};
+	const float2 out = RULE::BACKWARD ? to_end : from_start,
+	             in = RULE::BACKWARD ? from_start : to_end;
+
+	shared_store2(powers + LOG_DECAY + lane * 8, sign * g0, sign * g1);
+	shared_store2(powers + FROM_START + lane * 8, scale * out.x, scale * out.y);
+	shared_store2(powers + TO_END + lane * 8, in.x, in.y);
 	if (RULE::SOLVES)
 		shared_store2(powers + BETA + lane * 8, beta0, beta1);
 	if (lane == 0)
@@ -231,10 +251,13 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 		const piece x = locate(p, number);
 		const token_decays decays(p, x);
 		__nv_bfloat16 next[2 * AHEAD], next_beta[2 * AHEAD] = {};
+		const auto token_of = [&](int chunk, int i) {
+			return chunk_of<RULE>(p, chunk + i / 2) * CHUNK + 2 * lane + i % 2;
+		};
 		const auto load = [&](int chunk) {
 #pragma unroll
 			for (int i = 0; i < 2 * AHEAD; i++) {
-				const int token = (chunk + i / 2) * CHUNK + 2 * lane + i % 2;
+				const int token = token_of(chunk, i);
 
 				next[i] = decays.load(token);
 				if (RULE::SOLVES)
@@ -249,8 +272,7 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 
 #pragma unroll
 			for (int i = 0; i < 2 * AHEAD; i++) {
-				now[i] = decays.log2(next[i],
-				                     (group + i / 2) * CHUNK + 2 * lane + i % 2);
+				now[i] = decays.log2(next[i], token_of(group, i));
 				beta[i] = __bfloat162float(next_beta[i]);
 			}
 			load(group + AHEAD);
@@ -282,7 +304,8 @@ __device__ __forceinline__ void issue_scores(float (&s)[32], uint32_t a, uint32_
 	wgmma_commit();
 }
 
-/* s[t][s] times scale 2^(G_t - G_s); zero where s > t. */
+/* s[t][s] times scale 2^(G_t - G_s); zero where s > t, backward where s < t. */
+template <bool BACKWARD = false>
 __device__ __forceinline__ void decay_scores(float (&s)[32], uint32_t powers, float scale, int warp,
                                              int lane)
 {
@@ -297,12 +320,15 @@ __device__ __forceinline__ void decay_scores(float (&s)[32], uint32_t powers, fl
 
 #pragma unroll
 		for (int r = 0; r < 2; r++) {
+			const int own = row + 8 * r;
 			float *pair = &s[i + 2 * r];
 
-			pair[0] = key <= row + 8 * r ? scale * pair[0] * exp2_approx(g[r] - from.x)
-			                             : 0.0f;
-			pair[1] = key < row + 8 * r ? scale * pair[1] * exp2_approx(g[r] - from.y)
-			                            : 0.0f;
+			pair[0] = (BACKWARD ? key >= own : key <= own)
+			                  ? scale * pair[0] * exp2_approx(g[r] - from.x)
+			                  : 0.0f;
+			pair[1] = (BACKWARD ? key + 1 >= own : key + 1 <= own)
+			                  ? scale * pair[1] * exp2_approx(g[r] - from.y)
+			                  : 0.0f;
 		}
 	}
 }
@@ -364,10 +390,12 @@ state_walk<DK, SLICES, OUTPUTS, RULE>::visit(float *tensor, const piece &x, bool
 		float &element = s[i / WIDTH][i % WIDTH];
 
 		if (row < p.d_k && column < p.d_v) {
+			float *place = at + static_cast<int64_t>(row) * p.d_v + column;
+
 			if (write)
-				at[static_cast<int64_t>(row) * p.d_v + column] = element;
+				*place = RULE::BACKWARD ? element * p.scale : element;
 			else
-				element = at[static_cast<int64_t>(row) * p.d_v + column];
+				element = *place;
 		}
 	}
 }
@@ -426,8 +454,8 @@ state_walk<DK, SLICES, OUTPUTS, RULE>::store(const piece &x, int chunk, const fl
 	fence_async_proxy();
 	named_barrier_sync(1 + warpgroup, 128);
 	if (leader) {
-		tensor_store(&p.out, staging, (x.slice * SLICES + warpgroup) * 64, chunk * CHUNK,
-		             x.h, x.b);
+		tensor_store(&p.out, staging, (x.slice * SLICES + warpgroup) * 64,
+		             chunk_of<RULE>(p, chunk) * CHUNK, x.h, x.b);
 		store_commit();
 	}
 }
