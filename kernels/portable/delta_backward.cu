@@ -40,20 +40,6 @@
 namespace
 {
 
-static bool is_bonus(const struct matrix_recurrence_args *f)
-{
-	return f->rule == RULE_BONUS;
-}
-
-/* Takes bytes of the workspace, in order. */
-template <typename T> static T *take(size_t *used, void *workspace, int64_t count)
-{
-	char *at = static_cast<char *>(workspace) + *used;
-
-	*used += (size_t)divide_up(count * (int64_t)sizeof(T), 256) * 256;
-	return reinterpret_cast<T *>(at);
-}
-
 static struct problem problem_of(const struct matrix_recurrence_backward_args *a, void *workspace,
                                  size_t *bytes)
 {

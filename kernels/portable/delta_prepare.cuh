@@ -1,7 +1,7 @@
 /*
- * The first pass of delta_backward.cu, a block per chunk and head: P, M, the factors of tokens and
- * channels and, where decays differ by channel, q and k decayed. A warp takes 16 tokens as
- * queries; to earlier sub-chunks their decay is split at the start of their own.
+ * The first pass of delta.cu and delta_backward.cu, a block per chunk and head: P, M, the factors
+ * of tokens and channels and, where decays differ by channel, q and k decayed. A warp takes 16
+ * tokens as queries; to earlier sub-chunks their decay is split at the start of their own.
  *
  * M, the inverse of I plus a strictly lower triangle, is made in fp32: a warp inverts a 16 x 16
  * block on the diagonal by substitution, a column a lane; then block row i of the inverse follows

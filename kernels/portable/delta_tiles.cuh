@@ -1,6 +1,6 @@
 /*
- * What the passes of delta_backward.cu share: the problem and what of it is in the workspace, tiles
- * of bf16 in shared memory, sums of decays.
+ * What the passes of delta.cu and delta_backward.cu share: the problem and what of it is in the
+ * workspace, tiles of bf16 in shared memory, sums of decays.
  */
 #ifndef KERNELS_PORTABLE_DELTA_TILES_CUH
 #define KERNELS_PORTABLE_DELTA_TILES_CUH
@@ -32,6 +32,20 @@ struct problem {
 	bf16 *errors;             /* [64, values]: e */
 	float *dbonus;            /* [B, chunks, H, d_k] */
 };
+
+static inline bool is_bonus(const struct matrix_recurrence_args *f)
+{
+	return f->rule == RULE_BONUS;
+}
+
+/* Takes bytes of the workspace, in order. */
+template <typename T> static T *take(size_t *used, void *workspace, int64_t count)
+{
+	char *at = static_cast<char *>(workspace) + *used;
+
+	*used += (size_t)divide_up(count * (int64_t)sizeof(T), 256) * 256;
+	return reinterpret_cast<T *>(at);
+}
 
 /* A chunk of a head. */
 struct place {

@@ -1,11 +1,13 @@
 /*
- * The second pass of delta_backward.cu: walks through the chunks of a head, forward for e and the
- * state before every chunk, back for y = dv and the gradient D after every chunk. Columns of the
- * state are independent: a block takes 64 of one head, in fp32 in registers; its warps are four
- * quarters of the rows, or of the chunk's tokens, times two halves of the columns.
+ * The second pass of delta.cu and delta_backward.cu: walks through the chunks of a head, forward
+ * for outputs, or for e and the state before every chunk, back for y = dv and the gradient D after
+ * every chunk. Columns of the state are independent: a block takes 64 of one head, in fp32 in
+ * registers; its warps are four quarters of the rows, or of the chunk's tokens, times two halves of
+ * the columns.
  *
  * A chunk is a chain of products whose right operands pass through shared memory:
- *   forward: e = M (v - 2^G (k S)); S = 2^(G_E) S + k^T (2^(G_E - G) beta e);
+ *   forward: e = M (v - 2^G (k S)); out = scale 2^G (q S) + P (beta e);
+ *            S = 2^(G_E) S + k^T (2^(G_E - G) beta e);
  *   back: x = 2^(G_E - G) (k D) + P^T dout; y = M^T (beta x);
  *         D = 2^(G_E) D + q^T (scale 2^G dout) - k^T (2^G y).
  * Where decays differ by channel they are in k and q already. What a product reads is loaded for
@@ -268,7 +270,14 @@ template <int KEYS> struct forward_memory {
 	float factors[2][WHOLE + KEYS];
 };
 
-template <int KEYS, bool DIAGONAL, bool DELTA>
+/* With outputs. written: beta e, where that is not what the chunk adds to the state. */
+template <int KEYS, bool DIAGONAL> struct output_memory : forward_memory<KEYS> {
+	bf16 q[CHUNK * KEYS], scores[CHUNK * CHUNK];
+	bf16 written[DIAGONAL ? 1 : CHUNK * WALK_COLUMNS];
+};
+
+/* OUTPUTS: out and the last state, in place of e and all states. */
+template <int KEYS, bool DIAGONAL, bool DELTA, bool OUTPUTS>
 static __device__ __forceinline__ void walk_forward(const struct problem &p, int64_t sequence,
                                                     int64_t column)
 {
@@ -276,15 +285,19 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 	const struct place head = place_of(p, sequence, 0);
 	const struct position at = position_of();
 	const int row = SUB * at.part + at.lane / 4;
-	auto &m = *reinterpret_cast<struct forward_memory<KEYS> *>(shared_memory);
+	auto &m = *reinterpret_cast<struct output_memory<KEYS, DIAGONAL> *>(shared_memory);
 	const int64_t tokens = head.record * CHUNK;
 	const struct stream<KEYS> k =
 	        DIAGONAL ? stream<KEYS>(p.k + tokens * KEYS, KEYS, KEYS)
 	                 : stream<KEYS>(::at(f.k, head.b, 0, head.h), f.k.token, f.d_k);
+	const struct stream<KEYS> q =
+	        DIAGONAL ? stream<KEYS>(p.q + tokens * KEYS, KEYS, KEYS)
+	                 : stream<KEYS>(::at(f.q, head.b, 0, head.h), f.q.token, f.d_k);
 	const struct stream<KEYS> ends(p.k_end + tokens * KEYS, KEYS, KEYS);
 	const struct stream<WALK_COLUMNS> v(::at(f.v, head.b, 0, head.h) + column, f.v.token,
 	                                    f.d_v - column);
 	bf16 *const errors = p.errors + (tokens + row) * p.values + column + at.column;
+	bf16 *const out = OUTPUTS ? ::at(f.out, head.b, row, head.h) + column + at.column : NULL;
 	struct state<KEYS> s;
 
 	const auto load_first = [&](int64_t chunk) {
@@ -301,11 +314,17 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 	const auto load_inverse = [&](int64_t chunk) {
 		if (DELTA && chunk < p.chunks)
 			load_triangle(m.inverse, p.inverse + (head.record + chunk) * CHUNK * CHUNK);
+		if (OUTPUTS && chunk < p.chunks)
+			q.load(m.q, chunk,
+			       DIAGONAL ? CHUNK
+			                : (int)min((int64_t)CHUNK, f.seq_len - chunk * CHUNK));
 		copy_commit();
 	};
 
 	s.template move<false>(const_cast<float *>(f.h0), f, sequence, column);
 	clear_above(m.inverse);
+	if (OUTPUTS)
+		clear_above(m.scores);
 	load_first(0);
 	load_inverse(0);
 #pragma unroll 1
@@ -313,6 +332,8 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 		const int slot = chunk % 2;
 		const int64_t record = head.record + chunk;
 		const float *factors = m.factors[slot];
+		/* What tokens read. */
+		bf16 *const written = DIAGONAL || !DELTA ? m.v[slot] : m.written;
 		struct rows d;
 
 		s.to_tile(m.s);
@@ -320,8 +341,12 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 		__syncthreads();
 		if (DIAGONAL)
 			ends.load(m.k[1], chunk, CHUNK);
+		if (OUTPUTS)
+			load_triangle(m.scores, p.scores + record * CHUNK * CHUNK);
 		copy_commit();
-		keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values, m.s);
+		if (!OUTPUTS)
+			keep_state<KEYS>(p.states + record * KEYS * p.values + column, p.values,
+			                 m.s);
 		if (DELTA) {
 			d.clear();
 			d.template add<KEYS, false>(DIAGONAL ? m.k[0] : m.k[slot], m.s);
@@ -349,20 +374,44 @@ static __device__ __forceinline__ void walk_forward(const struct problem &p, int
 
 			d.clear();
 			d.template add<CHUNK, false>(m.inverse, m.w);
-			store_row(to, d.x, 0, HALF);
-			store_row(to + 8 * p.values, d.x, 1, HALF);
+			if (!OUTPUTS) {
+				store_row(to, d.x, 0, HALF);
+				store_row(to + 8 * p.values, d.x, 1, HALF);
+			} else if (!DIAGONAL) {
+				d.to_tile(m.written, factors[BETA + row], factors[BETA + row + 8]);
+			}
 			d.to_tile(m.v[slot],
 			          factors[BETA + row] * (DIAGONAL ? 1.0f : factors[TO_END + row]),
 			          factors[BETA + row + 8] *
 			                  (DIAGONAL ? 1.0f : factors[TO_END + row + 8]));
 		}
+		if (OUTPUTS) {
+			d.clear();
+			d.template add<KEYS, false>(m.q, m.s);
+#pragma unroll
+			for (int i = 0; !DIAGONAL && i < TILES * 4; i++)
+				d.x[i / 4][i % 4] *=
+				        f.scale * factors[FROM_START + row + i % 4 / 2 * 8];
+		}
 		copy_wait<1>();
 		__syncthreads();
 		load_inverse(chunk + 1);
+		if (OUTPUTS) {
+			d.template add<CHUNK, false>(m.scores, written);
+#pragma unroll
+			for (int half = 0; half < 2; half++) {
+				const int64_t t = chunk * CHUNK + 8 * half;
+
+				store_row(t + row < f.seq_len ? out + t * f.out.token : NULL, d.x,
+				          half, f.d_v - column - at.column);
+			}
+		}
 		s.template decay<DIAGONAL>(factors);
 		s.add(DIAGONAL ? m.k[1] : m.k[slot], m.v[slot]);
 	}
 	copy_wait<0>();
+	if (OUTPUTS)
+		s.template move<true>(f.final_state, f, sequence, column);
 }
 
 /*
@@ -510,7 +559,15 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2)
 	if (blockIdx.x < walks)
 		walk_back<KEYS, DIAGONAL, DELTA>(p, sequence, column);
 	else
-		walk_forward<KEYS, DIAGONAL, DELTA>(p, sequence, column);
+		walk_forward<KEYS, DIAGONAL, DELTA, false>(p, sequence, column);
+}
+
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static __global__ void __launch_bounds__(WALK_THREADS, 2)
+        output_kernel(const __grid_constant__ struct problem p)
+{
+	walk_forward<KEYS, DIAGONAL, DELTA, true>(p, blockIdx.x / p.column_blocks,
+	                                          blockIdx.x % p.column_blocks * WALK_COLUMNS);
 }
 
 } // namespace

@@ -31,6 +31,7 @@
 	  workspace)                                                                               \
 	X(SELECTIVE_SCAN_STEP, "portable", portable_selective_scan_step, checked, none)            \
 	X(MATRIX_RECURRENCE, "portable", portable_matrix_recurrence, checked, workspace)           \
+	X(MATRIX_RECURRENCE, "portable", portable_delta, checked, workspace)                       \
 	X(MATRIX_RECURRENCE, "portable", portable_recurrent_form, checked, none)                   \
 	X(MATRIX_RECURRENCE_BACKWARD, "portable", portable_matrix_recurrence_backward,             \
 	  checked, workspace)                                                                      \

@@ -35,6 +35,12 @@ int cuda_sm_count(const struct device *device)
 	return MULTIPROCESSORS;
 }
 
+/* An H200's. */
+size_t cuda_shared_limit(const struct device *device)
+{
+	return 227 << 10;
+}
+
 /* Only the portable kernels are there; the reference is the host's, whose memory this is. */
 static enum status emulated_open(const char *which, const struct kernel *const *more,
                                  struct device **opened)

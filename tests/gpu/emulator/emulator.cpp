@@ -190,8 +190,8 @@ void emulator_fail(const char *what)
 
 void emulate(dim3 grid, int threads, size_t shared, const std::function<void()> &body)
 {
-	if (shared > 99 << 10 || threads > 1024 || threads % EMULATED_WARP != 0)
-		emulator_fail("more threads or shared memory than every GPU has");
+	if (shared > 227 << 10 || threads > 1024 || threads % EMULATED_WARP != 0)
+		emulator_fail("more threads or shared memory than an H200 has");
 	if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
 		emulator_fail("an impossible grid");
 	while ((int)stacks.size() < threads)
