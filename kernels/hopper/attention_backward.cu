@@ -1166,9 +1166,10 @@ enum status fill_parameters(parameters &p, const struct device *device,
 	p.dq_turns = ordered ? reinterpret_cast<int *>(base + plan.dq_turns) : NULL;
 	p.dk_turns = ordered ? reinterpret_cast<int *>(base + plan.dk_turns) : NULL;
 	p.key_tiles = static_cast<int>(plan.key_tiles);
+	/* Heads of the same queries run side by side, at the same tiles, and in order they wait for
+	 * each other: all are in one group. */
 	int64_t fit = L2_BUDGET / (a->seq_len * D * 8);
-	/* Heads of the same queries wait for each other: all are in one group. */
-	if (ordered && p.sharers > 1)
+	if (p.sharers > 1)
 		fit = (fit + a->n_heads) / a->n_heads * a->n_heads;
 	p.heads_per_group = static_cast<int>(fit < 1 ? 1 : fit < p.pairs ? fit : p.pairs);
 	p.ticket = reinterpret_cast<int *>(base + plan.ticket);
