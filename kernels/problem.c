@@ -295,7 +295,7 @@ static enum status fill_strided(const struct problem *p, const struct operand *o
 			for (int64_t c = 0; c < n[2]; c++)
 				for (int64_t d = 0; d < n[3]; d++)
 					host[a * s[0] + b * s[1] + c * s[2] + d * s[3]] =
-					        values[index++];
+					        values[index++ % POOL_COUNT];
 	enum status status =
 	        device_upload_floats(p->device, dtype, operand_data(o), host, (size_t)span);
 	free(host);
