@@ -144,11 +144,11 @@ CUTLASS ?= $(FLASH_ATTENTION)/csrc/cutlass
 FLASH3_VERSION := $(if $(wildcard $(FLASH_ATTENTION)/.git),$(shell \
 	git -C $(FLASH_ATTENTION) rev-parse --short HEAD))
 FLASH3_KERNELS := $(foreach d,64 128,$(foreach k,bf16 bf16_packgqa bf16_split, \
-	$(BUILD)/flash3/flash_fwd_hdim$(d)_$(k)_sm90.o))
+	$(BUILD)/flash3/flash_fwd_hdim$(d)_$(k)_sm90.o) $(BUILD)/flash3/flash_bwd_hdim$(d)_bf16_sm90.o)
 FLASH3_FLAGS := $(HOST_FLAGS) -std=c++17 -O3 --use_fast_math --expt-relaxed-constexpr $(SM90A) \
 	-Xcompiler -fPIC -DNDEBUG -DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED \
 	-DCUTLASS_ENABLE_GDC_FOR_SM90 -DCUTLASS_DEBUG_TRACE_LEVEL=0 \
-	$(addprefix -DFLASHATTENTION_DISABLE_,BACKWARD PAGEDKV APPENDKV SOFTCAP VARLEN FP16 \
+	$(addprefix -DFLASHATTENTION_DISABLE_,PAGEDKV APPENDKV SOFTCAP VARLEN FP16 \
 	FP8 HDIM96 HDIM192 HDIM256 HDIMDIFF64 HDIMDIFF192 SM8x) \
 	$(FLASH3_VERSION:%=-DFLASH3_VERSION=\"%\") \
 	-I. -I$(FLASH_ATTENTION)/hopper -I$(CUTLASS)/include

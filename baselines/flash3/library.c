@@ -55,9 +55,11 @@ static const char *open_library(struct flash3_library *l)
 		              : "FlashAttention-3 is not built: make flash3";
 	if (!find(object, &l->workspace, "flash3_workspace") ||
 	    !find(object, &l->forward, "flash3_forward") ||
+	    !find(object, &l->backward_workspace, "flash3_backward_workspace") ||
+	    !find(object, &l->backward, "flash3_backward") ||
 	    !find(object, &l->version, "flash3_version") ||
 	    !find(object, &l->problem_size, "flash3_problem_size") ||
-	    l->problem_size() != sizeof(struct flash3_problem))
+	    l->problem_size() != sizeof(struct flash3_gradients))
 		return "FlashAttention-3 was built for another version: make flash3";
 	return NULL;
 }

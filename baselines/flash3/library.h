@@ -9,6 +9,9 @@ struct flash3_library {
 	size_t (*workspace)(const struct flash3_problem *problem);
 	cudaError_t (*forward)(const struct flash3_problem *problem, void *workspace,
 	                       cudaStream_t stream);
+	size_t (*backward_workspace)(const struct flash3_gradients *gradients);
+	cudaError_t (*backward)(const struct flash3_gradients *gradients, void *workspace,
+	                        cudaStream_t stream);
 	const char *(*version)(void);
 	size_t (*problem_size)(void);
 };

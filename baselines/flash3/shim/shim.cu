@@ -1,7 +1,7 @@
 /*
  * What FlashAttention-3's Python package does between a call and its kernels
- * (mha_fwd in hopper/flash_api.cpp), without PyTorch. The kernels themselves
- * are its own files, hopper/instantiations/flash_fwd_hdim*_bf16*_sm90.cu,
+ * (mha_fwd and mha_bwd in hopper/flash_api.cpp), without PyTorch. The kernels themselves
+ * are its own files, hopper/instantiations/flash_*_hdim*_bf16*_sm90.cu,
  * compiled as they are and linked to this one.
  *
  * Defaults are those of its Python functions: a forward is never split
@@ -179,6 +179,117 @@ extern "C" cudaError_t flash3_forward(const struct flash3_problem *p, void *work
 	return cudaGetLastError();
 }
 
+/* ---- gradients ---- */
+
+static int round_to(int n, int tile)
+{
+	return (n + tile - 1) / tile * tile;
+}
+
+/* Queries and keys in whole tiles, as many as its kernels take, and the workspace's parts, as
+ * offsets: those of dk and dv are sums of heads that share keys. */
+struct backward_parts {
+	int tile, queries, keys;
+	size_t delta, lse, dq, dk, dv, turns, dk_turns, dv_turns, end;
+	size_t dk_bytes, dk_turns_bytes;
+};
+
+static struct backward_parts backward_parts_of(const struct flash3_gradients *g)
+{
+	const struct flash3_problem *p = &g->forward;
+	const bool shares = p->n_heads != p->kv_heads;
+	const size_t heads = (size_t)p->batch * p->n_heads, kv = (size_t)p->batch * p->kv_heads;
+	struct backward_parts x;
+	size_t end = 0;
+	const auto take = [&](size_t bytes) {
+		const size_t at = end;
+
+		end += round_up(bytes);
+		return at;
+	};
+
+	x.tile = p->d_head == 64 ? 128 : p->causal ? 64 : 80;
+	x.queries = round_to(p->seq_len, x.tile);
+	x.keys = round_to(p->kv_len, 128);
+	x.dk_bytes = shares ? round_up(kv * x.keys * p->d_head * sizeof(float)) : 0;
+	x.dk_turns_bytes = shares && g->deterministic ? round_up(kv * (x.keys / 128) * 4) : 0;
+	x.delta = take(heads * x.queries * sizeof(float));
+	x.lse = take(heads * x.queries * sizeof(float));
+	x.dq = take(heads * x.queries * p->d_head * sizeof(float));
+	x.turns = take(heads * (x.queries / x.tile) * sizeof(int));
+	x.dk = take(x.dk_bytes);
+	x.dv = take(x.dk_bytes);
+	x.dk_turns = take(x.dk_turns_bytes);
+	x.dv_turns = take(x.dk_turns_bytes);
+	x.end = end;
+	return x;
+}
+
+extern "C" size_t flash3_backward_workspace(const struct flash3_gradients *g)
+{
+	return backward_parts_of(g).end;
+}
+
+static Flash_bwd_params backward_params_of(const struct flash3_gradients *g,
+                                           const struct backward_parts &x, char *memory)
+{
+	Flash_bwd_params f = {};
+
+	static_cast<Flash_fwd_params &>(f) = params_of(&g->forward);
+	f.seqlen_q_rounded = x.queries;
+	f.seqlen_k_rounded = x.keys;
+	f.d_rounded = f.dv_rounded = g->forward.d_head;
+	f.total_k = g->forward.batch * g->forward.kv_len;
+	f.is_bf16 = true;
+	f.softmax_lse_ptr = const_cast<float *>(g->lse);
+	f.do_ptr = g->dout.data;
+	f.do_batch_stride = g->dout.batch;
+	f.do_row_stride = g->dout.token;
+	f.do_head_stride = g->dout.head;
+	f.dq_ptr = g->dq.data;
+	f.dq_batch_stride = g->dq.batch;
+	f.dq_row_stride = g->dq.token;
+	f.dq_head_stride = g->dq.head;
+	f.dk_ptr = g->dk.data;
+	f.dk_batch_stride = g->dk.batch;
+	f.dk_row_stride = g->dk.token;
+	f.dk_head_stride = g->dk.head;
+	f.dv_ptr = g->dv.data;
+	f.dv_batch_stride = g->dv.batch;
+	f.dv_row_stride = g->dv.token;
+	f.dv_head_stride = g->dv.head;
+	f.dsoftmax_sum = memory + x.delta;
+	f.softmax_lse_log2_ptr = memory + x.lse;
+	f.dq_accum_ptr = memory + x.dq;
+	f.dk_accum_ptr = memory + x.dk;
+	f.dv_accum_ptr = memory + x.dv;
+	f.dq_semaphore = reinterpret_cast<int *>(memory + x.turns);
+	f.dk_semaphore = reinterpret_cast<int *>(memory + x.dk_turns);
+	f.dv_semaphore = reinterpret_cast<int *>(memory + x.dv_turns);
+	f.deterministic = g->deterministic;
+	return f;
+}
+
+/* Its own kernels clear the sums of dq. */
+extern "C" cudaError_t flash3_backward(const struct flash3_gradients *g, void *workspace,
+                                       cudaStream_t stream)
+{
+	const struct backward_parts x = backward_parts_of(g);
+	Flash_bwd_params f = backward_params_of(g, x, static_cast<char *>(workspace));
+
+	if (x.end > x.dk) {
+		const cudaError_t error = cudaMemsetAsync(static_cast<char *>(workspace) + x.dk, 0,
+		                                          x.end - x.dk, stream);
+		if (error != cudaSuccess)
+			return error;
+	}
+	if (g->forward.d_head == 64)
+		run_mha_bwd_<90, cutlass::bfloat16_t, 64, false>(f, stream);
+	else
+		run_mha_bwd_<90, cutlass::bfloat16_t, 128, false>(f, stream);
+	return cudaGetLastError();
+}
+
 extern "C" const char *flash3_version(void)
 {
 	return FLASH3_VERSION;
@@ -186,5 +297,5 @@ extern "C" const char *flash3_version(void)
 
 extern "C" size_t flash3_problem_size(void)
 {
-	return sizeof(struct flash3_problem);
+	return sizeof(struct flash3_gradients);
 }

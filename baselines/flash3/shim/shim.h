@@ -1,5 +1,5 @@
 /*
- * FlashAttention-3's forward as a C function. The shim is built with its sources
+ * FlashAttention-3's forward and gradients as C functions. The shim is built with its sources
  * into a library of its own (make flash3), which the program opens at run time.
  */
 #ifndef BASELINES_FLASH3_SHIM_SHIM_H
@@ -32,6 +32,13 @@ struct flash3_problem {
 	struct flash3_tensor q, k, v, out; /* 16-byte aligned */
 };
 
+struct flash3_gradients {
+	struct flash3_problem forward; /* as many keys as queries where causal */
+	struct flash3_tensor dout, dq, dk, dv;
+	const float *lse; /* [batch, n_heads, seq_len], natural logarithm */
+	bool deterministic;
+};
+
 /* Bytes of workspace, 256-byte aligned, enough for fewer keys as well. */
 size_t flash3_workspace(const struct flash3_problem *problem);
 
@@ -39,10 +46,16 @@ size_t flash3_workspace(const struct flash3_problem *problem);
 cudaError_t flash3_forward(const struct flash3_problem *problem, void *workspace,
                            cudaStream_t stream);
 
+size_t flash3_backward_workspace(const struct flash3_gradients *gradients);
+
+/* Submits the gradients, likewise. */
+cudaError_t flash3_backward(const struct flash3_gradients *gradients, void *workspace,
+                            cudaStream_t stream);
+
 /* Its commit, as the build found it. */
 const char *flash3_version(void);
 
-/* sizeof(struct flash3_problem) as the library was built with it. */
+/* sizeof(struct flash3_gradients), which has the other in it, as the library was built with it. */
 size_t flash3_problem_size(void);
 
 #ifdef __cplusplus
