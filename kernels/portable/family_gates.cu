@@ -1,6 +1,6 @@
 /*
- * Gates of the linear-attention family: Mamba-2's time step, the delta rules' gate, HGRN's forget
- * gate, and the norm behind a gate. All are bound by memory; a thread takes eight channels of one
+ * Gates of the linear-attention family: Mamba-2's time step, the delta rules' gate and HGRN's
+ * forget gate. All are bound by memory; a thread takes eight channels of one
  * token, of the delta rules one head.
  */
 #include "kernels/portable/device.cuh"
@@ -118,75 +118,4 @@ extern "C" enum status portable_forget_gate(struct device *device, const void *a
 	const int64_t threads = a->n_tokens * (a->width / 8);
 
 	return launch_each(device, "forget_gate", forget_gate_kernel, threads, THREADS, *a);
-}
-
-/* Eight elements before the norm, from `column` of token n on. */
-static __device__ __forceinline__ void load_gated(float (&u)[8], const struct gate_norm_args &a,
-                                                  int64_t n, int64_t column)
-{
-	float other[8];
-
-	load8(u, static_cast<const bf16 *>(a.x) + n * a.n_heads * a.d_head + column);
-	if (a.skip) {
-		const float weight = a.skip_weight[column / a.d_head];
-
-		load8(other, static_cast<const bf16 *>(a.skip) + n * a.skip_stride + column);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			u[j] = fmaf(weight, other[j], u[j]);
-	}
-	if (a.gate) {
-		load8(other, static_cast<const bf16 *>(a.gate) + n * a.gate_stride + column);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			u[j] *= silu(other[j]);
-	}
-}
-
-/* `lanes` lanes take a group of one token; its second reading comes from the L1 cache. */
-static __global__ void __launch_bounds__(THREADS)
-        gate_norm_kernel(const __grid_constant__ struct gate_norm_args a, int lanes)
-{
-	const int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
-	const bool valid = row < a.n_tokens * a.groups;
-	const int lane = threadIdx.x % lanes;
-	const int64_t n = valid ? row / a.groups : 0, g = valid ? row % a.groups : 0;
-	const int64_t width = a.n_heads * a.d_head, group = width / a.groups;
-	float sum = 0.0f, u[8], w[8];
-
-	for (int64_t i = 8 * lane; i < group; i += 8 * lanes) {
-		load_gated(u, a, n, g * group + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			sum += u[j] * u[j];
-	}
-	const float r = rsqrtf(group_sum(sum, lanes) / (float)group + a.eps);
-	for (int64_t i = 8 * lane; valid && i < group; i += 8 * lanes) {
-		load_gated(u, a, n, g * group + i);
-		load8f(w, a.weight + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			u[j] *= r * w[j];
-		store8(static_cast<bf16 *>(a.out) + n * width + g * group + i, u);
-	}
-	if (valid && a.rstd && lane == 0)
-		a.rstd[row] = r;
-}
-
-extern "C" const char *portable_gate_norm_unsupported(const struct device *, const void *args)
-{
-	const auto *a = static_cast<const struct gate_norm_args *>(args);
-
-	return either(check_widths(a->d_head, a->n_heads * a->d_head / a->groups,
-	                           a->skip ? a->skip_stride : 0, a->gate ? a->gate_stride : 0),
-	              check_aligned(a->skip, a->gate));
-}
-
-extern "C" enum status portable_gate_norm(struct device *device, const void *args, void *)
-{
-	const auto *a = static_cast<const struct gate_norm_args *>(args);
-	const int lanes = lanes_for(a->n_heads * a->d_head / a->groups);
-	const int64_t threads = a->n_tokens * a->groups * lanes;
-
-	return launch_each(device, "gate_norm", gate_norm_kernel, threads, THREADS, *a, lanes);
 }

@@ -1,5 +1,4 @@
-/* GLA's two gates, KDA's and RWKV-6's: the low-rank decay before the recurrence, the normalized
- * output after it. */
+/* The gates of low rank of GLA, KDA, RWKV-6 and Mamba. */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 
@@ -170,74 +169,4 @@ extern "C" enum status portable_decay_gate(struct device *device, const void *ar
 	                (unsigned)divide_up(a->d_out, THREADS / WARP * COLUMNS));
 
 	return launch(device, "decay_gate", kernel_of(a->form), grid, THREADS, 0, *a);
-}
-
-/* `width` lanes take the head of one token; what they read again comes from the L1 cache. CENTERED:
- * the mean is taken off first, and each channel has its own weight and bias. */
-template <bool CENTERED>
-static __global__ void __launch_bounds__(THREADS)
-        norm_gate_kernel(const __grid_constant__ struct norm_gate_args a, int width)
-{
-	const int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / width;
-	const bool valid = row < a.n_tokens * a.n_heads;
-	const int lane = threadIdx.x % width;
-	const int64_t n = valid ? row / a.n_heads : 0, h = valid ? row % a.n_heads : 0;
-	const int64_t offset = h * a.d_head;
-	const auto *x = static_cast<const bf16 *>(a.x) + n * a.n_heads * a.d_head + offset;
-	const auto *gate = static_cast<const bf16 *>(a.gate) + n * a.gate_stride + offset;
-	auto *out = static_cast<bf16 *>(a.out) + n * a.n_heads * a.d_head + offset;
-	const float *weight = a.weight + (CENTERED ? offset : 0);
-	float sum = 0.0f, mean = 0.0f, v[8], z[8], w[8], b[8] = {};
-
-	for (int64_t i = 8 * lane; CENTERED && i < a.d_head; i += 8 * width) {
-		load8(v, x + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			mean += v[j];
-	}
-	if (CENTERED)
-		mean = group_sum(mean, width) / (float)a.d_head;
-	for (int64_t i = 8 * lane; i < a.d_head; i += 8 * width) {
-		load8(v, x + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			sum += (v[j] - mean) * (v[j] - mean);
-	}
-	const float r = rsqrtf(group_sum(sum, width) / (float)a.d_head + a.eps);
-	for (int64_t i = 8 * lane; valid && i < a.d_head; i += 8 * width) {
-		load8(v, x + i);
-		load8(z, gate + i);
-		load8f(w, weight + i);
-		if (CENTERED)
-			load8f(b, a.bias + offset + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			v[j] = ((v[j] - mean) * r * w[j] + b[j]) *
-			       (a.curve == CURVE_SILU ? z[j] : 1.0f) * sigmoid(z[j]);
-		store8(out + i, v);
-	}
-	if (valid && a.rstd && lane == 0)
-		a.rstd[row] = r;
-}
-
-extern "C" const char *portable_norm_gate_unsupported(const struct device *, const void *args)
-{
-	const auto *a = static_cast<const struct norm_gate_args *>(args);
-
-	if (!is_known_curve(a->curve))
-		return "an unknown curve";
-	if (!is_known_norm(a->norm))
-		return "an unknown norm";
-	return either(check_widths(a->d_head, a->gate_stride), check_aligned(a->gate));
-}
-
-extern "C" enum status portable_norm_gate(struct device *device, const void *args, void *)
-{
-	const auto *a = static_cast<const struct norm_gate_args *>(args);
-	const int width = lanes_for(a->d_head);
-	const int64_t threads = a->n_tokens * a->n_heads * width;
-
-	return launch_each(device, "norm_gate",
-	                   a->norm == NORM_GROUP ? norm_gate_kernel<true> : norm_gate_kernel<false>,
-	                   threads, THREADS, *a, width);
 }

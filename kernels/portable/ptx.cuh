@@ -80,6 +80,12 @@ static __device__ __forceinline__ int held(int number)
 	return number;
 }
 
+static __device__ __forceinline__ int64_t held(int64_t number)
+{
+	asm volatile("" : "+l"(number));
+	return number;
+}
+
 /* Two products of bf16. */
 static __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b)
 {
