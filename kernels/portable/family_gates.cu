@@ -6,7 +6,7 @@
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 
-enum { THREADS = 128 };
+enum { THREADS = 128, FORGET_PER_SM = 8 };
 
 static __device__ __forceinline__ float silu(float x)
 {
@@ -77,32 +77,63 @@ extern "C" enum status portable_delta_gate(struct device *device, const void *ar
 	                   THREADS, *a);
 }
 
-/* 1-f = sigmoid(-bound) sigmoid(-logit) never cancels; ln f is taken from the smaller of f, 1-f. */
-static __global__ void __launch_bounds__(THREADS)
+/* ln f, where f is close to 1 by the series in 1 - f. */
+static __device__ __forceinline__ float log_of_forget(float f, float rest)
+{
+	const float near = -rest * fmaf(rest, fmaf(rest, 0.33333333f, 0.5f), 1.0f);
+
+	return rest < 0.01f ? near : LN2 * log2_fast(f);
+}
+
+/* 1-f = sigmoid(-bound) sigmoid(-logit) never cancels. A thread keeps its channels' bounds for
+ * every gridDim.y-th token. */
+static __global__ void __launch_bounds__(THREADS, FORGET_PER_SM)
         forget_gate_kernel(const __grid_constant__ struct forget_gate_args a)
 {
-	const int64_t index = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 8;
-	const int64_t n = index / a.width, column = index % a.width;
-	float logit[8], x[8], bound[8], log_decay[8], key[8];
+	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	const int64_t step = held((int64_t)gridDim.y * a.stride);
+	const int64_t out_step = held((int64_t)gridDim.y * a.width);
+	int64_t strided = blockIdx.y * a.stride + column, row = blockIdx.y * a.width + column;
+	float bound[8], open[8], closed[8];
+	vector8 next_logit, next_x;
 
-	if (n >= a.n_tokens)
+	if (column >= a.width)
 		return;
-	load8(logit, static_cast<const bf16 *>(a.logit) + n * a.stride + column);
-	load8(x, static_cast<const bf16 *>(a.x) + n * a.stride + column);
 	load8f(bound, a.bound + column);
 #pragma unroll
 	for (int i = 0; i < 8; i++) {
-		const float closed = sigmoid(-logit[i]);
-		const float f = sigmoid(logit[i]) + sigmoid(bound[i]) * closed;
+		const struct sigmoids s = sigmoids_of(-LOG2E * bound[i]);
 
-		key[i] = sigmoid(-bound[i]) * closed;
-		log_decay[i] = key[i] < 0.5f ? log_1_plus(-key[i]) : __logf(f);
-		x[i] = silu(x[i]) * (a.key ? 1.0f : key[i]);
+		open[i] = s.of;
+		closed[i] = s.of_minus;
 	}
-	store8(static_cast<bf16 *>(a.log_decay) + index, log_decay);
-	store8(static_cast<bf16 *>(a.out) + index, x);
-	if (a.key)
-		store8(static_cast<bf16 *>(a.key) + index, key);
+	next_logit = load8(static_cast<const bf16 *>(a.logit) + strided);
+	next_x = load8(static_cast<const bf16 *>(a.x) + strided);
+	for (int64_t n = blockIdx.y; n < a.n_tokens; n += gridDim.y) {
+		float logit[8], x[8], key[8];
+
+		unpack8(logit, next_logit);
+		unpack8(x, next_x);
+		strided += step;
+		if (n + gridDim.y < a.n_tokens) {
+			next_logit = load8(static_cast<const bf16 *>(a.logit) + strided);
+			next_x = load8(static_cast<const bf16 *>(a.x) + strided);
+		}
+#pragma unroll
+		for (int i = 0; i < 8; i++) {
+			const struct sigmoids s = sigmoids_of(-LOG2E * logit[i]);
+			const float f = fmaf(open[i], s.of_minus, s.of);
+
+			key[i] = closed[i] * s.of_minus;
+			logit[i] = log_of_forget(f, key[i]);
+			x[i] = silu(x[i]) * (a.key ? 1.0f : key[i]);
+		}
+		store8(static_cast<bf16 *>(a.log_decay) + row, logit);
+		store8(static_cast<bf16 *>(a.out) + row, x);
+		if (a.key)
+			store8(static_cast<bf16 *>(a.key) + row, key);
+		row += out_step;
+	}
 }
 
 extern "C" const char *portable_forget_gate_unsupported(const struct device *, const void *args)
@@ -115,7 +146,9 @@ extern "C" const char *portable_forget_gate_unsupported(const struct device *, c
 extern "C" enum status portable_forget_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct forget_gate_args *>(args);
-	const int64_t threads = a->n_tokens * (a->width / 8);
+	const int64_t columns = divide_up(a->width, 8 * THREADS);
+	const int64_t shares = count_shares(device, a->n_tokens, FORGET_PER_SM, columns);
 
-	return launch_each(device, "forget_gate", forget_gate_kernel, threads, THREADS, *a);
+	return launch(device, "forget_gate", forget_gate_kernel,
+	              dim3((unsigned)columns, (unsigned)shares), THREADS, 0, *a);
 }

@@ -10,7 +10,7 @@
 namespace
 {
 
-constexpr int THREADS = 128, BLOCKS_PER_SM = 8;
+constexpr int THREADS = 128, BLOCKS_PER_SM = 8, FORGET_PER_SM = 5;
 
 static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 {
@@ -33,12 +33,12 @@ static __device__ __forceinline__ struct silu_pair silu(float x)
 {
 	const float s = sigmoid(x);
 
-	return {x * s, s * (1.0f + x * (1.0f - s))};
+	return {x * s, fmaf(x * s, 1.0f - s, s)};
 }
 
 static int64_t token_splits(const struct device *device, int64_t n_tokens, int64_t width)
 {
-	return count_shares(device, n_tokens, BLOCKS_PER_SM, divide_up(width, 8 * THREADS));
+	return count_shares(device, n_tokens, FORGET_PER_SM, divide_up(width, 8 * THREADS));
 }
 
 } // namespace
@@ -50,42 +50,66 @@ namespace
 
 /* With k = 1 - f = sigmoid(-bound) sigmoid(-logit): a thread's eight columns of a share of the
  * tokens; parts [gridDim.y, width]. */
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, FORGET_PER_SM)
         forget_gate_backward_kernel(const __grid_constant__ struct forget_gate_backward_args a,
                                     float *parts)
 {
 	const struct forget_gate_args &f = a.forward;
 	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float bound[8], dbound[8] = {};
+	const int64_t step = held((int64_t)gridDim.y * f.stride);
+	const int64_t row_step = held((int64_t)gridDim.y * f.width);
+	int64_t strided = blockIdx.y * f.stride + column, row = blockIdx.y * f.width + column;
+	float bound[8], above[8], below[8], dbound[8] = {};
+	vector8 logits, xs, d_logs, douts, dkeys = {};
+	const auto load = [&]() {
+		logits = load8(elements(f.logit) + strided);
+		xs = load8(elements(f.x) + strided);
+		d_logs = load8(elements(a.dlog_decay) + row);
+		douts = load8(elements(a.dout) + row);
+		if (f.key)
+			dkeys = load8(elements(a.dkey) + row);
+	};
 
 	if (column >= f.width)
 		return;
 	load8f(bound, f.bound + column);
-	for (int64_t n = blockIdx.y; n < f.n_tokens; n += gridDim.y) {
-		const int64_t at_row = n * f.width + column, strided = n * f.stride + column;
-		float logit[8], x[8], d_log[8], dout[8], dkey[8] = {};
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const struct sigmoids s = sigmoids_of(-LOG2E * bound[i]);
 
-		load8(logit, elements(f.logit) + strided);
-		load8(x, elements(f.x) + strided);
-		load8(d_log, elements(a.dlog_decay) + at_row);
-		load8(dout, elements(a.dout) + at_row);
-		if (f.key)
-			load8(dkey, elements(a.dkey) + at_row);
+		above[i] = s.of;
+		below[i] = s.of_minus;
+	}
+	load();
+	for (int64_t n = blockIdx.y; n < f.n_tokens; n += gridDim.y) {
+		bf16 *dlogit = static_cast<bf16 *>(a.dlogit) + strided;
+		bf16 *dx = static_cast<bf16 *>(a.dx) + strided;
+		float logit[8], x[8], d_log[8], dout[8], dkey[8];
+
+		unpack8(logit, logits);
+		unpack8(x, xs);
+		unpack8(d_log, d_logs);
+		unpack8(dout, douts);
+		unpack8(dkey, dkeys);
+		strided += step;
+		row += row_step;
+		if (n + gridDim.y < f.n_tokens)
+			load();
 #pragma unroll
 		for (int i = 0; i < 8; i++) {
-			const float closed = sigmoid(-logit[i]), open = sigmoid(logit[i]);
-			const float key = sigmoid(-bound[i]) * closed;
-			const float forget = open + sigmoid(bound[i]) * closed;
+			const struct sigmoids g = sigmoids_of(-LOG2E * logit[i]);
+			const float key = below[i] * g.of_minus;
+			const float forget = fmaf(above[i], g.of_minus, g.of);
 			const struct silu_pair s = silu(x[i]);
-			const float dk = (f.key ? dkey[i] : dout[i] * s.value) -
-			                 __fdividef(d_log[i], forget);
+			const float dk = fmaf(-d_log[i], reciprocal_fast(forget),
+			                      f.key ? dkey[i] : dout[i] * s.value);
 
 			x[i] = dout[i] * s.slope * (f.key ? 1.0f : key);
-			logit[i] = -key * open * dk;
-			dbound[i] -= key * sigmoid(bound[i]) * dk;
+			logit[i] = -key * g.of * dk;
+			dbound[i] = fmaf(-key * above[i], dk, dbound[i]);
 		}
-		store8(static_cast<bf16 *>(a.dlogit) + strided, logit);
-		store8(static_cast<bf16 *>(a.dx) + strided, x);
+		store8(dlogit, logit);
+		store8(dx, x);
 	}
 	store8f(parts + blockIdx.y * f.width + column, dbound);
 }
