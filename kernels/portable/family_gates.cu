@@ -1,40 +1,75 @@
 /*
  * Gates of the linear-attention family: Mamba-2's time step, the delta rules' gate and HGRN's
- * forget gate. All are bound by memory; a thread takes eight channels of one
- * token, of the delta rules one head.
+ * forget gate. All are bound by memory; a thread takes eight channels of a share of the
+ * tokens, of the delta rules one head of one token.
  */
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
 
-enum { THREADS = 128, FORGET_PER_SM = 8 };
+enum { THREADS = 128, PER_SM = 8 };
+
+/* Starts a kernel whose threads have eight columns each of a share of the tokens. */
+template <typename Arguments>
+static enum status launch_shares(struct device *device, const char *operation,
+                                 void (*kernel)(Arguments), int64_t n_tokens, int64_t width,
+                                 const Arguments &a)
+{
+	const int64_t columns = divide_up(width, 8 * THREADS);
+	const int64_t shares = count_shares(device, n_tokens, PER_SM, columns);
+
+	return launch(device, operation, kernel, dim3((unsigned)columns, (unsigned)shares), THREADS,
+	              0, a);
+}
 
 static __device__ __forceinline__ float silu(float x)
 {
 	return x * sigmoid(x);
 }
 
-static __global__ void __launch_bounds__(THREADS)
+/* A thread keeps to its channels, and so to their head, for every gridDim.y-th token. */
+static __global__ void __launch_bounds__(THREADS, PER_SM)
         time_step_kernel(const __grid_constant__ struct time_step_args a)
 {
 	const int64_t width = a.n_heads * a.d_head;
-	const int64_t index = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 8;
-	const int64_t n = index / width, column = index % width, h = column / a.d_head;
-	float x[8];
+	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+	const int64_t step = held((int64_t)gridDim.y * a.x_stride);
+	const int64_t logit_step = held((int64_t)gridDim.y * a.logit_stride);
+	const int64_t out_step = held((int64_t)gridDim.y * width);
 
-	if (n >= a.n_tokens)
+	if (column >= width)
 		return;
-	const float logit =
-	        __bfloat162float(static_cast<const bf16 *>(a.logit)[n * a.logit_stride + h]) +
-	        a.bias[h];
-	const float dt = softplus(logit);
-	load8(x, static_cast<const bf16 *>(a.x) + n * a.x_stride + column);
+	const int64_t h = column / a.d_head;
+	const bf16 *x = static_cast<const bf16 *>(a.x) + blockIdx.y * a.x_stride + column;
+	const bf16 *logit = static_cast<const bf16 *>(a.logit) + blockIdx.y * a.logit_stride + h;
+	bf16 *out = static_cast<bf16 *>(a.out) + blockIdx.y * width + column;
+	bf16 *log_decay = column % a.d_head == 0
+	                          ? static_cast<bf16 *>(a.log_decay) + blockIdx.y * a.n_heads + h
+	                          : NULL;
+	const float bias = a.bias[h], rate = -__expf(a.log_rate[h]);
+	vector8 next = load8(x);
+	bf16 next_logit = *logit;
+
+	for (int64_t n = blockIdx.y; n < a.n_tokens; n += gridDim.y) {
+		const float dt = softplus(__bfloat162float(next_logit) + bias);
+		float v[8];
+
+		unpack8(v, next);
+		x += step;
+		logit += logit_step;
+		if (n + gridDim.y < a.n_tokens) {
+			next = load8(x);
+			next_logit = *logit;
+		}
 #pragma unroll
-	for (int i = 0; i < 8; i++)
-		x[i] *= dt;
-	store8(static_cast<bf16 *>(a.out) + index, x);
-	if (column % a.d_head == 0)
-		static_cast<bf16 *>(a.log_decay)[n * a.n_heads + h] =
-		        __float2bfloat16(-__expf(a.log_rate[h]) * dt);
+		for (int i = 0; i < 8; i++)
+			v[i] *= dt;
+		store8(out, v);
+		out += out_step;
+		if (!log_decay)
+			continue;
+		*log_decay = __float2bfloat16(rate * dt);
+		log_decay += (int64_t)gridDim.y * a.n_heads;
+	}
 }
 
 extern "C" const char *portable_time_step_unsupported(const struct device *, const void *args)
@@ -47,9 +82,8 @@ extern "C" const char *portable_time_step_unsupported(const struct device *, con
 extern "C" enum status portable_time_step(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct time_step_args *>(args);
-	const int64_t threads = a->n_tokens * a->n_heads * (a->d_head / 8);
-
-	return launch_each(device, "time_step", time_step_kernel, threads, THREADS, *a);
+	return launch_shares(device, "time_step", time_step_kernel, a->n_tokens,
+	                     a->n_heads * a->d_head, *a);
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -87,7 +121,7 @@ static __device__ __forceinline__ float log_of_forget(float f, float rest)
 
 /* 1-f = sigmoid(-bound) sigmoid(-logit) never cancels. A thread keeps its channels' bounds for
  * every gridDim.y-th token. */
-static __global__ void __launch_bounds__(THREADS, FORGET_PER_SM)
+static __global__ void __launch_bounds__(THREADS, PER_SM)
         forget_gate_kernel(const __grid_constant__ struct forget_gate_args a)
 {
 	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
@@ -146,9 +180,5 @@ extern "C" const char *portable_forget_gate_unsupported(const struct device *, c
 extern "C" enum status portable_forget_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct forget_gate_args *>(args);
-	const int64_t columns = divide_up(a->width, 8 * THREADS);
-	const int64_t shares = count_shares(device, a->n_tokens, FORGET_PER_SM, columns);
-
-	return launch(device, "forget_gate", forget_gate_kernel,
-	              dim3((unsigned)columns, (unsigned)shares), THREADS, 0, *a);
+	return launch_shares(device, "forget_gate", forget_gate_kernel, a->n_tokens, a->width, *a);
 }

@@ -6,6 +6,7 @@
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
+#include "kernels/portable/norm_rows.cuh"
 
 namespace
 {
@@ -15,13 +16,6 @@ constexpr int THREADS = 128, BLOCKS_PER_SM = 8, FORGET_PER_SM = 5;
 static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 {
 	return static_cast<const bf16 *>(tensor);
-}
-
-/* Blocks for `rows` rows per group, THREADS / lanes of them at a time, so that all groups fill the
- * device. */
-static int64_t blocks_for(const struct device *device, int64_t rows, int64_t groups, int lanes)
-{
-	return count_shares(device, divide_up(rows, THREADS / lanes), BLOCKS_PER_SM, groups);
 }
 
 /* silu(x) and its slope. */
@@ -158,64 +152,169 @@ extern "C" enum status portable_forget_gate_backward(struct device *device, cons
 namespace
 {
 
-/* `lanes` lanes take head blockIdx.y of one token after another. parts [rows at once, 2, H]: shares
- * of dbias and dlog_rate. */
-static __global__ void __launch_bounds__(THREADS)
+/* What a row's sums make of its logit: dlogit, and the shares of dbias and dlog_rate. */
+struct step_sums {
+	float dbias, dlog_rate;
+};
+
+static __device__ __forceinline__ float finish_step(struct step_sums &sums, float ddt, float d_log,
+                                                    float logit, float dt, float rate)
+{
+	const float dlogit = (ddt - rate * d_log) * sigmoid(logit);
+
+	sums.dbias += dlogit;
+	sums.dlog_rate = fmaf(-d_log * rate, dt, sums.dlog_rate);
+	return dlogit;
+}
+
+/* A row is a head (norm_rows.cuh). parts [2, step, H]: dbias and dlog_rate. */
+template <int V, bool BLOCK>
+static __global__ void __launch_bounds__(ROW_THREADS, V == 2 ? 6 : 4)
         time_step_backward_kernel(const __grid_constant__ struct time_step_backward_args a,
-                                  int lanes, float *parts)
+                                  const __grid_constant__ struct row_plan p, float *parts)
 {
 	const struct time_step_args &f = a.forward;
-	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), h = blockIdx.y;
-	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
-	const int64_t d = f.d_head, width = f.n_heads * d;
-	const int lane = threadIdx.x % lanes;
-	const float rate = __expf(f.log_rate[h]), bias = f.bias[h];
-	float dbias = 0.0f, dlog_rate = 0.0f;
+	const int64_t d = f.d_head;
+	const struct row_place<V> at = place_of<V, BLOCK>(p, f.n_tokens, f.n_heads, d);
+	const int64_t row = (at.token * f.n_heads + at.head) * d + at.column;
+	const int64_t x_step = held(p.step * f.x_stride), step = held(p.step * f.logit_stride);
+	const int rounds = (int)divide_up(f.n_tokens, p.step), tensors = a.dskip ? 3 : 2;
+	const float rate = __expf(f.log_rate[at.head]), bias = f.bias[at.head];
+	const bf16 *x = elements(f.x) + at.token * f.x_stride + at.head * d + at.column;
+	const bf16 *dout = elements(a.dout) + row, *dskip = elements(a.dskip) + row;
+	const int64_t logit_at = at.token * f.logit_stride + at.head;
+	const bf16 *logits = elements(f.logit) + logit_at,
+	           *d_logs = elements(a.dlog_decay) + at.slot;
+	bf16 *dx = static_cast<bf16 *>(a.dx) + row;
+	bf16 *dlogit = static_cast<bf16 *>(a.dlogit) + logit_at;
+	const bf16 zero = __float2bfloat16(0.0f);
+	bf16 logit_next = at.own > 0 ? *logits : zero, d_log_next = at.own > 0 ? *d_logs : zero;
+	struct step_sums sums = {};
+	int from = 0, to = 0;
 
-	for (int64_t first = 0; first < f.n_tokens; first += slots) {
-		const bool valid = first + slot < f.n_tokens;
-		const int64_t n = valid ? first + slot : f.n_tokens - 1;
-		const float logit =
-		        __bfloat162float(elements(f.logit)[n * f.logit_stride + h]) + bias;
+	for (int k = 1 - p.stages; k < rounds; k++) {
+		const bool ahead = k + p.stages - 1 < at.own, there = k < at.own;
+
+		copy_row<V>(ring_slot<V>(tensors, to, 0), x, at, ahead);
+		copy_row<V>(ring_slot<V>(tensors, to, 1), dout, at, ahead);
+		if (a.dskip)
+			copy_row<V>(ring_slot<V>(tensors, to, 2), dskip, at, ahead);
+		copy_commit();
+		to = next_stage(to, p.stages);
+		x += x_step;
+		dout += p.row_step;
+		dskip += p.row_step;
+		if (k < 0)
+			continue;
+
+		const float logit = __bfloat162float(logit_next) + bias, dt = softplus(logit);
+		const float d_log = __bfloat162float(d_log_next);
+		const vector8 *xs = ring_slot<V>(tensors, from, 0);
+		const vector8 *douts = ring_slot<V>(tensors, from, 1);
+		const vector8 *skips = ring_slot<V>(tensors, from, 2);
+		float ddt[1] = {};
+
+		logits += step;
+		d_logs += p.slots;
+		if (k + 1 < at.own) {
+			logit_next = *logits;
+			d_log_next = *d_logs;
+		}
+		wait_rows(p.stages - 1);
+#pragma unroll
+		for (int i = 0; i < V; i++) {
+			float v[8], dy[8], sum[8] = {};
+
+			unpack8(v, xs[i * ROW_THREADS]);
+			unpack8(dy, douts[i * ROW_THREADS]);
+			if (a.dskip)
+				unpack8(sum, skips[i * ROW_THREADS]);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				ddt[0] = fmaf(dy[j], v[j], ddt[0]);
+				sum[j] = fmaf(dt, dy[j], sum[j]);
+			}
+			store_row<V>(dx, sum, i, at, there);
+		}
+		sum_rows<BLOCK>(ddt, p, k & 1);
+		if (there && at.leads)
+			*dlogit =
+			        __float2bfloat16(finish_step(sums, ddt[0], d_log, logit, dt, rate));
+		dx += p.row_step;
+		dlogit += step;
+		from = next_stage(from, p.stages);
+	}
+	copy_wait<0>();
+	if (!at.leads)
+		return;
+	parts[at.slot] = sums.dbias;
+	parts[p.slots + at.slot] = sums.dlog_rate;
+}
+
+/* The same of heads of any width. */
+static __global__ void __launch_bounds__(ROW_THREADS)
+        wide_time_step_backward_kernel(const __grid_constant__ struct time_step_backward_args a,
+                                       const __grid_constant__ struct row_plan p, float *parts)
+{
+	const struct time_step_args &f = a.forward;
+	const int64_t d = f.d_head, width = f.n_heads * d;
+	const struct row_place<1> at = place_of<1, true>(p, f.n_tokens, f.n_heads, d);
+	const float rate = __expf(f.log_rate[at.head]), bias = f.bias[at.head];
+	struct step_sums sums = {};
+
+	for (int64_t n = at.token; n < f.n_tokens; n += p.step) {
+		const int64_t logit_at = n * f.logit_stride + at.head,
+		              row = n * width + at.head * d;
+		const float logit = __bfloat162float(elements(f.logit)[logit_at]) + bias;
+		const float d_log =
+		        __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + at.head]);
 		const float dt = softplus(logit);
-		const float d_log = __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + h]);
 		float ddt = 0.0f;
 
-		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
-			const int64_t at_row = n * width + h * d + i;
+		for (int64_t i = at.column; i < d; i += 8 * ROW_THREADS) {
 			float x[8], dout[8], skip[8] = {};
 
-			load8(x, elements(f.x) + n * f.x_stride + h * d + i);
-			load8(dout, elements(a.dout) + at_row);
+			load8(x, elements(f.x) + n * f.x_stride + at.head * d + i);
+			load8(dout, elements(a.dout) + row + i);
 			if (a.dskip)
-				load8(skip, elements(a.dskip) + at_row);
+				load8(skip, elements(a.dskip) + row + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
 				ddt += dout[j] * x[j];
-				dout[j] = dt * dout[j] + skip[j];
+				skip[j] += dt * dout[j];
 			}
-			if (valid)
-				store8(static_cast<bf16 *>(a.dx) + at_row, dout);
+			store8(static_cast<bf16 *>(a.dx) + row + i, skip);
 		}
-		ddt = group_sum(ddt, lanes) - rate * d_log;
-		const float dlogit = ddt * sigmoid(logit);
-		if (!valid || lane != 0)
-			continue;
-		static_cast<bf16 *>(a.dlogit)[n * f.logit_stride + h] = __float2bfloat16(dlogit);
-		dbias += dlogit;
-		dlog_rate -= d_log * rate * dt;
+		ddt = block_sum(ddt);
+		if (at.leads)
+			static_cast<bf16 *>(a.dlogit)[logit_at] =
+			        __float2bfloat16(finish_step(sums, ddt, d_log, logit, dt, rate));
 	}
-	if (lane != 0)
+	if (!at.leads)
 		return;
-	parts[2 * slot * f.n_heads + h] = dbias;
-	parts[(2 * slot + 1) * f.n_heads + h] = dlog_rate;
+	parts[at.slot] = sums.dbias;
+	parts[p.slots + at.slot] = sums.dlog_rate;
 }
 
-static int64_t time_step_slots(const struct device *device, const struct time_step_args *f)
+static struct row_plan time_step_plan(const struct device *device,
+                                      const struct time_step_backward_args *a)
 {
-	const int lanes = lanes_for(f->d_head);
+	const struct time_step_args *f = &a->forward;
 
-	return blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+	return plan_rows(device, f->n_tokens, f->n_heads, f->d_head, a->dskip ? 3 : 2, 6, 4);
+}
+
+static auto time_step_kernel_of(const struct row_plan &p)
+        -> decltype(&time_step_backward_kernel<2, true>)
+{
+	const bool block = p.lanes == ROW_THREADS;
+
+	if (p.vectors == 0)
+		return wide_time_step_backward_kernel;
+	if (p.vectors == 2)
+		return block ? time_step_backward_kernel<2, true>
+		             : time_step_backward_kernel<2, false>;
+	return block ? time_step_backward_kernel<4, true> : time_step_backward_kernel<4, false>;
 }
 
 } // namespace
@@ -226,8 +325,6 @@ extern "C" const char *portable_time_step_backward_unsupported(const struct devi
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 	const struct time_step_args *f = &a->forward;
 
-	if (f->n_heads > 65535)
-		return "more than 65535 heads";
 	return either(check_widths(f->d_head, f->x_stride), check_aligned(f->x));
 }
 
@@ -236,30 +333,25 @@ extern "C" size_t portable_time_step_backward_workspace(const struct device *dev
 {
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 
-	return (size_t)(2 * time_step_slots(device, &a->forward) * a->forward.n_heads) *
-	       sizeof(float);
+	return (size_t)(2 * time_step_plan(device, a).slots) * sizeof(float);
 }
 
 extern "C" enum status portable_time_step_backward(struct device *device, const void *args,
                                                    void *workspace)
 {
+	static constexpr char NAME[] = "time_step_backward";
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
-	const struct time_step_args *f = &a->forward;
-	const int lanes = lanes_for(f->d_head);
-	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
-	                (unsigned)f->n_heads);
+	const int64_t heads = a->forward.n_heads;
+	const struct row_plan p = time_step_plan(device, a);
 	float *parts = static_cast<float *>(workspace);
-	enum status status = launch(device, "time_step_backward", time_step_backward_kernel, grid,
-	                            THREADS, 0, *a, lanes, parts);
+	enum status status = launch(device, NAME, time_step_kernel_of(p), dim3((unsigned)p.blocks),
+	                            ROW_THREADS, p.shared, *a, p, parts);
 
 	if (status == STATUS_OK)
-		status =
-		        column_sums(device, "time_step_backward", parts, time_step_slots(device, f),
-		                    2 * f->n_heads, f->n_heads, a->dbias);
+		status = column_sums(device, NAME, parts, p.step, heads, heads, a->dbias);
 	if (status != STATUS_OK)
 		return status;
-	return column_sums(device, "time_step_backward", parts + f->n_heads,
-	                   time_step_slots(device, f), 2 * f->n_heads, f->n_heads, a->dlog_rate);
+	return column_sums(device, NAME, parts + p.slots, p.step, heads, heads, a->dlog_rate);
 }
 
 /* ---- delta_gate ---- */
