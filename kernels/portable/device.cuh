@@ -94,7 +94,7 @@ static __device__ __forceinline__ void store8f(float *to, const float (&x)[8])
 
 static __device__ __forceinline__ float sigmoid(float x)
 {
-	return __fdividef(1.0f, 1.0f + __expf(-x));
+	return reciprocal_fast(1.0f + exp2_fast(-LOG2E * x));
 }
 
 /*

@@ -1,38 +1,21 @@
 /*
- * Gradients of the gates and norms of GLA and of the linear-attention family.
- * All are bound by memory. Where a parameter's gradient is a sum over tokens,
- * a thread keeps its own columns from token to token, in registers or in its
- * part of the shared memory (of rows too wide for that, where the shares are
- * left), and the shares are added afterwards in a fixed order.
+ * Gradients of the gates of GLA and of the linear-attention family. All are bound by memory. Where
+ * a parameter's gradient is a sum over tokens, a thread keeps its own columns from token to token,
+ * and the shares are added afterwards in a fixed order.
  */
-#include <algorithm>
-
 #include "kernels/portable/column_sums.cuh"
 #include "kernels/portable/device.cuh"
 #include "kernels/portable/kernels.h"
-#include "kernels/portable/product.cuh"
+#include "kernels/portable/norm_rows.cuh"
 
 namespace
 {
 
-constexpr int THREADS = 128, BLOCKS_PER_SM = 8;
-
-/* Widest row that a warp or less takes; of a wider one a block takes all. */
-constexpr int64_t WIDEST_OF_WARP = 1024;
-
-/* Shared memory that a block of any device may have. */
-constexpr size_t MOST_SHARED = 96 * 1024;
+constexpr int THREADS = 128, BLOCKS_PER_SM = 8, FORGET_PER_SM = 5;
 
 static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 {
 	return static_cast<const bf16 *>(tensor);
-}
-
-/* Blocks for `rows` rows per group, THREADS / lanes of them at a time, so that all groups fill the
- * device. */
-static int64_t blocks_for(const struct device *device, int64_t rows, int64_t groups, int lanes)
-{
-	return count_shares(device, divide_up(rows, THREADS / lanes), BLOCKS_PER_SM, groups);
 }
 
 /* silu(x) and its slope. */
@@ -44,709 +27,15 @@ static __device__ __forceinline__ struct silu_pair silu(float x)
 {
 	const float s = sigmoid(x);
 
-	return {x * s, s * (1.0f + x * (1.0f - s))};
-}
-
-/* Of silu, or of a sigmoid. */
-static __device__ __forceinline__ struct silu_pair curve_of(enum curve curve, float x)
-{
-	const float s = sigmoid(x);
-
-	return curve == CURVE_SILU ? silu(x) : silu_pair{s, s * (1.0f - s)};
-}
-
-/* to += x, eight floats that are this thread's own. */
-static __device__ __forceinline__ void add8(float *to, const float (&x)[8])
-{
-#pragma unroll
-	for (int i = 0; i < 8; i++)
-		to[i] += x[i];
-}
-
-/* Lanes that take a row of `width` elements, up to a block of them. */
-static int lanes_of_row(int64_t width)
-{
-	return width <= WIDEST_OF_WARP ? lanes_for(width) : THREADS;
-}
-
-/* Bytes of shared memory for `rows` rows of sums behind a sum of each warp; those of the warps
- * alone where the rows do not fit. */
-static size_t shared_for(int64_t rows, int64_t width)
-{
-	const size_t warps = THREADS / WARP * sizeof(float);
-	const size_t bytes = warps + (size_t)(rows * width) * sizeof(float);
-
-	return bytes <= MOST_SHARED ? bytes : warps;
-}
-
-/* The rows of sums behind those of the warps. */
-static __device__ __forceinline__ float *shared_rows()
-{
-	return reinterpret_cast<float *>(shared_memory) + THREADS / WARP;
-}
-
-/* Sum over the lanes of a row, which are all threads of the block or some of a warp; all get it. */
-static __device__ __forceinline__ float row_sum(float x, int lanes)
-{
-	float *of_warps = reinterpret_cast<float *>(shared_memory);
-
-	if (lanes <= WARP)
-		return group_sum(x, lanes);
-	x = group_sum(x, WARP);
-	if (threadIdx.x % WARP == 0)
-		of_warps[threadIdx.x / WARP] = x;
-	__syncthreads();
-	x = 0.0f;
-#pragma unroll
-	for (int i = 0; i < THREADS / WARP; i++)
-		x += of_warps[i];
-	__syncthreads();
-	return x;
-}
-
-/* Columns 8 * lane, 8 * (lane + lanes), ... of a row of sums, cleared or written out. */
-static __device__ __forceinline__ void clear_sums(float *sums, int64_t width, int lane, int lanes)
-{
-	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			sums[i + j] = 0.0f;
-}
-
-static __device__ __forceinline__ void write_sums(float *to, const float *sums, int64_t width,
-                                                  int lane, int lanes)
-{
-	if (to == sums)
-		return;
-	for (int64_t i = 8 * lane; i < width; i += 8 * lanes)
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			to[i + j] = sums[i + j];
-}
-
-/* ---- norm_gate ---- */
-
-/* The mean of a row of d elements, which `lanes` lanes take; all get it. */
-static __device__ __forceinline__ float row_mean(const bf16 *x, int64_t d, int lane, int lanes)
-{
-	float sum = 0.0f, v[8];
-
-	for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
-		load8(v, x + i);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			sum += v[j];
-	}
-	return row_sum(sum, lanes) / (float)d;
-}
-
-/*
- * With x^ = x rstd, y = x^ weight, out = y curve(gate): `lanes` lanes take head
- * blockIdx.y of one token after another. parts [H, rows at once, d]; their sums are in shared
- * memory until the end, if that is so large. CENTERED: x^ = (x - mean) rstd, y = x^ weight + bias,
- * parts [2, rows at once, H, d] of dweight and dbias.
- */
-template <bool IN_SHARED, bool CENTERED>
-static __global__ void __launch_bounds__(THREADS)
-        norm_gate_backward_kernel(const __grid_constant__ struct norm_gate_backward_args a,
-                                  int lanes, float *parts)
-{
-	const struct norm_gate_args &f = a.forward;
-	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), h = blockIdx.y;
-	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
-	const int64_t d = f.d_head, width = f.n_heads * d;
-	const int lane = threadIdx.x % lanes;
-	float *part = CENTERED ? parts + slot * width + h * d : parts + (h * slots + slot) * d;
-	float *bias_part = part + slots * width;
-	float *row = shared_rows() + threadIdx.x / lanes * (CENTERED ? 2 : 1) * d;
-	float *sums = IN_SHARED ? row : part, *bias_sums = IN_SHARED ? row + d : bias_part;
-	const float *weight = f.weight + (CENTERED ? h * d : 0);
-
-	clear_sums(sums, d, lane, lanes);
-	if (CENTERED)
-		clear_sums(bias_sums, d, lane, lanes);
-	for (int64_t first = 0; first < f.n_tokens; first += slots) {
-		const bool valid = first + slot < f.n_tokens;
-		const int64_t n = valid ? first + slot : f.n_tokens - 1;
-		const bf16 *x = elements(f.x) + n * width + h * d;
-		const bf16 *dout = elements(a.dout) + n * width + h * d;
-		const bf16 *gate = elements(f.gate) + n * f.gate_stride + h * d;
-		bf16 *dx = static_cast<bf16 *>(a.dx) + n * width + h * d;
-		bf16 *dgate = static_cast<bf16 *>(a.dgate) + n * f.gate_stride + h * d;
-		const float r = f.rstd[n * f.n_heads + h];
-		const float mean = CENTERED ? row_mean(x, d, lane, lanes) : 0.0f;
-		float xs[8], dy[8], z[8], w[8], b[8] = {}, projection = 0.0f, center = 0.0f;
-
-		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
-			load8(xs, x + i);
-			load8(dy, dout + i);
-			load8(z, gate + i);
-			load8f(w, weight + i);
-			if (CENTERED)
-				load8f(b, f.bias + h * d + i);
-#pragma unroll
-			for (int j = 0; j < 8; j++) {
-				const struct silu_pair s = curve_of(f.curve, z[j]);
-				const float normed = (xs[j] - mean) * r, dnorm = dy[j] * s.value;
-				const float through = dnorm * normed;
-
-				z[j] = dy[j] * (normed * w[j] + b[j]) * s.slope;
-				projection += through * w[j];
-				center += dnorm * w[j];
-				xs[j] = valid ? through : 0.0f;
-				dy[j] = valid ? dnorm : 0.0f;
-			}
-			add8(sums + i, xs);
-			if (CENTERED)
-				add8(bias_sums + i, dy);
-			if (valid)
-				store8(dgate + i, z);
-		}
-		projection = row_sum(projection, lanes) / (float)d;
-		center = CENTERED ? row_sum(center, lanes) / (float)d : 0.0f;
-		for (int64_t i = 8 * lane; valid && i < d; i += 8 * lanes) {
-			load8(xs, x + i);
-			load8(dy, dout + i);
-			/* dgate may have taken the gate's place. */
-			load8(z, gate + i);
-			load8f(w, weight + i);
-#pragma unroll
-			for (int j = 0; j < 8; j++)
-				dy[j] = r * (dy[j] * curve_of(f.curve, z[j]).value * w[j] - center -
-				             (xs[j] - mean) * r * projection);
-			store8(dx + i, dy);
-		}
-	}
-	write_sums(part, sums, d, lane, lanes);
-	if (CENTERED)
-		write_sums(bias_part, bias_sums, d, lane, lanes);
-}
-
-template <bool IN_SHARED>
-static auto norm_gate_kernel_of(enum norm norm) -> decltype(&norm_gate_backward_kernel<true, true>)
-{
-	return norm == NORM_GROUP ? norm_gate_backward_kernel<IN_SHARED, true>
-	                          : norm_gate_backward_kernel<IN_SHARED, false>;
-}
-
-} // namespace
-
-/* Rows of partial sums that norm_gate's kernel leaves of dweight, and of dbias. */
-static int64_t norm_gate_parts(const struct device *device, const struct norm_gate_args *f)
-{
-	const int lanes = lanes_of_row(f->d_head);
-
-	return f->n_heads * blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
-}
-
-extern "C" const char *portable_norm_gate_backward_unsupported(const struct device *,
-                                                               const void *args)
-{
-	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
-	const struct norm_gate_args *f = &a->forward;
-
-	if (f->n_heads > 65535)
-		return "more than 65535 heads";
-	if (!is_known_curve(f->curve))
-		return "an unknown curve";
-	if (!is_known_norm(f->norm))
-		return "an unknown norm";
-	if (f->gate == a->dgate)
-		return "dgate in the place of the gate";
-	return either(check_widths(f->d_head, f->gate_stride), check_aligned(f->gate, a->dgate));
-}
-
-extern "C" size_t portable_norm_gate_backward_workspace(const struct device *device,
-                                                        const void *args)
-{
-	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
-
-	const int64_t sums = a->forward.norm == NORM_GROUP ? 2 : 1;
-
-	return (size_t)(sums * norm_gate_parts(device, &a->forward) * a->forward.d_head) *
-	       sizeof(float);
-}
-
-extern "C" enum status portable_norm_gate_backward(struct device *device, const void *args,
-                                                   void *workspace)
-{
-	const auto *a = static_cast<const struct norm_gate_backward_args *>(args);
-	const struct norm_gate_args *f = &a->forward;
-	const int lanes = lanes_of_row(f->d_head);
-	const bool group = f->norm == NORM_GROUP;
-	const size_t shared = shared_for((group ? 2 : 1) * (THREADS / lanes), f->d_head);
-	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
-	                (unsigned)f->n_heads);
-	const int64_t width = f->n_heads * f->d_head, n_parts = norm_gate_parts(device, f);
-	float *parts = static_cast<float *>(workspace), *bias_parts = parts + n_parts * f->d_head;
-	enum status status = launch(device, "norm_gate_backward",
-	                            shared > shared_for(0, 0) ? norm_gate_kernel_of<true>(f->norm)
-	                                                      : norm_gate_kernel_of<false>(f->norm),
-	                            grid, THREADS, shared, *a, lanes, parts);
-
-	if (status == STATUS_OK && group)
-		status = column_sums(device, "norm_gate_backward", bias_parts, n_parts / f->n_heads,
-		                     width, width, a->dbias);
-	if (status != STATUS_OK)
-		return status;
-	if (group)
-		return column_sums(device, "norm_gate_backward", parts, n_parts / f->n_heads, width,
-		                   width, a->dweight);
-	return column_sums(device, "norm_gate_backward", parts, norm_gate_parts(device, f),
-	                   f->d_head, f->d_head, a->dweight);
-}
-
-/* ---- gate_norm ---- */
-
-namespace
-{
-
-/* u = w silu(gate), w = x + skip_weight skip, eight elements of token n; skip is handed out. */
-struct gated8 {
-	float w[8], u[8], skip[8], slope[8]; /* slope: of silu; value: silu */
-	float value[8];
-};
-
-static __device__ __forceinline__ void load_gated(struct gated8 &g, const struct gate_norm_args &f,
-                                                  int64_t n, int64_t column)
-{
-	float z[8];
-
-	load8(g.w, elements(f.x) + n * f.n_heads * f.d_head + column);
-	if (f.skip) {
-		const float weight = f.skip_weight[column / f.d_head];
-
-		load8(g.skip, elements(f.skip) + n * f.skip_stride + column);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			g.w[j] = fmaf(weight, g.skip[j], g.w[j]);
-	}
-	if (f.gate)
-		load8(z, elements(f.gate) + n * f.gate_stride + column);
-#pragma unroll
-	for (int j = 0; j < 8; j++) {
-		const struct silu_pair s = silu(f.gate ? z[j] : 0.0f);
-
-		g.value[j] = f.gate ? s.value : 1.0f;
-		g.slope[j] = s.slope;
-		g.u[j] = g.w[j] * g.value[j];
-	}
-}
-
-/* to = x, plus what `more` has there, unless that is NULL; it may be `to`. */
-static __device__ __forceinline__ void store_added(bf16 *to, const void *more, int64_t place,
-                                                   const float (&x)[8])
-{
-	float sum[8] = {};
-
-	if (more)
-		load8(sum, elements(more) + place);
-#pragma unroll
-	for (int j = 0; j < 8; j++)
-		sum[j] += x[j];
-	store8(to + place, sum);
-}
-
-/* `lanes` lanes take group blockIdx.y of one token after another. parts [groups, rows at once,
- * group]; skip_parts [rows at once, H*d] iff skip; sums in shared memory as above. */
-template <bool IN_SHARED>
-static __global__ void __launch_bounds__(THREADS)
-        gate_norm_backward_kernel(const __grid_constant__ struct gate_norm_backward_args a,
-                                  int lanes, float *parts, float *skip_parts)
-{
-	const struct gate_norm_args &f = a.forward;
-	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), g = blockIdx.y;
-	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
-	const int64_t width = f.n_heads * f.d_head, group = width / f.groups;
-	const int lane = threadIdx.x % lanes;
-	float *part = parts + (g * slots + slot) * group;
-	float *skip_part = skip_parts + slot * width + g * group;
-	float *row = shared_rows() + threadIdx.x / lanes * 2 * group;
-	float *sums = IN_SHARED ? row : part, *skip_sums = IN_SHARED ? row + group : skip_part;
-
-	clear_sums(sums, group, lane, lanes);
-	if (f.skip)
-		clear_sums(skip_sums, group, lane, lanes);
-	for (int64_t first = 0; first < f.n_tokens; first += slots) {
-		const bool valid = first + slot < f.n_tokens;
-		const int64_t n = valid ? first + slot : f.n_tokens - 1;
-		const bf16 *dout = elements(a.dout) + n * width + g * group;
-		const float r = f.rstd[n * f.groups + g];
-		float dy[8], w[8], projection = 0.0f;
-		struct gated8 x;
-
-		for (int64_t i = 8 * lane; i < group; i += 8 * lanes) {
-			load_gated(x, f, n, g * group + i);
-			load8(dy, dout + i);
-			load8f(w, f.weight + i);
-#pragma unroll
-			for (int j = 0; j < 8; j++) {
-				const float through = dy[j] * x.u[j] * r;
-
-				projection += through * w[j];
-				dy[j] = valid ? through : 0.0f;
-			}
-			add8(sums + i, dy);
-		}
-		projection = row_sum(projection, lanes) / (float)group;
-		for (int64_t i = 8 * lane; valid && i < group; i += 8 * lanes) {
-			const int64_t column = g * group + i;
-
-			load_gated(x, f, n, column);
-			load8(dy, dout + i);
-			load8f(w, f.weight + i);
-#pragma unroll
-			for (int j = 0; j < 8; j++) {
-				const float du = r * (dy[j] * w[j] - x.u[j] * r * projection);
-
-				dy[j] = du * x.value[j];
-				x.w[j] *= du * x.slope[j];
-			}
-			store_added(static_cast<bf16 *>(a.dx), a.dresidual, n * width + column, dy);
-			if (f.gate)
-				store8(static_cast<bf16 *>(a.dgate) + n * f.gate_stride + column,
-				       x.w);
-			if (!f.skip)
-				continue;
-			const float weight = f.skip_weight[column / f.d_head];
-#pragma unroll
-			for (int j = 0; j < 8; j++) {
-				x.skip[j] *= dy[j];
-				dy[j] *= weight;
-			}
-			add8(skip_sums + i, x.skip);
-			store8(static_cast<bf16 *>(a.dskip) + n * width + column, dy);
-		}
-	}
-	write_sums(part, sums, group, lane, lanes);
-	if (f.skip)
-		write_sums(skip_part, skip_sums, group, lane, lanes);
-}
-
-/* sums[h] = the sum of columns h*d .. of `columns`; a warp per head. */
-static __global__ void __launch_bounds__(WARP)
-        head_sums_kernel(const float *columns, int64_t d, float *sums)
-{
-	float sum = 0.0f;
-
-	for (int64_t i = threadIdx.x; i < d; i += WARP)
-		sum += columns[blockIdx.x * d + i];
-	sum = group_sum(sum, WARP);
-	if (threadIdx.x == 0)
-		sums[blockIdx.x] = sum;
-}
-
-/* The shape of gate_norm's launch. */
-struct gate_norm_plan {
-	int lanes;
-	int64_t group, width, blocks, slots;
-};
-
-static struct gate_norm_plan gate_norm_plan_of(const struct device *device,
-                                               const struct gate_norm_args *f)
-{
-	struct gate_norm_plan p;
-
-	p.width = f->n_heads * f->d_head;
-	p.group = p.width / f->groups;
-	p.lanes = lanes_of_row(p.group);
-	p.blocks = blocks_for(device, f->n_tokens, f->groups, p.lanes);
-	p.slots = p.blocks * (THREADS / p.lanes);
-	return p;
-}
-
-} // namespace
-
-extern "C" const char *portable_gate_norm_backward_unsupported(const struct device *,
-                                                               const void *args)
-{
-	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
-	const struct gate_norm_args *f = &a->forward;
-	const int64_t group = f->n_heads * f->d_head / f->groups;
-
-	if (f->groups > 65535)
-		return "more than 65535 groups";
-	if ((f->gate && f->gate == a->dgate) || (f->skip && f->skip == a->dskip))
-		return "gradients in the place of what they are taken of";
-	return either(check_widths(f->d_head, group, f->skip ? f->skip_stride : 0,
-	                           f->gate ? f->gate_stride : 0),
-	              check_aligned(f->skip, f->gate, a->dgate, a->dresidual));
-}
-
-extern "C" size_t portable_gate_norm_backward_workspace(const struct device *device,
-                                                        const void *args)
-{
-	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
-	const struct gate_norm_plan p = gate_norm_plan_of(device, &a->forward);
-
-	return (size_t)((a->forward.skip ? 2 * p.slots + 1 : p.slots) * p.width) * sizeof(float);
-}
-
-extern "C" enum status portable_gate_norm_backward(struct device *device, const void *args,
-                                                   void *workspace)
-{
-	const auto *a = static_cast<const struct gate_norm_backward_args *>(args);
-	const struct gate_norm_args *f = &a->forward;
-	const struct gate_norm_plan p = gate_norm_plan_of(device, f);
-	float *parts = static_cast<float *>(workspace), *skip_parts = parts + p.slots * p.width;
-	float *columns = skip_parts + p.slots * p.width;
-	const size_t shared = shared_for(2 * (THREADS / p.lanes), p.group);
-	enum status status = launch(device, "gate_norm_backward",
-	                            shared > shared_for(0, 0) ? gate_norm_backward_kernel<true>
-	                                                      : gate_norm_backward_kernel<false>,
-	                            dim3((unsigned)p.blocks, (unsigned)f->groups), THREADS, shared,
-	                            *a, p.lanes, parts, skip_parts);
-
-	if (status == STATUS_OK)
-		status = column_sums(device, "gate_norm_backward", parts, f->groups * p.slots,
-		                     p.group, p.group, a->dweight);
-	if (status != STATUS_OK || !f->skip)
-		return status;
-	status = column_sums(device, "gate_norm_backward", skip_parts, p.slots, p.width, p.width,
-	                     columns);
-	if (status != STATUS_OK)
-		return status;
-	return launch(device, "gate_norm_backward", head_sums_kernel, dim3((unsigned)f->n_heads),
-	              WARP, 0, columns, f->d_head, a->dskip_weight);
-}
-
-/* ---- decay_gate ---- */
-
-namespace
-{
-
-/* A thread's eight columns of rows blockIdx.y, blockIdx.y + gridDim.y, ..., of x or, where there is
- * one, times `factor`: parts [gridDim.y, width]. */
-static __global__ void __launch_bounds__(THREADS)
-        sum_tokens_kernel(const bf16 *x, const bf16 *factor, int64_t n_tokens, int64_t width,
-                          float *parts)
-{
-	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float sum[8] = {};
-
-	if (column >= width)
-		return;
-#pragma unroll 4
-	for (int64_t n = blockIdx.y; n < n_tokens; n += gridDim.y) {
-		float v[8], w[8];
-
-		load8(v, x + n * width + column);
-		if (factor)
-			load8(w, factor + n * width + column);
-#pragma unroll
-		for (int j = 0; j < 8; j++)
-			sum[j] += factor ? v[j] * w[j] : v[j];
-	}
-	store8f(parts + blockIdx.y * width + column, sum);
-}
-
-/* dlogit from dout, and the logits x W^T that are in its place, in place. */
-static __global__ void __launch_bounds__(THREADS)
-        decay_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
-{
-	const struct decay_gate_args &f = a.forward;
-	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	const int64_t column = index % f.d_out;
-	const bool rate = f.form == LOW_RANK_RATE, step = f.form == LOW_RANK_STEP;
-	float logit[8], bias[8], d[8];
-
-	if (index >= f.n_tokens * f.d_out)
-		return;
-	const float factor = rate   ? -__expf(f.log_rate[column / (f.d_out / f.n_heads)])
-	                     : step ? 1.0f
-	                            : 1.0f / f.normalizer;
-	load8(logit, elements(a.dlogit) + index);
-	load8(d, elements(a.dout) + index);
-	load8f(bias, f.bias + column);
-#pragma unroll
-	for (int j = 0; j < 8; j++) {
-		const float u = logit[j] + bias[j];
-
-		d[j] *= factor * sigmoid(rate || step ? u : -u);
-	}
-	store8(static_cast<bf16 *>(a.dlogit) + index, d);
-}
-
-/* dlogit = dout out: -exp(logit) is its own derivative. */
-static __global__ void __launch_bounds__(THREADS)
-        exp_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
-{
-	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float out[8], d[8];
-
-	if (index >= a.forward.n_tokens * a.forward.d_out)
-		return;
-	load8(out, elements(a.forward.out) + index);
-	load8(d, elements(a.dout) + index);
-#pragma unroll
-	for (int j = 0; j < 8; j++)
-		d[j] *= out[j];
-	store8(static_cast<bf16 *>(a.dlogit) + index, d);
-}
-
-/* to [n_tokens, rank] = tanh(x). */
-static __global__ void __launch_bounds__(THREADS)
-        tanh_kernel(const __grid_constant__ struct decay_gate_args f, bf16 *to)
-{
-	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float x[8];
-
-	if (index >= f.n_tokens * f.rank)
-		return;
-	load8(x, elements(f.x) + index / f.rank * f.x_stride + index % f.rank);
-#pragma unroll
-	for (int j = 0; j < 8; j++)
-		x[j] = tanh_of(x[j]).value;
-	store8(to + index, x);
-}
-
-/* dx, of tanh(x), becomes that of x. */
-static __global__ void __launch_bounds__(THREADS)
-        tanh_slope_kernel(const __grid_constant__ struct decay_gate_backward_args a)
-{
-	const struct decay_gate_args &f = a.forward;
-	const int64_t index = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	const int64_t place = index / f.rank * f.x_stride + index % f.rank;
-	float x[8], dx[8];
-
-	if (index >= f.n_tokens * f.rank)
-		return;
-	load8(x, elements(f.x) + place);
-	load8(dx, static_cast<const bf16 *>(a.dx) + place);
-#pragma unroll
-	for (int j = 0; j < 8; j++)
-		dx[j] *= tanh_of(x[j]).slope;
-	store8(static_cast<bf16 *>(a.dx) + place, dx);
+	return {x * s, fmaf(x * s, 1.0f - s, s)};
 }
 
 static int64_t token_splits(const struct device *device, int64_t n_tokens, int64_t width)
 {
-	return count_shares(device, n_tokens, BLOCKS_PER_SM, divide_up(width, 8 * THREADS));
-}
-
-/* sums [d_out] of x, times `factor` where there is one, over the tokens. */
-static enum status sum_tokens(struct device *device, const struct decay_gate_args *f, const void *x,
-                              const void *factor, float *parts, float *sums)
-{
-	const int64_t splits = token_splits(device, f->n_tokens, f->d_out);
-	const enum status status =
-	        launch(device, "decay_gate_backward", sum_tokens_kernel,
-	               dim3((unsigned)divide_up(f->d_out, 8 * THREADS), (unsigned)splits), THREADS,
-	               0, static_cast<const bf16 *>(x), static_cast<const bf16 *>(factor),
-	               f->n_tokens, f->d_out, parts);
-
-	if (status != STATUS_OK)
-		return status;
-	return column_sums(device, "decay_gate_backward", parts, splits, f->d_out, f->d_out, sums);
-}
-
-/* A decay is its own derivative with respect to log_rate. */
-static enum status sum_rates(struct device *device, const struct decay_gate_backward_args *a,
-                             float *parts)
-{
-	const struct decay_gate_args *f = &a->forward;
-	float *columns = parts + token_splits(device, f->n_tokens, f->d_out) * f->d_out;
-	const enum status status = sum_tokens(device, f, a->dout, f->out, parts, columns);
-
-	if (status != STATUS_OK)
-		return status;
-	return launch(device, "decay_gate_backward", head_sums_kernel, dim3((unsigned)f->n_heads),
-	              WARP, 0, columns, f->d_out / f->n_heads, a->dlog_rate);
+	return count_shares(device, n_tokens, FORGET_PER_SM, divide_up(width, 8 * THREADS));
 }
 
 } // namespace
-
-extern "C" const char *portable_decay_gate_backward_unsupported(const struct device *,
-                                                                const void *args)
-{
-	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
-	const struct decay_gate_args *f = &a->forward;
-
-	if (!is_known_low_rank(f->form))
-		return "an unknown gate of low rank";
-	if (f->form == LOW_RANK_RATE && f->d_out / f->n_heads % 8)
-		return "widths must be multiples of 8";
-	return either(check_widths(f->rank, f->x_stride, f->d_out), check_aligned(f->x, a->dx));
-}
-
-/* Bytes of partial sums and of products, which take turns; after them is tanh(x). */
-static size_t low_rank_sums(const struct device *device, const struct decay_gate_args *f)
-{
-	const int64_t rows =
-	        token_splits(device, f->n_tokens, f->d_out) + (f->form == LOW_RANK_RATE ? 1 : 0);
-	const size_t parts = (size_t)(rows * f->d_out) * sizeof(float);
-
-	return (std::max(parts, (size_t)GEMM_WORKSPACE) + 255) / 256 * 256;
-}
-
-extern "C" size_t portable_decay_gate_backward_workspace(const struct device *device,
-                                                         const void *args)
-{
-	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
-	const struct decay_gate_args *f = &a->forward;
-
-	return low_rank_sums(device, f) +
-	       (has_tanh(f->form) ? (size_t)(f->n_tokens * f->rank) * sizeof(bf16) : 0);
-}
-
-/* dlogit, unless that is dout. */
-static enum status low_rank_slope(struct device *device, const struct decay_gate_backward_args *a,
-                                  void *workspace)
-{
-	const struct decay_gate_args *f = &a->forward;
-	const int64_t threads = f->n_tokens * (f->d_out / 8);
-
-	if (is_logit(f->form))
-		return STATUS_OK;
-	if (f->form == LOW_RANK_EXP)
-		return launch_each(device, "decay_gate_backward", exp_slope_kernel, threads,
-		                   THREADS, *a);
-	/* The logits once more, in dlogit's place. */
-	struct gemm g = product(f->n_tokens, f->rank, f->d_out, {f->x, false}, {f->weight, true},
-	                        a->dlogit, DTYPE_BF16);
-	g.a_leading = f->x_stride;
-	const enum status status = gemm_run(device, &g, workspace);
-	return status == STATUS_OK ? launch_each(device, "decay_gate_backward", decay_slope_kernel,
-	                                         threads, THREADS, *a)
-	                           : status;
-}
-
-extern "C" enum status portable_decay_gate_backward(struct device *device, const void *args,
-                                                    void *workspace)
-{
-	const auto *a = static_cast<const struct decay_gate_backward_args *>(args);
-	const struct decay_gate_args *f = &a->forward;
-	const void *dlogit = is_logit(f->form) ? a->dout : a->dlogit;
-	const int64_t threads = f->n_tokens * (f->rank / 8);
-	const bool tanh = has_tanh(f->form);
-	float *parts = static_cast<float *>(workspace);
-	auto *input =
-	        reinterpret_cast<bf16 *>(static_cast<char *>(workspace) + low_rank_sums(device, f));
-	enum status status = low_rank_slope(device, a, workspace);
-
-	if (status == STATUS_OK && tanh)
-		status = launch_each(device, "decay_gate_backward", tanh_kernel, threads, THREADS,
-		                     *f, input);
-	if (status == STATUS_OK)
-		status = sum_tokens(device, f, dlogit, NULL, parts, a->dbias);
-	if (status == STATUS_OK && f->form == LOW_RANK_RATE)
-		status = sum_rates(device, a, parts);
-	/* dweight = dlogit^T x, or tanh(x). */
-	struct gemm g = product(f->d_out, f->n_tokens, f->rank, {dlogit, true},
-	                        {tanh ? input : f->x, false}, a->dweight, DTYPE_F32);
-	g.b_leading = tanh ? f->rank : f->x_stride;
-	if (status == STATUS_OK)
-		status = gemm_run(device, &g, workspace);
-	/* dx = dlogit W. */
-	g = product(f->n_tokens, f->d_out, f->rank, {dlogit, false}, {f->weight, false}, a->dx,
-	            DTYPE_BF16);
-	g.out_leading = f->x_stride;
-	if (status == STATUS_OK)
-		status = gemm_run(device, &g, workspace);
-	if (status != STATUS_OK || !tanh)
-		return status;
-	return launch_each(device, "decay_gate_backward", tanh_slope_kernel, threads, THREADS, *a);
-}
 
 /* ---- forget_gate ---- */
 
@@ -755,42 +44,66 @@ namespace
 
 /* With k = 1 - f = sigmoid(-bound) sigmoid(-logit): a thread's eight columns of a share of the
  * tokens; parts [gridDim.y, width]. */
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, FORGET_PER_SM)
         forget_gate_backward_kernel(const __grid_constant__ struct forget_gate_backward_args a,
                                     float *parts)
 {
 	const struct forget_gate_args &f = a.forward;
 	const int64_t column = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float bound[8], dbound[8] = {};
+	const int64_t step = held((int64_t)gridDim.y * f.stride);
+	const int64_t row_step = held((int64_t)gridDim.y * f.width);
+	int64_t strided = blockIdx.y * f.stride + column, row = blockIdx.y * f.width + column;
+	float bound[8], above[8], below[8], dbound[8] = {};
+	vector8 logits, xs, d_logs, douts, dkeys = {};
+	const auto load = [&]() {
+		logits = load8(elements(f.logit) + strided);
+		xs = load8(elements(f.x) + strided);
+		d_logs = load8(elements(a.dlog_decay) + row);
+		douts = load8(elements(a.dout) + row);
+		if (f.key)
+			dkeys = load8(elements(a.dkey) + row);
+	};
 
 	if (column >= f.width)
 		return;
 	load8f(bound, f.bound + column);
-	for (int64_t n = blockIdx.y; n < f.n_tokens; n += gridDim.y) {
-		const int64_t at_row = n * f.width + column, strided = n * f.stride + column;
-		float logit[8], x[8], d_log[8], dout[8], dkey[8] = {};
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		const struct sigmoids s = sigmoids_of(-LOG2E * bound[i]);
 
-		load8(logit, elements(f.logit) + strided);
-		load8(x, elements(f.x) + strided);
-		load8(d_log, elements(a.dlog_decay) + at_row);
-		load8(dout, elements(a.dout) + at_row);
-		if (f.key)
-			load8(dkey, elements(a.dkey) + at_row);
+		above[i] = s.of;
+		below[i] = s.of_minus;
+	}
+	load();
+	for (int64_t n = blockIdx.y; n < f.n_tokens; n += gridDim.y) {
+		bf16 *dlogit = static_cast<bf16 *>(a.dlogit) + strided;
+		bf16 *dx = static_cast<bf16 *>(a.dx) + strided;
+		float logit[8], x[8], d_log[8], dout[8], dkey[8];
+
+		unpack8(logit, logits);
+		unpack8(x, xs);
+		unpack8(d_log, d_logs);
+		unpack8(dout, douts);
+		unpack8(dkey, dkeys);
+		strided += step;
+		row += row_step;
+		if (n + gridDim.y < f.n_tokens)
+			load();
 #pragma unroll
 		for (int i = 0; i < 8; i++) {
-			const float closed = sigmoid(-logit[i]), open = sigmoid(logit[i]);
-			const float key = sigmoid(-bound[i]) * closed;
-			const float forget = open + sigmoid(bound[i]) * closed;
+			const struct sigmoids g = sigmoids_of(-LOG2E * logit[i]);
+			const float key = below[i] * g.of_minus;
+			const float forget = fmaf(above[i], g.of_minus, g.of);
 			const struct silu_pair s = silu(x[i]);
-			const float dk = (f.key ? dkey[i] : dout[i] * s.value) -
-			                 __fdividef(d_log[i], forget);
+			const float dk = fmaf(-d_log[i], reciprocal_fast(forget),
+			                      f.key ? dkey[i] : dout[i] * s.value);
 
 			x[i] = dout[i] * s.slope * (f.key ? 1.0f : key);
-			logit[i] = -key * open * dk;
-			dbound[i] -= key * sigmoid(bound[i]) * dk;
+			logit[i] = -key * g.of * dk;
+			dbound[i] = fmaf(-key * above[i], dk, dbound[i]);
 		}
-		store8(static_cast<bf16 *>(a.dlogit) + strided, logit);
-		store8(static_cast<bf16 *>(a.dx) + strided, x);
+		store8(dlogit, logit);
+		store8(dx, x);
 	}
 	store8f(parts + blockIdx.y * f.width + column, dbound);
 }
@@ -839,64 +152,169 @@ extern "C" enum status portable_forget_gate_backward(struct device *device, cons
 namespace
 {
 
-/* `lanes` lanes take head blockIdx.y of one token after another. parts [rows at once, 2, H]: shares
- * of dbias and dlog_rate. */
-static __global__ void __launch_bounds__(THREADS)
+/* What a row's sums make of its logit: dlogit, and the shares of dbias and dlog_rate. */
+struct step_sums {
+	float dbias, dlog_rate;
+};
+
+static __device__ __forceinline__ float finish_step(struct step_sums &sums, float ddt, float d_log,
+                                                    float logit, float dt, float rate)
+{
+	const float dlogit = (ddt - rate * d_log) * sigmoid(logit);
+
+	sums.dbias += dlogit;
+	sums.dlog_rate = fmaf(-d_log * rate, dt, sums.dlog_rate);
+	return dlogit;
+}
+
+/* A row is a head (norm_rows.cuh). parts [2, step, H]: dbias and dlog_rate. */
+template <int V, bool BLOCK>
+static __global__ void __launch_bounds__(ROW_THREADS, V == 2 ? 6 : 4)
         time_step_backward_kernel(const __grid_constant__ struct time_step_backward_args a,
-                                  int lanes, float *parts)
+                                  const __grid_constant__ struct row_plan p, float *parts)
 {
 	const struct time_step_args &f = a.forward;
-	const int64_t slots = (int64_t)gridDim.x * (THREADS / lanes), h = blockIdx.y;
-	const int64_t slot = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / lanes;
-	const int64_t d = f.d_head, width = f.n_heads * d;
-	const int lane = threadIdx.x % lanes;
-	const float rate = __expf(f.log_rate[h]), bias = f.bias[h];
-	float dbias = 0.0f, dlog_rate = 0.0f;
+	const int64_t d = f.d_head;
+	const struct row_place<V> at = place_of<V, BLOCK>(p, f.n_tokens, f.n_heads, d);
+	const int64_t row = (at.token * f.n_heads + at.head) * d + at.column;
+	const int64_t x_step = held(p.step * f.x_stride), step = held(p.step * f.logit_stride);
+	const int rounds = (int)divide_up(f.n_tokens, p.step), tensors = a.dskip ? 3 : 2;
+	const float rate = __expf(f.log_rate[at.head]), bias = f.bias[at.head];
+	const bf16 *x = elements(f.x) + at.token * f.x_stride + at.head * d + at.column;
+	const bf16 *dout = elements(a.dout) + row, *dskip = elements(a.dskip) + row;
+	const int64_t logit_at = at.token * f.logit_stride + at.head;
+	const bf16 *logits = elements(f.logit) + logit_at,
+	           *d_logs = elements(a.dlog_decay) + at.slot;
+	bf16 *dx = static_cast<bf16 *>(a.dx) + row;
+	bf16 *dlogit = static_cast<bf16 *>(a.dlogit) + logit_at;
+	const bf16 zero = __float2bfloat16(0.0f);
+	bf16 logit_next = at.own > 0 ? *logits : zero, d_log_next = at.own > 0 ? *d_logs : zero;
+	struct step_sums sums = {};
+	int from = 0, to = 0;
 
-	for (int64_t first = 0; first < f.n_tokens; first += slots) {
-		const bool valid = first + slot < f.n_tokens;
-		const int64_t n = valid ? first + slot : f.n_tokens - 1;
-		const float logit =
-		        __bfloat162float(elements(f.logit)[n * f.logit_stride + h]) + bias;
+	for (int k = 1 - p.stages; k < rounds; k++) {
+		const bool ahead = k + p.stages - 1 < at.own, there = k < at.own;
+
+		copy_row<V>(ring_slot<V>(tensors, to, 0), x, at, ahead);
+		copy_row<V>(ring_slot<V>(tensors, to, 1), dout, at, ahead);
+		if (a.dskip)
+			copy_row<V>(ring_slot<V>(tensors, to, 2), dskip, at, ahead);
+		copy_commit();
+		to = next_stage(to, p.stages);
+		x += x_step;
+		dout += p.row_step;
+		dskip += p.row_step;
+		if (k < 0)
+			continue;
+
+		const float logit = __bfloat162float(logit_next) + bias, dt = softplus(logit);
+		const float d_log = __bfloat162float(d_log_next);
+		const vector8 *xs = ring_slot<V>(tensors, from, 0);
+		const vector8 *douts = ring_slot<V>(tensors, from, 1);
+		const vector8 *skips = ring_slot<V>(tensors, from, 2);
+		float ddt[1] = {};
+
+		logits += step;
+		d_logs += p.slots;
+		if (k + 1 < at.own) {
+			logit_next = *logits;
+			d_log_next = *d_logs;
+		}
+		wait_rows(p.stages - 1);
+#pragma unroll
+		for (int i = 0; i < V; i++) {
+			float v[8], dy[8], sum[8] = {};
+
+			unpack8(v, xs[i * ROW_THREADS]);
+			unpack8(dy, douts[i * ROW_THREADS]);
+			if (a.dskip)
+				unpack8(sum, skips[i * ROW_THREADS]);
+#pragma unroll
+			for (int j = 0; j < 8; j++) {
+				ddt[0] = fmaf(dy[j], v[j], ddt[0]);
+				sum[j] = fmaf(dt, dy[j], sum[j]);
+			}
+			store_row<V>(dx, sum, i, at, there);
+		}
+		sum_rows<BLOCK>(ddt, p, k & 1);
+		if (there && at.leads)
+			*dlogit =
+			        __float2bfloat16(finish_step(sums, ddt[0], d_log, logit, dt, rate));
+		dx += p.row_step;
+		dlogit += step;
+		from = next_stage(from, p.stages);
+	}
+	copy_wait<0>();
+	if (!at.leads)
+		return;
+	parts[at.slot] = sums.dbias;
+	parts[p.slots + at.slot] = sums.dlog_rate;
+}
+
+/* The same of heads of any width. */
+static __global__ void __launch_bounds__(ROW_THREADS)
+        wide_time_step_backward_kernel(const __grid_constant__ struct time_step_backward_args a,
+                                       const __grid_constant__ struct row_plan p, float *parts)
+{
+	const struct time_step_args &f = a.forward;
+	const int64_t d = f.d_head, width = f.n_heads * d;
+	const struct row_place<1> at = place_of<1, true>(p, f.n_tokens, f.n_heads, d);
+	const float rate = __expf(f.log_rate[at.head]), bias = f.bias[at.head];
+	struct step_sums sums = {};
+
+	for (int64_t n = at.token; n < f.n_tokens; n += p.step) {
+		const int64_t logit_at = n * f.logit_stride + at.head,
+		              row = n * width + at.head * d;
+		const float logit = __bfloat162float(elements(f.logit)[logit_at]) + bias;
+		const float d_log =
+		        __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + at.head]);
 		const float dt = softplus(logit);
-		const float d_log = __bfloat162float(elements(a.dlog_decay)[n * f.n_heads + h]);
 		float ddt = 0.0f;
 
-		for (int64_t i = 8 * lane; i < d; i += 8 * lanes) {
-			const int64_t at_row = n * width + h * d + i;
+		for (int64_t i = at.column; i < d; i += 8 * ROW_THREADS) {
 			float x[8], dout[8], skip[8] = {};
 
-			load8(x, elements(f.x) + n * f.x_stride + h * d + i);
-			load8(dout, elements(a.dout) + at_row);
+			load8(x, elements(f.x) + n * f.x_stride + at.head * d + i);
+			load8(dout, elements(a.dout) + row + i);
 			if (a.dskip)
-				load8(skip, elements(a.dskip) + at_row);
+				load8(skip, elements(a.dskip) + row + i);
 #pragma unroll
 			for (int j = 0; j < 8; j++) {
 				ddt += dout[j] * x[j];
-				dout[j] = dt * dout[j] + skip[j];
+				skip[j] += dt * dout[j];
 			}
-			if (valid)
-				store8(static_cast<bf16 *>(a.dx) + at_row, dout);
+			store8(static_cast<bf16 *>(a.dx) + row + i, skip);
 		}
-		ddt = group_sum(ddt, lanes) - rate * d_log;
-		const float dlogit = ddt * sigmoid(logit);
-		if (!valid || lane != 0)
-			continue;
-		static_cast<bf16 *>(a.dlogit)[n * f.logit_stride + h] = __float2bfloat16(dlogit);
-		dbias += dlogit;
-		dlog_rate -= d_log * rate * dt;
+		ddt = block_sum(ddt);
+		if (at.leads)
+			static_cast<bf16 *>(a.dlogit)[logit_at] =
+			        __float2bfloat16(finish_step(sums, ddt, d_log, logit, dt, rate));
 	}
-	if (lane != 0)
+	if (!at.leads)
 		return;
-	parts[2 * slot * f.n_heads + h] = dbias;
-	parts[(2 * slot + 1) * f.n_heads + h] = dlog_rate;
+	parts[at.slot] = sums.dbias;
+	parts[p.slots + at.slot] = sums.dlog_rate;
 }
 
-static int64_t time_step_slots(const struct device *device, const struct time_step_args *f)
+static struct row_plan time_step_plan(const struct device *device,
+                                      const struct time_step_backward_args *a)
 {
-	const int lanes = lanes_for(f->d_head);
+	const struct time_step_args *f = &a->forward;
 
-	return blocks_for(device, f->n_tokens, f->n_heads, lanes) * (THREADS / lanes);
+	return plan_rows(device, f->n_tokens, f->n_heads, f->d_head, a->dskip ? 3 : 2, 6, 4);
+}
+
+static auto time_step_kernel_of(const struct row_plan &p)
+        -> decltype(&time_step_backward_kernel<2, true>)
+{
+	const bool block = p.lanes == ROW_THREADS;
+
+	if (p.vectors == 0)
+		return wide_time_step_backward_kernel;
+	if (p.vectors == 2)
+		return block ? time_step_backward_kernel<2, true>
+		             : time_step_backward_kernel<2, false>;
+	return block ? time_step_backward_kernel<4, true> : time_step_backward_kernel<4, false>;
 }
 
 } // namespace
@@ -907,8 +325,6 @@ extern "C" const char *portable_time_step_backward_unsupported(const struct devi
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 	const struct time_step_args *f = &a->forward;
 
-	if (f->n_heads > 65535)
-		return "more than 65535 heads";
 	return either(check_widths(f->d_head, f->x_stride), check_aligned(f->x));
 }
 
@@ -917,30 +333,25 @@ extern "C" size_t portable_time_step_backward_workspace(const struct device *dev
 {
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
 
-	return (size_t)(2 * time_step_slots(device, &a->forward) * a->forward.n_heads) *
-	       sizeof(float);
+	return (size_t)(2 * time_step_plan(device, a).slots) * sizeof(float);
 }
 
 extern "C" enum status portable_time_step_backward(struct device *device, const void *args,
                                                    void *workspace)
 {
+	static constexpr char NAME[] = "time_step_backward";
 	const auto *a = static_cast<const struct time_step_backward_args *>(args);
-	const struct time_step_args *f = &a->forward;
-	const int lanes = lanes_for(f->d_head);
-	const dim3 grid((unsigned)blocks_for(device, f->n_tokens, f->n_heads, lanes),
-	                (unsigned)f->n_heads);
+	const int64_t heads = a->forward.n_heads;
+	const struct row_plan p = time_step_plan(device, a);
 	float *parts = static_cast<float *>(workspace);
-	enum status status = launch(device, "time_step_backward", time_step_backward_kernel, grid,
-	                            THREADS, 0, *a, lanes, parts);
+	enum status status = launch(device, NAME, time_step_kernel_of(p), dim3((unsigned)p.blocks),
+	                            ROW_THREADS, p.shared, *a, p, parts);
 
 	if (status == STATUS_OK)
-		status =
-		        column_sums(device, "time_step_backward", parts, time_step_slots(device, f),
-		                    2 * f->n_heads, f->n_heads, a->dbias);
+		status = column_sums(device, NAME, parts, p.step, heads, heads, a->dbias);
 	if (status != STATUS_OK)
 		return status;
-	return column_sums(device, "time_step_backward", parts + f->n_heads,
-	                   time_step_slots(device, f), 2 * f->n_heads, f->n_heads, a->dlog_rate);
+	return column_sums(device, NAME, parts + p.slots, p.step, heads, heads, a->dlog_rate);
 }
 
 /* ---- delta_gate ---- */

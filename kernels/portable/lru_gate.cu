@@ -11,24 +11,38 @@
 namespace
 {
 
-constexpr int THREADS = 128, TOKENS = 8, BLOCKS_PER_SM = 8;
+constexpr int THREADS = 128, TOKENS = 8, BLOCKS_PER_SM = 4;
 
-/* 1 - e^x for x <= 0: close to 0 by the series -x (1 + x/2 (1 + x/3 (...))). */
-static __device__ __forceinline__ float one_minus_exp(float x)
+/* With x = log a: a^2, 1 - a^2, and the inverse of the root of that. The second is close to a = 1
+ * by the series of 1 - e^y, y = 2 x: -y (1 + y/2 (1 + y/3 (...))). */
+struct decayed {
+	float square, rest, inverse_root;
+};
+
+static __device__ __forceinline__ struct decayed decayed_of(float x)
 {
-	float p = 1.0f / 9.0f;
+	const float y = 2.0f * x, square = exp2_fast(2.0f * LOG2E * x);
+	float p = 1.0f / 5040.0f;
 
-	p = fmaf(p * x, 1.0f / 8.0f, 1.0f / 8.0f);
-	p = fmaf(p * x, 1.0f / 7.0f, 1.0f / 7.0f);
-	p = fmaf(p * x, 1.0f / 6.0f, 1.0f / 6.0f);
-	p = fmaf(p * x, 1.0f / 5.0f, 1.0f / 5.0f);
-	p = fmaf(p * x, 1.0f / 4.0f, 1.0f / 4.0f);
-	p = fmaf(p * x, 1.0f / 3.0f, 1.0f / 3.0f);
-	p = fmaf(p * x, 0.5f, 0.5f);
-	return x > -0.5f ? -fmaf(p * x, x, x) : 1.0f - __expf(x);
+	p = fmaf(p, y, 1.0f / 720.0f);
+	p = fmaf(p, y, 1.0f / 120.0f);
+	p = fmaf(p, y, 1.0f / 24.0f);
+	p = fmaf(p, y, 1.0f / 6.0f);
+	p = fmaf(p, y, 0.5f);
+	p = -y * fmaf(p, y, 1.0f);
+	const float rest = y > -0.25f ? p : 1.0f - square;
+
+	return {square, rest, rsqrt_fast(rest)};
 }
 
-/* Eight channels: the gates' biases, -8 softplus(rate) and the derivative of its logarithm. */
+/* Whether a root is of anything that has an inverse; true of NaN. */
+static __device__ __forceinline__ bool is_open(const struct decayed &d)
+{
+	return !(d.rest < 1.2e-38f);
+}
+
+/* Eight channels: the gates' biases times -log2(e), -8 softplus(rate) and the derivative of its
+ * logarithm. */
 struct channels {
 	float bias[2][8], rate[8], slope[8];
 };
@@ -45,9 +59,17 @@ static __device__ __forceinline__ void load_channels(struct channels &c,
 		const float softplus = (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x)));
 
 		/* sigmoid(x) / softplus(x), which goes to 1. */
+		c.bias[0][i] *= -LOG2E;
+		c.bias[1][i] *= -LOG2E;
 		c.slope[i] = x < -15.0f ? 1.0f : 1.0f / ((1.0f + expf(-x)) * softplus);
 		c.rate[i] = -LRU_SHARPNESS * softplus;
 	}
+}
+
+/* The sigmoid of a logit and its bias, which was scaled. */
+static __device__ __forceinline__ float sigmoid_of(float logit, float bias)
+{
+	return reciprocal_fast(1.0f + exp2_fast(fmaf(-LOG2E, logit, bias)));
 }
 
 static __device__ __forceinline__ int64_t first_position(const struct lru_gate_args &a)
@@ -79,11 +101,13 @@ static __global__ void __launch_bounds__(THREADS)
 		load8(x, static_cast<const bf16 *>(a.x) + at_row);
 #pragma unroll
 		for (int i = 0; i < 8; i++) {
-			const float log = c.rate[i] * sigmoid(r[i] + c.bias[0][i]);
-			const float scale = begins ? 1.0f : sqrtf(one_minus_exp(2.0f * log));
+			const float log = c.rate[i] * sigmoid_of(r[i], c.bias[0][i]);
+			const struct decayed d = decayed_of(log);
+			const float root = is_open(d) ? d.rest * d.inverse_root : 0.0f;
+			const float scale = begins ? 1.0f : root;
 
 			r[i] = log;
-			x[i] *= scale * sigmoid(gate[i] + c.bias[1][i]);
+			x[i] *= scale * sigmoid_of(gate[i], c.bias[1][i]);
 		}
 		store8(static_cast<bf16 *>(a.log_decay) + at_row, r);
 		store8(static_cast<bf16 *>(a.out) + at_row, x);
@@ -93,7 +117,7 @@ static __global__ void __launch_bounds__(THREADS)
 /* With l = log a, s = sqrt(1 - a^2): ds/dl = -a^2 / s, and l is proportional to r and to
  * softplus(rate): l / s appears, which goes to 0 as l does. parts [gridDim.y, 3, width]: dbias,
  * drate. */
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         lru_gate_backward_kernel(const __grid_constant__ struct lru_gate_backward_args a,
                                  float *parts)
 {
@@ -120,16 +144,19 @@ static __global__ void __launch_bounds__(THREADS)
 		load8(dout, static_cast<const bf16 *>(a.dout) + at_row);
 #pragma unroll
 		for (int i = 0; i < 8; i++) {
-			const float z = r[i] + c.bias[0][i], y = gate[i] + c.bias[1][i];
-			const float log = c.rate[i] * sigmoid(z), open = sigmoid(y);
-			const float root = sqrtf(one_minus_exp(2.0f * log));
-			const float ratio = root == 0.0f ? 0.0f : __fdividef(log, root);
-			const float scaled = dout[i] * open, scale = begins ? 1.0f : root;
-			const float through = scaled * x[i] * __expf(2.0f * log) * ratio;
-			const float dlog = d_log[i] * log - (begins ? 0.0f : through);
+			const struct sigmoids z = sigmoids_of(fmaf(-LOG2E, r[i], c.bias[0][i]));
+			const struct sigmoids y = sigmoids_of(fmaf(-LOG2E, gate[i], c.bias[1][i]));
+			const float log = c.rate[i] * z.of;
+			const struct decayed d = decayed_of(log);
+			const bool open = is_open(d);
+			const float ratio = open ? log * d.inverse_root : 0.0f;
+			const float root = open ? d.rest * d.inverse_root : 0.0f;
+			const float scaled = dout[i] * y.of, scale = begins ? 1.0f : root;
+			const float slope = begins ? 0.0f : d.square * ratio;
+			const float dlog = fmaf(-scaled * x[i], slope, d_log[i] * log);
 
-			r[i] = dlog * sigmoid(-z);
-			gate[i] = scaled * scale * x[i] * sigmoid(-y);
+			r[i] = dlog * z.of_minus;
+			gate[i] = scaled * scale * x[i] * y.of_minus;
 			x[i] = scaled * scale;
 			dbias[0][i] += r[i];
 			dbias[1][i] += gate[i];

@@ -80,6 +80,12 @@ static __device__ __forceinline__ int held(int number)
 	return number;
 }
 
+static __device__ __forceinline__ int64_t held(int64_t number)
+{
+	asm volatile("" : "+l"(number));
+	return number;
+}
+
 /* Two products of bf16. */
 static __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b)
 {
@@ -113,6 +119,15 @@ static __device__ __forceinline__ float reciprocal_fast(float x)
 	float y;
 
 	asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+	return y;
+}
+
+/* 1 / sqrt(x) in one instruction, to about 2^-22; infinite below 2^-126. */
+static __device__ __forceinline__ float rsqrt_fast(float x)
+{
+	float y;
+
+	asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
 	return y;
 }
 

@@ -22,17 +22,28 @@ static __global__ void __launch_bounds__(THREADS)
 	const bool paired = piece < r.width / 16, turns = r.rope && paired;
 	const int64_t left = paired ? 8 * piece : 16 * piece;
 	const int64_t right = left + (paired ? r.width / 2 : 8);
+	/* All heads are loaded before any is stored. */
+	const int64_t first = (int64_t)blockIdx.y * HEADS;
+	vector8 lows[HEADS], highs[HEADS];
+#pragma unroll
+	for (int i = 0; i < HEADS; i++) {
+		if (first + i >= r.n_heads)
+			continue;
+		lows[i] = load8(at(r.from, b, t, first + i) + left);
+		highs[i] = load8(at(r.from, b, t, first + i) + right);
+	}
 	if (turns)
 		rope_angles(cosine, sine, table, 8 * piece, t / r.period);
 	for (int i = 0; r.inverse && i < 8; i++)
 		sine[i] = -sine[i];
-	for (int64_t h = (int64_t)blockIdx.y * HEADS;
-	     h < r.n_heads && h < ((int64_t)blockIdx.y + 1) * HEADS; h++) {
-		const bf16 *from = at(r.from, b, t, h);
-		bf16 *to = at(r.to, b, t % r.slots, h);
+#pragma unroll
+	for (int i = 0; i < HEADS; i++) {
+		if (first + i >= r.n_heads)
+			continue;
+		bf16 *to = at(r.to, b, t % r.slots, first + i);
 
-		load8(low, from + left);
-		load8(high, from + right);
+		unpack8(low, lows[i]);
+		unpack8(high, highs[i]);
 		if (turns)
 			turn8(low, high, cosine, sine);
 		store8(to + left, low);

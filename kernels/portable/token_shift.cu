@@ -23,15 +23,25 @@ static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 	return static_cast<const bf16 *>(tensor);
 }
 
-/* Eight channels' mixes of output n: of a token at `place` of its tensor, or parameters. */
-template <enum shift FORM>
-static __device__ __forceinline__ void load_mix(float (&mix)[8], const vector8 &stored,
-                                                const float *weight, int64_t channel)
+/* Eight channels' mixes of output n: those of a token, or parameters, which a thread keeps. */
+template <enum shift FORM, int N>
+static __device__ __forceinline__ void get_mix(float (&mix)[8], const vector8 &stored,
+                                               const float (&kept)[N][8], int n)
 {
-	if (FORM == SHIFT_CONSTANT)
-		load8f(mix, weight + channel);
-	else
+	if (FORM == SHIFT_VARIABLE)
 		unpack8(mix, stored);
+#pragma unroll
+	for (int i = 0; FORM == SHIFT_CONSTANT && i < 8; i++)
+		mix[i] = kept[n][i];
+}
+
+template <enum shift FORM, int N>
+static __device__ __forceinline__ void keep_mixes(float (&kept)[N][8],
+                                                  const struct token_shift_args &a, int64_t channel)
+{
+#pragma unroll
+	for (int n = 0; FORM == SHIFT_CONSTANT && n < N; n++)
+		load8f(kept[n], a.weight + n * a.width + channel);
 }
 
 static __device__ __forceinline__ void clear(float (&x)[8])
@@ -71,10 +81,11 @@ static __global__ void __launch_bounds__(THREADS)
 	const int64_t pieces = a.width / 8, index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
 	const int64_t channel = index % pieces * 8, output = a.batch * a.seq_len * a.width;
 	bf16 *out = static_cast<bf16 *>(a.out) + channel;
-	float x[8], before[8], mix[8], y[8];
+	float x[8], before[8], mix[8], y[8], kept[N][8];
 
 	if (index / pieces >= count_segments(a))
 		return;
+	keep_mixes<FORM, N>(kept, a, channel);
 	const struct segment s = segment_of(a, index / pieces);
 	clear(before);
 	if (!s.begins)
@@ -90,7 +101,7 @@ static __global__ void __launch_bounds__(THREADS)
 				        load8(elements(a.mix) + n * output + r * a.width + channel);
 #pragma unroll
 		for (int n = 0; n < N; n++) {
-			load_mix<FORM>(mix, stored[n], a.weight + n * a.width, channel);
+			get_mix<FORM, N>(mix, stored[n], kept, n);
 #pragma unroll
 			for (int i = 0; i < 8; i++)
 				y[i] = fmaf(before[i] - x[i], mix[i], x[i]);
@@ -108,7 +119,8 @@ static __global__ void __launch_bounds__(THREADS)
 /* What the outputs of a token owe to the token before: the sum of dout mix. */
 template <enum shift FORM, int N>
 static __device__ __forceinline__ void
-load_carry(float (&carry)[8], const struct token_shift_backward_args &a, int64_t r, int64_t channel)
+load_carry(float (&carry)[8], const struct token_shift_backward_args &a, int64_t r, int64_t channel,
+           const float (&kept)[N][8])
 {
 	const struct token_shift_args &f = a.forward;
 	const int64_t output = f.batch * f.seq_len * f.width, place = r * f.width + channel;
@@ -121,7 +133,7 @@ load_carry(float (&carry)[8], const struct token_shift_backward_args &a, int64_t
 		load8(dout, elements(a.dout) + n * output + place);
 		if (FORM == SHIFT_VARIABLE)
 			stored = load8(elements(f.mix) + n * output + place);
-		load_mix<FORM>(mix, stored, f.weight + n * f.width, channel);
+		get_mix<FORM, N>(mix, stored, kept, n);
 #pragma unroll
 		for (int i = 0; i < 8; i++)
 			carry[i] = fmaf(dout[i], mix[i], carry[i]);
@@ -131,10 +143,10 @@ load_carry(float (&carry)[8], const struct token_shift_backward_args &a, int64_t
 /* One token: dx, and the gradients of its mixes, which are stored or added to `sums`; the carry
  * becomes its own. */
 template <enum shift FORM, int N>
-static __device__ __forceinline__ void token_backward(const struct token_shift_backward_args &a,
-                                                      int64_t r, int64_t channel,
-                                                      const float (&x)[8], const float (&before)[8],
-                                                      float (&carry)[8], float (&sums)[N][8])
+static __device__ __forceinline__ void
+token_backward(const struct token_shift_backward_args &a, int64_t r, int64_t channel,
+               const float (&x)[8], const float (&before)[8], float (&carry)[8],
+               float (&sums)[N][8], const float (&kept)[N][8])
 {
 	const struct token_shift_args &f = a.forward;
 	const int64_t output = f.batch * f.seq_len * f.width, place = r * f.width + channel;
@@ -157,7 +169,7 @@ static __device__ __forceinline__ void token_backward(const struct token_shift_b
 #pragma unroll
 	for (int n = 0; n < N; n++) {
 		unpack8(dout, douts[n]);
-		load_mix<FORM>(mix, mixes[n], f.weight + n * f.width, channel);
+		get_mix<FORM, N>(mix, mixes[n], kept, n);
 #pragma unroll
 		for (int i = 0; i < 8; i++) {
 			dx[i] = fmaf(dout[i], 1.0f - mix[i], dx[i]);
@@ -183,22 +195,23 @@ static __global__ void __launch_bounds__(THREADS)
 {
 	const struct token_shift_args &f = a.forward;
 	const int64_t channel = 8 * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
-	float sums[N][8] = {};
+	float sums[N][8] = {}, kept[N][8];
 
 	if (channel >= f.width)
 		return;
+	keep_mixes<FORM, N>(kept, f, channel);
 	for (int64_t number = blockIdx.y; number < count_segments(f); number += gridDim.y) {
 		const struct segment s = segment_of(f, number);
 		float x[8], before[8], carry[8] = {};
 
 		if (s.last < s.end)
-			load_carry<FORM, N>(carry, a, s.last, channel);
+			load_carry<FORM, N>(carry, a, s.last, channel, kept);
 		load8(x, elements(f.x) + (s.last - 1) * f.width + channel);
 		for (int64_t r = s.last - 1; r >= s.first; r--) {
 			clear(before);
 			if (r > s.first || !s.begins)
 				load8(before, elements(f.x) + (r - 1) * f.width + channel);
-			token_backward<FORM, N>(a, r, channel, x, before, carry, sums);
+			token_backward<FORM, N>(a, r, channel, x, before, carry, sums, kept);
 #pragma unroll
 			for (int i = 0; i < 8; i++)
 				x[i] = before[i];

@@ -117,6 +117,11 @@ inline float reciprocal_fast(float x)
 	return 1.0f / x;
 }
 
+inline float rsqrt_fast(float x)
+{
+	return 1.0f / sqrtf(fabsf(x) < 1.1754944e-38f ? 0.0f : x);
+}
+
 inline float min_or_nan(float a, float b)
 {
 	return isnan(a) || a < b ? a : b;
