@@ -112,7 +112,7 @@ static struct sizes any_sizes(struct dice *dice, bool narrow)
 	s.width = any_width(dice, narrow, is_long ? 40 : 300);
 	s.d_in = any_width(dice, narrow, is_long ? 40 : 150);
 	s.d_out = any_width(dice, narrow, is_long ? 40 : 150);
-	s.rank = narrow ? 16 : dice_integer(dice, 1, 20);
+	s.rank = narrow ? 8 * dice_integer(dice, 1, 18) : dice_integer(dice, 1, 20);
 	s.chunk = dice_integer(dice, 1, dice_bits(dice) & 1 ? 20 : 2 * s.seq_len);
 	if (dice_bits(dice) & 1)
 		s.chunk = narrow ? any_of(dice, chunks, 5) : s.chunk;

@@ -273,6 +273,111 @@ static __global__ void __launch_bounds__(THREADS, NARROW_PER_SM)
 	}
 }
 
+/* ---- ranks above 16: a block keeps the rows of x of 128 tokens, and takes all columns, whose
+ * weights pass through shared memory, the next 64 on their way meanwhile. ---- */
+
+enum { WIDE_THREADS = 256, WIDE_TOKENS = WIDE_THREADS / WARP * TOKENS };
+
+/* Element of a tile of weights, [COLUMNS, 8 PIECES], that begins a row's piece of eight: rows that
+ * a product takes side by side are in different banks. */
+template <int PIECES> static __device__ __forceinline__ int weight_at(int row, int piece)
+{
+	return (row * PIECES + (piece ^ (row / 8 % 4 * 2 + row % 2))) * 8;
+}
+
+/* The weights of 64 columns, in the background; zeros past the rank. */
+template <int PIECES>
+static __device__ __forceinline__ void load_weights(bf16 *tile, const struct decay_gate_args &a,
+                                                    int64_t column)
+{
+#pragma unroll
+	for (int j = 0; j < COLUMNS * PIECES / WIDE_THREADS; j++) {
+		const int i = threadIdx.x + j * WIDE_THREADS, row = i / PIECES, piece = i % PIECES;
+		const bool valid = piece * 8 < a.rank;
+
+		copy16_async(tile + weight_at<PIECES>(row, piece),
+		             static_cast<const bf16 *>(a.weight) +
+		                     min(column + row, a.d_out - 1) * a.rank +
+		                     (valid ? piece * 8 : 0),
+		             valid);
+	}
+	copy_commit();
+}
+
+/* sum[n], as of gate_products(): products of 16 tokens with a tile of weights. */
+template <int STEPS>
+static __device__ __forceinline__ void
+multiply_weights(float (&sum)[COLUMNS / 8][4], const uint32_t (&left)[STEPS][4], const bf16 *tile)
+{
+	const int lane = threadIdx.x % WARP, j = lane % 8, half = lane / 8 % 2, second = lane / 16;
+	const int row = j / 2 * 8 + second * 2 + j % 2;
+
+#pragma unroll
+	for (int step = 0; step < STEPS; step++)
+#pragma unroll
+		for (int n = 0; n < COLUMNS / 8; n += 2) {
+			uint32_t right[4];
+
+			load_matrices(right,
+			              tile + weight_at<2 * STEPS>(row + n / 4 * GROUP + n % 4 * 2,
+			                                          2 * step + half));
+			multiply_add(sum[n], left[step], right[0], right[1]);
+			multiply_add(sum[n + 1], left[step], right[2], right[3]);
+		}
+}
+
+template <enum low_rank FORM, int STEPS>
+static __global__ void __launch_bounds__(WIDE_THREADS, 2)
+        wide_gate_kernel(const __grid_constant__ struct decay_gate_args a)
+{
+	constexpr bool TANH = FORM == LOW_RANK_TANH || FORM == LOW_RANK_EXP;
+	constexpr int TILE = COLUMNS * STEPS * 16;
+	bf16 *const tiles = reinterpret_cast<bf16 *>(shared_memory);
+	const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+	const int64_t token = (int64_t)blockIdx.x * WIDE_TOKENS + threadIdx.x / WARP * TOKENS + g;
+	const bool there0 = token < a.n_tokens, there1 = token + 8 < a.n_tokens;
+	const auto *x = static_cast<const bf16 *>(a.x) + 2 * c;
+	const bf16 *x0 = x + min(token, a.n_tokens - 1) * a.x_stride;
+	const bf16 *x1 = x + min(token + 8, a.n_tokens - 1) * a.x_stride;
+	bf16 *out = static_cast<bf16 *>(a.out) + token * a.d_out + 8 * c;
+	uint32_t left[STEPS][4], rest[TANH ? STEPS : 1][4];
+
+	load_weights<2 * STEPS>(tiles, a, 0);
+#pragma unroll
+	for (int step = 0; step < STEPS; step++) {
+		const int r = 16 * step;
+		const bool low = r < a.rank, high = r + 8 < a.rank;
+
+		left[step][0] = low ? load_pair(x0 + r) : 0;
+		left[step][1] = low ? load_pair(x1 + r) : 0;
+		left[step][2] = high ? load_pair(x0 + r + 8) : 0;
+		left[step][3] = high ? load_pair(x1 + r + 8) : 0;
+#pragma unroll
+		for (int i = 0; TANH && i < 4; i++) {
+			const struct split_pair split = tanh_of(left[step][i]);
+
+			left[step][i] = split.high;
+			rest[step][i] = split.low;
+		}
+	}
+#pragma unroll 1
+	for (int64_t column = 0, tile = 0; column < a.d_out; column += COLUMNS, tile ^= 1) {
+		float sum[COLUMNS / 8][4] = {};
+		struct gate_columns columns;
+
+		copy_wait<0>();
+		__syncthreads();
+		if (column + COLUMNS < a.d_out)
+			load_weights<2 * STEPS>(tiles + (tile ^ 1) * TILE, a, column + COLUMNS);
+		multiply_weights<STEPS>(sum, left, tiles + tile * TILE);
+		if constexpr (TANH)
+			multiply_weights<STEPS>(sum, rest, tiles + tile * TILE);
+		load_gate_columns<FORM>(columns, a, column);
+		store_gates<FORM>(out, out + 8 * a.d_out, sum, columns, there0, there1);
+		out += COLUMNS;
+	}
+}
+
 extern "C" const char *portable_decay_gate_unsupported(const struct device *, const void *args)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
@@ -284,40 +389,67 @@ extern "C" const char *portable_decay_gate_unsupported(const struct device *, co
 	return either(check_widths(a->rank, a->x_stride, a->d_out), check_aligned(a->x));
 }
 
+/* The blocks of a gate, and the kernel. */
+struct gate_launch {
+	void (*kernel)(struct decay_gate_args);
+	dim3 blocks;
+	int threads;
+	size_t shared;
+};
+
+/* Up to 16 ranks in registers; up to 128 the rows of x, of tanh(x) up to 64; all others come from
+ * memory, tile after tile. */
 template <enum low_rank FORM>
-static auto kernel_for(bool narrow) -> decltype(&decay_gate_kernel<FORM>)
+static struct gate_launch launch_of(const struct device *device, const struct decay_gate_args *a)
 {
-	return narrow ? narrow_gate_kernel<FORM> : decay_gate_kernel<FORM>;
+	constexpr bool TANH = FORM == LOW_RANK_TANH || FORM == LOW_RANK_EXP;
+	const int64_t columns = divide_up(a->d_out, THREADS / WARP * COLUMNS);
+	const auto tall = [&](int64_t blocks, int64_t across) {
+		return dim3((unsigned)blocks, (unsigned)across);
+	};
+	const auto wide = [&](int steps) {
+		return (size_t)(2 * COLUMNS * 16 * steps) * sizeof(bf16);
+	};
+	const int64_t wide_blocks = divide_up(a->n_tokens, WIDE_TOKENS);
+
+	if (a->rank <= 16)
+		return {narrow_gate_kernel<FORM>,
+		        tall(count_shares(device, divide_up(a->n_tokens, TOKENS), NARROW_PER_SM,
+		                          columns),
+		             columns),
+		        THREADS, 0};
+	if (a->rank <= 64)
+		return {wide_gate_kernel<FORM, 4>, tall(wide_blocks, 1), WIDE_THREADS, wide(4)};
+	if constexpr (!TANH)
+		if (a->rank <= 128)
+			return {wide_gate_kernel<FORM, 8>, tall(wide_blocks, 1), WIDE_THREADS,
+			        wide(8)};
+	return {decay_gate_kernel<FORM>, tall(divide_up(a->n_tokens, TOKENS * TILES), columns),
+	        THREADS, 0};
 }
 
-static auto kernel_of(enum low_rank form, bool narrow)
-        -> decltype(&decay_gate_kernel<LOW_RANK_DECAY>)
+static struct gate_launch launch_of(const struct device *device, const struct decay_gate_args *a)
 {
-	switch (form) {
+	switch (a->form) {
 	case LOW_RANK_DECAY:
-		return kernel_for<LOW_RANK_DECAY>(narrow);
+		return launch_of<LOW_RANK_DECAY>(device, a);
 	case LOW_RANK_RATE:
-		return kernel_for<LOW_RANK_RATE>(narrow);
+		return launch_of<LOW_RANK_RATE>(device, a);
 	case LOW_RANK_TANH:
-		return kernel_for<LOW_RANK_TANH>(narrow);
+		return launch_of<LOW_RANK_TANH>(device, a);
 	case LOW_RANK_EXP:
-		return kernel_for<LOW_RANK_EXP>(narrow);
+		return launch_of<LOW_RANK_EXP>(device, a);
 	case LOW_RANK_STEP:
-		return kernel_for<LOW_RANK_STEP>(narrow);
+		return launch_of<LOW_RANK_STEP>(device, a);
 	default:
-		return kernel_for<LOW_RANK_LOGIT>(narrow);
+		return launch_of<LOW_RANK_LOGIT>(device, a);
 	}
 }
 
 extern "C" enum status portable_decay_gate(struct device *device, const void *args, void *)
 {
 	const auto *a = static_cast<const struct decay_gate_args *>(args);
-	const int64_t columns = divide_up(a->d_out, THREADS / WARP * COLUMNS);
-	const bool narrow = a->rank <= 16;
-	const int64_t blocks = narrow ? count_shares(device, divide_up(a->n_tokens, TOKENS),
-	                                             NARROW_PER_SM, columns)
-	                              : divide_up(a->n_tokens, TOKENS * TILES);
+	const struct gate_launch x = launch_of(device, a);
 
-	return launch(device, "decay_gate", kernel_of(a->form, narrow),
-	              dim3((unsigned)blocks, (unsigned)columns), THREADS, 0, *a);
+	return launch(device, "decay_gate", x.kernel, x.blocks, x.threads, x.shared, *a);
 }
