@@ -300,6 +300,7 @@ test:
 	@$(BOOTSTRAP) test
 	@$(SUBMAKE) tests programs library
 	@tests/run.sh $(TESTS)
+	$(if $(SAN),,@tests/python.sh $(BUILD))
 
 test-gpu:
 	@$(SUBMAKE) CUDA=1 tests programs

@@ -179,6 +179,7 @@ struct blocks_parameter {
 	const char *name; /* until the next call for the same layer */
 	int n_dims;
 	int64_t shape[BLOCKS_DIMS];
+	int same_as; /* the number of the parameter that this is a further name of; else its own */
 };
 
 /* Parameter number i; BLOCKS_INVALID after the last. */

@@ -112,12 +112,14 @@ enum blocks_status blocks_layer_parameter(struct blocks_layer *layer, int i,
                                           struct blocks_parameter *parameter)
 {
 	struct tensor_spec shape;
+	int same_as = i;
 
-	if (i < 0 || !stack_name_at(&layer->stack, i, layer->name, sizeof layer->name) ||
+	if (i < 0 || !stack_name_at(&layer->stack, i, layer->name, sizeof layer->name, &same_as) ||
 	    !stack_named_shape(&layer->stack, layer->name, &shape))
 		return blocks_status_of(
 		        status_set(STATUS_INVALID, "the layer has no parameter %d", i));
-	struct blocks_parameter found = {.name = layer->name, .n_dims = shape.n_dims};
+	struct blocks_parameter found = {
+	        .name = layer->name, .n_dims = shape.n_dims, .same_as = same_as};
 	for (int d = 0; d < BLOCKS_DIMS; d++)
 		found.shape[d] = d < shape.n_dims ? shape.dims[d] : 1;
 	blocks_fill(parameter, &found, sizeof found);

@@ -278,25 +278,44 @@ static bool begins_parameter(const struct stack *stack, int layer, const struct 
 	return !names[i].is_state && find_parameter(stack, layer, names[i].tensor, &parameter);
 }
 
-bool stack_name_at(const struct stack *stack, int index, char *name, size_t size)
+/* How far before entry i, counted in names, another name of the same rows is; 0: there is none. */
+static int synonym_before(const struct stack *stack, int layer, const struct golden_name *names,
+                          int i)
+{
+	int back = 0, found = 0;
+
+	for (int j = i - 1; j >= 0; j--) {
+		if (!begins_parameter(stack, layer, names, j))
+			continue;
+		back++;
+		if (names[j].tensor == names[i].tensor && names[j].first == names[i].first)
+			found = back;
+	}
+	return found;
+}
+
+bool stack_name_at(const struct stack *stack, int index, char *name, size_t size, int *same_as)
 {
 	struct golden_name names[MAX_GOLDEN_NAMES];
 	char prefix[64];
+	int at = 0;
 
+	*same_as = index;
 	for (int layer = 0; layer < stack->n_layers; layer++) {
 		const struct layer_config *config = &stack->layers[layer];
 		const int n = config->class->golden_names(config, names);
 
 		for (int i = 0; i < n; i++)
-			if (begins_parameter(stack, layer, names, i) && index-- == 0) {
+			if (begins_parameter(stack, layer, names, i) && at++ == index) {
 				name_prefix(stack, layer, prefix, sizeof prefix);
 				snprintf(name, size, "%s%s", prefix, names[i].name);
+				*same_as -= synonym_before(stack, layer, names, i);
 				return true;
 			}
 	}
-	if (stack->vocab == 0 || index >= MODEL_PARAMETERS)
+	if (stack->vocab == 0 || index - at >= MODEL_PARAMETERS)
 		return false;
-	snprintf(name, size, "%s", model_names[index]);
+	snprintf(name, size, "%s", model_names[index - at]);
 	return true;
 }
 

@@ -159,8 +159,9 @@ enum status stack_get_gradient(const struct stack *stack, int layer, int index, 
  * reference's sizes; false if nothing.
  */
 bool stack_named_shape(const struct stack *stack, const char *name, struct tensor_spec *shape);
-/* The name of parameter number `index` of all that have one; false: there are no more. */
-bool stack_name_at(const struct stack *stack, int index, char *name, size_t size);
+/* Name number `index` of all that parameters have; false: there are no more. *same_as: the number
+ * of the first name of the same rows, `index` itself where this is it. */
+bool stack_name_at(const struct stack *stack, int index, char *name, size_t size, int *same_as);
 enum status stack_set_named(struct stack *stack, const char *name, const float *values,
                             int64_t count);
 enum status stack_get_named(const struct stack *stack, const char *name, float *values,
