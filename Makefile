@@ -58,7 +58,7 @@ endif
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CPPFLAGS += -isystem $(CUDA_HOME)/include
 LDFLAGS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64
-LDLIBS += -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
+LDLIBS += -lcudart_static -lstdc++ -ldl -lrt -lpthread
 SOURCES += $(foreach d,kernels/cuda kernels/portable kernels/hopper baselines/*, \
 	$(wildcard $(d)/*.c $(d)/*.cu))
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
