@@ -49,9 +49,11 @@ void blocks_fill(void *to, const void *from, size_t bytes)
 	size_t known;
 
 	memcpy(&known, to, sizeof known);
+	if (bytes < known)
+		known = bytes;
 	if (known > sizeof known)
 		memcpy((char *)to + sizeof known, (const char *)from + sizeof known,
-		       (known < bytes ? known : bytes) - sizeof known);
+		       known - sizeof known);
 }
 
 enum blocks_status blocks_device_open(const char *backend, const char *which,

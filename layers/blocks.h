@@ -41,9 +41,10 @@ enum blocks_status {
 enum blocks_dtype { BLOCKS_F32, BLOCKS_BF16, BLOCKS_I32, BLOCKS_F64 };
 
 enum blocks_pass {
-	BLOCKS_TRAIN,     /* forward, then backward */
-	BLOCKS_PREFILL,   /* forward over a prompt; with room for more, steps after it */
-	BLOCKS_GENERATION /* steps alone */
+	BLOCKS_TRAIN,      /* forward, then backward */
+	BLOCKS_PREFILL,    /* forward over a prompt; with room for more, steps after it */
+	BLOCKS_GENERATION, /* steps alone */
+	BLOCKS_DESCRIPTION /* nothing: the names and shapes of parameters, without memory */
 };
 
 enum blocks_role {

@@ -45,7 +45,8 @@ static struct layer_shape shape_of(const struct blocks_layer_options *o)
 {
 	static const enum pass passes_of[] = {[BLOCKS_TRAIN] = PASS_TRAIN,
 	                                      [BLOCKS_PREFILL] = PASS_PREFILL,
-	                                      [BLOCKS_GENERATION] = PASS_GENERATION};
+	                                      [BLOCKS_GENERATION] = PASS_GENERATION,
+	                                      [BLOCKS_DESCRIPTION] = PASS_KERNEL};
 	struct layer_shape shape = {.pass = passes_of[o->pass],
 	                            .batch = o->batch,
 	                            .seq_len = o->seq_len,
@@ -62,18 +63,22 @@ static enum status build(struct blocks_layer *layer, const struct blocks_device 
 	struct blocks_layer_options options = {.size = sizeof options};
 
 	blocks_fill(&options, given, given->size);
-	if (options.pass > BLOCKS_GENERATION)
+	if (options.pass > BLOCKS_DESCRIPTION)
 		return status_set(STATUS_INVALID, "no pass %d", (int)options.pass);
 	const struct stack_options stack_options = options_of(&options, pattern);
 	const struct layer_shape shape = shape_of(&options);
 
 	layer->ctx = (struct context){.device = device->device, .choice = device->choice};
 	TRY(stack_configure(&layer->stack, device->device, &stack_options));
+	stack_pattern(&layer->stack, layer->pattern, sizeof layer->pattern);
+	/* A stack has no such pass. */
+	layer->stack.shape.pass = shape.pass;
+	if (shape.pass == PASS_KERNEL)
+		return STATUS_OK;
 	TRY(stack_allocate(&layer->stack, &layer->ctx, &shape));
 	TRY(stack_initialize(&layer->stack, options.seed));
 	if (shape.pass != PASS_TRAIN)
 		TRY(stack_empty_state(&layer->stack));
-	stack_pattern(&layer->stack, layer->pattern, sizeof layer->pattern);
 	return STATUS_OK;
 }
 
@@ -126,24 +131,32 @@ enum blocks_status blocks_layer_parameter(struct blocks_layer *layer, int i,
 	return BLOCKS_OK;
 }
 
+/* Whether there are values, when all work has ended. */
+static enum status require_values(const struct blocks_layer *layer)
+{
+	if (!layer->stack.arena)
+		return status_set(STATUS_INVALID, "a layer opened for a description has no values");
+	return device_synchronize(layer->stack.device);
+}
+
 enum blocks_status blocks_layer_set(struct blocks_layer *layer, const char *name,
                                     const float *values, int64_t count)
 {
-	TRY_BLOCKS(device_synchronize(layer->stack.device));
+	TRY_BLOCKS(require_values(layer));
 	return blocks_status_of(stack_set_named(&layer->stack, name, values, count));
 }
 
 enum blocks_status blocks_layer_get(struct blocks_layer *layer, const char *name, float *values,
                                     int64_t count)
 {
-	TRY_BLOCKS(device_synchronize(layer->stack.device));
+	TRY_BLOCKS(require_values(layer));
 	return blocks_status_of(stack_get_named(&layer->stack, name, values, count));
 }
 
 enum blocks_status blocks_layer_gradient(struct blocks_layer *layer, const char *name,
                                          float *values, int64_t count)
 {
-	TRY_BLOCKS(device_synchronize(layer->stack.device));
+	TRY_BLOCKS(require_values(layer));
 	return blocks_status_of(stack_get_named_gradient(&layer->stack, name, values, count));
 }
 
@@ -157,9 +170,12 @@ static void use_ends(struct stack *stack, const void *x, void *y)
 
 static enum status require_pass(const struct blocks_layer *layer, bool allowed, const char *what)
 {
-	return allowed ? STATUS_OK
-	               : status_set(STATUS_INVALID, "a layer opened for %s has no %s",
-	                            pass_name(layer->stack.shape.pass), what);
+	const enum pass pass = layer->stack.shape.pass;
+
+	if (allowed && layer->stack.arena)
+		return STATUS_OK;
+	return status_set(STATUS_INVALID, "a layer opened for %s has no %s",
+	                  pass == PASS_KERNEL ? "a description" : pass_name(pass), what);
 }
 
 enum blocks_status blocks_layer_forward(struct blocks_layer *layer, const void *x, void *y)

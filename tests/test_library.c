@@ -194,6 +194,26 @@ TEST(layers_refuse_what_they_were_not_opened_for)
 	blocks_layer_close(layer);
 }
 
+/* However large, and nothing can be done with it. */
+TEST(descriptions_take_no_memory)
+{
+	const struct blocks_layer_options options = {
+	        .size = sizeof options, .pass = BLOCKS_DESCRIPTION, .d_model = 1 << 20};
+	struct blocks_parameter parameter = {.size = sizeof parameter};
+	struct blocks_layer *layer;
+	float x[1] = {0};
+
+	require_blocks(blocks_layer_open(device, "attention", &options, &layer));
+	require_blocks(blocks_layer_parameter(layer, 1, &parameter));
+	assert_string_equal(parameter.name, "in_proj.weight");
+	assert_int_equal(parameter.shape[1], 1 << 20);
+	assert_int_equal(blocks_layer_forward(layer, x, x), BLOCKS_INVALID);
+	expect_message("forward", "a description has no forward");
+	assert_int_equal(blocks_layer_get(layer, "in_proj.weight", x, 1), BLOCKS_INVALID);
+	assert_int_equal(blocks_layer_clear(layer), BLOCKS_INVALID);
+	blocks_layer_close(layer);
+}
+
 /* A caller that knows fewer members gets those alone. */
 TEST(structs_may_grow)
 {

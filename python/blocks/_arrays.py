@@ -75,8 +75,9 @@ def device_of(*arrays):
                 found.set_stream(stream)
                 found.stream = stream
             return found
-    wide = arrays and all("float64" in str(x.dtype) for x in arrays if "float" in str(x.dtype))
-    return device("reference" if wide else "cpu")
+    types = {str(x.dtype).split(".")[-1] for x in arrays}
+    floats_only = {name for name in types if "float" in name}
+    return device("reference" if floats_only == {"float64"} else "cpu")
 
 
 def _torch_type(dtype):

@@ -6,8 +6,9 @@ import time
 import numpy
 
 from . import _arrays as at
-from ._library import Invalid
 from ._layer import Layer
+from ._library import Error, Invalid
+
 
 class _Precision:
     """What a type may lose: ||a - b|| / ||b|| of outputs and of gradients, as for golden files.
@@ -50,9 +51,9 @@ class TensorResult:
 
 
 class Report:
-    """What check() found; print() shows it as a table.
+    """What check() found; as a text it is a table.
 
-    tensors: TensorResults, outputs first; differs: the names of those in which the module is not
+    tensors: TensorResults, y and dx first; differs: the names of those in which the module is not
     the layer, the worst first; agrees: whether there are none; first_token: where y differs first;
     theirs_ms, ours_ms: medians of a forward and backward, None where nothing was timed; ratio: the
     median of the ratios of neighbours in time.
@@ -95,7 +96,8 @@ class Report:
         ]
         for t in self.tensors:
             lines.append(
-                f"{t.name:<36} {str(list(t.shape)):<16} {t.theirs:8.1e} {t.ours:8.1e}  {t.verdict()}"
+                f"{t.name:<36} {str(list(t.shape)):<16} {t.theirs:8.1e} {t.ours:8.1e}  "
+                + t.verdict()
             )
         lines.append(self._summary())
         if self.ratio is not None:
@@ -268,10 +270,34 @@ def _times(theirs, layer, x, dy, rounds):
     return times[1:]
 
 
+def _matches(pattern, width, values, names):
+    """How many of the module's parameters have the shape that they have at this width."""
+    try:
+        layer = Layer(pattern, width, mode="description")
+    except Error:
+        return 0
+    own = ((_our_name(layer, names, name), value) for name, value in values.items())
+    return sum(_squeezed(layer.shapes.get(name, ())) == _squeezed(v.shape) for name, v in own)
+
+
+def _squeezed(shape):
+    return [n for n in shape if n != 1]
+
+
+def _width(pattern, values, names):
+    """The d_model at which the layer's parameters are the module's."""
+    sizes = sorted({n for value in values.values() for n in value.shape})
+    found = {n: _matches(pattern, n, values, names) for n in sizes}
+    best = max(found, key=found.get, default=0)
+    if not best or not found[best]:
+        raise Invalid(f"no parameter of the module is one of {pattern} at any width; give d_model")
+    return best
+
+
 def _is_mixer(pattern, d_model, values, names):
     """Whether the module has no parameter for the norm that stands before a whole layer."""
-    with_norm = Layer(pattern, d_model, seq_len=1, device="reference")
-    without = Layer(pattern, d_model, seq_len=1, device="reference", mixer_only=True)
+    with_norm = Layer(pattern, d_model, mode="description")
+    without = Layer(pattern, d_model, mode="description", mixer_only=True)
     own = {_our_name(with_norm, names, name) for name in values}
     return not (set(with_norm) - set(without)) & own
 
@@ -343,16 +369,19 @@ def check(
     mixer_only=None,
     seed=0,
     rounds=10,
+    quiet=False,
 ):
     """Whether a module computes what a layer of ours does, "gla(heads=4)", and how fast.
 
     The module's parameters are handed over by name. Names are those of the reference
     implementations (Layer(...).shapes lists them); `names` translates: {theirs: ours}. Then y, dx
     and the gradient of every parameter, of the module and of our layer, are compared with those of
-    the fp64 reference. Both are timed in turns, `rounds` times; 0: not at all.
+    the fp64 reference. Both are timed in turns, `rounds` times; 0: not at all. What was found is
+    printed, unless `quiet`.
 
     module: a torch.nn.Module, or an object with `parameters`, arrays by name, and run(x, dy) that
-    returns y, dx and the gradients by name. x, dy: [batch, seq_len, d_model]; random where not given.
+    returns y, dx and the gradients by name. d_model: where it is not given, that of the parameters.
+    x, dy: [batch, seq_len, d_model]; random where they are not given.
     mixer_only: without the norm before and the residual around the layer; where it is not said, so
     is a module that has no parameter for that norm. Returns a Report.
     """
@@ -361,7 +390,7 @@ def check(
     if x is not None:
         batch, seq_len, d_model = x.shape
     if d_model is None:
-        raise Invalid("check() wants to know d_model, or an x")
+        d_model = _width(pattern, values, names)
     if mixer_only is None:
         mixer_only = _is_mixer(pattern, d_model, values, names)
     generator = numpy.random.default_rng(seed)
@@ -393,4 +422,7 @@ def check(
         first = _first_token(found["y"], expected["y"], results[0].tolerance)
     times = _times(theirs, ours, x, dy, rounds)
     theirs.restore(before)
-    return Report(ours.pattern, ours.device.backend, shape, results, first, times)
+    report = Report(ours.pattern, ours.device.backend, shape, results, first, times)
+    if not quiet:
+        print(report)
+    return report

@@ -8,18 +8,24 @@ import numpy
 from . import _library as lib
 from . import _arrays as at
 
-_passes = {"train": lib.TRAIN, "prefill": lib.PREFILL, "generation": lib.GENERATION}
+_passes = {
+    "train": lib.TRAIN,
+    "prefill": lib.PREFILL,
+    "generation": lib.GENERATION,
+    "description": lib.DESCRIPTION,
+}
 
 
 class Layer(collections.abc.MutableMapping):
     """A pattern, "rat(chunk=16)" or "gla(heads=4),swa(window=64)", for one shape of input.
 
     As a mapping it holds its parameters under the names of the reference implementations, in their
-    layouts: layer["q_proj.weight"] = array. They are random until they are set. `shapes` lists them;
-    `synonyms` has further names, by which implementations differ.
+    layouts: layer["q_proj.weight"] = array. They are random until they are set. `shapes` lists
+    them; `synonyms` has further names, by which implementations differ.
 
     mode "train": forward, then backward; "prefill": forward, and step() after it if `capacity` is
-    more than seq_len; "generation": step() alone. mixer_only: without the norm before the layer and
+    more than seq_len; "generation": step() alone; "description": `shapes` alone, without memory.
+    mixer_only: without the norm before the layer and
     the residual around it. device: a Device, "cpu" or "reference".
     """
 
@@ -151,7 +157,7 @@ class Layer(collections.abc.MutableMapping):
         lib.run("layer_clear", self._handle)
 
     def verify(self):
-        """The worst operation of the last run, as a share of the error it may have (above 1: wrong)."""
+        """The last run's worst operation, as a share of the error it may have; above 1: wrong."""
         share = ctypes.c_double()
         lib.run("layer_verify", self._handle, ctypes.byref(share))
         return share.value

@@ -10,7 +10,7 @@ NAME = "libblocks.so.0"
 DIMS = 4
 
 F32, BF16, I32, F64 = range(4)
-TRAIN, PREFILL, GENERATION = range(3)
+TRAIN, PREFILL, GENERATION, DESCRIPTION = range(4)
 INPUT, OUTPUT, STATE, SCRATCH, UNREAD = range(5)
 
 
@@ -69,7 +69,7 @@ class Parameter(Structure):
 
 
 def _candidates():
-    """$BLOCKS_LIBRARY; beside this file; where the system looks; in the checkout around this file."""
+    """$BLOCKS_LIBRARY; or beside this file, where the system looks, in the checkout around it."""
     here = pathlib.Path(__file__).resolve().parent
     if os.environ.get("BLOCKS_LIBRARY"):
         return [os.environ["BLOCKS_LIBRARY"]]

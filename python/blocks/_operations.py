@@ -165,14 +165,13 @@ def _backward(device, name, settings, tensors, outputs, dout):
 
 def _left_for_backward(device, name, settings, tensors):
     """The optional outputs of a forward that its backward reads."""
-    with _Call(device, name, settings) as forward, _Call(
-        device, name + "_backward", settings
-    ) as backward:
+    with _Call(device, name, settings) as forward:
         _bind_all(forward, tensors)
-        _bind_all(backward, tensors)
         outputs = [o.name for o in forward.operands().values() if o.role == lib.OUTPUT]
+    with _Call(device, name + "_backward", settings) as backward:
+        _bind_all(backward, tensors)
         read = [o.name for o in backward.operands().values() if o.role == lib.INPUT]
-        return [key for key in outputs if key in read]
+    return [key for key in outputs if key in read]
 
 
 def _apply(name, arguments, shape, dout, want=()):
@@ -238,7 +237,7 @@ def matrix_recurrence(
     final_state=False,
     dout=None,
 ):
-    """S_t = A_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t, for q, k [B, T, H, d_k], v [B, T, H, d_v].
+    """S_t = A_t S_{t-1} + k_t^T v_t, o_t = scale q_t S_t; q, k [B, T, H, d_k], v [B, T, H, d_v].
 
     log_decay: the logarithm of A_t, [B, T, H] or [B, T, H, d_k]; decay "constant": RetNet's, 1 -
     2^(-5-h). rule "bonus": o_t reads S_{t-1} + bonus k_t^T v_t, bonus [H, d_k]. rule "delta": k_t^T

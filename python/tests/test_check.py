@@ -72,11 +72,13 @@ class Gla:
 
 
 def check(module, pattern="gla(heads=2)", **more):
-    return blocks.check(module, pattern, d_model=D, batch=B, seq_len=T, **{"rounds": 0, **more})
+    return blocks.check(module, pattern, batch=B, seq_len=T, **{"rounds": 0, **more})
 
 
-def test_a_formula_agrees():
+def test_a_formula_agrees(capsys):
     report = check(Gla(), rounds=1)
+    assert str(report) + "\n" == capsys.readouterr().out
+    assert report.shape == (B, T, D)
     assert report.agrees and report.ours_agrees and not report.differs
     assert {t.name for t in report.tensors} >= {"y", "dx", "gradient of gk_proj.1.bias"}
     assert len(report.tensors) == 2 + len(Gla().parameters)
@@ -103,6 +105,18 @@ def test_one_wrong_gradient_is_named():
     report = check(Wrong())
     assert report.differs == ["gradient of k_proj.weight"]
     assert report.first_token is None
+
+
+def test_a_width_that_no_layer_has():
+    module = Gla()
+    module.parameters = {"weight": np.zeros((3, 5))}
+    with pytest.raises(blocks.Invalid, match="give d_model"):
+        check(module)
+
+
+def test_it_can_be_quiet(capsys):
+    check(Gla(), quiet=True, d_model=D)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_nan_is_caught():
@@ -150,7 +164,7 @@ def test_the_module_of_the_docs():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     module = module_of_docs(wrong=False)(128, 4)
-    report = blocks.check(module, "gla(heads=4)", d_model=128, rounds=1)
+    report = blocks.check(module, "gla(heads=4)", rounds=1)
     assert report.agrees and report.ours_agrees, str(report)
     assert len(report.tensors) == 11 and report.ratio > 0
     assert all(p.grad is None for p in module.parameters())
@@ -160,20 +174,26 @@ def test_the_wrong_module_of_the_docs():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     module = module_of_docs(wrong=True)(128, 4)
-    report = blocks.check(module, "gla(heads=4)", d_model=128, rounds=0)
+    report = blocks.check(module, "gla(heads=4)", rounds=0)
     assert not report.agrees and report.ours_agrees
     assert report.differs[0].startswith("gradient of gk_proj") and report.first_token == 0
 
 
 def test_float64_and_translated_names_of_a_module():
     torch = pytest.importorskip("torch")
-    module = module_of_docs(wrong=False)(64, 2).double()
-    module.query = module.q_proj
-    named = dict(module.named_parameters())
-    assert "q_proj.weight" in named
-    del module.query
-    report = blocks.check(module, "gla(heads=2)", d_model=64, rounds=0)
-    assert report.agrees and report["y"].theirs < 1e-6
+    inner = module_of_docs(wrong=False)(64, 2)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = inner
+
+        def forward(self, x):
+            return self.mixer(x), None
+
+    names = {"mixer." + name: name for name, _ in inner.named_parameters()}
+    report = blocks.check(Wrapper().double(), "gla(heads=2)", names=names, rounds=0)
+    assert report.agrees and report["y"].theirs < 1e-6 and report.shape[2] == 64
 
 
 def test_a_whole_layer_with_norm_and_residual():
@@ -189,7 +209,7 @@ def test_a_whole_layer_with_norm_and_residual():
             return x + super().forward(self.input_norm(x))
 
     torch.manual_seed(1)
-    report = blocks.check(Whole(64, 2), "gla(heads=2)", d_model=64, rounds=0)
+    report = blocks.check(Whole(64, 2), "gla(heads=2)", rounds=0)
     assert report.agrees and "gradient of input_norm.weight" in [t.name for t in report.tensors]
 
 

@@ -143,7 +143,8 @@ def matrix_inputs():
         dtype=np.float64,
     )
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    return dict(q=q, k=k, v=v, diagonal=-0.2 * np.abs(decay), beta=sigmoid(beta), bonus=bonus, h0=h0)
+    diagonal = -0.2 * np.abs(decay)
+    return dict(q=q, k=k, v=v, diagonal=diagonal, beta=sigmoid(beta), bonus=bonus, h0=h0)
 
 
 def matrix_formula(q, k, v, log_decay, rule="plain", beta=None, bonus=None, h0=0):
