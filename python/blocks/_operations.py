@@ -174,17 +174,55 @@ def _left_for_backward(device, name, settings, tensors):
     return [key for key in outputs if key in read]
 
 
+class _Applied:
+    """An operation with a backward, on its tensors."""
+
+    def __init__(self, name, arguments, shape, want):
+        self.name = name
+        self.settings, self.tensors = _split(arguments)
+        self.device = at.device_of(*self.tensors.values())
+        self.shape = shape
+        self.want = list(want)
+
+    def forward(self, for_backward):
+        """A tuple of `out` and of what is wanted; and all outputs."""
+        left = []
+        if for_backward:
+            left = _left_for_backward(self.device, self.name, self.settings, self.tensors)
+        outputs = _run(self.device, self.name, self.settings, self.tensors, self.want + left)
+        return (outputs["out"].reshape(self.shape), *(outputs[k] for k in self.want)), outputs
+
+    def backward(self, outputs, dout):
+        """The gradients of the tensors by name."""
+        found = _backward(self.device, self.name, self.settings, self.tensors, outputs, dout)
+        return {k: g.reshape(tuple(self.tensors[k].shape)) for k, g in found.items()}
+
+    def recorded(self):
+        from . import _autograd
+
+        tensors = list(self.tensors.values())
+        if not _autograd.wanted(tensors):
+            return self.forward(False)[0]
+
+        def gradients(outputs, dout):
+            found = self.backward(outputs, dout)
+            return [found[name] for name in self.tensors]
+
+        results = _autograd.recorded(lambda: self.forward(True), gradients, tensors)
+        return results if isinstance(results, tuple) else (results,)
+
+
 def _apply(name, arguments, shape, dout, want=()):
     """Output `out` of an operation, then what was wanted, then gradients where there is a dout."""
-    settings, tensors = _split(arguments)
-    device = at.device_of(*tensors.values())
-    left = _left_for_backward(device, name, settings, tensors) if dout is not None else []
-    outputs = _run(device, name, settings, tensors, list(want) + left)
-    results = [outputs["out"].reshape(shape)] + [outputs[key] for key in want]
+    applied = _Applied(name, arguments, shape, want)
     if dout is not None:
-        found = _backward(device, name, settings, tensors, outputs, dout)
-        results.append({k: g.reshape(tuple(tensors[k].shape)) for k, g in found.items()})
-    return results[0] if len(results) == 1 else tuple(results)
+        results, outputs = applied.forward(True)
+        return *results, applied.backward(outputs, dout)
+    if any(at.is_tensor(x) for x in applied.tensors.values()):
+        results = applied.recorded()
+    else:
+        results, _ = applied.forward(False)
+    return results if len(results) > 1 else results[0]
 
 
 def attention(q, k, v, causal=True, window=None, scale=None, gate=None, dout=None):

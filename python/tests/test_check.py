@@ -226,3 +226,28 @@ def test_operations_on_tensors():
     assert torch.linalg.norm(wide - expected) < 1e-12 * torch.linalg.norm(expected)
     half = blocks.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert torch.linalg.norm(half - expected) < 2e-2 * torch.linalg.norm(expected)
+
+
+def test_gradients_of_operations_in_torch():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    q, k, v, gate = random(1, 5, 2, 4), random(1, 5, 1, 4), random(1, 5, 1, 4), random(1, 5, 2, 4)
+    assert torch.autograd.gradcheck(lambda *t: blocks.attention(*t[:3], gate=t[3]), (q, k, v, gate))
+    q, k, v, decay, h0 = (random(1, 5, 2, n) for n in (4, 4, 3, 4, 1))
+    h0 = random(1, 2, 4, 3)
+    run = lambda *t: blocks.gla(*t[:3], -t[3].abs(), h0=t[4])  # noqa: E731
+    assert torch.autograd.gradcheck(run, (q, k, v, decay, h0))
+    out, state = blocks.gla(q, k, v, -decay.abs(), final_state=True)
+    assert out.requires_grad and not state.requires_grad
+    x, g, bias, z = random(1, 5, 6), random(1, 5, 6), random(6), random(1, 5, 6)
+    run = lambda *t: blocks.recurrence(t[0], t[1], gate_bias=t[2], z=t[3])  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x, g, bias, z))
+    with torch.no_grad():
+        assert not blocks.recurrence(x, g).requires_grad
+    narrow = x.detach().float().requires_grad_()
+    blocks.recurrence(narrow, g.detach().float()).sum().backward()
+    assert narrow.grad.dtype == torch.float32 and torch.all(torch.isfinite(narrow.grad))
