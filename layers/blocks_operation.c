@@ -3,6 +3,7 @@
  * to the sizes and options that its description is made from, then to further fields of its
  * argument struct.
  */
+#define _POSIX_C_SOURCE 200809L
 #include "layers/blocks_device.h"
 
 #include <stdlib.h>
