@@ -28,7 +28,8 @@ CPPFLAGS := -I. -I$(BUILD) $(if $(filter 1,$(CUDA)),-DWITH_CUDA)
 # Clang warns of loops that it cannot vectorize.
 CLANG := $(findstring clang,$(shell $(CC) --version 2>/dev/null))
 CFLAGS := -std=c11 $(OPTIMIZE) -Wall -Wextra -Wno-unused-parameter -Werror -Wshadow -fopenmp \
-	$(if $(CLANG),-Wno-pass-failed) -fno-math-errno -fno-trapping-math -ffp-contract=fast
+	$(if $(CLANG),-Wno-pass-failed) -fno-math-errno -fno-trapping-math -ffp-contract=fast \
+	-fPIC -fvisibility=hidden
 LDFLAGS := $(if $(SAN),-fsanitize=$(SAN)) -fopenmp
 LDLIBS := -lopenblas -lm
 
@@ -57,13 +58,13 @@ endif
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CPPFLAGS += -isystem $(CUDA_HOME)/include
 LDFLAGS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64
-LDLIBS += -lcublasLt -lcudart_static -lstdc++ -ldl -lrt -lpthread
+LDLIBS += -lcudart_static -lstdc++ -ldl -lrt -lpthread
 SOURCES += $(foreach d,kernels/cuda kernels/portable kernels/hopper baselines/*, \
 	$(wildcard $(d)/*.c $(d)/*.cu))
 GPU_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/gpu/test_*.c))
 GPU_TEST_SUPPORT := $(patsubst %,$(BUILD)/%.o,$(wildcard tests/gpu/*.cu))
 HOST_FLAGS := $(shell scripts/nvcc_host.sh '$(NVCC)' $(if $(filter-out 0,$(MAKELEVEL)),2>/dev/null))
-NVCCFLAGS := $(HOST_FLAGS) -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror
+NVCCFLAGS := $(HOST_FLAGS) -std=c++17 -O3 -lineinfo -I. -DWITH_CUDA -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Werror,-fPIC
 PTX80 := -gencode arch=compute_80,code=compute_80
 # What uses instructions of sm_90a itself is for no other device.
 ARCHITECTURES := $(SM90A) $(PTX80)
@@ -71,13 +72,19 @@ $(BUILD)/kernels/hopper/%.cu.o $(BUILD)/tests/gpu/%.cu.o: ARCHITECTURES := $(SM9
 endif
 
 LIBRARY := $(BUILD)/libblocks.a
+# For other programs: operations and layers behind layers/blocks.h. SONAME changes when that does.
+SONAME := libblocks.so.0
+SHARED_LIBRARY := $(BUILD)/$(SONAME)
+PREFIX ?= /usr/local
 # What reads golden files is apart, because it needs cJSON and measuring does not.
 GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED)))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
+SHARED_OBJECTS := $(filter $(BUILD)/kernels/% $(BUILD)/layers/%,$(OBJECTS))
 
 .PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency FORCE
+	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency \
+	library install FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -87,7 +94,8 @@ ifneq ($(filter bench-% table2 compare run-latency,$(MAKECMDGOALS)),)
 .NOTPARALLEL:
 endif
 
-all: programs tests
+all: programs tests library
+library: $(SHARED_LIBRARY)
 programs: $(PROGRAMS) $(LAYER_PROGRAMS)
 drivers: $(DRIVERS)
 tests: $(TESTS) $(GPU_TESTS)
@@ -107,6 +115,12 @@ $(TEST_LIBRARY): $(TEST_SUPPORT) $(GOLDEN_OBJECTS)
 $(LIBRARY) $(TEST_LIBRARY):
 	@rm -f $@
 	@ar rcs $@ $^
+
+$(SHARED_LIBRARY): $(SHARED_OBJECTS) layers/blocks.map
+	@echo "link    $@"
+	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME),--version-script=layers/blocks.map -o $@ \
+		$(filter %.o,$^) $(LDLIBS)
+	@ln -sf $(SONAME) $(BUILD)/libblocks.so
 
 $(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
 	@echo "link    $@"
@@ -207,7 +221,7 @@ $(BUILD)/version.h: FORCE
 	  echo "#define BUILD_ID \"$$build$${digest:+ dirty:$$(echo $$digest | cut -c 1-8)}\""; } > $@.new
 	$(replace_if_changed)
 
-$(BUILD)/bench/harness/environment.o $(BUILD)/bench/harness/about.o: $(BUILD)/version.h
+$(BUILD)/bench/harness/environment.o $(BUILD)/bench/harness/about.o $(BUILD)/layers/blocks.o: $(BUILD)/version.h
 
 -include $(OBJECTS:.o=.d) $(GOLDEN_OBJECTS:.o=.d) $(PROGRAMS:$(BUILD)/%=$(BUILD)/bench/%.d) $(TESTS:=.d) \
 	$(GPU_TESTS:=.d) $(GPU_TEST_SUPPORT:.o=.d) $(TEST_SUPPORT:.o=.d)
@@ -278,10 +292,15 @@ publish:
 	@$(SUBMAKE) -s $(BUILD)/publish $(BUILD)/plotdata
 	@BUILD='$(BUILD)' scripts/publish.sh "$$RUN"
 
+install:
+	@$(SUBMAKE) library
+	@scripts/install.sh $(BUILD) '$(DESTDIR)' '$(PREFIX)'
+
 test:
 	@$(BOOTSTRAP) test
-	@$(SUBMAKE) tests programs
+	@$(SUBMAKE) tests programs library
 	@tests/run.sh $(TESTS)
+	$(if $(SAN),,@tests/python.sh $(BUILD))
 
 test-gpu:
 	@$(SUBMAKE) CUDA=1 tests programs
@@ -343,6 +362,8 @@ help:
 	@echo 'make check              format, clang-tidy, cppcheck'
 	@echo 'make asan               the tests under AddressSanitizer and UBSan'
 	@echo 'make fuzz               the fuzz targets, FUZZ_SECONDS=$(FUZZ_SECONDS) each'
+	@echo 'make library            libblocks, for other programs and for Python (docs/library.md)'
+	@echo 'make install            libblocks, its header and its pkg-config file (PREFIX=$(PREFIX))'
 	@echo 'make all                build everything into $(BUILD)/'
 	@echo 'make clean              remove $(BUILD)/'
 	@echo

@@ -9,6 +9,7 @@
 
 static const char usage[] =
         "usage: golden [options] FILE...\n"
+        "       golden --describe PATTERN [--d-model N]\n"
         "\n"
         "Runs the layers, models and operations that safetensors files describe and\n"
         "compares every tensor stored in them, a line each.\n"
@@ -18,6 +19,11 @@ static const char usage[] =
         "  --provider LIST      kernels to use, e.g. portable or attention=cudnn\n"
         "  --chunk N            chunk length of matrix_recurrence (0: the kernel picks)\n"
         "  --allow-unsupported  a file that cannot be run is no failure\n"
+        "  --save OUT           write what was compared, as it is here, to a safetensors file;\n"
+        "                       of one FILE\n"
+        "  --describe PATTERN   list the parameters of 'rat(chunk=16)' and the like, as files\n"
+        "                       have to call and shape them\n"
+        "  --d-model N          D of --describe (256)\n"
         "\n"
         "Exit code: 0, all that was compared agrees; 1, something does not, or a file is no "
         "golden\n"
@@ -26,8 +32,8 @@ static const char usage[] =
 enum { EXIT_AGREES, EXIT_MISS, EXIT_USAGE, EXIT_NOTHING_COMPARED };
 
 struct arguments {
-	const char *backend, *device, *provider;
-	int64_t chunk;
+	const char *backend, *device, *provider, *save, *describe;
+	int64_t chunk, d_model;
 	bool allow_unsupported;
 };
 
@@ -74,43 +80,80 @@ static void check_one(const struct golden_options *options, const char *path, st
 	}
 }
 
+/* Where an option that is a text goes; NULL: it is none. */
+static const char **text_option(struct arguments *arguments, const char *option)
+{
+	const struct {
+		const char *name, **place;
+	} options[] = {
+	        {"--backend", &arguments->backend},   {"--device", &arguments->device},
+	        {"--provider", &arguments->provider}, {"--save", &arguments->save},
+	        {"--describe", &arguments->describe},
+	};
+
+	for (size_t i = 0; i < sizeof options / sizeof *options; i++)
+		if (strcmp(options[i].name, option) == 0)
+			return options[i].place;
+	return NULL;
+}
+
+/* Reads an option and its value; the exit code. */
+static int read_option(struct arguments *arguments, const char *option, const char *value)
+{
+	const char **text = text_option(arguments, option);
+	const bool is_chunk = strcmp(option, "--chunk") == 0;
+	long long number;
+	char extra;
+
+	if (text) {
+		*text = value;
+		return EXIT_AGREES;
+	}
+	if (!is_chunk && strcmp(option, "--d-model") != 0)
+		return refuse(option, "unknown; see --help");
+	if (sscanf(value, "%lld%c", &number, &extra) != 1 || number < (is_chunk ? 0 : 1))
+		return refuse(option, is_chunk ? "an integer from 0 is allowed"
+		                               : "an integer from 1 is allowed");
+	*(is_chunk ? &arguments->chunk : &arguments->d_model) = number;
+	return EXIT_AGREES;
+}
+
 /* Reads the options; *first_file is the index of the first argument that is none. The exit code. */
 static int read_options(int argc, char **argv, struct arguments *arguments, int *first_file)
 {
 	int i = 1;
 
 	for (; i < argc && strncmp(argv[i], "--", 2) == 0; i++) {
-		const char *option = argv[i];
-		long long number;
-		char extra;
-
-		if (strcmp(option, "--allow-unsupported") == 0) {
+		if (strcmp(argv[i], "--allow-unsupported") == 0) {
 			arguments->allow_unsupported = true;
 			continue;
 		}
 		if (i + 1 == argc)
-			return refuse(option, "unknown, or wants a value; see --help");
-		const char *value = argv[++i];
-		if (strcmp(option, "--backend") == 0)
-			arguments->backend = value;
-		else if (strcmp(option, "--device") == 0)
-			arguments->device = value;
-		else if (strcmp(option, "--provider") == 0)
-			arguments->provider = value;
-		else if (strcmp(option, "--chunk") != 0)
-			return refuse(option, "unknown; see --help");
-		else if (sscanf(value, "%lld%c", &number, &extra) != 1 || number < 0)
-			return refuse("--chunk", "an integer from 0 is allowed");
-		else
-			arguments->chunk = number;
+			return refuse(argv[i], "unknown, or wants a value; see --help");
+		const int code = read_option(arguments, argv[i], argv[i + 1]);
+		if (code != EXIT_AGREES)
+			return code;
+		i++;
 	}
 	*first_file = i;
+	if (arguments->describe)
+		return i == argc ? EXIT_AGREES : refuse("--describe", "takes no file");
+	if (arguments->save && i + 1 < argc)
+		return refuse("--save", "is of one file");
 	return i < argc ? EXIT_AGREES : refuse("FILE", "none is given; see --help");
+}
+
+static int describe(struct device *device, const struct arguments *arguments)
+{
+	return golden_describe(device, arguments->describe, arguments->d_model, stdout) == STATUS_OK
+	               ? EXIT_AGREES
+	               : refuse("--describe", status_message());
 }
 
 static int check_files(struct device *device, const struct arguments *arguments, char **paths)
 {
-	struct golden_options options = {.device = device, .chunk = arguments->chunk};
+	struct golden_options options = {
+	        .device = device, .chunk = arguments->chunk, .save = arguments->save};
 	struct totals totals = {0};
 
 	if (provider_choice_parse(&options.choice, device, arguments->provider) != STATUS_OK)
@@ -134,7 +177,8 @@ static int finish(int code)
 
 int main(int argc, char **argv)
 {
-	struct arguments arguments = {.backend = "cpu", .device = "", .provider = ""};
+	struct arguments arguments = {
+	        .backend = "cpu", .device = "", .provider = "", .d_model = 256};
 	int first_file;
 
 	streams_open();
@@ -155,7 +199,8 @@ int main(int argc, char **argv)
 	if (backend->open(arguments.device, backend == &cpu_backend ? NULL : baseline_kernels,
 	                  &device) != STATUS_OK)
 		return refuse(arguments.backend, status_message());
-	code = check_files(device, &arguments, argv + first_file);
+	code = arguments.describe ? describe(device, &arguments)
+	                          : check_files(device, &arguments, argv + first_file);
 	device_close(device);
 	return finish(code);
 }

@@ -5,6 +5,8 @@
 #ifndef BENCH_GOLDEN_CHECK_H
 #define BENCH_GOLDEN_CHECK_H
 
+#include <stdio.h>
+
 #include "kernels/kernels.h"
 
 enum { GOLDEN_MAX_RESULTS = 128 };
@@ -37,14 +39,17 @@ struct golden_report {
 struct golden_options {
 	struct device *device;
 	struct provider_choice choice;
-	int64_t chunk; /* chunk length of matrix_recurrence; 0: the kernel picks */
+	int64_t chunk;    /* chunk length of matrix_recurrence; 0: the kernel picks */
+	const char *save; /* a file for what was compared, as it is here; NULL: none */
 };
 
 /*
  * Runs what the file at `path` describes and compares every tensor it stores:
  * an operation forward and backward; a layer or a model in training, in prefill,
  * and token by token, with the states that the latter two leave.
- * fp32 must agree to 2e-5; bf16 to 1.5e-2 (outputs) and 3e-2 (gradients).
+ * fp32 must agree to 2e-5; bf16, on the device or in the file, to 1.5e-2 (outputs) and 3e-2
+ * (gradients), what the file has in fp16 to 2e-3 and 4e-3. Gradients are compared where the file
+ * has them.
  * Layers with a residual are compared as y - x and dx - dy. STATUS_OK if
  * nothing failed, though what is unsupported is not compared; STATUS_MISMATCH if
  * something did; otherwise the reason why the file could not be used, and the
@@ -52,6 +57,11 @@ struct golden_options {
  */
 enum status golden_check(const struct golden_options *options, const char *path,
                          struct golden_report *report);
+
+/* Prints the parameters of a pattern, "rat(chunk=16)", as golden files have to call and shape them,
+ * a line each. */
+enum status golden_describe(struct device *device, const char *pattern, int64_t d_model,
+                            FILE *file);
 
 /* The result for `tensor`, or NULL. */
 const struct golden_result *golden_find(const struct golden_report *report, const char *tensor);

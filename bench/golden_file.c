@@ -5,7 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const double tolerance_fp32 = 2e-5, tolerance_bf16 = 1.5e-2, tolerance_bf16_gradient = 3e-2;
+/* Of outputs and of gradients. */
+static const double tolerance_fp32[] = {2e-5, 2e-5}, tolerance_fp16[] = {2e-3, 4e-3},
+                    tolerance_bf16[] = {1.5e-2, 3e-2};
 
 const char *golden_suffix(const struct safetensor *tensor, const char *prefix)
 {
@@ -22,7 +24,7 @@ void golden_mark(struct golden_file *check, const char *name)
 		check->used[tensor - check->file.tensors] = true;
 }
 
-static void print_shape(int n_dims, const int64_t *dims, char text[96])
+void golden_print_shape(int n_dims, const int64_t *dims, char text[96])
 {
 	int length = snprintf(text, 96, "[");
 
@@ -66,8 +68,8 @@ enum status golden_require(const struct golden_file *check, const char *name,
 		return status_set(STATUS_INVALID, "tensor '%s' is empty", name);
 	if (has_shape(*tensor, n_dims, dims))
 		return STATUS_OK;
-	print_shape((*tensor)->n_dims, (*tensor)->dims, actual);
-	print_shape(n_dims, dims, wanted);
+	golden_print_shape((*tensor)->n_dims, (*tensor)->dims, actual);
+	golden_print_shape(n_dims, dims, wanted);
 	return status_set(STATUS_INVALID, "tensor '%s' is %s, not %s", name, actual, wanted);
 }
 
@@ -124,10 +126,44 @@ static void add_result(struct golden_file *check, const char *tensor, double rel
 	snprintf(result->tensor, sizeof result->tensor, "%s", tensor);
 }
 
+/* Of what a device computes in 16 bits, or the file stores in them. */
+static double tolerance_of(const struct golden_file *check, const struct safetensor *expected,
+                           bool gradient)
+{
+	if (check->device->activation == DTYPE_BF16 ||
+	    (expected && expected->stored == STORED_BF16))
+		return tolerance_bf16[gradient];
+	return (expected && expected->stored == STORED_F16 ? tolerance_fp16
+	                                                   : tolerance_fp32)[gradient];
+}
+
+/* Keeps a tensor for golden_options.save; it has the stored one's shape, if it is as large. */
+static void keep(struct golden_file *check, const struct safetensor *stored, const char *label,
+                 const float *actual, int64_t count)
+{
+	float *copy = NULL;
+
+	if (!check->options->save || check->n_saved == GOLDEN_MAX_RESULTS ||
+	    golden_allocate(check, count, &copy) != STATUS_OK)
+		return;
+	char *name = check->saved_names[check->n_saved];
+	struct safetensor *saved = &check->saved[check->n_saved++];
+	memcpy(copy, actual, (size_t)count * sizeof *copy);
+	*saved = (struct safetensor){.n_dims = 1, .dims = {count}};
+	if (stored && stored->count == count)
+		*saved = *stored;
+	snprintf(name, sizeof check->saved_names[0], "%s", label);
+	saved->name = name;
+	saved->count = count;
+	saved->data.f32 = copy;
+}
+
 void golden_compare(struct golden_file *check, const char *name, const char *label, bool gradient,
                     const float *actual, const float *expected, int64_t count)
 {
-	double difference = 0, norm = 0, tolerance = tolerance_fp32;
+	const struct safetensor *stored = safetensors_find(&check->file, name);
+	const double tolerance = tolerance_of(check, stored, gradient);
+	double difference = 0, norm = 0;
 
 	for (int64_t i = 0; i < count; i++) {
 		double d = (double)actual[i] - (double)expected[i];
@@ -135,9 +171,8 @@ void golden_compare(struct golden_file *check, const char *name, const char *lab
 		difference += d * d;
 		norm += (double)expected[i] * (double)expected[i];
 	}
-	if (check->device->activation == DTYPE_BF16)
-		tolerance = gradient ? tolerance_bf16_gradient : tolerance_bf16;
 	double rel_err = difference == 0 && norm == 0 ? 0 : sqrt(difference / norm);
+	keep(check, stored, label, actual, count);
 	golden_mark(check, name);
 	add_result(check, label, rel_err, tolerance,
 	           rel_err <= tolerance ? GOLDEN_PASS : GOLDEN_MISS);

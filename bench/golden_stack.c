@@ -117,25 +117,16 @@ static struct stack_options stack_options_of(const struct golden_file *check, co
 
 /* -------- parameters of a stack -------- */
 
-/* STATUS_INVALID with the first rows of a parameter that are NaN. */
-static enum status require_numbers(const struct tensor_spec *spec, int layer, const float *values)
+static bool all_numbers(const float *values, int64_t count)
 {
-	int64_t n = spec->dims[0], width = tensor_count(spec) / n, first = 0, end;
-
-	while (first < n && !isnan(values[first * width]))
-		first++;
-	for (end = first; end < n && isnan(values[end * width]); end++)
-		;
-	if (first == end)
-		return STATUS_OK;
-	return status_set(STATUS_INVALID,
-	                  "rows %lld..%lld of the parameter %s of layer %d are in no tensor of the "
-	                  "file, or NaN",
-	                  (long long)first, (long long)end - 1, spec->name, layer);
+	for (int64_t i = 0; i < count; i++)
+		if (isnan(values[i]))
+			return false;
+	return true;
 }
 
-/* Makes every parameter NaN or, if they are `set`, sees that none is. */
-static enum status visit_parameters(struct golden_file *check, struct stack *stack, bool set)
+/* Makes every parameter NaN. */
+static enum status forget_parameters(struct golden_file *check, struct stack *stack)
 {
 	struct tensor_spec spec;
 	float *values;
@@ -147,18 +138,40 @@ static enum status visit_parameters(struct golden_file *check, struct stack *sta
 			TRY(golden_allocate(check, tensor_count(&spec), &values));
 			for (int64_t j = 0; j < tensor_count(&spec); j++)
 				values[j] = NAN;
-			TRY((set ? stack_get_parameter(stack, layer, i, values)
-			         : stack_set_parameter(stack, layer, i, values)));
-			if (set)
-				TRY(require_numbers(&spec, layer, values));
+			TRY(stack_set_parameter(stack, layer, i, values));
 		}
+	return STATUS_OK;
+}
+
+/* STATUS_INVALID with the name of the first parameter that is NaN, or is not in the file. */
+static enum status require_parameters(struct golden_file *check, const struct stack *stack)
+{
+	char name[128], tensor[160], shape_text[96];
+	struct tensor_spec shape;
+	float *values;
+	int same_as;
+
+	for (int i = 0; stack_name_at(stack, i, name, sizeof name, &same_as); i++) {
+		if (!stack_named_shape(stack, name, &shape))
+			continue;
+		TRY(golden_allocate(check, tensor_count(&shape), &values));
+		TRY(stack_get_named(stack, name, values, tensor_count(&shape)));
+		if (all_numbers(values, tensor_count(&shape)))
+			continue;
+		snprintf(tensor, sizeof tensor, "param.%s", name);
+		golden_print_shape(shape.n_dims, shape.dims, shape_text);
+		return safetensors_find(&check->file, tensor)
+		               ? status_set(STATUS_INVALID, "tensor '%s' has a NaN", tensor)
+		               : status_set(STATUS_INVALID, "the file has no tensor '%s' %s",
+		                            tensor, shape_text);
+	}
 	return STATUS_OK;
 }
 
 /* All parameters, from tensors of the file that are as large as the reference's. */
 static enum status set_parameters(struct golden_file *check, struct stack *stack)
 {
-	TRY(visit_parameters(check, stack, false));
+	TRY(forget_parameters(check, stack));
 	for (int i = 0; i < check->file.n_tensors; i++) {
 		const struct safetensor *tensor = &check->file.tensors[i];
 		const char *name = golden_suffix(tensor, "param.");
@@ -173,7 +186,7 @@ static enum status set_parameters(struct golden_file *check, struct stack *stack
 		TRY(golden_floats(check, tensor->name, shape.n_dims, shape.dims, &values));
 		TRY(stack_set_named(stack, name, values, tensor->count));
 	}
-	return visit_parameters(check, stack, true);
+	return require_parameters(check, stack);
 }
 
 typedef enum status (*get_function)(const struct stack *stack, const char *name, float *values,
@@ -510,4 +523,54 @@ enum status golden_stack(struct golden_file *check, bool is_model)
 	mark_inputs(check);
 	TRY(stack_configure(&s.stack, check->device, &options));
 	return run_passes(&s);
+}
+
+/* The further names of parameter number `first`. */
+static void print_synonyms(const struct stack *stack, int first, FILE *file)
+{
+	const char *before = "  also ";
+	char name[128];
+	int same_as;
+
+	for (int i = first + 1; stack_name_at(stack, i, name, sizeof name, &same_as); i++)
+		if (same_as == first) {
+			fprintf(file, "%sparam.%s", before, name);
+			before = ", ";
+		}
+}
+
+enum status golden_describe(struct device *device, const char *pattern, int64_t d_model, FILE *file)
+{
+	const struct stack_options options = {.pattern = pattern,
+	                                      .d_model = d_model,
+	                                      .n_heads = -1,
+	                                      .kv_heads = -1,
+	                                      .chunk = -1,
+	                                      .window = -1,
+	                                      .groups = -1,
+	                                      .rope = -1,
+	                                      .prenorm = true,
+	                                      .residual = true};
+	struct stack *stack = malloc(sizeof *stack);
+	char name[128], shape_text[96], text[2048];
+	struct tensor_spec shape;
+	int same_as;
+
+	enum status status = stack ? stack_configure(stack, device, &options)
+	                           : status_set(STATUS_OOM, "no memory for a stack");
+	if (status == STATUS_OK) {
+		stack_pattern(stack, text, sizeof text);
+		fprintf(file, "%s, d_model %lld\n", text, (long long)d_model);
+	}
+	for (int i = 0; status == STATUS_OK && stack_name_at(stack, i, name, sizeof name, &same_as);
+	     i++) {
+		if (same_as != i || !stack_named_shape(stack, name, &shape))
+			continue;
+		golden_print_shape(shape.n_dims, shape.dims, shape_text);
+		fprintf(file, "param.%-40s %s", name, shape_text);
+		print_synonyms(stack, i, file);
+		fputc('\n', file);
+	}
+	free(stack);
+	return status;
 }

@@ -22,9 +22,59 @@ struct entry {
 	size_t begin, end;
 };
 
+/* By enum safetensors_stored. */
+static const struct {
+	const char *name;
+	size_t bytes;
+} stored_types[] = {
+        [STORED_F32] = {"F32", 4}, [STORED_I64] = {"I64", 8},   [STORED_F64] = {"F64", 8},
+        [STORED_F16] = {"F16", 2}, [STORED_BF16] = {"BF16", 2},
+};
+
+enum { N_STORED = sizeof stored_types / sizeof *stored_types };
+
+/* Bytes of an element in memory. */
 static size_t element_size(enum safetensors_dtype dtype)
 {
 	return dtype == SAFETENSORS_F32 ? sizeof(float) : sizeof(int64_t);
+}
+
+static float float_of_bits(uint32_t bits)
+{
+	float value;
+
+	memcpy(&value, &bits, sizeof value);
+	return value;
+}
+
+/* Sign, 5 bits of exponent, 10 of fraction. */
+static float float_of_half(uint16_t half)
+{
+	const uint32_t sign = (uint32_t)(half & 0x8000) << 16, fraction = half & 0x3ff;
+	const uint32_t exponent = half >> 10 & 31;
+
+	if (exponent == 31)
+		return float_of_bits(sign | 0x7f800000u | fraction << 13);
+	if (exponent == 0) {
+		const float small = (float)fraction * 0x1p-24f;
+
+		return sign ? -small : small;
+	}
+	return float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* Element i of floats that are stored as another type; the bytes lie anywhere. */
+static float stored_float(enum safetensors_stored stored, const char *bytes, size_t i)
+{
+	uint16_t narrow;
+	double wide;
+
+	if (stored == STORED_F64) {
+		memcpy(&wide, bytes + i * sizeof wide, sizeof wide);
+		return (float)wide;
+	}
+	memcpy(&narrow, bytes + i * sizeof narrow, sizeof narrow);
+	return stored == STORED_F16 ? float_of_half(narrow) : float_of_bits((uint32_t)narrow << 16);
 }
 
 static char *copy_string(const char *text)
@@ -96,14 +146,16 @@ static enum status read_dtype(const cJSON *json, struct safetensor *tensor)
 
 	if (!name)
 		return status_set(STATUS_INVALID, "tensor '%.64s' has no dtype", tensor->name);
-	if (strcmp(name, "F32") == 0)
-		tensor->dtype = SAFETENSORS_F32;
-	else if (strcmp(name, "I64") == 0)
-		tensor->dtype = SAFETENSORS_I64;
-	else
-		return status_set(STATUS_INVALID,
-		                  "tensor '%.64s': dtype '%.16s' is neither F32 nor I64",
-		                  tensor->name, name);
+	int type = 0;
+	while (type < N_STORED && strcmp(name, stored_types[type].name) != 0)
+		type++;
+	if (type == N_STORED)
+		return status_set(
+		        STATUS_INVALID,
+		        "tensor '%.64s': dtype '%.16s' is none of F32, F64, F16, BF16, I64",
+		        tensor->name, name);
+	tensor->stored = (enum safetensors_stored)type;
+	tensor->dtype = type == STORED_I64 ? SAFETENSORS_I64 : SAFETENSORS_F32;
 	return STATUS_OK;
 }
 
@@ -136,7 +188,7 @@ static enum status read_offsets(const cJSON *json, size_t data_size, struct entr
 {
 	const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(json, "data_offsets");
 	const char *name = entry->tensor.name;
-	size_t element = element_size(entry->tensor.dtype);
+	size_t element = stored_types[entry->tensor.stored].bytes;
 	int64_t begin, end;
 
 	if (!cJSON_IsArray(offsets) || cJSON_GetArraySize(offsets) != 2 ||
@@ -226,34 +278,50 @@ static enum status take_metadata(const cJSON *json, struct safetensors *file)
 	return STATUS_OK;
 }
 
-/* Copies the data, each tensor to where its type may lie, and makes the entries the file's tensors,
- * owning their names. */
-static enum status take_tensors(const struct entry *entries, int n_entries, const char *data,
-                                size_t data_size, struct safetensors *file)
+/* Bytes that a tensor takes in memory, aligned for any type. */
+static size_t memory_bytes(const struct safetensor *tensor)
 {
-	size_t used = 0;
+	const size_t bytes = (size_t)tensor->count * element_size(tensor->dtype);
 
-	file->data = malloc(data_size + (size_t)n_entries * MAX_ELEMENT + 1);
+	return (bytes + MAX_ELEMENT - 1) / MAX_ELEMENT * MAX_ELEMENT;
+}
+
+/* Copies a tensor's data to where its type may lie. */
+static void take_data(struct safetensor *tensor, const char *data, void *to)
+{
+	if (tensor->stored == STORED_F32 || tensor->stored == STORED_I64)
+		memcpy(to, data, (size_t)tensor->count * element_size(tensor->dtype));
+	else
+		for (size_t i = 0; i < (size_t)tensor->count; i++)
+			((float *)to)[i] = stored_float(tensor->stored, data, i);
+	if (tensor->dtype == SAFETENSORS_F32)
+		tensor->data.f32 = to;
+	else
+		tensor->data.i64 = to;
+}
+
+/* Copies the data, and makes the entries the file's tensors, owning their names. */
+static enum status take_tensors(const struct entry *entries, int n_entries, const char *data,
+                                struct safetensors *file)
+{
+	size_t bytes = 0, used = 0;
+
+	for (int i = 0; i < n_entries; i++)
+		bytes += memory_bytes(&entries[i].tensor);
+	file->data = malloc(bytes + 1);
 	file->tensors = calloc((size_t)n_entries + 1, sizeof *file->tensors);
 	if (!file->data || !file->tensors)
-		return status_set(STATUS_OOM, "no memory for %zu bytes of tensors", data_size);
+		return status_set(STATUS_OOM, "no memory for %zu bytes of tensors", bytes);
 	for (int i = 0; i < n_entries; i++) {
 		struct safetensor *tensor = &file->tensors[i];
-		size_t bytes = entries[i].end - entries[i].begin;
-		void *start = (char *)file->data + used;
-
-		memcpy(start, data + entries[i].begin, bytes);
-		used += (bytes + MAX_ELEMENT - 1) / MAX_ELEMENT * MAX_ELEMENT;
 
 		*tensor = entries[i].tensor;
 		tensor->name = copy_string(entries[i].tensor.name);
 		file->n_tensors++;
 		if (!tensor->name)
 			return status_set(STATUS_OOM, "no memory for a tensor's name");
-		if (tensor->dtype == SAFETENSORS_F32)
-			tensor->data.f32 = start;
-		else
-			tensor->data.i64 = start;
+		take_data(tensor, data + entries[i].begin, (char *)file->data + used);
+		used += memory_bytes(tensor);
 	}
 	return STATUS_OK;
 }
@@ -285,7 +353,7 @@ static enum status read_header(const cJSON *header, const char *data, size_t dat
 	if (status == STATUS_OK)
 		status = check_layout(entries, n_entries, data_size);
 	if (status == STATUS_OK)
-		status = take_tensors(entries, n_entries, data, data_size, file);
+		status = take_tensors(entries, n_entries, data, file);
 	free(entries);
 	return status;
 }
@@ -376,6 +444,77 @@ enum status safetensors_open(const char *path, struct safetensors *file)
 		status_set(status, "%s: %s", path, reason);
 	}
 	return status;
+}
+
+/* ---- writing ---- */
+
+static size_t tensor_bytes(const struct safetensor *tensor)
+{
+	return (size_t)tensor->count * element_size(tensor->dtype);
+}
+
+static void add_entry(cJSON *header, const struct safetensor *tensor, size_t begin)
+{
+	cJSON *entry = cJSON_AddObjectToObject(header, tensor->name);
+
+	cJSON_AddStringToObject(entry, "dtype", tensor->dtype == SAFETENSORS_F32 ? "F32" : "I64");
+	cJSON *shape = cJSON_AddArrayToObject(entry, "shape");
+	for (int d = 0; d < tensor->n_dims; d++)
+		cJSON_AddItemToArray(shape, cJSON_CreateNumber((double)tensor->dims[d]));
+	cJSON *offsets = cJSON_AddArrayToObject(entry, "data_offsets");
+	cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)begin));
+	cJSON_AddItemToArray(offsets, cJSON_CreateNumber((double)(begin + tensor_bytes(tensor))));
+}
+
+/* The header as text, which cJSON_free() releases; NULL without memory. */
+static char *print_header(const struct safetensors *file)
+{
+	cJSON *header = cJSON_CreateObject();
+	cJSON *metadata = cJSON_AddObjectToObject(header, "__metadata__");
+	size_t begin = 0;
+
+	for (int i = 0; i < file->n_metadata; i++)
+		cJSON_AddStringToObject(metadata, file->metadata[i].key, file->metadata[i].value);
+	for (int i = 0; i < file->n_tensors; i++) {
+		add_entry(header, &file->tensors[i], begin);
+		begin += tensor_bytes(&file->tensors[i]);
+	}
+	char *text = cJSON_PrintUnformatted(header);
+	cJSON_Delete(header);
+	return text;
+}
+
+static bool write_tensor(const struct safetensor *tensor, FILE *stream)
+{
+	const void *data = tensor->dtype == SAFETENSORS_F32 ? (const void *)tensor->data.f32
+	                                                    : (const void *)tensor->data.i64;
+	const size_t bytes = tensor_bytes(tensor);
+
+	return fwrite(data, 1, bytes, stream) == bytes;
+}
+
+static enum status cannot_write(const char *path)
+{
+	return status_set(STATUS_IO, "%s: %s", path, strerror(errno));
+}
+
+enum status safetensors_write(const char *path, const struct safetensors *file)
+{
+	FILE *stream = fopen(path, "wb");
+	unsigned char length[LENGTH_BYTES];
+
+	if (!stream)
+		return cannot_write(path);
+	char *header = print_header(file);
+	for (int i = 0; i < LENGTH_BYTES && header; i++)
+		length[i] = (unsigned char)((uint64_t)strlen(header) >> (8 * i));
+	bool good = header && fwrite(length, LENGTH_BYTES, 1, stream) == 1 &&
+	            fputs(header, stream) >= 0;
+	for (int i = 0; i < file->n_tensors && good; i++)
+		good = write_tensor(&file->tensors[i], stream);
+	cJSON_free(header);
+	good = fclose(stream) == 0 && good;
+	return good ? STATUS_OK : cannot_write(path);
 }
 
 void safetensors_close(struct safetensors *file)

@@ -139,6 +139,9 @@ struct backend {
 	enum status (*fill)(struct device *device, void *memory, int byte, size_t bytes);
 	/* Waits for all work and reports any error it met. */
 	enum status (*synchronize)(struct device *device);
+	/* Submits work to the caller's queue (a cudaStream_t) from now on; NULL where work is not
+	 * queued. */
+	enum status (*use_stream)(struct device *device, void *stream);
 
 	/*
 	 * Stopwatch: the time between start and stop in milliseconds, of the work

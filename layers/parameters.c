@@ -135,22 +135,39 @@ enum status stack_get_gradient(const struct stack *stack, int layer, int index, 
 
 /* ---- golden names ---- */
 
+static bool has_ffn(const struct stack *stack)
+{
+	return stack->n_layers > 1 && stack->layers[1].class == &ffn_layer;
+}
+
+/* The same for a stack that is no model: its only layer's names are as they are. */
+static int bare_layer_of_name(const struct stack *stack, const char **name)
+{
+	int index, length = 0;
+
+	if (stack->n_layers == 1)
+		return 0;
+	if (sscanf(*name, "layers.%d.%n", &index, &length) != 1 || length == 0 || index < 0)
+		return -1;
+	*name += length;
+	return index;
+}
+
 /* Finds the layer that a name of a model means and moves *name on to its own part. -1: none. */
 static int layer_of_name(const struct stack *stack, const char **name)
 {
-	bool has_ffn = stack->n_layers > 1 && stack->layers[1].class == &ffn_layer;
 	char kind[16];
 	int index, length = 0;
 
 	if (stack->vocab == 0)
-		return stack->n_layers == 1 ? 0 : -1;
+		return bare_layer_of_name(stack, name);
 	if (sscanf(*name, "backbone.layers.%d.%15[a-z_].%n", &index, kind, &length) != 2 ||
 	    length == 0 || index < 0 || index >= stack->n_layers)
 		return -1;
 	*name += length;
 	if (strcmp(kind, "seq_layer") == 0)
-		return has_ffn ? 2 * index : index;
-	return has_ffn && strcmp(kind, "hidden_layer") == 0 ? 2 * index + 1 : -1;
+		return has_ffn(stack) ? 2 * index : index;
+	return has_ffn(stack) && strcmp(kind, "hidden_layer") == 0 ? 2 * index + 1 : -1;
 }
 
 /* What a golden name means: pieces of one of our tensors, in the reference's order. */
@@ -194,15 +211,15 @@ static bool find_in_layer(const struct stack *stack, int layer, const char *name
 	return named->n_pieces > 0;
 }
 
+static const char *const model_names[MODEL_PARAMETERS] = {
+        [MODEL_EMBEDDING] = "embedding.wte.weight",
+        [MODEL_FINAL_NORM] = "backbone.ln.weight",
+        [MODEL_HEAD] = "head.lm_head.weight",
+};
+
 /* False if the name means nothing. */
 static bool find_named(const struct stack *stack, const char *name, struct named *named)
 {
-	static const char *const model_names[MODEL_PARAMETERS] = {
-	        [MODEL_EMBEDDING] = "embedding.wte.weight",
-	        [MODEL_FINAL_NORM] = "backbone.ln.weight",
-	        [MODEL_HEAD] = "head.lm_head.weight",
-	};
-
 	*named = (struct named){0};
 	for (int i = 0; i < MODEL_PARAMETERS && stack->vocab > 0; i++)
 		if (strcmp(name, model_names[i]) == 0) {
@@ -234,6 +251,72 @@ static struct tensor_spec shape_of(const struct named *named)
 		shape.dims[last - 1] = columns;
 	}
 	return shape;
+}
+
+/* What the names of a layer's tensors begin with. */
+static void name_prefix(const struct stack *stack, int layer, char *prefix, size_t size)
+{
+	const bool ffn = stack->layers[layer].class == &ffn_layer;
+
+	prefix[0] = '\0';
+	if (stack->vocab > 0)
+		snprintf(prefix, size, "backbone.layers.%d.%s.", has_ffn(stack) ? layer / 2 : layer,
+		         ffn ? "hidden_layer" : "seq_layer");
+	else if (stack->n_layers > 1)
+		snprintf(prefix, size, "layers.%d.", layer);
+}
+
+/* Whether entry i is the first of its name, and of a parameter that is there. */
+static bool begins_parameter(const struct stack *stack, int layer, const struct golden_name *names,
+                             int i)
+{
+	struct parameter parameter;
+
+	for (int j = 0; j < i; j++)
+		if (strcmp(names[j].name, names[i].name) == 0)
+			return false;
+	return !names[i].is_state && find_parameter(stack, layer, names[i].tensor, &parameter);
+}
+
+/* How far before entry i, counted in names, another name of the same rows is; 0: there is none. */
+static int synonym_before(const struct stack *stack, int layer, const struct golden_name *names,
+                          int i)
+{
+	int back = 0, found = 0;
+
+	for (int j = i - 1; j >= 0; j--) {
+		if (!begins_parameter(stack, layer, names, j))
+			continue;
+		back++;
+		if (names[j].tensor == names[i].tensor && names[j].first == names[i].first)
+			found = back;
+	}
+	return found;
+}
+
+bool stack_name_at(const struct stack *stack, int index, char *name, size_t size, int *same_as)
+{
+	struct golden_name names[MAX_GOLDEN_NAMES];
+	char prefix[64];
+	int at = 0;
+
+	*same_as = index;
+	for (int layer = 0; layer < stack->n_layers; layer++) {
+		const struct layer_config *config = &stack->layers[layer];
+		const int n = config->class->golden_names(config, names);
+
+		for (int i = 0; i < n; i++)
+			if (begins_parameter(stack, layer, names, i) && at++ == index) {
+				name_prefix(stack, layer, prefix, sizeof prefix);
+				snprintf(name, size, "%s%s", prefix, names[i].name);
+				*same_as -= synonym_before(stack, layer, names, i);
+				return true;
+			}
+	}
+	if (stack->vocab == 0 || index - at >= MODEL_PARAMETERS)
+		return false;
+	snprintf(name, size, "%s", model_names[index - at]);
+	return true;
 }
 
 bool stack_named_shape(const struct stack *stack, const char *name, struct tensor_spec *shape)
@@ -300,15 +383,19 @@ static enum status set_pieces(struct stack *stack, const struct named *named, co
 	return STATUS_OK;
 }
 
-static enum status get_pieces(const struct stack *stack, const struct named *named, float *values)
+/* Of the values or, with `gradient`, of the gradient. */
+static enum status get_pieces(const struct stack *stack, const struct named *named, bool gradient,
+                              float *values)
 {
-	const enum dtype wide = stack->device->wide;
+	const enum dtype dtype =
+	        gradient ? stack->device->wide : tensor_dtype(&named->tensor.spec, stack->device);
+	void *tensor = gradient ? (void *)named->tensor.gradient : named->tensor.value;
 	size_t n;
 
 	for (int i = 0; i < named->n_pieces; i++, values += n) {
-		const void *from = piece_of(named, i, named->tensor.gradient, wide, &n);
+		const void *from = piece_of(named, i, tensor, dtype, &n);
 
-		TRY(device_download_floats(stack->device, wide, values, from, n));
+		TRY(device_download_floats(stack->device, dtype, values, from, n));
 	}
 	return STATUS_OK;
 }
@@ -330,24 +417,37 @@ enum status stack_set_named(struct stack *stack, const char *name, const float *
 	return status;
 }
 
-enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
-                                     int64_t count)
+/* The same in the reference's layout. */
+static enum status get_named(const struct stack *stack, const char *name, bool gradient,
+                             float *values, int64_t count)
 {
 	struct named named;
 
 	TRY(require_named(stack, name, false, count, &named));
-	if (!named.tensor.gradient)
+	if (gradient && !named.tensor.gradient)
 		return status_set(STATUS_INVALID, "%s has a gradient only in training", name);
 	if (!named.beside)
-		return get_pieces(stack, &named, values);
+		return get_pieces(stack, &named, gradient, values);
 	float *pieces = malloc((size_t)count * sizeof *pieces);
 	if (!pieces)
 		return status_set(STATUS_OOM, "no memory for '%s'", name);
-	enum status status = get_pieces(stack, &named, pieces);
+	enum status status = get_pieces(stack, &named, gradient, pieces);
 	if (status == STATUS_OK)
 		arrange(&named, values, pieces, false);
 	free(pieces);
 	return status;
+}
+
+enum status stack_get_named(const struct stack *stack, const char *name, float *values,
+                            int64_t count)
+{
+	return get_named(stack, name, false, values, count);
+}
+
+enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
+                                     int64_t count)
+{
+	return get_named(stack, name, true, values, count);
 }
 
 /* The reference's layout of a state. */

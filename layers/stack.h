@@ -152,13 +152,19 @@ enum status stack_get_gradient(const struct stack *stack, int layer, int index, 
 
 /*
  * The same by golden name, row ranges of a parameter: in a stack of one layer
- * "in_proj.weight", in a model "backbone.layers.0.seq_layer.in_proj.weight",
- * "backbone.layers.0.hidden_layer.fc1.weight", "backbone.ln.weight", "embedding.wte.weight",
- * "head.lm_head.weight". STATUS_INVALID for an unknown name or a count that is not the range's.
- * stack_named_shape: what the name means, with the reference's sizes; false if nothing.
+ * "in_proj.weight", of several "layers.0.in_proj.weight", in a model
+ * "backbone.layers.0.seq_layer.in_proj.weight", "backbone.layers.0.hidden_layer.fc1.weight",
+ * "backbone.ln.weight", "embedding.wte.weight", "head.lm_head.weight". STATUS_INVALID for an
+ * unknown name or a count that is not the range's. stack_named_shape: what the name means, with the
+ * reference's sizes; false if nothing.
  */
 bool stack_named_shape(const struct stack *stack, const char *name, struct tensor_spec *shape);
+/* Name number `index` of all that parameters have; false: there are no more. *same_as: the number
+ * of the first name of the same rows, `index` itself where this is it. */
+bool stack_name_at(const struct stack *stack, int index, char *name, size_t size, int *same_as);
 enum status stack_set_named(struct stack *stack, const char *name, const float *values,
+                            int64_t count);
+enum status stack_get_named(const struct stack *stack, const char *name, float *values,
                             int64_t count);
 enum status stack_get_named_gradient(const struct stack *stack, const char *name, float *values,
                                      int64_t count);

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "bench/golden_check.h"
+#include "bench/safetensors.h"
 
 /* Fewer files than this: the pattern below has missed some. */
 enum { MIN_FILES = 32, MAX_FILES = 64 };
@@ -160,13 +161,13 @@ TEST(test_missing_and_unknown_things)
 	refuse(swa, "param.in_proj.weight", "param.in_broj.weight",
 	       "param.in_broj.weight of the file is not in the layer");
 	refuse(swa, "param.in_proj.weight", "parat.in_proj.weight",
-	       "rows 0..383 of the parameter in_proj of layer 0");
+	       "no tensor 'param.in_proj.weight' [384, 128]");
 	refuse("tests/golden/layer_gla.safetensors", "param.v_proj.weight", "parat.v_proj.weight",
-	       "rows 128..255 of the parameter in_proj");
+	       "no tensor 'param.v_proj.weight'");
 	refuse("tests/golden/layer_gla.safetensors", "mixer only", "mixed only",
-	       "parameter norm_weight");
+	       "no tensor 'param.input_norm.weight' [128]");
 	refuse("tests/golden/model_rat.safetensors", "param.head.", "parat.head.",
-	       "parameter head of layer -1");
+	       "no tensor 'param.head.lm_head.weight'");
 	refuse("tests/golden/layer_rat_L16.safetensors", "\"chunk_size\":\"16\"",
 	       "\"chunk_size\":\"-6\"", "chunk_size is -6");
 	refuse(swa, "\"10000\"", "\"20000\"", "rope_base");
@@ -217,6 +218,162 @@ TEST(test_forward_only)
 	assert_int_equal(golden_find(&report, "y_step")->verdict, GOLDEN_PASS);
 	assert_int_equal(golden_find(&report, "y (prefill)")->verdict, GOLDEN_PASS);
 	assert_int_equal(golden_find(&report, "dx")->verdict, GOLDEN_NOT_COMPARED);
+}
+
+/* Opens a golden file, writes the tensors that `keep` takes, and checks what is there then. */
+static enum status check_some(const char *path, bool (*keep)(const char *name),
+                              const struct golden_options *options, struct golden_report *report)
+{
+	char copy[] = "/tmp/golden-test-XXXXXX";
+	struct safetensors file, some;
+
+	close(mkstemp(copy));
+	require_ok(safetensors_open(path, &file));
+	some = file;
+	some.tensors = calloc((size_t)file.n_tensors, sizeof *some.tensors);
+	some.n_tensors = 0;
+	for (int i = 0; i < file.n_tensors; i++)
+		if (keep(file.tensors[i].name))
+			some.tensors[some.n_tensors++] = file.tensors[i];
+	require_ok(safetensors_write(copy, &some));
+	free(some.tensors);
+	safetensors_close(&file);
+	enum status status = golden_check(options, copy, report);
+	unlink(copy);
+	return status;
+}
+
+static bool is_forward(const char *name)
+{
+	return name[0] != 'd' && strncmp(name, "grad.", 5) != 0 && strcmp(name, "loss") != 0;
+}
+
+static bool is_not_one_gradient(const char *name)
+{
+	return strcmp(name, "grad.out_proj.weight") != 0 && strcmp(name, "dx") != 0 &&
+	       strcmp(name, "dq") != 0;
+}
+
+/* Gradients are compared where there are some: all, a few, none. */
+TEST(test_gradients_are_optional)
+{
+	static const char *const paths[] = {
+	        "tests/golden/layer_mamba2.safetensors", "tests/golden/layer_swa.safetensors",
+	        "tests/golden/op_gla.safetensors", "tests/golden/model_rat.safetensors"};
+	const struct golden_options options = {.device = device};
+	struct golden_report report;
+
+	for (size_t i = 0; i < COUNT_OF(paths); i++) {
+		require_ok(check_some(paths[i], is_forward, &options, &report));
+		assert_true(report.count[GOLDEN_PASS] > 0);
+		assert_int_equal(report.n_results, report.count[GOLDEN_PASS]);
+		for (int j = 0; j < report.n_results; j++)
+			assert_true(is_forward(report.results[j].tensor));
+		require_ok(check_some(paths[i], is_not_one_gradient, &options, &report));
+		assert_int_equal(report.n_results, report.count[GOLDEN_PASS]);
+	}
+}
+
+/* What was computed here is written out, under the names of the results. */
+TEST(test_results_are_saved)
+{
+	char out[] = "/tmp/golden-test-XXXXXX";
+	const struct golden_options options = {.device = device, .save = out};
+	struct golden_report report;
+	struct safetensors saved, stored;
+
+	close(mkstemp(out));
+	require_ok(golden_check(&options, "tests/golden/layer_gla.safetensors", &report));
+	require_ok(safetensors_open(out, &saved));
+	require_ok(safetensors_open("tests/golden/layer_gla.safetensors", &stored));
+	assert_int_equal(saved.n_tensors, report.n_results);
+	assert_string_equal(safetensors_metadata(&saved, "block"), "gla");
+	const struct safetensor *y = safetensors_find(&saved, "y"),
+	                        *theirs = safetensors_find(&stored, "y");
+	assert_int_equal(y->n_dims, theirs->n_dims);
+	assert_memory_equal(y->dims, theirs->dims, sizeof y->dims);
+	for (int64_t i = 0; i < y->count; i++)
+		assert_true(fabsf(y->data.f32[i] - theirs->data.f32[i]) < 1e-3f);
+	assert_memory_not_equal(y->data.f32, theirs->data.f32, (size_t)y->count * sizeof(float));
+	assert_non_null(safetensors_find(&saved, "grad.q_proj.weight"));
+	safetensors_close(&saved);
+	safetensors_close(&stored);
+	unlink(out);
+}
+
+/* A tensor's floats as doubles, or as the upper halves of them that bf16 is; returns the bytes. */
+static size_t store_as(const struct safetensor *t, size_t width, char *to)
+{
+	for (int64_t i = 0; i < t->count; i++, to += width) {
+		const float value = t->data.f32[i];
+		const double wide = value;
+
+		if (width == sizeof wide)
+			memcpy(to, &wide, width);
+		else
+			memcpy(to, (const char *)&value + sizeof value - width, width);
+	}
+	return (size_t)t->count * width;
+}
+
+/* Checks a file whose "o" is stored in a type that is `width` bytes wide, the rest as F32. */
+static enum status check_stored_as(const char *type, size_t width, struct golden_report *report)
+{
+	struct safetensors file;
+	scoped char *header = new_memory(1 << 16), *data = new_memory((size_t)16 << 20);
+	char *at = header + sprintf(header, "{\"__metadata__\":{\"op\":\"gla\"}");
+	size_t end = 0;
+
+	require_ok(safetensors_open("tests/golden/op_gla.safetensors", &file));
+	for (int i = 0; i < file.n_tensors; i++) {
+		const struct safetensor *t = &file.tensors[i];
+		const bool is_o = strcmp(t->name, "o") == 0;
+		const size_t begin = end;
+
+		end += store_as(t, is_o ? width : sizeof(float), data + begin);
+		at += sprintf(at, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", t->name,
+		              is_o ? type : "F32");
+		for (int d = 0; d < t->n_dims; d++)
+			at += sprintf(at, "%s%d", d ? "," : "", (int)t->dims[d]);
+		at += sprintf(at, "],\"data_offsets\":[%zu,%zu]}", begin, end);
+	}
+	*at++ = '}';
+	const uint64_t length = (uint64_t)(at - header);
+	char *whole = new_memory(sizeof length + length + end);
+	memcpy(whole, &length, sizeof length);
+	memcpy(whole + sizeof length, header, length);
+	memcpy(whole + sizeof length + length, data, end);
+	safetensors_close(&file);
+	return check_bytes(whole, sizeof length + length + end, report);
+}
+
+TEST(test_other_types_of_floats)
+{
+	struct golden_report report;
+
+	require_ok(check_stored_as("F64", 8, &report));
+	assert_true(golden_find(&report, "o")->tolerance < 1e-4);
+	require_ok(check_stored_as("F32", 4, &report));
+	require_ok(check_stored_as("BF16", 2, &report));
+	assert_true(golden_find(&report, "o")->rel_err > 1e-4);
+	assert_true(golden_find(&report, "dq")->tolerance < 1e-4);
+}
+
+/* A pattern's parameters, as files call them. */
+TEST(test_described)
+{
+	char *text = NULL;
+	size_t size;
+	FILE *file = open_memstream(&text, &size);
+
+	require_ok(golden_describe(device, "gla(heads=2)", 64, file));
+	fclose(file);
+	assert_non_null(strstr(text, "gla(heads=2), d_model 64\n"));
+	assert_non_null(strstr(text, "param.q_proj.weight "));
+	assert_non_null(strstr(text, "[32, 64]\n"));
+	assert_non_null(strstr(text, "also param.norm.weight, param.o_norm.weight\n"));
+	free(text);
+	assert_int_equal(golden_describe(device, "brick", 64, stdout), STATUS_INVALID);
 }
 
 /* One number of a stored tensor is NaN: the result, and no other, is a miss. */

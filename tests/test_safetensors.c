@@ -108,6 +108,71 @@ TEST(test_unaligned_data)
 	safetensors_close(&file);
 }
 
+/* Other types of floats are read as F32, from wherever they lie. */
+TEST(test_other_floats)
+{
+	static const char *const header =
+	        "{\"h\":{\"dtype\":\"F16\",\"shape\":[7],\"data_offsets\":[0,14]},"
+	        "\"b\":{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[14,20]},"
+	        "\"d\":{\"dtype\":\"F64\",\"shape\":[2],\"data_offsets\":[20,36]}}";
+	static const uint16_t halves[] = {0x3c00, 0xc248, 0x0001, 0x83ff, 0x7bff, 0xfc00, 0x7e00};
+	static const float values[] = {1, -3.140625f, 0x1p-24f, -1023 * 0x1p-24f, 65504, -INFINITY};
+	static const uint16_t brains[] = {0x3f80, 0xc049, 0x7f80};
+	const double doubles[] = {M_PI, -1e-3};
+	struct safetensors file;
+	size_t size;
+	unsigned char *bytes = make_file(header, 36, &size), *data = bytes + size - 36;
+
+	memcpy(data, halves, sizeof halves);
+	memcpy(data + 14, brains, sizeof brains);
+	memcpy(data + 20, doubles, sizeof doubles);
+	require_ok(safetensors_parse(bytes, size, &file));
+	free(bytes);
+	const struct safetensor *h = safetensors_find(&file, "h");
+	assert_int_equal(h->dtype, SAFETENSORS_F32);
+	assert_int_equal(h->stored, STORED_F16);
+	assert_memory_equal(h->data.f32, values, sizeof values);
+	assert_true(isnan(h->data.f32[6]));
+	const float *b = safetensors_find(&file, "b")->data.f32;
+	assert_true(b[0] == 1 && b[1] == -3.140625f && b[2] == INFINITY);
+	const float *d = safetensors_find(&file, "d")->data.f32;
+	assert_true(d[0] == (float)M_PI && d[1] == -1e-3f);
+	safetensors_close(&file);
+}
+
+/* What is written is read again. */
+TEST(test_written_file)
+{
+	char path[] = "/tmp/safetensors-test-XXXXXX";
+	const float floats[] = {1.5f, -2, 3};
+	const int64_t integers[] = {1, INT64_MIN};
+	struct safetensor tensors[] = {
+	        {.name = "a \"b\"", .n_dims = 2, .dims = {3, 1}, .count = 3},
+	        {.name = "i", .dtype = SAFETENSORS_I64, .n_dims = 1, .dims = {2}, .count = 2},
+	};
+	struct safetensors_metadata metadata[] = {{"block", "rat"}};
+	const struct safetensors written = {2, tensors, 1, metadata, NULL};
+	struct safetensors file;
+
+	tensors[0].data.f32 = floats;
+	tensors[1].data.i64 = integers;
+	close(mkstemp(path));
+	require_ok(safetensors_write(path, &written));
+	require_ok(safetensors_open(path, &file));
+	assert_int_equal(file.n_tensors, 2);
+	assert_string_equal(safetensors_metadata(&file, "block"), "rat");
+	const struct safetensor *a = safetensors_find(&file, "a \"b\"");
+	assert_int_equal(a->dims[0], 3);
+	assert_memory_equal(a->data.f32, floats, sizeof floats);
+	assert_memory_equal(safetensors_find(&file, "i")->data.i64, integers, sizeof integers);
+	safetensors_close(&file);
+	unlink(path);
+	assert_int_equal(safetensors_write("/nowhere/a", &written), STATUS_IO);
+	expect_message("write", "/nowhere/a");
+	if (access("/dev/full", W_OK) == 0)
+		assert_int_equal(safetensors_write("/dev/full", &written), STATUS_IO);
+}
+
 TEST(test_hostile_headers)
 {
 	refuse("", 0, "not a JSON object");
@@ -117,7 +182,8 @@ TEST(test_hostile_headers)
 	refuse("{\"a\":3}", 0, "describes no tensor");
 	refuse("{\"\":" ENTRY("[1]", "0", "4") "}", 4, "describes no tensor");
 	refuse("{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "no dtype");
-	refuse("{\"a\":{\"dtype\":\"F16\",\"shape\":[1],\"data_offsets\":[0,2]}}", 2, "F16");
+	refuse("{\"a\":{\"dtype\":\"F8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "'F8'");
+	refuse("{\"a\":{\"dtype\":\"F16\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "4 bytes");
 	refuse("{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "shape");
 	refuse("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, "data_offsets");
 	refuse("{\"a\":" ENTRY("[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, "at most 8");

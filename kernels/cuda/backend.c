@@ -46,7 +46,8 @@ struct cuda_state {
 	int index;
 	bool is_hopper; /* runs sm_90a code */
 	struct cudaDeviceProp properties;
-	cudaStream_t stream;
+	cudaStream_t stream; /* that work is submitted to: own_stream, or a caller's */
+	cudaStream_t own_stream;
 	cudaEvent_t start, stop, staged[N_STAGING];
 	char *staging[N_STAGING];     /* pinned */
 	struct shared_memory *shared; /* pinned */
@@ -268,7 +269,8 @@ static enum status check_gpu(const struct cudaDeviceProp *properties)
 
 static enum status create_resources(struct cuda_state *state)
 {
-	CUDA_TRY(cudaStreamCreateWithFlags(&state->stream, cudaStreamNonBlocking));
+	CUDA_TRY(cudaStreamCreateWithFlags(&state->own_stream, cudaStreamNonBlocking));
+	state->stream = state->own_stream;
 	CUDA_TRY(cudaEventCreate(&state->start));
 	CUDA_TRY(cudaEventCreate(&state->stop));
 	for (int i = 0; i < N_STAGING; i++) {
@@ -307,7 +309,7 @@ static void cuda_close(struct device *device)
 	struct cuda_state *state = state_of(device);
 
 	cudaSetDevice(state->index);
-	if (state->stream)
+	if (state->own_stream)
 		cudaStreamSynchronize(state->stream);
 	release_slots(state);
 	nvml_close(state->nvml);
@@ -323,8 +325,8 @@ static void cuda_close(struct device *device)
 		cudaEventDestroy(state->start);
 	if (state->stop)
 		cudaEventDestroy(state->stop);
-	if (state->stream)
-		cudaStreamDestroy(state->stream);
+	if (state->own_stream)
+		cudaStreamDestroy(state->own_stream);
 	cudaGetLastError();
 	free(state->kernels);
 	free(state);
@@ -545,6 +547,12 @@ static enum status cuda_synchronize(struct device *device)
 	return STATUS_OK;
 }
 
+static enum status cuda_use_stream(struct device *device, void *stream)
+{
+	state_of(device)->stream = stream;
+	return STATUS_OK;
+}
+
 /*
  * The stream is held while the work is being submitted, so that the events
  * enclose the device's work and not the host's pauses between launches.
@@ -686,6 +694,7 @@ const struct backend cuda_backend = {
         .download = cuda_download,
         .fill = cuda_fill,
         .synchronize = cuda_synchronize,
+        .use_stream = cuda_use_stream,
         .stopwatch_start = cuda_stopwatch_start,
         .stopwatch_stop = cuda_stopwatch_stop,
         .conditions = cuda_conditions,
