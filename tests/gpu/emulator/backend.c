@@ -35,6 +35,12 @@ int cuda_sm_count(const struct device *device)
 	return MULTIPROCESSORS;
 }
 
+/* Of the devices of compute capability 8.0 and newer that have least. */
+size_t cuda_shared_limit(const struct device *device)
+{
+	return 99 << 10;
+}
+
 /* Only the portable kernels are there; the reference is the host's, whose memory this is. */
 static enum status emulated_open(const char *which, const struct kernel *const *more,
                                  struct device **opened)
