@@ -33,3 +33,23 @@ enum status column_sums(struct device *device, const char *operation, const floa
 	              ROWS * WARP, ROWS * (WARP + 1) * sizeof(float), parts, n_rows, stride, width,
 	              sums);
 }
+
+/* A warp per part. */
+static __global__ void __launch_bounds__(WARP)
+        part_sums_kernel(const float *columns, int64_t width, float *sums)
+{
+	float sum = 0.0f;
+
+	for (int64_t i = threadIdx.x; i < width; i += WARP)
+		sum += columns[blockIdx.x * width + i];
+	sum = group_sum(sum, WARP);
+	if (threadIdx.x == 0)
+		sums[blockIdx.x] = sum;
+}
+
+enum status part_sums(struct device *device, const char *operation, const float *columns,
+                      int64_t n_parts, int64_t width, float *sums)
+{
+	return launch(device, operation, part_sums_kernel, dim3((unsigned)n_parts), WARP, 0,
+	              columns, width, sums);
+}

@@ -10,4 +10,8 @@
 enum status column_sums(struct device *device, const char *operation, const float *parts,
                         int64_t n_rows, int64_t stride, int64_t width, float *sums);
 
+/* sums[i] = the sum of columns[i * width + c], c = 0 .. width-1: of a head's columns. */
+enum status part_sums(struct device *device, const char *operation, const float *columns,
+                      int64_t n_parts, int64_t width, float *sums);
+
 #endif

@@ -29,19 +29,6 @@ static __device__ __forceinline__ const bf16 *elements(const void *tensor)
 	return static_cast<const bf16 *>(tensor);
 }
 
-/* sums[h] = the sum of columns h*d .. of `columns`; a warp per head. */
-static __global__ void __launch_bounds__(WARP)
-        head_sums_kernel(const float *columns, int64_t d, float *sums)
-{
-	float sum = 0.0f;
-
-	for (int64_t i = threadIdx.x; i < d; i += WARP)
-		sum += columns[blockIdx.x * d + i];
-	sum = group_sum(sum, WARP);
-	if (threadIdx.x == 0)
-		sums[blockIdx.x] = sum;
-}
-
 /* What the slope is made of: factor (1 - 2^-x), x = reach out. Where x is small that cancels, and
  * its series is taken. */
 struct slope_terms {
@@ -490,8 +477,7 @@ static enum status add_parts(struct device *device, const struct decay_gate_back
 	status = column_sums(device, NAME, parts + d_out, rows, stride, d_out, columns);
 	if (status != STATUS_OK)
 		return status;
-	return launch(device, NAME, head_sums_kernel, dim3((unsigned)f->n_heads), WARP, 0, columns,
-	              d_out / f->n_heads, a->dlog_rate);
+	return part_sums(device, NAME, columns, f->n_heads, d_out / f->n_heads, a->dlog_rate);
 }
 
 } // namespace

@@ -39,8 +39,6 @@ static inline struct row_plan plan_rows(const struct device *device, int64_t n_t
                                         int64_t heads, int64_t width, int tensors, int per_sm,
                                         int per_sm_wide)
 {
-	/* Of an H100, for all its blocks; and what a block of any device may have. */
-	constexpr size_t SHARED_OF_SM = 220 * 1024, SHARED_OF_BLOCK = 96 * 1024;
 	const int64_t n = divide_up(width, 8);
 	struct row_plan p = {};
 
@@ -52,7 +50,8 @@ static inline struct row_plan plan_rows(const struct device *device, int64_t n_t
 	p.lanes = n <= 4 * WARP ? lanes_for(divide_up(width, p.vectors)) : ROW_THREADS;
 	const int64_t fit = p.vectors == 2 ? per_sm : per_sm_wide;
 	const size_t stage = (size_t)(tensors * p.vectors * ROW_THREADS) * sizeof(vector8);
-	const size_t ring = std::min(SHARED_OF_SM / (size_t)fit - 2048, SHARED_OF_BLOCK);
+	/* One block may have all but all of a multiprocessor's. */
+	const size_t ring = cuda_shared_limit(device) / (size_t)fit - 2048;
 
 	p.stages = 2;
 	while (p.vectors && p.stages < MOST_STAGES && (size_t)(p.stages + 1) * stage <= ring)

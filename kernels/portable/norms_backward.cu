@@ -642,19 +642,6 @@ static auto gate_norm_kernel_of(const struct row_plan &p)
 	             : gate_norm_backward_kernel<4, false, GATED>;
 }
 
-/* sums[h] = the sum of columns h*d .. of `columns`; a warp per head. */
-static __global__ void __launch_bounds__(WARP)
-        head_sums_kernel(const float *columns, int64_t d, float *sums)
-{
-	float sum = 0.0f;
-
-	for (int64_t i = threadIdx.x; i < d; i += WARP)
-		sum += columns[blockIdx.x * d + i];
-	sum = group_sum(sum, WARP);
-	if (threadIdx.x == 0)
-		sums[blockIdx.x] = sum;
-}
-
 static bool is_gated(const struct gate_norm_args *f)
 {
 	return f->skip || f->gate;
@@ -725,6 +712,5 @@ extern "C" enum status portable_gate_norm_backward(struct device *device, const 
 	status = column_sums(device, NAME, skip_parts, p.step, vectors, vectors, columns);
 	if (status != STATUS_OK)
 		return status;
-	return launch(device, NAME, head_sums_kernel, dim3((unsigned)f->n_heads), WARP, 0, columns,
-	              f->d_head / 8, a->dskip_weight);
+	return part_sums(device, NAME, columns, f->n_heads, f->d_head / 8, a->dskip_weight);
 }
