@@ -56,9 +56,10 @@ template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
 	int seq_len, n_heads, q_heads, kv_heads, pairs; /* pairs: batch * n_heads */
-	int readers;                                    /* heads that read a head of keys */
-	int sharers;                                    /* heads of the same queries */
-	int seen_keys;                                  /* no query sees the keys after these */
+	int readers;   /* heads of a unit, which read the same keys: 1, docs/kernels says why */
+	int sharing;   /* heads that read a head of keys */
+	int sharers;   /* heads of the same queries */
+	int seen_keys; /* no query sees the keys after these */
 	int window, chunk;
 	enum mask mask;
 	float scale, scale_log2;  /* scale * log2(e) */
@@ -67,8 +68,8 @@ struct parameters {
 	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][SUM_FLOATS], as accumulators lie */
 	/* [batch * kv_heads][key_tiles][WARPGROUPS][D / 64][SUM_FLOATS] where heads share keys */
 	float *dk_sums, *dv_sums;
-	/* How often each of a warpgroup's sums in dq, and in dk_sums, has been added to; NULL: in
-	 * any order. */
+	/* How often each of a warpgroup's sums in dq, and in dk_sums, has been added to, in order.
+	 */
 	int *dq_turns, *dk_turns;
 	int key_tiles;
 	int heads_per_group; /* pairs that share L2 */
@@ -186,7 +187,7 @@ template <int D> __device__ __forceinline__ int last_key_tile(const parameters &
 }
 
 /* The longest first, or in order the last keys first. */
-__device__ __forceinline__ unit locate(const parameters &p, int number)
+template <bool ordered> __device__ __forceinline__ unit locate(const parameters &p, int number)
 {
 	const int group = number / (p.heads_per_group * p.key_tiles);
 	const int first_pair = group * p.heads_per_group;
@@ -194,7 +195,7 @@ __device__ __forceinline__ unit locate(const parameters &p, int number)
 	const int within = number - first_pair * p.key_tiles;
 	const int n = within / in_group;
 
-	return {p.dq_turns ? p.key_tiles - 1 - n : n, first_pair + within % in_group};
+	return {ordered ? p.key_tiles - 1 - n : n, first_pair + within % in_group};
 }
 
 template <int D>
@@ -202,8 +203,24 @@ using schedule =
         unit_queue<unit, slot_ring<SCHEDULE_SLOTS>, shared_layout<D>::BARRIERS + BAR_UNIT_FULL * 8,
                    shared_layout<D>::UNITS>;
 
+/* The sequence of a unit, its first head, and the head of its keys. */
+struct heads {
+	int b, h, kv;
+};
+
+template <bool shared_keys>
+__device__ __forceinline__ heads heads_of(const parameters &p, const unit &u)
+{
+	const int count = shared_keys ? p.n_heads : p.kv_heads;
+	const int b = u.pair / count, own = u.pair - b * count;
+
+	if (shared_keys)
+		return {b, own, own / p.sharing};
+	return {b, own * p.readers, own};
+}
+
 /* Thread 0: tickets and everything that is loaded. */
-template <int D> struct producer {
+template <int D, bool shared_keys, bool ordered> struct producer {
 	using layout = shared_layout<D>;
 
 	const parameters &p;
@@ -261,35 +278,39 @@ template <int D> struct producer {
 		const int n_units = p.key_tiles * p.pairs;
 		const unit end = {-1, 0};
 		schedule<D> units = {shared};
-		unit u = locate(p, blockIdx.x);
+		unit u = locate<ordered>(p, blockIdx.x);
 
 		units.put(u);
 		while (u.n >= 0) {
 			const span m = query_tiles<D>(p, u.n);
-			const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
-			const int kv = h / p.readers;
+			const heads x = heads_of<shared_keys>(p, u);
 			const auto draw = [&] {
 				const int number = gridDim.x + atomicAdd(p.ticket, 1);
 
-				return number < n_units ? locate(p, number) : end;
+				return number < n_units ? locate<ordered>(p, number) : end;
 			};
+			unit next = end;
 
 			if (m.first < m.end) {
-				load_keys(u.n, b, kv);
-				load_rows(m.first, b, h);
-				load_values(u.n, b, kv);
+				load_keys(u.n, x.b, x.kv);
+				load_rows(m.first, x.b, x.h);
+				load_values(u.n, x.b, x.kv);
 			}
 			/* In order others may wait for the next unit: nobody holds it back. */
-			u = p.dq_turns ? end : draw();
-			if (!p.dq_turns)
-				units.put(u);
-#pragma unroll 1
-			for (int i = m.first + 1; i < m.end; i++)
-				load_rows(i, b, h);
-			if (p.dq_turns) {
-				u = draw();
-				units.put(u);
+			if constexpr (!ordered) {
+				next = draw();
+				units.put(next);
 			}
+#pragma unroll 1
+			for (int reader = 0; reader < p.readers; reader++)
+#pragma unroll 1
+				for (int i = m.first + (reader == 0); i < m.end; i++)
+					load_rows(i, x.b, x.h + reader);
+			if constexpr (ordered) {
+				next = draw();
+				units.put(next);
+			}
+			u = next;
 		}
 	}
 };
@@ -317,7 +338,7 @@ template <int pending> __device__ __forceinline__ void pass_turn(int *turn)
 }
 
 /* Warp 1 + w, a thread: sends off what consumer warpgroup w leaves. */
-template <int D> struct sender {
+template <int D, bool shared_keys, bool ordered> struct sender {
 	using layout = shared_layout<D>;
 
 	const parameters &p;
@@ -356,27 +377,35 @@ template <int D> struct sender {
 
 	/* A unit's share of each tile of dQ. A turn is passed on a step later, when the addition
 	 * has had the time to arrive. */
-	__device__ void add_queries(const unit &u, int b, int h)
+	__device__ void add_queries(const unit &u, const span &m, int b, int h)
 	{
-		const span m = query_tiles<D>(p, u.n);
-		const int q_head = h % p.q_heads, turn = h / p.q_heads;
-		int64_t place = (static_cast<int64_t>(b) * p.q_heads + q_head) *
-		                (p.padded_len / QUERIES<D>)+m.first;
+		const int tiles = p.padded_len / QUERIES<D>;
 
-		place = place * WARPGROUPS + w;
 #pragma unroll 1
-		for (int i = m.first; i < m.end; i++, place += WARPGROUPS) {
-			await_leaving();
-			if (p.dq_turns)
-				await_turn(p.dq_turns + place,
-				           (last_key_tile<D>(p, i) - u.n) * p.sharers + turn);
-			bulk_add(p.dq + place * SUM_FLOATS, out(), layout::OUT_BYTES);
-			release();
-			if (p.dq_turns && i > m.first)
-				pass_turn<1>(p.dq_turns + place - WARPGROUPS);
+		for (int reader = 0; reader < p.readers; reader++) {
+			const int q_head = (h + reader) % p.q_heads;
+			const int64_t tile = (static_cast<int64_t>(b) * p.q_heads + q_head) * tiles;
+			const int64_t place = (tile + m.first) * WARPGROUPS + w;
+			float *to = p.dq + place * SUM_FLOATS;
+			int *turn = p.dq_turns + place;
+
+#pragma unroll 1
+			for (int i = m.first; i < m.end; i++) {
+				await_leaving();
+				if (ordered)
+					await_turn(turn,
+					           (last_key_tile<D>(p, i) - u.n) * p.sharers +
+					                   h / p.q_heads);
+				bulk_add(to, out(), layout::OUT_BYTES);
+				release();
+				if (ordered && i > m.first)
+					pass_turn<1>(turn - WARPGROUPS);
+				to += WARPGROUPS * SUM_FLOATS;
+				turn += WARPGROUPS;
+			}
+			if (ordered && m.first < m.end)
+				pass_turn<0>(turn - WARPGROUPS);
 		}
-		if (p.dq_turns && m.first < m.end)
-			pass_turn<0>(p.dq_turns + place - WARPGROUPS);
 	}
 
 	__device__ void store_keys(const unit &u, int b, int kv)
@@ -393,14 +422,14 @@ template <int D> struct sender {
 	}
 
 	/* Of heads that share keys, 64 columns at a time. */
-	__device__ void add_keys(const unit &u, int b, int h)
+	__device__ void add_keys(const unit &u, const heads &x)
 	{
 		const int64_t tile =
-		        (static_cast<int64_t>(b) * p.kv_heads + h / p.readers) * p.key_tiles + u.n;
+		        (static_cast<int64_t>(x.b) * p.kv_heads + x.kv) * p.key_tiles + u.n;
 		const int64_t place = tile * WARPGROUPS + w;
 
-		if (p.dk_turns)
-			await_turn(p.dk_turns + place, h % p.readers);
+		if (ordered)
+			await_turn(p.dk_turns + place, x.h - x.kv * p.sharing);
 #pragma unroll 1
 		for (int i = 0; i < D / 64; i++) {
 			const int64_t at = (place * (D / 64) + i) * SUM_FLOATS;
@@ -410,19 +439,19 @@ template <int D> struct sender {
 			bulk_add(p.dv_sums + at, out(), layout::OUT_BYTES);
 			release();
 		}
-		if (p.dk_turns)
+		if (ordered)
 			pass_turn<0>(p.dk_turns + place);
 	}
 
 	__device__ void run(const unit &u)
 	{
-		const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
+		const heads x = heads_of<shared_keys>(p, u);
 
-		add_queries(u, b, h);
-		if (p.readers > 1)
-			add_keys(u, b, h);
+		add_queries(u, query_tiles<D>(p, u.n), x.b, x.h);
+		if constexpr (shared_keys)
+			add_keys(u, x);
 		else
-			store_keys(u, b, h);
+			store_keys(u, x.b, x.kv);
 		barrier_arrive(barrier(BAR_DK_LEFT));
 	}
 };
@@ -791,16 +820,19 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 		                rows_operand(layout::Q, 16));
 		barrier_wait(barrier(BAR_V_FULL), v_parity);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
-		const int last = tiles.end - 1;
-		int m = tiles.first;
+		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
 
-		if (m == last) {
+		if (left == 0) {
 			step<true, true>(m, key, s, dk, dv);
 		} else {
 			step<true, false>(m, key, s, dk, dv);
 #pragma unroll 1
-			for (m++; m < last; m++)
+			while (true) {
+				m = m + 1 < tiles.end ? m + 1 : tiles.first;
+				if (--left == 0)
+					break;
 				step<false, false>(m, key, s, dk, dv);
+			}
 			step<false, true>(m, key, s, dk, dv);
 		}
 		issue_dq(dq, before);
@@ -820,7 +852,7 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 	leave_keys(dk, dv);
 }
 
-template <int D, bool shared_keys>
+template <int D, bool shared_keys, bool ordered>
 __global__ void __launch_bounds__(THREADS, 1)
         attention_backward_kernel(const __grid_constant__ parameters p)
 {
@@ -852,9 +884,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 	if (warp < 4) {
 		registers_decrease<PRODUCER_REGISTERS>();
 		if (threadIdx.x == 0) {
-			producer<D>{p, shared, {}, {}, 0}.run();
+			producer<D, shared_keys, ordered>{p, shared, {}, {}, 0}.run();
 		} else if (warp > 0 && warp <= WARPGROUPS) {
-			sender<D> s = {p, shared, warp - 1, 0};
+			sender<D, shared_keys, ordered> s = {p, shared, warp - 1, 0};
 			schedule<D> units = {shared};
 			unit u;
 
@@ -1048,10 +1080,10 @@ template <int D> __global__ void __launch_bounds__(256) finish_kernel(sum_parame
 /* Bytes of queries, gradients and sums to keep in L2 at a time. */
 constexpr int64_t L2_BUDGET = 40 << 20;
 
-/* The workspace, in bytes from its start; zeros from the ticket to the end of dv. */
+/* The workspace, in bytes from its start; zeros from the ticket to the turns'. */
 struct plan {
 	int64_t padded_len, key_tiles;
-	size_t ticket, dq_turns, dk_turns, dq, dk, dv, zeros, lse, delta, gated, size;
+	size_t ticket, dq, dk, dv, dq_turns, dk_turns, zeros, lse, delta, gated, size;
 };
 
 struct plan make_plan(const struct attention_args *a)
@@ -1075,11 +1107,11 @@ struct plan make_plan(const struct attention_args *a)
 	        a->n_heads == a->kv_heads ? 0 : tiles * (a->d_head / 64) * SUM_FLOATS * 4;
 
 	plan.ticket = take(sizeof(int));
-	plan.dq_turns = take(dq_sums * 4);
-	plan.dk_turns = take(tiles * 4);
 	plan.dq = take(dq_sums * SUM_FLOATS * 4);
 	plan.dk = take(dk_bytes);
 	plan.dv = take(dk_bytes);
+	plan.dq_turns = take(dq_sums * 4);
+	plan.dk_turns = take(tiles * 4);
 	plan.zeros = end - plan.ticket;
 	plan.lse = take(pairs * plan.padded_len * 4);
 	plan.delta = take(pairs * plan.padded_len * 4);
@@ -1121,9 +1153,8 @@ query_parameters fill_query_parameters(const struct attention_backward_args *arg
 }
 
 template <int D>
-enum status fill_parameters(parameters &p, const struct device *device,
-                            const struct attention_backward_args *args, const struct plan &plan,
-                            char *base)
+enum status fill_parameters(parameters &p, const struct attention_backward_args *args,
+                            const struct plan &plan, char *base)
 {
 	const struct attention_args *a = &args->forward;
 	const struct view gated = {base + plan.gated, a->n_heads * a->seq_len * D, D,
@@ -1145,7 +1176,8 @@ enum status fill_parameters(parameters &p, const struct device *device,
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->q_heads);
 	p.kv_heads = static_cast<int>(a->kv_heads);
-	p.readers = static_cast<int>(a->n_heads / a->kv_heads);
+	p.readers = 1;
+	p.sharing = static_cast<int>(a->n_heads / a->kv_heads);
 	p.sharers = static_cast<int>(a->n_heads / a->q_heads);
 	p.pairs = static_cast<int>(a->batch * a->n_heads);
 	p.window = static_cast<int>(a->window < a->seq_len ? a->window : a->seq_len);
@@ -1162,9 +1194,8 @@ enum status fill_parameters(parameters &p, const struct device *device,
 	p.dq = reinterpret_cast<float *>(base + plan.dq);
 	p.dk_sums = reinterpret_cast<float *>(base + plan.dk);
 	p.dv_sums = reinterpret_cast<float *>(base + plan.dv);
-	const bool ordered = device->deterministic;
-	p.dq_turns = ordered ? reinterpret_cast<int *>(base + plan.dq_turns) : NULL;
-	p.dk_turns = ordered ? reinterpret_cast<int *>(base + plan.dk_turns) : NULL;
+	p.dq_turns = reinterpret_cast<int *>(base + plan.dq_turns);
+	p.dk_turns = reinterpret_cast<int *>(base + plan.dk_turns);
 	p.key_tiles = static_cast<int>(plan.key_tiles);
 	/* Heads of the same queries run side by side, at the same tiles, and in order they wait for
 	 * each other: all are in one group. */
@@ -1191,6 +1222,15 @@ enum status finish(struct device *device, int64_t batch, const char *sums, const
 	return submit(device, finish_kernel<D>, batch * heads * tiles, 256, 0, p);
 }
 
+template <int D> auto kernel_of(bool shared_keys, bool ordered)
+{
+	if (shared_keys)
+		return ordered ? attention_backward_kernel<D, true, true>
+		               : attention_backward_kernel<D, true, false>;
+	return ordered ? attention_backward_kernel<D, false, true>
+	               : attention_backward_kernel<D, false, false>;
+}
+
 template <int D>
 enum status launch(struct device *device, const struct attention_backward_args *args,
                    void *workspace)
@@ -1200,7 +1240,7 @@ enum status launch(struct device *device, const struct attention_backward_args *
 	char *base = static_cast<char *>(workspace);
 	const query_parameters queries = fill_query_parameters(args, plan, base);
 	parameters p;
-	enum status status = fill_parameters<D>(p, device, args, plan, base);
+	enum status status = fill_parameters<D>(p, args, plan, base);
 	const int64_t units = static_cast<int64_t>(p.key_tiles) * p.pairs;
 	const int64_t prepare = a->batch * a->n_heads * (plan.padded_len / PREPARED_ROWS);
 	const int64_t key_tiles = plan.key_tiles * KEYS / QUERIES<D>;
@@ -1213,17 +1253,15 @@ enum status launch(struct device *device, const struct attention_backward_args *
 	                                             : prepare_kernel<D, false>,
 	                prepare, 256, 0, queries);
 	if (status == STATUS_OK)
-		status = submit(device,
-		                p.readers > 1 ? attention_backward_kernel<D, true>
-		                              : attention_backward_kernel<D, false>,
+		status = submit(device, kernel_of<D>(p.sharing > 1, device->deterministic),
 		                turns(device, units), THREADS, shared_layout<D>::BYTES, p);
 	if (status == STATUS_OK)
 		status = finish<D>(device, a->batch, base + plan.dq, args->dq, a->seq_len,
 		                   plan.padded_len / QUERIES<D>, a->q_heads, a->scale);
-	if (status == STATUS_OK && p.readers > 1)
+	if (status == STATUS_OK && p.sharing > 1)
 		status = finish<D>(device, a->batch, base + plan.dk, args->dk, a->kv_len, key_tiles,
 		                   a->kv_heads, a->scale);
-	if (status == STATUS_OK && p.readers > 1)
+	if (status == STATUS_OK && p.sharing > 1)
 		status = finish<D>(device, a->batch, base + plan.dv, args->dv, a->kv_len, key_tiles,
 		                   a->kv_heads, 1);
 	return status;
