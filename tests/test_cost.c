@@ -5,6 +5,7 @@
 #include "tests/test.h"
 
 #include "kernels/operation.h"
+#include "kernels/problem.h"
 
 /* What a step counts: elements of activations, and of what always has four bytes. */
 struct count {
@@ -761,6 +762,47 @@ TEST(model_costs)
 	check(OP_ARGMAX, &argmax, logits, logits, 0, 0, N);
 	argmax.position = &nowhere_int;
 	check(OP_ARGMAX, &argmax, logits, logits, 1, 0, N + 1);
+}
+
+/* What the benchmark of an operation runs is work: it has the tensors without which there is none.
+ */
+TEST(every_form_has_work)
+{
+	const struct sizes sizes = {.batch = 2,
+	                            .seq_len = 32,
+	                            .n_heads = 4,
+	                            .groups = 2,
+	                            .kv_heads = 4,
+	                            .d_head = 16,
+	                            .d_k = 16,
+	                            .d_v = 16,
+	                            .width = 64,
+	                            .d_in = 64,
+	                            .d_out = 64,
+	                            .rank = 16,
+	                            .chunk = 8,
+	                            .window = 8,
+	                            .vocab = 50};
+	struct device *device;
+
+	require_ok(cpu_backend.open("", NULL, &device));
+	for (int op = 0; op < OP_COUNT; op++) {
+		const struct operation_form *forms = operation_forms((enum operation)op);
+
+		for (int i = 0; i == 0 || forms[i].name; i++) {
+			const struct problem_form form = {
+			        .variant = forms[i].name ? &forms[i] : NULL, .sizes = sizes};
+			struct problem problem;
+
+			problem_plan(&problem, device, (enum operation)op, &form, NULL);
+			const struct cost cost =
+			        kernel_cost(device, (enum operation)op, &problem.args);
+			if (!(cost.bytes_read + cost.bytes_written > 0))
+				fail_msg("%s has none", operation_name((enum operation)op));
+			problem_free(&problem);
+		}
+	}
+	device_close(device);
 }
 
 /* A plan sums what would run, without running it or looking at the tensors. */

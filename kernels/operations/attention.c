@@ -63,6 +63,7 @@ static void add_moved(struct operand_list *l, const char *name, struct view *fro
 	o = add_view(l, cached ? ROLE_STATE : ROLE_OUTPUT, out, to, SEQUENCES(a->batch),
 	             cached ? KEYS(a->kv_slots) : TOKENS(a->seq_len), heads, INNER(a->d_head));
 	o->optional = true;
+	o->usual = rotated; /* values are only copied */
 	o->read = 0;
 	o->written = moved * (double)count;
 	if (!cached || (a->kv_slots == a->seq_len && a->first_kv == 0)) {
