@@ -138,7 +138,7 @@ $(BUILD)/tests/test_conditions: $(BUILD)/kernels/cuda/nvml.o | $(BUILD)/tests/li
 $(BUILD)/tests/test_conditions: LDLIBS += -ldl
 $(BUILD)/tests/libfake_%.so: tests/fake_%.c
 	@mkdir -p $(@D)
-	$(Q)$(CC) $(CFLAGS) -fPIC -shared -o $@ $<
+	$(Q)$(CC) $(CFLAGS) -fvisibility=default -shared -o $@ $<
 # It lies about operations to see that it matters.
 $(BUILD)/tests/test_links: LDFLAGS += -Wl,--wrap=operation_describe
 $(TESTS) $(GPU_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TEST_LIBRARY) $(LIBRARY)
