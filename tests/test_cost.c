@@ -788,8 +788,9 @@ TEST(every_form_has_work)
 	require_ok(cpu_backend.open("", NULL, &device));
 	for (int op = 0; op < OP_COUNT; op++) {
 		const struct operation_form *forms = operation_forms((enum operation)op);
+		int i = 0;
 
-		for (int i = 0; i == 0 || forms[i].name; i++) {
+		do {
 			const struct problem_form form = {
 			        .variant = forms[i].name ? &forms[i] : NULL, .sizes = sizes};
 			struct problem problem;
@@ -800,7 +801,7 @@ TEST(every_form_has_work)
 			if (!(cost.bytes_read + cost.bytes_written > 0))
 				fail_msg("%s has none", operation_name((enum operation)op));
 			problem_free(&problem);
-		}
+		} while (forms[i].name && forms[++i].name);
 	}
 	device_close(device);
 }
