@@ -2,10 +2,9 @@
  * The sm_90a kernels.
  *
  * hopper_norm_linear, hopper_linear_residual: up to 8 tokens, no bias.
- * hopper_attention, hopper_attention_backward: d = 64 or 128, every mask except the dilated
- *   one, own token and gate. The
- *   backward sums dq, and dk and dv of heads that share keys, in an order that differs from run to
- *   run, unless the device is to be deterministic.
+ * hopper_attention, hopper_attention_backward: d = 64 or 128, every mask except the dilated one,
+ *   own token and gate. The backward sums dq, and dk and dv of heads that share keys, in an order
+ *   that differs from run to run, unless the device is to be deterministic.
  * hopper_attention_step, hopper_rat_step: d = 64 or 128, each head's cache contiguous.
  * hopper_grouped_step: the attention_step of heads that share keys, or of any cache; d = 64 or 128.
  * hopper_rat_scan: d = 64 or 128.
