@@ -15,28 +15,12 @@
 namespace
 {
 
-static struct problem problem_of(const struct matrix_recurrence_args *f, void *workspace,
-                                 size_t *bytes)
+static struct problem problem_of(const void *args, void *workspace, size_t *bytes)
 {
-	const bool bonus = is_bonus(f);
-	struct problem p = {};
+	struct matrix_recurrence_backward_args a = {};
 
-	p.a.forward = *f;
-	p.chunks = divide_up(f->seq_len, CHUNK);
-	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
-	p.column_blocks = divide_up(f->d_v, WALK_COLUMNS);
-	p.values = (int)(p.column_blocks * WALK_COLUMNS);
-	const int64_t records = f->batch * f->n_heads * p.chunks;
-	const int64_t decayed = f->decay == DECAY_DIAGONAL ? records * CHUNK * p.keys : 0;
-
-	*bytes = 0;
-	p.factors = take<float>(bytes, workspace, records * (WHOLE + p.keys));
-	p.scores = take<bf16>(bytes, workspace, records * CHUNK * CHUNK);
-	p.inverse = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * CHUNK);
-	p.q = take<bf16>(bytes, workspace, decayed);
-	p.k_end = take<bf16>(bytes, workspace, decayed);
-	p.k = take<bf16>(bytes, workspace, bonus ? 0 : decayed);
-	return p;
+	a.forward = *static_cast<const struct matrix_recurrence_args *>(args);
+	return prepared_problem(a, workspace, bytes);
 }
 
 template <int KEYS, bool DIAGONAL, bool DELTA>
@@ -44,11 +28,8 @@ static enum status run(struct device *device, const struct problem &p)
 {
 	const struct matrix_recurrence_args *f = &p.a.forward;
 	const int64_t heads = f->batch * f->n_heads;
-	const size_t prepared = sizeof(struct prepare_memory) -
-	                        (MAX_KEYS - KEYS) / SLAB * sizeof(prepare_memory::slabs[0]);
 
-	TRY(launch(device, "matrix_recurrence", prepare_kernel<DIAGONAL, DELTA>,
-	           dim3((unsigned)(heads * p.chunks)), THREADS, prepared, p));
+	TRY((prepare<KEYS, DIAGONAL, DELTA>(device, "matrix_recurrence", p)));
 	return launch(device, "matrix_recurrence", output_kernel<KEYS, DIAGONAL, DELTA>,
 	              dim3((unsigned)(heads * p.column_blocks)), WALK_THREADS,
 	              sizeof(struct output_memory<KEYS, DIAGONAL>), p);
@@ -102,7 +83,7 @@ extern "C" size_t portable_delta_workspace(const struct device *, const void *ar
 {
 	size_t bytes;
 
-	problem_of(static_cast<const struct matrix_recurrence_args *>(args), NULL, &bytes);
+	problem_of(args, NULL, &bytes);
 	return bytes;
 }
 

@@ -44,25 +44,11 @@ static struct problem problem_of(const struct matrix_recurrence_backward_args *a
                                  size_t *bytes)
 {
 	const struct matrix_recurrence_args *f = &a->forward;
-	const bool diagonal = f->decay == DECAY_DIAGONAL, bonus = is_bonus(f);
-	struct problem p = {};
+	const bool bonus = is_bonus(f);
+	struct problem p = prepared_problem(*a, workspace, bytes);
+	const int64_t records = f->batch * f->n_heads * p.chunks;
 
-	p.a = *a;
-	p.chunks = divide_up(f->seq_len, CHUNK);
-	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
-	p.column_blocks = divide_up(f->d_v, WALK_COLUMNS);
-	p.values = (int)(p.column_blocks * WALK_COLUMNS);
-	const int64_t records = f->batch * f->n_heads * p.chunks, keys = CHUNK * p.keys;
-	const int64_t decayed = diagonal ? records * keys : 0;
-
-	*bytes = 0;
-	p.factors = take<float>(bytes, workspace, records * (WHOLE + p.keys));
 	p.dbonus = take<float>(bytes, workspace, bonus ? records * f->d_k : 0);
-	p.scores = take<bf16>(bytes, workspace, records * CHUNK * CHUNK);
-	p.inverse = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * CHUNK);
-	p.q = take<bf16>(bytes, workspace, decayed);
-	p.k_end = take<bf16>(bytes, workspace, decayed);
-	p.k = take<bf16>(bytes, workspace, bonus ? 0 : decayed);
 	p.states = take<bf16>(bytes, workspace, records * p.keys * p.values);
 	p.gradients = take<bf16>(bytes, workspace, records * p.keys * p.values);
 	p.errors = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * p.values);
@@ -75,12 +61,9 @@ static enum status run(struct device *device, const struct problem &p)
 	const char *name = "matrix_recurrence_backward";
 	const struct matrix_recurrence_args *f = &p.a.forward;
 	const int64_t heads = f->batch * f->n_heads;
-	const size_t prepared = sizeof(struct prepare_memory) -
-	                        (MAX_KEYS - KEYS) / SLAB * sizeof(prepare_memory::slabs[0]);
 	const dim3 chunks((unsigned)(heads * p.chunks));
 	const dim3 walks((unsigned)(2 * heads * p.column_blocks));
-	enum status status =
-	        launch(device, name, prepare_kernel<DIAGONAL, DELTA>, chunks, THREADS, prepared, p);
+	enum status status = prepare<KEYS, DIAGONAL, DELTA>(device, name, p);
 
 	if (status == STATUS_OK)
 		status = launch(device, name, walk_kernel<KEYS, DIAGONAL, DELTA>, walks,

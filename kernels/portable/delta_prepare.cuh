@@ -372,6 +372,17 @@ static __global__ void __launch_bounds__(THREADS, 3)
 	}
 }
 
+template <int KEYS, bool DIAGONAL, bool DELTA>
+static enum status prepare(struct device *device, const char *operation, const struct problem &p)
+{
+	const struct matrix_recurrence_args *f = &p.a.forward;
+	const size_t shared = sizeof(struct prepare_memory) -
+	                      (MAX_KEYS - KEYS) / SLAB * sizeof(prepare_memory::slabs[0]);
+
+	return launch(device, operation, prepare_kernel<DIAGONAL, DELTA>,
+	              dim3((unsigned)(f->batch * f->n_heads * p.chunks)), THREADS, shared, p);
+}
+
 } // namespace
 
 #endif

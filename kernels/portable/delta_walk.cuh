@@ -25,6 +25,32 @@ namespace
 /* A block's columns of the state; a warp has half of them, and a quarter of the rows or tokens. */
 constexpr int WALK_THREADS = 256, WALK_COLUMNS = 64;
 
+/* The sizes of a problem, and room in the workspace for what prepare writes. */
+static struct problem prepared_problem(const struct matrix_recurrence_backward_args &a,
+                                       void *workspace, size_t *bytes)
+{
+	const struct matrix_recurrence_args *f = &a.forward;
+	const bool bonus = is_bonus(f);
+	struct problem p = {};
+
+	p.a = a;
+	p.chunks = divide_up(f->seq_len, CHUNK);
+	p.keys = f->d_k <= 64 ? 64 : MAX_KEYS;
+	p.column_blocks = divide_up(f->d_v, WALK_COLUMNS);
+	p.values = (int)(p.column_blocks * WALK_COLUMNS);
+	const int64_t records = f->batch * f->n_heads * p.chunks;
+	const int64_t decayed = f->decay == DECAY_DIAGONAL ? records * CHUNK * p.keys : 0;
+
+	*bytes = 0;
+	p.factors = take<float>(bytes, workspace, records * (WHOLE + p.keys));
+	p.scores = take<bf16>(bytes, workspace, records * CHUNK * CHUNK);
+	p.inverse = take<bf16>(bytes, workspace, bonus ? 0 : records * CHUNK * CHUNK);
+	p.q = take<bf16>(bytes, workspace, decayed);
+	p.k_end = take<bf16>(bytes, workspace, decayed);
+	p.k = take<bf16>(bytes, workspace, bonus ? 0 : decayed);
+	return p;
+}
+
 /* Where this thread is in the products: its warp's part of rows, its first column, its lane. */
 struct position {
 	int part, column, lane;
