@@ -189,9 +189,8 @@ static int round_to(int n, int tile)
 /* Queries and keys in whole tiles, as many as its kernels take, and the workspace's parts, as
  * offsets: those of dk and dv are sums of heads that share keys. */
 struct backward_parts {
-	int tile, queries, keys;
+	int queries, keys;
 	size_t delta, lse, dq, dk, dv, turns, dk_turns, dv_turns, end;
-	size_t dk_bytes, dk_turns_bytes;
 };
 
 static struct backward_parts backward_parts_of(const struct flash3_gradients *g)
@@ -208,19 +207,21 @@ static struct backward_parts backward_parts_of(const struct flash3_gradients *g)
 		return at;
 	};
 
-	x.tile = p->d_head == 64 ? 128 : p->causal ? 64 : 80;
-	x.queries = round_to(p->seq_len, x.tile);
+	const int tile = p->d_head == 64 ? 128 : p->causal ? 64 : 80;
+
+	x.queries = round_to(p->seq_len, tile);
 	x.keys = round_to(p->kv_len, 128);
-	x.dk_bytes = shares ? round_up(kv * x.keys * p->d_head * sizeof(float)) : 0;
-	x.dk_turns_bytes = shares && g->deterministic ? round_up(kv * (x.keys / 128) * 4) : 0;
+	const size_t dk_bytes = shares ? kv * x.keys * p->d_head * sizeof(float) : 0;
+	const size_t dk_turns = shares && g->deterministic ? kv * (x.keys / 128) * sizeof(int) : 0;
+
 	x.delta = take(heads * x.queries * sizeof(float));
 	x.lse = take(heads * x.queries * sizeof(float));
 	x.dq = take(heads * x.queries * p->d_head * sizeof(float));
-	x.turns = take(heads * (x.queries / x.tile) * sizeof(int));
-	x.dk = take(x.dk_bytes);
-	x.dv = take(x.dk_bytes);
-	x.dk_turns = take(x.dk_turns_bytes);
-	x.dv_turns = take(x.dk_turns_bytes);
+	x.turns = take(heads * (x.queries / tile) * sizeof(int));
+	x.dk = take(dk_bytes);
+	x.dv = take(dk_bytes);
+	x.dk_turns = take(dk_turns);
+	x.dv_turns = take(dk_turns);
 	x.end = end;
 	return x;
 }
