@@ -15,9 +15,9 @@
  *
  * Invariants. A mask is an interval of visible keys per query, so only tiles that an end of the
  * interval cuts are masked. RESIDENT: keys that fit in the ring stay there for a unit. The softmax
- * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^80
- * are its scores formed again (by mma, which a warp can do alone) and the maximum moved: nothing
- * waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2; those that
+ * keeps the maximum it has while no power is large; only where the powers of a tile sum to over 2^40
+ * is it moved, and only where one may be infinite are the scores formed again (by mma, which a warp
+ * can do alone): nothing waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2; those that
  * read the same keys side by side.
  *
  * Limit: the tensor pipe, busy 94% of its cycles at d = 128, T = 131072 (692 TFLOP/s at 1.43 GHz);
@@ -42,9 +42,11 @@ using namespace hopper;
 namespace
 {
 
-/* A sum of powers over this and the maximum is moved. It leaves 2^47 to where fp32 ends, for 2^20
- * keys and values of 2^27; and scores may grow by 55 before any are formed again. */
-constexpr float HUGE_SUM = 1208925819614629174706176.0f; /* 2^80 */
+/* A thread's sum of a tile's powers over LARGE_SUM, and the maximum is moved; over LARGEST_SUM a
+ * power may be infinite, and the scores are formed again. Scores may grow by 27 before any maximum
+ * moves, and in one tile by 59 before any are formed again. */
+constexpr float LARGE_SUM = 1099511627776.0f;                            /* 2^40 */
+constexpr float LARGEST_SUM = 85070591730234615865843651857942052864.0f; /* 2^126 */
 
 constexpr int TILE_N = 128, MAX_STAGES = 4;
 
@@ -512,12 +514,23 @@ __device__ __forceinline__ void exponentiate(float (&s)[COUNT], softmax &state, 
 	}
 }
 
+/* 2^e <= x < 2^(e + 1): gives e, and makes x 2^-e. */
+__device__ __forceinline__ int inverse_power(float &x)
+{
+	const int exponent = (__float_as_int(x) >> 23) - 127;
+
+	x = __int_as_float((127 - exponent) << 23);
+	return exponent;
+}
+
 /*
- * The same with the maximum as it was, which is as good while no power is huge;
- * or false, with s spoilt. (A maximum of -inf gives NaN or inf, and false.)
+ * The same with the maximum as it was, which is as good while no power is large. Powers that are
+ * large and finite are divided by a power of two, which changes no digit of them, and the maximum
+ * follows. Or false, with s spoilt. (A maximum of -inf gives NaN or inf, and false.)
  */
 template <int COUNT>
-__device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &state, float scale)
+__device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &state,
+                                                    float (&rescale)[2], float scale)
 {
 	float sum[2][2] = {{0, 0}, {0, 0}};
 
@@ -530,8 +543,26 @@ __device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &
 	}
 	sum[0][0] += sum[0][1];
 	sum[1][0] += sum[1][1];
-	if (!__all_sync(~0u, sum[0][0] <= HUGE_SUM && sum[1][0] <= HUGE_SUM))
-		return false;
+	if (!__all_sync(~0u, sum[0][0] <= LARGE_SUM && sum[1][0] <= LARGE_SUM)) {
+		if (!__all_sync(~0u, sum[0][0] <= LARGEST_SUM && sum[1][0] <= LARGEST_SUM))
+			return false;
+#pragma unroll
+		for (int row = 0; row < 2; row++) {
+			float most = fmaxf(sum[row][0], 1.0f);
+
+			most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+			most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+			state.max[row] += static_cast<float>(inverse_power(most));
+			rescale[row] = most;
+			state.sum[row] *= most;
+			sum[row][0] *= most;
+#pragma unroll
+			for (int i = 0; i < COUNT; i += 4) {
+				s[i + 2 * row] *= most;
+				s[i + 2 * row + 1] *= most;
+			}
+		}
+	}
 	state.sum[0] += sum[0][0];
 	state.sum[1] += sum[1][0];
 	return true;
@@ -743,7 +774,7 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 		if (cut(n))
 			apply_mask(scores, p, row, column);
 		rescale[0] = rescale[1] = 1;
-		if (!lazily || !exponentiate_lazily(scores, state, p.scale_log2)) {
+		if (!lazily || !exponentiate_lazily(scores, state, rescale, p.scale_log2)) {
 			if (lazily) {
 				const uint32_t slot = RESIDENT ? n : keys.slot();
 

@@ -38,13 +38,20 @@
 #include "kernels/kernels.h"
 
 using namespace hopper;
+#ifndef PR
+#define PR 24
+#define CR 240
+#endif
+#ifndef PRELOAD
+#define PRELOAD 1
+#endif
 
 namespace
 {
 
 constexpr int KEYS = 128, STAGES = 2, WARPGROUPS = 2;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = PR, CONSUMER_REGISTERS = CR;
 constexpr int BOTH_BARRIER = 1;     /* named: the two consumer warpgroups */
 constexpr int ROW_BYTES = 128;      /* of a panel */
 constexpr int SUM_FLOATS = 64 * 64; /* of what a warpgroup adds in memory at a time */
@@ -52,6 +59,13 @@ constexpr int PREPARED_ROWS = 64;   /* queries of a block of the first kernel */
 
 /* Queries of a tile. */
 template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
+
+/* Of the D / 16 steps of the scores' product, those whose keys a consumer holds in registers. */
+#ifndef HELD128
+#define HELD128 4
+#define HELD64 2
+#endif
+template <int D> constexpr int HELD = D == 64 ? HELD64 : HELD128;
 
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
@@ -64,7 +78,7 @@ struct parameters {
 	enum mask mask;
 	float scale, scale_log2;  /* scale * log2(e) */
 	int padded_len;           /* queries in whole tiles */
-	const float *lse, *delta; /* [pairs][padded_len], lse in base 2 */
+	const float *lse, *delta; /* [pairs][padded_len], statistic_place of each 64; lse in base 2 */
 	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][SUM_FLOATS], as accumulators lie */
 	/* [batch * kv_heads][key_tiles][WARPGROUPS][D / 64][SUM_FLOATS] where heads share keys */
 	float *dk_sums, *dv_sums;
@@ -471,6 +485,26 @@ __device__ __forceinline__ void issue_scores(float (&acc)[n], uint64_t a, uint64
 	wgmma_commit();
 }
 
+/* The same, the first `held` / 4 steps of A from registers. */
+template <int D, int n, int held>
+__device__ __forceinline__ void issue_scores(float (&acc)[n], const uint32_t (&rows)[held],
+                                             uint64_t a, uint64_t b)
+{
+	wgmma_fence();
+#pragma unroll
+	for (int step = 0; step < D / 16; step++) {
+		const int panel = step / 4, within = step % 4 * 32;
+		const uint64_t columns = b + (panel * QUERIES<D> * ROW_BYTES + within) / 16;
+
+		if (4 * step < held)
+			wgmma_rs_k_major(acc, &rows[4 * step], columns, step > 0);
+		else
+			wgmma_ss(acc, a + (panel * KEYS * ROW_BYTES + within) / 16, columns,
+			         step > 0);
+	}
+	wgmma_commit();
+}
+
 /* acc (64 keys x D) += A (64 x queries, registers) B (queries x D). */
 template <int n, int operands>
 __device__ __forceinline__ void issue_gradient(float (&acc)[n], const uint32_t (&a)[operands],
@@ -492,27 +526,39 @@ __device__ __forceinline__ uint32_t block_address(uint32_t rows, int j)
 	return plain_block(rows, warp * 16, 16 * j, lane);
 }
 
+/* Where a query's statistic lies in those of 64: a thread's columns side by side, the two halves of
+ * a quad in different banks. */
+__device__ __forceinline__ int statistic_place(int query)
+{
+	const int i = query / 8, c = query / 2 % 4;
+
+	return c * 16 + ((i / 2) ^ (c / 2)) * 4 + i % 2 * 2 + query % 2;
+}
+
 /* What there is of each query, for a thread's columns of n accumulators: fetched ahead of its use
  * where there are registers for that. */
-template <int n> struct statistics {
-	uint32_t from;
-	float2 x[n / 4];
+template <int n, bool AHEAD> struct statistics {
+	uint32_t own, flip; /* this thread's, and 16 where its pieces are swapped in pairs */
+	float4 x[n / 8];
 
-	__device__ __forceinline__ float2 fetch(int i) const
+	__device__ __forceinline__ float4 fetch(int j) const
 	{
-		return shared_float2(from + (8 * i + 2 * (threadIdx.x & 3)) * 4);
+		return shared_float4(own + j / 4 * 256 + j % 4 * 16 + (j % 2 ? -flip : flip));
 	}
 
-	__device__ __forceinline__ void load()
+	__device__ __forceinline__ void load(uint32_t tile)
 	{
+		own = tile + threadIdx.x % 4 * 64;
+		flip = threadIdx.x % 4 / 2 * 16;
 #pragma unroll
-		for (int i = 0; n == 32 && i < n / 4; i++)
-			x[i] = fetch(i);
+		for (int j = 0; AHEAD && j < n / 8; j++)
+			x[j] = fetch(j);
 	}
 
-	__device__ __forceinline__ float2 at(int i) const
+	/* Of accumulators 8j, 8j + 1, 8j + 4 and 8j + 5, and of those two further. */
+	__device__ __forceinline__ float4 at(int j) const
 	{
-		return n == 32 ? x[i] : fetch(i);
+		return AHEAD ? x[j] : fetch(j);
 	}
 };
 
@@ -523,12 +569,16 @@ template <int D, bool shared_keys> struct consumer {
 
 	const parameters &p;
 	uint32_t shared;
-	slot_ring<STAGES> rows, before; /* queries of this step, of the last */
-	slot_ring<STAGES> k;
-	uint32_t v_parity;
+	int w; /* this warpgroup */
+	turn_ring<STAGES> rows; /* queries */
+	turn_ring<STAGES> k;    /* and one place of values, whose parity k.turn is */
 	uint32_t out_parity;  /* of what this warpgroup sends */
 	uint32_t unit_parity; /* of dK's place */
+	uint32_t out_place;   /* this thread's first 16 bytes of what its warpgroup sends */
+	bool stored;          /* a dQ there has yet to be handed over */
 	span all_seen;        /* queries that see all of the warpgroup's keys: first, last */
+	uint32_t held[4 * HELD<D>]; /* the first 16 HELD columns of the warpgroup's keys */
+	statistics<N, D == 128> lse; /* of the step's queries */
 
 	__device__ uint32_t barrier(int which) const
 	{
@@ -543,33 +593,37 @@ template <int D, bool shared_keys> struct consumer {
 
 	__device__ uint32_t keys() const
 	{
-		return shared + layout::K + k.slot * layout::KEYS_BYTES;
+		return shared + layout::K + k.slot() * layout::KEYS_BYTES;
 	}
 
 	__device__ uint64_t rows_operand(int tile, uint32_t leading) const
 	{
-		return matrix_descriptor(shared + tile + rows.slot * layout::ROWS_BYTES, leading);
+		return matrix_descriptor(shared + tile + rows.slot() * layout::ROWS_BYTES, leading);
 	}
 
 	__device__ void await_out_place()
 	{
-		barrier_wait(barrier(BAR_OUT_EMPTY + warpgroup_index()), out_parity ^ 1);
+		barrier_wait(barrier(BAR_OUT_EMPTY + w), out_parity ^ 1);
 		out_parity ^= 1;
 	}
 
-	/* What was written to shared memory may leave. */
-	__device__ void hand_over() const
+	/* What was written to shared memory may leave, if it is anything. */
+	__device__ void hand_over(bool written = true) const
 	{
 		fence_async_proxy();
-		release(BAR_OUT_FULL + warpgroup_index());
+		__syncwarp();
+		if (written && threadIdx.x % 32 == 0)
+			barrier_arrive(barrier(BAR_OUT_FULL + w));
 	}
 
-	__device__ void powers(float (&s)[N], const statistics<N> &lse,
-	                       uint32_t (&probabilities)[N / 2], int m, int key) const;
+	__device__ void hold_keys();
+	__device__ void load_lse();
+	__device__ void powers(float (&s)[N], uint32_t (&probabilities)[N / 2], int m,
+	                       int key) const;
 	__device__ void differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
-	                              const statistics<N> &delta, uint32_t (&ds)[N / 2]) const;
+	                              const statistics<N, true> &delta, uint32_t (&ds)[N / 2]) const;
 	__device__ void store_ds(const uint32_t (&ds)[N / 2]) const;
-	__device__ void issue_dq(float (&dq)[32], const slot_ring<STAGES> &at) const;
+	__device__ void issue_dq(float (&dq)[32]) const;
 	__device__ void store_sums(uint32_t place, const float *x) const;
 	__device__ void store_dq(const float (&dq)[32]);
 	__device__ void store_keys(uint32_t place, const float (&x)[D / 2], float scale) const;
@@ -579,14 +633,30 @@ template <int D, bool shared_keys> struct consumer {
 	__device__ void run(const unit &u);
 };
 
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::hold_keys()
+{
+	const uint32_t own = keys() + w * 64 * ROW_BYTES;
+
+#pragma unroll
+	for (int j = 0; j < HELD<D>; j++)
+		load_matrix_x4(block_address(own + j / 4 * KEYS * ROW_BYTES, j % 4), held[4 * j],
+		               held[4 * j + 1], held[4 * j + 2], held[4 * j + 3]);
+}
+
+template <int D, bool shared_keys>
+__device__ __forceinline__ void consumer<D, shared_keys>::load_lse()
+{
+	lse.load(shared + layout::LSE + rows.slot() * layout::STATISTICS_BYTES);
+}
+
 /* Scores -> probabilities; `key` is the thread's first, the other is 8 further. */
 template <int D, bool shared_keys>
 __device__ __forceinline__ void
-consumer<D, shared_keys>::powers(float (&s)[N], const statistics<N> &lse,
-                                 uint32_t (&probabilities)[N / 2], int m, int key) const
+consumer<D, shared_keys>::powers(float (&s)[N], uint32_t (&probabilities)[N / 2], int m,
+                                 int key) const
 {
 	const int begin = m * QUERIES<D>, column = begin + 2 * (threadIdx.x & 3);
-	float2 x;
 
 	if (begin < all_seen.first || begin + QUERIES<D> - 1 > all_seen.end) {
 		const int first[2] = {first_query(p, key) - column,
@@ -601,11 +671,16 @@ consumer<D, shared_keys>::powers(float (&s)[N], const statistics<N> &lse,
 		}
 	}
 #pragma unroll
-	for (int i = 0; i < N; i += 2) {
-		if (i % 4 == 0)
-			x = lse.at(i / 4);
-		probabilities[i / 2] = pack_bf16(exp2_approx(fmaf(s[i], p.scale_log2, -x.x)),
-		                                 exp2_approx(fmaf(s[i + 1], p.scale_log2, -x.y)));
+	for (int j = 0; j < N / 8; j++) {
+		const float4 x = lse.at(j);
+		const auto power = [&](int i, float l) {
+			return exp2_approx(fmaf(s[8 * j + i], p.scale_log2, -l));
+		};
+
+		probabilities[4 * j] = pack_bf16(power(0, x.x), power(1, x.y));
+		probabilities[4 * j + 1] = pack_bf16(power(2, x.x), power(3, x.y));
+		probabilities[4 * j + 2] = pack_bf16(power(4, x.z), power(5, x.w));
+		probabilities[4 * j + 3] = pack_bf16(power(6, x.z), power(7, x.w));
 	}
 }
 
@@ -613,19 +688,23 @@ consumer<D, shared_keys>::powers(float (&s)[N], const statistics<N> &lse,
 template <int D, bool shared_keys>
 __device__ __forceinline__ void
 consumer<D, shared_keys>::differentiate(const uint32_t (&probabilities)[N / 2],
-                                        const float (&dp)[N], const statistics<N> &delta,
+                                        const float (&dp)[N], const statistics<N, true> &delta,
                                         uint32_t (&ds)[N / 2]) const
 {
-	float2 x;
-
 #pragma unroll
-	for (int i = 0; i < N; i += 2) {
-		const uint32_t pair = probabilities[i / 2];
+	for (int j = 0; j < N / 8; j++) {
+		const float4 x = delta.at(j);
+		const auto differ = [&](int i, float d0, float d1) {
+			const uint32_t pair = probabilities[4 * j + i];
 
-		if (i % 4 == 0)
-			x = delta.at(i / 4);
-		ds[i / 2] = pack_bf16(low_bf16(pair) * (dp[i] - x.x),
-		                      high_bf16(pair) * (dp[i + 1] - x.y));
+			ds[4 * j + i] = pack_bf16(low_bf16(pair) * (dp[8 * j + 2 * i] - d0),
+			                          high_bf16(pair) * (dp[8 * j + 2 * i + 1] - d1));
+		};
+
+		differ(0, x.x, x.y);
+		differ(1, x.x, x.y);
+		differ(2, x.z, x.w);
+		differ(3, x.z, x.w);
 	}
 }
 
@@ -634,30 +713,27 @@ template <int D, bool shared_keys>
 __device__ __forceinline__ void
 consumer<D, shared_keys>::store_ds(const uint32_t (&ds)[N / 2]) const
 {
-	const uint32_t place = shared + layout::DS + rows.slot * layout::DS_BYTES +
-	                       warpgroup_index() * 64 * ROW_BYTES;
+	const uint32_t place = shared + layout::DS + rows.slot() * layout::DS_BYTES +
+	                       w * 64 * ROW_BYTES;
 
 #pragma unroll
 	for (int j = 0; j < QUERIES<D> / 16; j++)
 		store_matrix_x4(block_address(place + j / 4 * layout::DS_PANEL, j % 4), ds[4 * j],
 		                ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
-	fence_async_proxy();
-	release(BAR_DS_FULL + rows.slot);
 }
 
-/* dq (64 queries x 64 of D) = dS K over all keys of the tile; d = 64: of warpgroup w queries from
+/* dq (64 queries x 64 of D) = dS K of the tile before, over all its keys; d = 64: of warpgroup w queries from
  * 64w on, d = 128: columns from 64w on. */
 template <int D, bool shared_keys>
 __device__ __forceinline__ void
-consumer<D, shared_keys>::issue_dq(float (&dq)[32], const slot_ring<STAGES> &at) const
+consumer<D, shared_keys>::issue_dq(float (&dq)[32]) const
 {
-	const int w = warpgroup_index();
-	const uint64_t ds = matrix_descriptor(shared + layout::DS + at.slot * layout::DS_BYTES +
+	const uint64_t ds = matrix_descriptor(shared + layout::DS + rows.slot(1) * layout::DS_BYTES +
 	                                              (D == 64 ? w * layout::DS_PANEL : 0),
 	                                      16);
 	const uint64_t k = matrix_descriptor(keys() + (D == 64 ? 0 : w * KEYS * ROW_BYTES), 16);
 
-	barrier_wait(barrier(BAR_DS_FULL + at.slot), at.parity);
+	barrier_wait(barrier(BAR_DS_FULL + rows.slot(1)), rows.parity(1));
 	pin(dq);
 	wgmma_fence();
 #pragma unroll
@@ -668,11 +744,9 @@ consumer<D, shared_keys>::issue_dq(float (&dq)[32], const slot_ring<STAGES> &at)
 
 /* 32 accumulators as they lie: 4 floats of every thread of the warpgroup, 8 times. */
 template <int D, bool shared_keys>
-__device__ __forceinline__ void consumer<D, shared_keys>::store_sums(uint32_t place,
+__device__ __forceinline__ void consumer<D, shared_keys>::store_sums(uint32_t own,
                                                                      const float *x) const
 {
-	const uint32_t own = place + threadIdx.x % 128 * 16;
-
 #pragma unroll
 	for (int j = 0; j < 8; j++)
 		shared_store4(own + j * 128 * 16, x[4 * j], x[4 * j + 1], x[4 * j + 2],
@@ -683,8 +757,7 @@ template <int D, bool shared_keys>
 __device__ __forceinline__ void consumer<D, shared_keys>::store_dq(const float (&dq)[32])
 {
 	await_out_place();
-	store_sums(shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES, dq);
-	hand_over();
+	store_sums(out_place, dq);
 }
 
 /* 64 keys x D, as panels of 64. */
@@ -709,18 +782,18 @@ template <int D, bool shared_keys>
 __device__ __forceinline__ void consumer<D, shared_keys>::leave_keys(const float (&dk)[D / 2],
                                                                      const float (&dv)[D / 2])
 {
-	const uint32_t dk_place = shared + layout::DS + warpgroup_index() * layout::OUT_BYTES;
-	const uint32_t dv_place = shared + layout::OUT + warpgroup_index() * layout::OUT_BYTES;
-
 	if constexpr (shared_keys) {
 #pragma unroll
 		for (int i = 0; i < D / 64; i++) {
 			await_out_place();
-			store_sums(dk_place, &dk[32 * i]);
-			store_sums(dv_place, &dv[32 * i]);
+			store_sums(out_place - layout::OUT + layout::DS, &dk[32 * i]);
+			store_sums(out_place, &dv[32 * i]);
 			hand_over();
 		}
 	} else {
+		const uint32_t dk_place = shared + layout::DS + w * layout::OUT_BYTES;
+		const uint32_t dv_place = shared + layout::OUT + w * layout::OUT_BYTES;
+
 		store_keys(dk_place, dk, p.scale);
 		await_out_place();
 		store_keys(dv_place, dv, 1);
@@ -740,38 +813,41 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
                                                                float (&dv)[D / 2])
 {
 	constexpr uint32_t PANEL = QUERIES<D> * ROW_BYTES;
-	const uint32_t own_rows = warpgroup_index() * 64 * ROW_BYTES;
+	const uint32_t own_rows = w * 64 * ROW_BYTES;
 	const uint64_t q_columns = rows_operand(layout::Q, PANEL),
 	               do_columns = rows_operand(layout::DO, PANEL);
 	float dp[N], dq[32];
-	statistics<N> lse = {shared + layout::LSE + rows.slot * layout::STATISTICS_BYTES};
-	statistics<N> delta = {shared + layout::DELTA + rows.slot * layout::STATISTICS_BYTES};
+	statistics<N, true> delta;
 	uint32_t probabilities[N / 2], ds[N / 2];
 
-	barrier_wait(barrier(BAR_DO_FULL + rows.slot), rows.parity);
-	lse.load();
+	barrier_wait(barrier(BAR_DO_FULL + rows.slot()), rows.parity());
 	wgmma_wait<0>();
 	pin(s);
 	pin(dp);
 	issue_scores<D>(dp, matrix_descriptor(shared + layout::V + own_rows, 16),
 	                rows_operand(layout::DO, 16));
-	powers(s, lse, probabilities, m, key);
+	powers(s, probabilities, m, key);
+	if (!first)
+		hand_over(stored);
+	stored = !first;
+	delta.load(shared + layout::DELTA + rows.slot() * layout::STATISTICS_BYTES);
 	pin(probabilities);
 	pin(dv);
 	issue_gradient(dv, probabilities, do_columns);
-	delta.load();
 	wgmma_wait<1>();
 	pin(dp);
 	if (last)
 		release(BAR_V_EMPTY);
 	differentiate(probabilities, dp, delta, ds);
-	barrier_wait(barrier(BAR_DS_EMPTY + rows.slot), rows.parity ^ 1);
+	barrier_wait(barrier(BAR_DS_EMPTY + rows.slot()), rows.parity() ^ 1);
 	store_ds(ds);
 	pin(ds);
 	pin(dk);
 	issue_gradient(dk, ds, q_columns);
+	fence_async_proxy();
+	release(BAR_DS_FULL + rows.slot());
 	if (!first) {
-		issue_dq(dq, before);
+		issue_dq(dq);
 		wgmma_wait<1>();
 	} else {
 		wgmma_wait<0>();
@@ -780,28 +856,27 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
 	pin(probabilities);
 	pin(dk);
 	pin(ds);
-	release(BAR_ROWS_EMPTY + rows.slot);
-	const slot_ring<STAGES> now = rows;
+	release(BAR_ROWS_EMPTY + rows.slot());
 	rows.advance();
 	if (!last) {
-		barrier_wait(barrier(BAR_Q_FULL + rows.slot), rows.parity);
+		barrier_wait(barrier(BAR_Q_FULL + rows.slot()), rows.parity());
+		load_lse();
 		pin(s);
-		issue_scores<D>(s, matrix_descriptor(keys() + own_rows, 16),
+		issue_scores<D>(s, held, matrix_descriptor(keys() + own_rows, 16),
 		                rows_operand(layout::Q, 16));
 	}
 	if (!first) {
 		wgmma_wait<last ? 0 : 1>();
 		pin(dq);
-		release(BAR_DS_EMPTY + before.slot);
+		release(BAR_DS_EMPTY + rows.slot(2));
 		store_dq(dq);
 	}
-	before = now;
 }
 
 template <int D, bool shared_keys>
 __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 {
-	const int w = warpgroup_index(), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 	const int key = u.n * KEYS + w * 64 + warp * 16 + lane / 4;
 	const span tiles = query_tiles<D>(p, u.n);
 	float s[N], dk[D / 2], dv[D / 2];
@@ -813,12 +888,14 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 	if (tiles.first < tiles.end) {
 		float dq[32];
 
-		barrier_wait(barrier(BAR_Q_FULL + rows.slot), rows.parity);
-		barrier_wait(barrier(BAR_K_FULL + k.slot), k.parity);
+		barrier_wait(barrier(BAR_Q_FULL + rows.slot()), rows.parity());
+		barrier_wait(barrier(BAR_K_FULL + k.slot()), k.parity());
+		hold_keys();
 		pin(s);
-		issue_scores<D>(s, matrix_descriptor(keys() + w * 64 * ROW_BYTES, 16),
+		issue_scores<D>(s, held, matrix_descriptor(keys() + w * 64 * ROW_BYTES, 16),
 		                rows_operand(layout::Q, 16));
-		barrier_wait(barrier(BAR_V_FULL), v_parity);
+		load_lse();
+		barrier_wait(barrier(BAR_V_FULL), k.turn % 2);
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
 		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
 
@@ -835,14 +912,16 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 			}
 			step<false, true>(m, key, s, dk, dv);
 		}
-		issue_dq(dq, before);
+		if (tiles.first + 1 < tiles.end)
+			hand_over();
+		issue_dq(dq);
 		wgmma_wait<0>();
 		pin(dq);
-		release(BAR_DS_EMPTY + before.slot);
-		release(BAR_K_EMPTY + k.slot);
+		release(BAR_DS_EMPTY + rows.slot(1));
+		release(BAR_K_EMPTY + k.slot());
 		store_dq(dq);
+		hand_over();
 		k.advance();
-		v_parity ^= 1;
 	} else {
 		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
 	}
@@ -898,7 +977,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 		}
 	} else {
 		registers_increase<CONSUMER_REGISTERS>();
-		consumer<D, shared_keys> c = {p, shared, {}, {}, {}, 0, 0, 0, {}};
+		consumer<D, shared_keys> c = {p, shared, warpgroup_index(), {}, {}, 0, 0, 0, false, {}, {}, {}};
+		c.out_place = shared + shared_layout<D>::OUT + c.w * shared_layout<D>::OUT_BYTES +
+		              threadIdx.x % 128 * 16;
+		keep(c.out_place);
 		schedule<D> units = {shared};
 		unit u;
 
@@ -980,7 +1062,8 @@ __global__ void __launch_bounds__(256) prepare_kernel(query_parameters p)
 #pragma unroll
 	for (int i = 0; i < PASSES; i++) {
 		const int t = first + i * (256 / LANES) + threadIdx.x / LANES;
-		const int64_t padded = static_cast<int64_t>(pair) * p.padded_len + t;
+		const int64_t padded = static_cast<int64_t>(pair) * p.padded_len + first +
+		                       statistic_place(t - first);
 		const int64_t row = static_cast<int64_t>(pair) * p.seq_len + t;
 		float x[8], y[8], products = 0;
 

@@ -51,6 +51,17 @@ __device__ __forceinline__ float2 shared_float2(uint32_t shared)
 	return value;
 }
 
+__device__ __forceinline__ float4 shared_float4(uint32_t shared)
+{
+	float4 value;
+
+	asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+	             : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+	             : "r"(shared)
+	             : "memory");
+	return value;
+}
+
 __device__ __forceinline__ void shared_store2(uint32_t shared, float x, float y)
 {
 	asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
@@ -445,6 +456,12 @@ template <int count> __device__ __forceinline__ void pin(uint32_t (&registers)[c
 		asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+/* Keeps a value in a register: it is not computed anew where it is used. */
+__device__ __forceinline__ void keep(uint32_t &value)
+{
+	asm volatile("" : "+r"(value));
+}
+
 /*
  * The registers of an accumulator of 8 to 128 floats, as inline assembly names them: the list in
  * the instruction, where they come first, and the operands after it.
@@ -550,6 +567,7 @@ WGMMA_RS(wgmma_rs, 64, 128, 64, 65, 66, 67, 68, 69, "1")
 WGMMA_RS(wgmma_rs_k_major, 8, 16, 8, 9, 10, 11, 12, 13, "0")
 WGMMA_RS(wgmma_rs_k_major, 16, 32, 16, 17, 18, 19, 20, 21, "0")
 WGMMA_RS(wgmma_rs_k_major, 32, 64, 32, 33, 34, 35, 36, 37, "0")
+WGMMA_RS(wgmma_rs_k_major, 64, 128, 64, 65, 66, 67, 68, 69, "0")
 
 /*
  * d (16 x 8) += A (16 x 16) B (16 x 8), bf16 operands, a warp. Lane l, g = l / 4, c = l % 4: a0, a1
