@@ -6,21 +6,26 @@
  *              holds, and the queries that see them in tiles of 64 (d = 64: 128)
  *   finish     turns the sums of dQ into bf16, and those of dK and dV where heads share keys
  * Roles in the second:
- *   warp 0      ticket -> 128 keys of a head; TMA: keys, values, queries, gradients of outputs
+ *   warp 0      ticket -> 128 keys of a head; TMA: keys, queries
  *   warp 1 + w  sends what consumer warpgroup w leaves: its half of a tile of dQ, to be added in
  *               memory; at the end dK and dV, to be added too where heads share keys
+ *   warp 3      TMA: values, gradients of outputs
  *   consumer    64 keys, scores transposed (a row is a key): P and dS are the register operands of
  *               dV += P^T dO, dK += dS^T Q. Both warpgroups' dS meet in shared memory for
  *               dQ = dS K, of which each forms a 64 x 64 block, a tile late, so that none waits
  * Shared memory: two places of keys, one of values, two of queries, gradients of outputs, dS (at
  * the end dK) and statistics; of each warpgroup dQ (at the end dV).
  * Products of a step, each beside what needs no tensor cores: dP = V dO^T beside the powers of the
- * scores; dV beside dS; dK, dQ of the tile before and S of the next while that dQ leaves.
+ * scores; dV beside dS; dK, dQ of the tile before and S of the next while that dQ leaves. While
+ * products read their operands an ordinary access of shared memory takes 200 cycles. So statistics
+ * are fetched ahead, a fence comes after the product that needs nothing of what it publishes,
+ * and part of the keys stay in registers.
  * dQ is summed in the order in which blocks come by: its last bits differ from run to run, unless
  * the device is to be deterministic. Then blocks add in the order of tickets, which begin at the
  * last keys: a block comes to a tile two steps after the one before it anyway.
- * Limit: shared memory, busy 79% of the cycles, the tensor cores 65% (with three places);
- * 633 TFLOP/s at T = 4096 on a cool device. docs/kernels/attention_backward.md.
+ * Limit: shared memory. A step of 64 queries, d = 128, reads and writes 377 KB there, 92% of the
+ * cycles that it takes (80% are the tensor cores'). docs/kernels/attention_backward.md.
+ * may spill: attention_backward_kernel (the producer, once a unit)
  * wgmma in: attention_backward_kernel
  */
 #include <cuda_runtime.h>
@@ -38,21 +43,15 @@
 #include "kernels/kernels.h"
 
 using namespace hopper;
-#ifndef PR
-#define PR 24
-#define CR 240
-#endif
-#ifndef PRELOAD
-#define PRELOAD 1
-#endif
 
 namespace
 {
 
 constexpr int KEYS = 128, STAGES = 2, WARPGROUPS = 2;
 constexpr int CONSUMER_WARPS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
-constexpr int PRODUCER_REGISTERS = PR, CONSUMER_REGISTERS = CR;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int BOTH_BARRIER = 1;     /* named: the two consumer warpgroups */
+constexpr uint32_t NEXT = -1u;      /* so many steps back */
 constexpr int ROW_BYTES = 128;      /* of a panel */
 constexpr int SUM_FLOATS = 64 * 64; /* of what a warpgroup adds in memory at a time */
 constexpr int PREPARED_ROWS = 64;   /* queries of a block of the first kernel */
@@ -60,26 +59,24 @@ constexpr int PREPARED_ROWS = 64;   /* queries of a block of the first kernel */
 /* Queries of a tile. */
 template <int D> constexpr int QUERIES = D == 64 ? 128 : 64;
 
-/* Of the D / 16 steps of the scores' product, those whose keys a consumer holds in registers. */
-#ifndef HELD128
-#define HELD128 4
-#define HELD64 2
-#endif
-template <int D> constexpr int HELD = D == 64 ? HELD64 : HELD128;
+/* Of the D / 16 steps of the scores' product those whose keys a consumer holds in registers, and
+ * of the N / 8 pieces of a tile's lse those that it fetches ahead: as many as fit. */
+template <int D> constexpr int HELD = D == 64 ? 2 : 4;
+template <int D> constexpr int LSE_AHEAD = D == 64 ? 6 : 4;
 
 struct parameters {
 	CUtensorMap q, k, v, dout, dk, dv;
 	int seq_len, n_heads, q_heads, kv_heads, pairs; /* pairs: batch * n_heads */
-	int readers;   /* heads of a unit, which read the same keys: 1, docs/kernels says why */
-	int sharing;   /* heads that read a head of keys */
-	int sharers;   /* heads of the same queries */
-	int seen_keys; /* no query sees the keys after these */
+	int sharing;                                    /* heads that read a head of keys */
+	int sharers;                                    /* heads of the same queries */
+	int seen_keys;                                  /* no query sees the keys after these */
 	int window, chunk;
 	enum mask mask;
-	float scale, scale_log2;  /* scale * log2(e) */
-	int padded_len;           /* queries in whole tiles */
-	const float *lse, *delta; /* [pairs][padded_len], statistic_place of each 64; lse in base 2 */
-	float *dq; /* [batch * q_heads][tiles][WARPGROUPS][SUM_FLOATS], as accumulators lie */
+	float scale, scale_log2; /* scale * log2(e) */
+	int padded_len;          /* queries in whole tiles */
+	const float *lse,
+	        *delta; /* [pairs][padded_len], statistic_place of each 64; lse in base 2 */
+	float *dq;      /* [batch * q_heads][tiles][WARPGROUPS][SUM_FLOATS], as accumulators lie */
 	/* [batch * kv_heads][key_tiles][WARPGROUPS][D / 64][SUM_FLOATS] where heads share keys */
 	float *dk_sums, *dv_sums;
 	/* How often each of a warpgroup's sums in dq, and in dk_sums, has been added to, in order.
@@ -230,101 +227,128 @@ __device__ __forceinline__ heads heads_of(const parameters &p, const unit &u)
 
 	if (shared_keys)
 		return {b, own, own / p.sharing};
-	return {b, own * p.readers, own};
+	return {b, own, own};
 }
 
-/* Thread 0: tickets and everything that is loaded. */
-template <int D, bool shared_keys, bool ordered> struct producer {
+/* Loads tiles of rows with a statistic of each: queries, or gradients of outputs. */
+template <int D> struct row_loader {
+	using layout = shared_layout<D>;
+
+	uint32_t shared, tiles, statistics, full; /* places, and the barriers of either kind */
+	turn_ring<STAGES> at;
+
+	__device__ void load(const CUtensorMap *map, const float *statistic, int m, int h, int b)
+	{
+		const uint32_t slot = at.slot(), barrier = full + slot * 8;
+
+		barrier_wait(shared + layout::BARRIERS + (BAR_ROWS_EMPTY + slot) * 8,
+		             at.parity() ^ 1);
+		barrier_arrive_expect(barrier, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
+		load_panels<D, QUERIES<D>>(tiles + slot * layout::ROWS_BYTES, barrier, map,
+		                           m * QUERIES<D>, h, b);
+		bulk_load(statistics + slot * layout::STATISTICS_BYTES, statistic,
+		          layout::STATISTICS_BYTES, barrier);
+		at.advance();
+	}
+};
+
+/* Where the statistics of tile m of a head begin. */
+template <int D>
+__device__ __forceinline__ int64_t statistics_of(const parameters &p, const heads &x, int m)
+{
+	return (static_cast<int64_t>(x.b) * p.n_heads + x.h) * p.padded_len + m * QUERIES<D>;
+}
+
+/* Warp 0, a thread: tickets, keys and queries. */
+template <int D, bool shared_keys, bool ordered> struct query_producer {
 	using layout = shared_layout<D>;
 
 	const parameters &p;
 	uint32_t shared;
-	slot_ring<STAGES> rows, k;
-	uint32_t v_parity;
-
-	__device__ uint32_t barrier(int which) const
-	{
-		return shared + layout::BARRIERS + which * 8;
-	}
-
-	__device__ void load_rows(int m, int b, int h)
-	{
-		const int64_t at =
-		        (static_cast<int64_t>(b) * p.n_heads + h) * p.padded_len + m * QUERIES<D>;
-		const uint32_t q_full = barrier(BAR_Q_FULL + rows.slot);
-		const uint32_t do_full = barrier(BAR_DO_FULL + rows.slot);
-
-		barrier_wait(barrier(BAR_ROWS_EMPTY + rows.slot), rows.parity ^ 1);
-		barrier_arrive_expect(q_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
-		load_panels<D, QUERIES<D>>(shared + layout::Q + rows.slot * layout::ROWS_BYTES,
-		                           q_full, &p.q, m * QUERIES<D>, h % p.q_heads, b);
-		bulk_load(shared + layout::LSE + rows.slot * layout::STATISTICS_BYTES, p.lse + at,
-		          layout::STATISTICS_BYTES, q_full);
-		barrier_arrive_expect(do_full, layout::ROWS_BYTES + layout::STATISTICS_BYTES);
-		load_panels<D, QUERIES<D>>(shared + layout::DO + rows.slot * layout::ROWS_BYTES,
-		                           do_full, &p.dout, m * QUERIES<D>, h, b);
-		bulk_load(shared + layout::DELTA + rows.slot * layout::STATISTICS_BYTES,
-		          p.delta + at, layout::STATISTICS_BYTES, do_full);
-		rows.advance();
-	}
+	turn_ring<STAGES> k;
 
 	__device__ void load_keys(int n, int b, int h)
 	{
-		const uint32_t full = barrier(BAR_K_FULL + k.slot);
+		const uint32_t barriers = shared + layout::BARRIERS + k.slot() * 8;
 
-		barrier_wait(barrier(BAR_K_EMPTY + k.slot), k.parity ^ 1);
-		barrier_arrive_expect(full, layout::KEYS_BYTES);
-		load_panels<D, KEYS>(shared + layout::K + k.slot * layout::KEYS_BYTES, full, &p.k,
-		                     n * KEYS, h, b);
+		barrier_wait(barriers + BAR_K_EMPTY * 8, k.parity() ^ 1);
+		barrier_arrive_expect(barriers + BAR_K_FULL * 8, layout::KEYS_BYTES);
+		load_panels<D, KEYS>(shared + layout::K + k.slot() * layout::KEYS_BYTES,
+		                     barriers + BAR_K_FULL * 8, &p.k, n * KEYS, h, b);
 		k.advance();
-	}
-
-	__device__ void load_values(int n, int b, int h)
-	{
-		barrier_wait(barrier(BAR_V_EMPTY), v_parity ^ 1);
-		barrier_arrive_expect(barrier(BAR_V_FULL), layout::KEYS_BYTES);
-		load_panels<D, KEYS>(shared + layout::V, barrier(BAR_V_FULL), &p.v, n * KEYS, h, b);
-		v_parity ^= 1;
 	}
 
 	__device__ void run()
 	{
 		const int n_units = p.key_tiles * p.pairs;
-		const unit end = {-1, 0};
 		schedule<D> units = {shared};
+		row_loader<D> rows = {shared, shared + layout::Q, shared + layout::LSE,
+		                      shared + layout::BARRIERS + BAR_Q_FULL * 8};
 		unit u = locate<ordered>(p, blockIdx.x);
 
 		units.put(u);
 		while (u.n >= 0) {
 			const span m = query_tiles<D>(p, u.n);
 			const heads x = heads_of<shared_keys>(p, u);
+			const auto load = [&](int first, int end) {
+				const float *lse = p.lse + statistics_of<D>(p, x, first);
+
+#pragma unroll 1
+				for (int i = first; i < end; i++) {
+					rows.load(&p.q, lse, i, x.h % p.q_heads, x.b);
+					lse += QUERIES<D>;
+				}
+			};
 			const auto draw = [&] {
 				const int number = gridDim.x + atomicAdd(p.ticket, 1);
 
-				return number < n_units ? locate<ordered>(p, number) : end;
+				u = {-1, 0};
+				if (number < n_units)
+					u = locate<ordered>(p, number);
+				units.put(u);
 			};
-			unit next = end;
 
-			if (m.first < m.end) {
+			if (m.first < m.end)
 				load_keys(u.n, x.b, x.kv);
-				load_rows(m.first, x.b, x.h);
-				load_values(u.n, x.b, x.kv);
-			}
 			/* In order others may wait for the next unit: nobody holds it back. */
-			if constexpr (!ordered) {
-				next = draw();
-				units.put(next);
-			}
-#pragma unroll 1
-			for (int reader = 0; reader < p.readers; reader++)
-#pragma unroll 1
-				for (int i = m.first + (reader == 0); i < m.end; i++)
-					load_rows(i, x.b, x.h + reader);
 			if constexpr (ordered) {
-				next = draw();
-				units.put(next);
+				load(m.first, m.end);
+				draw();
+			} else {
+				load(m.first, min(m.first + 1, m.end));
+				draw();
+				load(m.first + 1, m.end);
 			}
-			u = next;
+		}
+	}
+};
+
+/* The last warp of the producers, a thread: values and gradients of outputs. */
+template <int D, bool shared_keys> struct gradient_producer {
+	using layout = shared_layout<D>;
+
+	const parameters &p;
+	uint32_t shared;
+	uint32_t v_parity;
+	row_loader<D> rows;
+
+	__device__ void run(const unit &u)
+	{
+		const span m = query_tiles<D>(p, u.n);
+		const heads x = heads_of<shared_keys>(p, u);
+		const float *delta = p.delta + statistics_of<D>(p, x, m.first);
+		const uint32_t full = shared + layout::BARRIERS + BAR_V_FULL * 8;
+
+		if (m.first == m.end)
+			return;
+		barrier_wait(shared + layout::BARRIERS + BAR_V_EMPTY * 8, v_parity ^ 1);
+		v_parity ^= 1;
+		barrier_arrive_expect(full, layout::KEYS_BYTES);
+		load_panels<D, KEYS>(shared + layout::V, full, &p.v, u.n * KEYS, x.kv, x.b);
+#pragma unroll 1
+		for (int i = m.first; i < m.end; i++) {
+			rows.load(&p.dout, delta, i, x.h, x.b);
+			delta += QUERIES<D>;
 		}
 	}
 };
@@ -395,31 +419,26 @@ template <int D, bool shared_keys, bool ordered> struct sender {
 	{
 		const int tiles = p.padded_len / QUERIES<D>;
 
-#pragma unroll 1
-		for (int reader = 0; reader < p.readers; reader++) {
-			const int q_head = (h + reader) % p.q_heads;
-			const int64_t tile = (static_cast<int64_t>(b) * p.q_heads + q_head) * tiles;
-			const int64_t place = (tile + m.first) * WARPGROUPS + w;
-			float *to = p.dq + place * SUM_FLOATS;
-			int *turn = p.dq_turns + place;
+		const int64_t tile = (static_cast<int64_t>(b) * p.q_heads + h % p.q_heads) * tiles;
+		const int64_t place = (tile + m.first) * WARPGROUPS + w;
+		float *to = p.dq + place * SUM_FLOATS;
+		int *turn = p.dq_turns + place;
 
 #pragma unroll 1
-			for (int i = m.first; i < m.end; i++) {
-				await_leaving();
-				if (ordered)
-					await_turn(turn,
-					           (last_key_tile<D>(p, i) - u.n) * p.sharers +
-					                   h / p.q_heads);
-				bulk_add(to, out(), layout::OUT_BYTES);
-				release();
-				if (ordered && i > m.first)
-					pass_turn<1>(turn - WARPGROUPS);
-				to += WARPGROUPS * SUM_FLOATS;
-				turn += WARPGROUPS;
-			}
-			if (ordered && m.first < m.end)
-				pass_turn<0>(turn - WARPGROUPS);
+		for (int i = m.first; i < m.end; i++) {
+			await_leaving();
+			if (ordered)
+				await_turn(turn, (last_key_tile<D>(p, i) - u.n) * p.sharers +
+				                         h / p.q_heads);
+			bulk_add(to, out(), layout::OUT_BYTES);
+			release();
+			if (ordered && i > m.first)
+				pass_turn<1>(turn - WARPGROUPS);
+			to += WARPGROUPS * SUM_FLOATS;
+			turn += WARPGROUPS;
 		}
+		if (ordered && m.first < m.end)
+			pass_turn<0>(turn - WARPGROUPS);
 	}
 
 	__device__ void store_keys(const unit &u, int b, int kv)
@@ -517,15 +536,6 @@ __device__ __forceinline__ void issue_gradient(float (&acc)[n], const uint32_t (
 	wgmma_commit();
 }
 
-/* Address in a warpgroup's 64 swizzled rows of this warp's 16 x 16 block from column 16j (below 64)
- * on, as stmatrix (x4) wants it from each lane. */
-__device__ __forceinline__ uint32_t block_address(uint32_t rows, int j)
-{
-	const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-
-	return plain_block(rows, warp * 16, 16 * j, lane);
-}
-
 /* Where a query's statistic lies in those of 64: a thread's columns side by side, the two halves of
  * a quad in different banks. */
 __device__ __forceinline__ int statistic_place(int query)
@@ -535,11 +545,11 @@ __device__ __forceinline__ int statistic_place(int query)
 	return c * 16 + ((i / 2) ^ (c / 2)) * 4 + i % 2 * 2 + query % 2;
 }
 
-/* What there is of each query, for a thread's columns of n accumulators: fetched ahead of its use
- * where there are registers for that. */
-template <int n, bool AHEAD> struct statistics {
+/* What there is of each query, for a thread's columns of n accumulators: the first `ahead` pieces
+ * are fetched ahead of their use, for more there may be no registers. */
+template <int n, int ahead> struct statistics {
 	uint32_t own, flip; /* this thread's, and 16 where its pieces are swapped in pairs */
-	float4 x[n / 8];
+	float4 x[ahead];
 
 	__device__ __forceinline__ float4 fetch(int j) const
 	{
@@ -551,14 +561,14 @@ template <int n, bool AHEAD> struct statistics {
 		own = tile + threadIdx.x % 4 * 64;
 		flip = threadIdx.x % 4 / 2 * 16;
 #pragma unroll
-		for (int j = 0; AHEAD && j < n / 8; j++)
+		for (int j = 0; j < ahead; j++)
 			x[j] = fetch(j);
 	}
 
 	/* Of accumulators 8j, 8j + 1, 8j + 4 and 8j + 5, and of those two further. */
 	__device__ __forceinline__ float4 at(int j) const
 	{
-		return AHEAD ? x[j] : fetch(j);
+		return j < ahead ? x[j] : fetch(j);
 	}
 };
 
@@ -569,16 +579,16 @@ template <int D, bool shared_keys> struct consumer {
 
 	const parameters &p;
 	uint32_t shared;
-	int w; /* this warpgroup */
-	turn_ring<STAGES> rows; /* queries */
-	turn_ring<STAGES> k;    /* and one place of values, whose parity k.turn is */
-	uint32_t out_parity;  /* of what this warpgroup sends */
-	uint32_t unit_parity; /* of dK's place */
-	uint32_t out_place;   /* this thread's first 16 bytes of what its warpgroup sends */
-	bool stored;          /* a dQ there has yet to be handed over */
-	span all_seen;        /* queries that see all of the warpgroup's keys: first, last */
+	int w;                      /* this warpgroup */
+	turn_ring<STAGES> rows;     /* queries */
+	turn_ring<STAGES> k;        /* and one place of values, whose parity k.turn is */
+	uint32_t parities;          /* of dK's place, 1, and of what this warpgroup sends, 2 */
+	uint32_t block;             /* this lane's row of a block of its warp, block_address */
+	uint32_t out_place;         /* this thread's first 16 bytes of what its warpgroup sends */
+	bool stored;                /* a dQ there has yet to be handed over */
+	span all_seen;              /* queries that see all of the warpgroup's keys: first, last */
 	uint32_t held[4 * HELD<D>]; /* the first 16 HELD columns of the warpgroup's keys */
-	statistics<N, D == 128> lse; /* of the step's queries */
+	statistics<N, LSE_AHEAD<D>> lse; /* of the step's queries */
 
 	__device__ uint32_t barrier(int which) const
 	{
@@ -603,8 +613,15 @@ template <int D, bool shared_keys> struct consumer {
 
 	__device__ void await_out_place()
 	{
-		barrier_wait(barrier(BAR_OUT_EMPTY + w), out_parity ^ 1);
-		out_parity ^= 1;
+		barrier_wait(barrier(BAR_OUT_EMPTY + w), (parities / 2) ^ 1);
+		parities ^= 2;
+	}
+
+	/* Address in a warpgroup's 64 swizzled rows of this warp's 16 x 16 block from column
+	 * 16j (below 64) on, as ldmatrix and stmatrix (x4) want it from each lane. */
+	__device__ uint32_t block_address(uint32_t rows, int j) const
+	{
+		return (rows + block) ^ (j * 32);
 	}
 
 	/* What was written to shared memory may leave, if it is anything. */
@@ -617,11 +634,12 @@ template <int D, bool shared_keys> struct consumer {
 	}
 
 	__device__ void hold_keys();
-	__device__ void load_lse();
+	__device__ void load_lse(uint32_t back);
 	__device__ void powers(float (&s)[N], uint32_t (&probabilities)[N / 2], int m,
 	                       int key) const;
 	__device__ void differentiate(const uint32_t (&probabilities)[N / 2], const float (&dp)[N],
-	                              const statistics<N, true> &delta, uint32_t (&ds)[N / 2]) const;
+	                              const statistics<N, N / 8> &delta,
+	                              uint32_t (&ds)[N / 2]) const;
 	__device__ void store_ds(const uint32_t (&ds)[N / 2]) const;
 	__device__ void issue_dq(float (&dq)[32]) const;
 	__device__ void store_sums(uint32_t place, const float *x) const;
@@ -644,17 +662,18 @@ __device__ __forceinline__ void consumer<D, shared_keys>::hold_keys()
 		               held[4 * j + 1], held[4 * j + 2], held[4 * j + 3]);
 }
 
+/* Of the queries of this step, or `back` steps before. */
 template <int D, bool shared_keys>
-__device__ __forceinline__ void consumer<D, shared_keys>::load_lse()
+__device__ __forceinline__ void consumer<D, shared_keys>::load_lse(uint32_t back)
 {
-	lse.load(shared + layout::LSE + rows.slot() * layout::STATISTICS_BYTES);
+	lse.load(shared + layout::LSE + rows.slot(back) * layout::STATISTICS_BYTES);
 }
 
 /* Scores -> probabilities; `key` is the thread's first, the other is 8 further. */
 template <int D, bool shared_keys>
-__device__ __forceinline__ void
-consumer<D, shared_keys>::powers(float (&s)[N], uint32_t (&probabilities)[N / 2], int m,
-                                 int key) const
+__device__ __forceinline__ void consumer<D, shared_keys>::powers(float (&s)[N],
+                                                                 uint32_t (&probabilities)[N / 2],
+                                                                 int m, int key) const
 {
 	const int begin = m * QUERIES<D>, column = begin + 2 * (threadIdx.x & 3);
 
@@ -688,7 +707,7 @@ consumer<D, shared_keys>::powers(float (&s)[N], uint32_t (&probabilities)[N / 2]
 template <int D, bool shared_keys>
 __device__ __forceinline__ void
 consumer<D, shared_keys>::differentiate(const uint32_t (&probabilities)[N / 2],
-                                        const float (&dp)[N], const statistics<N, true> &delta,
+                                        const float (&dp)[N], const statistics<N, N / 8> &delta,
                                         uint32_t (&ds)[N / 2]) const
 {
 #pragma unroll
@@ -713,8 +732,8 @@ template <int D, bool shared_keys>
 __device__ __forceinline__ void
 consumer<D, shared_keys>::store_ds(const uint32_t (&ds)[N / 2]) const
 {
-	const uint32_t place = shared + layout::DS + rows.slot() * layout::DS_BYTES +
-	                       w * 64 * ROW_BYTES;
+	const uint32_t place =
+	        shared + layout::DS + rows.slot() * layout::DS_BYTES + w * 64 * ROW_BYTES;
 
 #pragma unroll
 	for (int j = 0; j < QUERIES<D> / 16; j++)
@@ -722,15 +741,15 @@ consumer<D, shared_keys>::store_ds(const uint32_t (&ds)[N / 2]) const
 		                ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3]);
 }
 
-/* dq (64 queries x 64 of D) = dS K of the tile before, over all its keys; d = 64: of warpgroup w queries from
- * 64w on, d = 128: columns from 64w on. */
+/* dq (64 queries x 64 of D) = dS K of the tile before, over all its keys; d = 64: of warpgroup w
+ * queries from 64w on, d = 128: columns from 64w on. */
 template <int D, bool shared_keys>
-__device__ __forceinline__ void
-consumer<D, shared_keys>::issue_dq(float (&dq)[32]) const
+__device__ __forceinline__ void consumer<D, shared_keys>::issue_dq(float (&dq)[32]) const
 {
-	const uint64_t ds = matrix_descriptor(shared + layout::DS + rows.slot(1) * layout::DS_BYTES +
-	                                              (D == 64 ? w * layout::DS_PANEL : 0),
-	                                      16);
+	const uint64_t ds =
+	        matrix_descriptor(shared + layout::DS + rows.slot(1) * layout::DS_BYTES +
+	                                  (D == 64 ? w * layout::DS_PANEL : 0),
+	                          16);
 	const uint64_t k = matrix_descriptor(keys() + (D == 64 ? 0 : w * KEYS * ROW_BYTES), 16);
 
 	barrier_wait(barrier(BAR_DS_FULL + rows.slot(1)), rows.parity(1));
@@ -817,7 +836,7 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
 	const uint64_t q_columns = rows_operand(layout::Q, PANEL),
 	               do_columns = rows_operand(layout::DO, PANEL);
 	float dp[N], dq[32];
-	statistics<N, true> delta;
+	statistics<N, N / 8> delta;
 	uint32_t probabilities[N / 2], ds[N / 2];
 
 	barrier_wait(barrier(BAR_DO_FULL + rows.slot()), rows.parity());
@@ -827,10 +846,10 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
 	issue_scores<D>(dp, matrix_descriptor(shared + layout::V + own_rows, 16),
 	                rows_operand(layout::DO, 16));
 	powers(s, probabilities, m, key);
+	delta.load(shared + layout::DELTA + rows.slot() * layout::STATISTICS_BYTES);
 	if (!first)
 		hand_over(stored);
 	stored = !first;
-	delta.load(shared + layout::DELTA + rows.slot() * layout::STATISTICS_BYTES);
 	pin(probabilities);
 	pin(dv);
 	issue_gradient(dv, probabilities, do_columns);
@@ -846,12 +865,13 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
 	issue_gradient(dk, ds, q_columns);
 	fence_async_proxy();
 	release(BAR_DS_FULL + rows.slot());
-	if (!first) {
+	if (!last)
+		barrier_wait(barrier(BAR_Q_FULL + rows.slot(NEXT)), rows.parity(NEXT));
+	if (!first)
 		issue_dq(dq);
-		wgmma_wait<1>();
-	} else {
-		wgmma_wait<0>();
-	}
+	if (!last)
+		load_lse(NEXT);
+	wgmma_wait<first ? 0 : 1>();
 	pin(dv);
 	pin(probabilities);
 	pin(dk);
@@ -859,8 +879,6 @@ __device__ __forceinline__ void consumer<D, shared_keys>::step(int m, int key, f
 	release(BAR_ROWS_EMPTY + rows.slot());
 	rows.advance();
 	if (!last) {
-		barrier_wait(barrier(BAR_Q_FULL + rows.slot()), rows.parity());
-		load_lse();
 		pin(s);
 		issue_scores<D>(s, held, matrix_descriptor(keys() + own_rows, 16),
 		                rows_operand(layout::Q, 16));
@@ -889,27 +907,24 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 		float dq[32];
 
 		barrier_wait(barrier(BAR_Q_FULL + rows.slot()), rows.parity());
+		load_lse(0);
 		barrier_wait(barrier(BAR_K_FULL + k.slot()), k.parity());
 		hold_keys();
 		pin(s);
 		issue_scores<D>(s, held, matrix_descriptor(keys() + w * 64 * ROW_BYTES, 16),
 		                rows_operand(layout::Q, 16));
-		load_lse();
 		barrier_wait(barrier(BAR_V_FULL), k.turn % 2);
-		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
-		int m = tiles.first, left = (tiles.end - tiles.first) * p.readers - 1;
+		barrier_wait(barrier(BAR_DK_LEFT), (parities & 1) ^ 1);
+		int m = tiles.first;
+		const int last = tiles.end - 1;
 
-		if (left == 0) {
+		if (m == last) {
 			step<true, true>(m, key, s, dk, dv);
 		} else {
 			step<true, false>(m, key, s, dk, dv);
 #pragma unroll 1
-			while (true) {
-				m = m + 1 < tiles.end ? m + 1 : tiles.first;
-				if (--left == 0)
-					break;
+			while (++m < last)
 				step<false, false>(m, key, s, dk, dv);
-			}
 			step<false, true>(m, key, s, dk, dv);
 		}
 		if (tiles.first + 1 < tiles.end)
@@ -923,9 +938,9 @@ __device__ __forceinline__ void consumer<D, shared_keys>::run(const unit &u)
 		hand_over();
 		k.advance();
 	} else {
-		barrier_wait(barrier(BAR_DK_LEFT), unit_parity ^ 1);
+		barrier_wait(barrier(BAR_DK_LEFT), (parities & 1) ^ 1);
 	}
-	unit_parity ^= 1;
+	parities ^= 1;
 	/* Nobody reads dS any more. */
 	named_barrier_sync(BOTH_BARRIER, 128 * WARPGROUPS);
 	leave_keys(dk, dv);
@@ -953,37 +968,51 @@ __global__ void __launch_bounds__(THREADS, 1)
 		init(BAR_Q_FULL, 2 * STAGES, 1);
 		init(BAR_ROWS_EMPTY, 3 * STAGES, CONSUMER_WARPS);
 		init(BAR_UNIT_FULL, SCHEDULE_SLOTS, 1);
-		init(BAR_UNIT_EMPTY, SCHEDULE_SLOTS, CONSUMER_WARPS + WARPGROUPS);
+		init(BAR_UNIT_EMPTY, SCHEDULE_SLOTS, CONSUMER_WARPS + WARPGROUPS + 1);
 		init(BAR_OUT_FULL, WARPGROUPS, 4);
 		init(BAR_OUT_EMPTY, WARPGROUPS, 1);
 		init(BAR_DK_LEFT, 1, WARPGROUPS);
 		barrier_init_fence();
 	}
 	__syncthreads();
-	if (warp < 4) {
-		registers_decrease<PRODUCER_REGISTERS>();
-		if (threadIdx.x == 0) {
-			producer<D, shared_keys, ordered>{p, shared, {}, {}, 0}.run();
-		} else if (warp > 0 && warp <= WARPGROUPS) {
-			sender<D, shared_keys, ordered> s = {p, shared, warp - 1, 0};
-			schedule<D> units = {shared};
-			unit u;
+	schedule<D> units = {shared};
+	unit u;
 
+	if (warp < 4) {
+		const auto work_off = [&](auto &worker) {
 			while (units.get(u)) {
 				if (threadIdx.x % 32 == 0)
-					s.run(u);
+					worker.run(u);
 				__syncwarp();
 			}
+		};
+
+		registers_decrease<PRODUCER_REGISTERS>();
+		if (threadIdx.x == 0) {
+			query_producer<D, shared_keys, ordered>{p, shared, {}}.run();
+		} else if (warp == 3) {
+			gradient_producer<D, shared_keys> values = {p, shared, 0, {}};
+
+			values.rows = {shared,
+			               shared + shared_layout<D>::DO,
+			               shared + shared_layout<D>::DELTA,
+			               barriers + BAR_DO_FULL * 8,
+			               {}};
+			work_off(values);
+		} else if (warp > 0) {
+			sender<D, shared_keys, ordered> sums = {p, shared, warp - 1, 0};
+
+			work_off(sums);
 		}
 	} else {
 		registers_increase<CONSUMER_REGISTERS>();
-		consumer<D, shared_keys> c = {p, shared, warpgroup_index(), {}, {}, 0, 0, 0, false, {}, {}, {}};
+		consumer<D, shared_keys> c = {p, shared, warpgroup_index()};
+
+		c.block = plain_block(0, threadIdx.x / 32 % 4 * 16, 0, threadIdx.x % 32);
 		c.out_place = shared + shared_layout<D>::OUT + c.w * shared_layout<D>::OUT_BYTES +
 		              threadIdx.x % 128 * 16;
+		keep(c.block);
 		keep(c.out_place);
-		schedule<D> units = {shared};
-		unit u;
-
 		while (units.get(u))
 			c.run(u);
 	}
@@ -1259,7 +1288,6 @@ enum status fill_parameters(parameters &p, const struct attention_backward_args 
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_heads = static_cast<int>(a->q_heads);
 	p.kv_heads = static_cast<int>(a->kv_heads);
-	p.readers = 1;
 	p.sharing = static_cast<int>(a->n_heads / a->kv_heads);
 	p.sharers = static_cast<int>(a->n_heads / a->q_heads);
 	p.pairs = static_cast<int>(a->batch * a->n_heads);
