@@ -272,7 +272,7 @@ def _parameters(c, make):
 
 
 # What is added to a residual is a few hundredths: of a larger x the sum would hide it by rounding.
-X_SCALE = 0.05
+X_SCALE = 0.02
 
 
 def _layer_tensors(c, make):
@@ -416,8 +416,9 @@ _EXPECT = {
 
 def distance(actual, expected):
     """||a - b|| / ||b||; infinite where that is no number."""
-    actual, expected = actual.double(), expected.double()
-    error = float((actual - expected).norm() / expected.norm())
+    norm = torch.linalg.vector_norm
+    off = norm(actual - expected, dtype=torch.float64)
+    error = float(off / norm(expected, dtype=torch.float64))
     return error if math.isfinite(error) else math.inf
 
 
@@ -463,7 +464,7 @@ class OperationJudge:
             error = 0.0 if bool(torch.isfinite(x).all()) else math.inf
             for i, part in enumerate(parts):
                 actual = self.chosen(name, x, i)
-                error = max(error, distance(actual.reshape(part.shape), part))
+                error = max(error, distance(actual.reshape(part.shape).double(), part))
             verdicts.append(Verdict(name, error, self.bounds[name]))
         return max(verdicts, key=lambda v: v.error / v.bound)
 
@@ -497,6 +498,6 @@ class LayerJudge:
         """As OperationJudge's."""
         verdicts, results = [], parts_of(self.problem, results)
         for name, expected in self.expected.items():
-            error = distance(results[name].reshape(expected.shape), expected)
+            error = distance(results[name].reshape(expected.shape).float(), expected.float())
             verdicts.append(Verdict(name, error, self.bounds[name]))
         return max(verdicts, key=lambda v: v.error / v.bound)

@@ -16,12 +16,15 @@ other, are compiled in --jobs processes beforehand; --prepare does nothing else.
 """
 
 import argparse
+import contextlib
+import fcntl
 import fnmatch
 import gc
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -39,6 +42,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--precision", type=float, default=0.01, help="of the intervals [0.01]")
     parser.add_argument("--max-time", type=float, default=0.5, help="seconds a provider [0.5]")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand [0]")
+    parser.add_argument("--compile-seconds", type=float, help="of that at most [no limit]")
     parser.add_argument("--prepare", action="store_true", help="compile, measure nothing")
     parser.add_argument("--tune-ms", type=int, default=5, help="of a variant of Triton's; 0: take the first [5]")
     parser.add_argument("--seconds", type=float, help="begin no case after that time [no limit]")
@@ -59,6 +63,8 @@ def find_libraries(build):
         os.environ.setdefault("FLASH3_LIBRARY", os.path.abspath(flash3))
     # fla would hand the gated delta rule over to FlashQLA, which is measured by itself.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
+    # Processes that compile leave FlashAttention-4's kernels for others.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     # What part of the variants comes to is no result to keep: processes that compile set 0.
     os.environ.setdefault("FLA_CACHE_RESULTS", "1")
     sys.path[:0] = [HERE, os.path.join(ROOT, "python")]
@@ -129,42 +135,78 @@ def shorten_tuning(milliseconds):
     Autotuner.do_bench = property(lambda self: timed)
 
 
-# Providers that are compiled for the sizes themselves; the others' kernels do not know how many
-# tokens there are.
-OF_ONE_SIZE = ("recipe",)
-PRECOMPILED = ("blocks", "cudnn", "flash3", "torch-cudnn", "torch-flash", "torch-math")
+# Providers whose kernels Triton compiles in many variants, which do not know how many tokens there
+# are; and those that compile nothing when they are called.
+TRITON = ("fla", "mamba_ssm")
+COMPILED = ("blocks", "cudnn", "flash3", "torch-cudnn", "torch-flash", "torch-math")
+# How many processes may have tensors of full size at once.
+AT_FULL_SIZE = 4
+
+
+@contextlib.contextmanager
+def one_of_few():
+    """Waits until fewer than AT_FULL_SIZE processes are in here."""
+    names = [f"peers-{os.getppid()}-{i}.lock" for i in range(AT_FULL_SIZE)]
+    files = [open(os.path.join(tempfile.gettempdir(), name), "w") for name in names]
+    while True:
+        for file in files:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            try:
+                yield
+            finally:
+                for each in files:
+                    each.close()
+            return
+        time.sleep(0.2)
+
+
+def jobs_of(options, device):
+    """What is to be compiled: (case, provider) of Triton's variants, and of everything else."""
+    import providers
+
+    variants, others = {}, {}
+    for case in wanted_cases(options.preset, options.pattern):
+        for provider in takers(case, device, options.provider):
+            if provider.name in COMPILED or providers.missing(provider):
+                continue
+            if provider.name in TRITON:
+                variants.setdefault((provider.name, str(reduced(case))), (reduced(case), provider))
+            else:
+                others.setdefault((provider.name, str(case)), (case, provider))
+    return list(variants.values()), list(others.values())
 
 
 def compile_part(options, device):
-    """One process's share: its variants of Triton's kernels, and every N-th of what has one size."""
-    import cases
-    import providers
-
+    """One process's share: its variants of Triton's kernels, and every N-th of the rest."""
     part, parts = map(int, options.part.split("/"))
     tunes = options.tune_ms > 0
     take_variants(slice(part, None, parts) if tunes else slice(0, 1))
-    number, done = 0, set()
-    for case in wanted_cases(options.preset, options.pattern):
-        for provider in takers(case, device, options.provider):
-            of_one_size = provider.name in OF_ONE_SIZE
-            small = case if of_one_size else reduced(case)
-            key = (provider.name, str(small))
-            if provider.name in PRECOMPILED or key in done or providers.missing(provider):
-                continue
-            done.add(key)
-            if of_one_size or not tunes:
-                number += 1
-                if number % parts != part:
-                    continue
-            start = time.perf_counter()
-            try:
-                provider.builders[case.kind](cases.Problem(small, device))()
-            except Exception as problem:  # it is said when it is measured
-                print(f"  part {part}: {provider.name}: {small}: {problem!r:.200}", flush=True)
-            if of_one_size or not tunes or part == 0:
-                seconds = time.perf_counter() - start
-                print(f"  compiled {provider.name:12} {small}: {seconds:.1f} s", flush=True)
-            release()
+    variants, others = jobs_of(options, device)
+    others = others[part::parts]
+    if not tunes:
+        variants = variants[part::parts]
+    # What waits for memory does so while others compile variants.
+    for case, provider in others + variants if part % 2 else variants + others:
+        start = time.perf_counter()
+        full_size = provider.name not in TRITON
+        try:
+            with one_of_few() if full_size else contextlib.nullcontext():
+                compile_one(case, provider, device)
+        except Exception as problem:  # it is said when it is measured
+            print(f"  part {part}: {provider.name}: {case}: {problem!r:.200}", flush=True)
+        if full_size or not tunes or part == 0:
+            seconds = time.perf_counter() - start
+            print(f"  compiled {provider.name:12} {case}: {seconds:.1f} s", flush=True)
+
+
+def compile_one(case, provider, device):
+    import cases
+
+    provider.builders[case.kind](cases.Problem(case, device))()
+    release()
 
 
 def reduced(case):
@@ -176,15 +218,25 @@ def reduced(case):
 
 
 def compile_ahead(options, arguments):
-    """Runs --jobs processes that compile a part each."""
+    """Runs --jobs processes that compile a part each; for so long at most."""
     start = time.perf_counter()
     command = [sys.executable, os.path.abspath(__file__), *arguments, "--jobs", "0"]
     environment = dict(os.environ, FLA_CACHE_RESULTS="0", OMP_NUM_THREADS="1")
     parts = [f"{i}/{options.jobs}" for i in range(options.jobs)]
     workers = [subprocess.Popen([*command, "--part", p], env=environment) for p in parts]
+    unfinished = 0
     for worker in workers:
-        worker.wait()
-    print(f"compiled in {options.jobs} processes: {time.perf_counter() - start:.0f} s", flush=True)
+        left = None
+        if options.compile_seconds:
+            left = max(0, start + options.compile_seconds - time.perf_counter())
+        try:
+            worker.wait(left)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+            unfinished += 1
+    seconds = time.perf_counter() - start
+    print(f"{options.jobs} processes compiled: {seconds:.0f} s, {unfinished} unfinished", flush=True)
 
 
 # ---- measuring ----

@@ -7,10 +7,17 @@ and a doubling scan that of the associative one.
 """
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cpu_blocks import rms_norm, rotate, rotation, scan_doubling
+
+# Graphs with a scan are kept in the compiler's cache, as are all others.
+try:
+    torch._inductor.config.unsafe_marked_cacheable_functions["associative_scan"] = "1"
+except AttributeError:
+    pass
 
 
 def _step(first, second):
