@@ -56,8 +56,8 @@ void blocks_fill(void *to, const void *from, size_t bytes)
 		       known - sizeof known);
 }
 
-/* Other people's kernels (baselines/), in the library with which rivals are measured: make peers. In
- * libblocks itself there are none. */
+/* Other people's kernels (baselines/), in the library with which rivals are measured: make peers.
+ * In libblocks itself there are none. */
 extern const struct kernel *const baseline_kernels[] __attribute__((weak));
 
 enum blocks_status blocks_device_open(const char *backend, const char *which,

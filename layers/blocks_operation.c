@@ -358,9 +358,9 @@ static void set_operand(struct operand *operand, const struct binding *binding)
 }
 
 /*
- * Gives every operand its tensor. Which operands there are depends on those that are bound: they are
- * found one after the other, and then all set at once, because a description takes for absent what
- * has not come yet (without a norm, norm_linear's x_norm is x).
+ * Gives every operand its tensor. Which operands there are depends on those that are bound: they
+ * are found one after the other, and then all set at once, because a description takes for absent
+ * what has not come yet (without a norm, norm_linear's x_norm is x).
  */
 static void place_operands(struct blocks_operation *o)
 {

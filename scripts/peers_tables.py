@@ -125,8 +125,8 @@ def losses(cases):
     for case in cases:
         row = closest(case)
         if row is not None and float(row["ratio_high"]) < 1:
-            name = NAMES.get(row["baseline"], row["baseline"])
-            found.append(f"{title(row)} at T = {row['seq_len']} ({name}, {float(row['ratio']):.2f})")
+            rival = f"{NAMES.get(row['baseline'], row['baseline'])}, {float(row['ratio']):.2f}"
+            found.append(f"{title(row)} at T = {row['seq_len']} ({rival})")
     if not found:
         return "No rival that was measured is faster in any of these cases."
     return "Ours is slower than the fastest rival in: " + "; ".join(found) + "."

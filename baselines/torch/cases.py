@@ -15,6 +15,7 @@ has verified each operation.
 
 import collections
 import dataclasses
+import fnmatch
 import math
 
 import blocks
@@ -36,13 +37,13 @@ FAMILIES = {
     "kda": ("diagonal", "delta"),
 }
 
-# ||a - b|| / ||b|| of outputs and gradients, and the rounding that a gradient's condition is told by.
+# ||a - b|| / ||b|| of outputs and gradients; and the rounding that tells a gradient's condition.
 Precision = collections.namedtuple("Precision", "output gradient rounding")
 PRECISION = {
     torch.float32: Precision(2e-5, 2e-5, 2.0**-20),
     torch.bfloat16: Precision(1.5e-2, 3e-2, 2.0**-9),
 }
-# How many times what rounded inputs change in the reference a gradient may be off, as for golden files.
+# A gradient may be off by so many times what rounded inputs change in the reference.
 SLACK = 3
 
 
@@ -103,7 +104,9 @@ class Case:
 
 def _attention(seq_len, **more):
     more = {"kv_heads": more.get("n_heads", 16), **more}
-    return [Case(f"attention_{way}", "attention", seq_len, **more) for way in ("forward", "backward")]
+    return [
+        Case(f"attention_{way}", "attention", seq_len, **more) for way in ("forward", "backward")
+    ]
 
 
 def _matrix(family, seq_len, ways=("forward", "backward"), **more):
@@ -173,7 +176,9 @@ def _tiny():
     cases = _attention(128, **small) + _attention(128, kv_heads=1, **small)
     for family in FAMILIES:
         cases += _matrix(family, 128, **small)
-    cases += [Case(f"recurrence_{way}", "recurrence", 128, **small) for way in ("forward", "backward")]
+    cases += [
+        Case(f"recurrence_{way}", "recurrence", 128, **small) for way in ("forward", "backward")
+    ]
     sizes = {"d_model": 64, "tokens": 256}
     cases += _layer("rat(chunk=16,heads=2)", 128, **sizes)
     cases += _layer("ratplus(heads=2,dilation=16,window=8,initial=4)", 128, **sizes)
@@ -184,6 +189,23 @@ def _tiny():
 
 
 PRESETS = {"full": _full, "small": _small, "tiny": _tiny}
+
+
+def matches(name, globs):
+    """Whether a name is one of those of "glob,glob..."."""
+    return any(fnmatch.fnmatchcase(name, g) for g in globs.split(","))
+
+
+def name_of(case):
+    """What --pattern is compared with: "attention_forward/4096", "rat.train/4096"."""
+    name = case.block if case.what == "kernel" else f"{case.block}.{case.what}"
+    return f"{name}/{case.seq_len}"
+
+
+def wanted(preset, globs):
+    """The cases of a preset whose name, with or without the length, is one of the globs'."""
+    globs = ",".join(f"{g},{g}/*" for g in globs.split(","))
+    return [c for c in PRESETS[preset]() if matches(name_of(c), globs)]
 
 
 # ---- tensors ----
@@ -302,7 +324,7 @@ _TENSORS = {
 
 
 class Problem:
-    """A case's tensors: `inputs` by name; `dout` of an operation's backward; a layer's `parameters`."""
+    """A case's tensors: `inputs` by name, `dout` of a backward, `parameters` of a layer."""
 
     def __init__(self, case, device, seed=1):
         make = Maker(device, seed)
@@ -399,7 +421,9 @@ def _expect_rat_step(problem, taken):
     a, b = q.chunk(2, -1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     keys, values = (inputs[name][:, :, :-1] for name in ("k_cache", "v_cache"))
-    scores = torch.cat(((keys @ turned.unsqueeze(-1))[..., 0], (q * k_own).sum(-1, keepdim=True)), -1)
+    scores = torch.cat(
+        ((keys @ turned.unsqueeze(-1))[..., 0], (q * k_own).sum(-1, keepdim=True)), -1
+    )
     weight = (scores * d**-0.5).softmax(-1).unsqueeze(-1)
     out = (weight[:, :, :-1] * values).sum(2) + weight[:, :, -1] * v_own
     mixed = (torch.sigmoid(z) * out.flatten(1)) @ p["out_proj.weight"].T

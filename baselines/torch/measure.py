@@ -107,7 +107,13 @@ class CudaStopwatch:
     The stream is held while the host submits, so that the events enclose no pause of the host.
     """
 
-    REASONS = ((0x4, "power"), (0x20, "heat"), (0x40, "heat"), (0x8, "hardware"), (0x80, "hardware"))
+    REASONS = (
+        (0x4, "power"),
+        (0x20, "heat"),
+        (0x40, "heat"),
+        (0x8, "hardware"),
+        (0x80, "hardware"),
+    )
 
     def __init__(self):
         properties = torch.cuda.get_device_properties(0)

@@ -16,15 +16,10 @@ other, are compiled in --jobs processes beforehand; --prepare does nothing else.
 """
 
 import argparse
-import contextlib
-import fcntl
-import fnmatch
 import gc
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 
@@ -44,7 +39,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile beforehand [0]")
     parser.add_argument("--compile-seconds", type=float, help="of that at most [no limit]")
     parser.add_argument("--prepare", action="store_true", help="compile, measure nothing")
-    parser.add_argument("--tune-ms", type=int, default=5, help="of a variant of Triton's; 0: take the first [5]")
+    parser.add_argument("--tune-ms", type=int, default=5, help="a variant; 0: the first [5]")
     parser.add_argument("--seconds", type=float, help="begin no case after that time [no limit]")
     parser.add_argument("--list", action="store_true", help="print the cases and who takes them")
     parser.add_argument("--trace", action="store_true", help="print where a provider raises")
@@ -54,7 +49,7 @@ def parse_arguments(arguments=None):
 
 
 def find_libraries(build):
-    """Where `blocks` finds libblocks and libblocks FlashAttention-3. Before anything is imported."""
+    """Where `blocks` finds libblocks, and that FlashAttention-3; before anything is imported."""
     library = os.path.join(build, "libblocks-peers.so")
     if os.path.exists(library):
         os.environ.setdefault("BLOCKS_LIBRARY", os.path.abspath(library))
@@ -68,175 +63,6 @@ def find_libraries(build):
     # What part of the variants comes to is no result to keep: processes that compile set 0.
     os.environ.setdefault("FLA_CACHE_RESULTS", "1")
     sys.path[:0] = [HERE, os.path.join(ROOT, "python")]
-
-
-def matches(name, globs):
-    return any(fnmatch.fnmatchcase(name, g) for g in globs.split(","))
-
-
-def name_of(case):
-    """What --pattern is compared with: "attention_forward/4096", "rat.train/4096"."""
-    name = case.block if case.what == "kernel" else f"{case.block}.{case.what}"
-    return f"{name}/{case.seq_len}"
-
-
-def wanted_cases(preset, globs):
-    import cases
-
-    globs = ",".join(f"{g},{g}/*" for g in globs.split(","))
-    return [c for c in cases.PRESETS[preset]() if matches(name_of(c), globs)]
-
-
-def takers(case, device, globs):
-    """The providers that have a builder for a case, ours first."""
-    import providers
-
-    return [
-        p
-        for p in providers.PROVIDERS
-        if case.kind in p.builders
-        and p.device in ("", device)
-        and p.takes(case)
-        and (p.name == "blocks" or matches(p.name, globs))
-    ]
-
-
-# ---- compiling beforehand ----
-
-
-def take_variants(chosen):
-    """Lets this process see only the chosen ones of every Triton kernel's variants, and time none."""
-    from triton.runtime.autotuner import Autotuner
-
-    plain = Autotuner.__init__
-
-    def init(self, fn, arg_names, configs, *more, **named):
-        mine = list(configs)[chosen] or list(configs)[:1]
-        plain(self, fn, arg_names, mine, *more, **named)
-
-    def run_once(call, **_):
-        call()
-        return [1.0, 1.0, 1.0]
-
-    Autotuner.__init__ = init
-    Autotuner.do_bench = property(lambda self: run_once)
-
-
-def shorten_tuning(milliseconds):
-    """Lets Triton's autotuner time each variant for so long only."""
-    import triton
-    from triton.runtime.autotuner import Autotuner
-
-    def timed(call, quantiles):
-        return triton.testing.do_bench(
-            call, warmup=max(milliseconds // 5, 1), rep=milliseconds, quantiles=quantiles
-        )
-
-    Autotuner.do_bench = property(lambda self: timed)
-
-
-# Providers whose kernels Triton compiles in many variants, which do not know how many tokens there
-# are; and those that compile nothing when they are called.
-TRITON = ("fla", "mamba_ssm")
-COMPILED = ("blocks", "cudnn", "flash3", "torch-cudnn", "torch-flash", "torch-math")
-# How many processes may have tensors of full size at once.
-AT_FULL_SIZE = 4
-
-
-@contextlib.contextmanager
-def one_of_few():
-    """Waits until fewer than AT_FULL_SIZE processes are in here."""
-    names = [f"peers-{os.getppid()}-{i}.lock" for i in range(AT_FULL_SIZE)]
-    files = [open(os.path.join(tempfile.gettempdir(), name), "w") for name in names]
-    while True:
-        for file in files:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            try:
-                yield
-            finally:
-                for each in files:
-                    each.close()
-            return
-        time.sleep(0.2)
-
-
-def jobs_of(options, device):
-    """What is to be compiled: (case, provider) of Triton's variants, and of everything else."""
-    import providers
-
-    variants, others = {}, {}
-    for case in wanted_cases(options.preset, options.pattern):
-        for provider in takers(case, device, options.provider):
-            if provider.name in COMPILED or providers.missing(provider):
-                continue
-            if provider.name in TRITON:
-                variants.setdefault((provider.name, str(reduced(case))), (reduced(case), provider))
-            else:
-                others.setdefault((provider.name, str(case)), (case, provider))
-    return list(variants.values()), list(others.values())
-
-
-def compile_part(options, device):
-    """One process's share: its variants of Triton's kernels, and every N-th of the rest."""
-    part, parts = map(int, options.part.split("/"))
-    tunes = options.tune_ms > 0
-    take_variants(slice(part, None, parts) if tunes else slice(0, 1))
-    variants, others = jobs_of(options, device)
-    others = others[part::parts]
-    if not tunes:
-        variants = variants[part::parts]
-    # What waits for memory does so while others compile variants.
-    for case, provider in others + variants if part % 2 else variants + others:
-        start = time.perf_counter()
-        full_size = provider.name not in TRITON
-        try:
-            with one_of_few() if full_size else contextlib.nullcontext():
-                compile_one(case, provider, device)
-        except Exception as problem:  # it is said when it is measured
-            print(f"  part {part}: {provider.name}: {case}: {problem!r:.200}", flush=True)
-        if full_size or not tunes or part == 0:
-            seconds = time.perf_counter() - start
-            print(f"  compiled {provider.name:12} {case}: {seconds:.1f} s", flush=True)
-
-
-def compile_one(case, provider, device):
-    import cases
-
-    provider.builders[case.kind](cases.Problem(case, device))()
-    release()
-
-
-def reduced(case):
-    """A case of the same kernels with few tokens."""
-    import dataclasses
-
-    sequences = 1 if case.batch == 1 else 2
-    return dataclasses.replace(case, seq_len=min(case.seq_len, 1024), sequences=sequences)
-
-
-def compile_ahead(options, arguments):
-    """Runs --jobs processes that compile a part each; for so long at most."""
-    start = time.perf_counter()
-    command = [sys.executable, os.path.abspath(__file__), *arguments, "--jobs", "0"]
-    environment = dict(os.environ, FLA_CACHE_RESULTS="0", OMP_NUM_THREADS="1")
-    parts = [f"{i}/{options.jobs}" for i in range(options.jobs)]
-    workers = [subprocess.Popen([*command, "--part", p], env=environment) for p in parts]
-    unfinished = 0
-    for worker in workers:
-        left = None
-        if options.compile_seconds:
-            left = max(0, start + options.compile_seconds - time.perf_counter())
-        try:
-            worker.wait(left)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-            unfinished += 1
-    seconds = time.perf_counter() - start
-    print(f"{options.jobs} processes compiled: {seconds:.0f} s, {unfinished} unfinished", flush=True)
 
 
 # ---- measuring ----
@@ -261,7 +87,19 @@ def reason(problem):
     return f"{name}: {text}"[:300]
 
 
-def judged(problem, provider, launch, judge):
+def status_of_failure():
+    """Of a provider that raised: "cuda" if the GPU answers nobody in this process any more."""
+    import torch
+
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:
+        return "cuda"
+    return "unsupported"
+
+
+def judged(problem, launch, judge):
     """The outcome of a launch, and the judge of those after it."""
     import cases
 
@@ -269,7 +107,8 @@ def judged(problem, provider, launch, judge):
     if hasattr(launch, "verify"):
         share = launch.verify()
         if not share <= 1:
-            return Outcome(None, f"{share:.3g} times what an operation may be off by", "mismatch"), judge
+            message = f"an operation is off by {share:.3g} times what it may be"
+            return Outcome(None, message, "mismatch"), judge
         judge = cases.LayerJudge(problem, {**results, **launch.gradients()})
         return Outcome(None, f"each operation verified: {share:.2f} of its bound at worst"), judge
     if judge is None and problem.case.kind == "layer":
@@ -293,7 +132,7 @@ def begin(problem, provider, judge, options):
         return None, Outcome(None, gone, "unsupported"), judge
     try:
         launch = provider.builders[problem.case.kind](problem)
-        outcome, judge = judged(problem, provider, launch, judge)
+        outcome, judge = judged(problem, launch, judge)
         if outcome.status == "ok":
             launch()
     except torch.OutOfMemoryError as failure:
@@ -301,7 +140,7 @@ def begin(problem, provider, judge, options):
     except Exception as failure:
         if options.trace:
             traceback.print_exc()
-        return None, Outcome(None, reason(failure), "unsupported"), judge
+        return None, Outcome(None, reason(failure), status_of_failure()), judge
     return (launch if outcome.status == "ok" else None), outcome, judge
 
 
@@ -309,18 +148,22 @@ def measure_case(case, number, options, device, watch, rows):
     """Checks, times and writes the rows of a case."""
     import cases
     import measure
+    import providers
 
     problem = cases.Problem(case, device)
     judge = None if case.kind == "layer" else cases.OperationJudge(problem)
     runners, outcomes = [], {}
-    taking = takers(case, device, options.provider)
-    for provider in taking:
+    taking = providers.takers(case, device, options.provider)
+    for i, provider in enumerate(taking):
         launch, outcomes[provider.name], judge = begin(problem, provider, judge, options)
+        if outcomes[provider.name].status == "cuda":
+            case_id, message = rows.case_id(number, i), outcomes[provider.name].message
+            show(case, rows.failed(case, provider.name, case_id, "cuda", message))
+            sys.exit("peers: the GPU is lost to this process; --provider leaves one out")
         if launch is not None:
             runners.append(measure.Runner(provider.name, launch))
         release()
-    if judge is not None:
-        judge.expected = None
+    judge = None
     release()
     ours = next((r for r in runners if r.name == "blocks"), None)
     measure.alternate(watch, runners, ours, options.precision, options.max_time)
@@ -329,7 +172,7 @@ def measure_case(case, number, options, device, watch, rows):
         name, case_id = provider.name, rows.case_id(number, i)
         outcome, runner = outcomes[name], by_name.get(name)
         if runner is not None and runner.failure is not None:
-            outcome, runner = Outcome(None, reason(runner.failure), "unsupported"), None
+            outcome, runner = Outcome(None, reason(runner.failure), status_of_failure()), None
         if runner is None:
             show(case, rows.failed(case, name, case_id, outcome.status, outcome.message))
         else:
@@ -404,19 +247,21 @@ def environment_of(options, device, used):
     except Exception:
         pass
     cudnn = torch.backends.cudnn.version()
-    found["cuda"] = f"CUDA {torch.version.cuda}; cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    cudnn = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    found["cuda"] = f"CUDA {torch.version.cuda}; cuDNN {cudnn}"
     found.update(device=properties.name, dtype="bf16")
     found["memory_total_mib"] = f"{properties.total_memory / 2**20:.7g}"
     return found
 
 
 def print_list(found, device, options):
+    import cases
     import providers
 
     for case in found:
-        taking = takers(case, device, options.provider)
+        taking = providers.takers(case, device, options.provider)
         names = [p.name + (" (missing)" if providers.missing(p) else "") for p in taking]
-        print(f"{name_of(case):30} {case!s:56} {', '.join(names)}")
+        print(f"{cases.name_of(case):30} {case!s:56} {', '.join(names)}")
 
 
 def main(arguments=None):
@@ -426,6 +271,8 @@ def main(arguments=None):
     try:
         import torch
 
+        import ahead
+        import cases
         import measure
         import providers
         import rows
@@ -435,7 +282,7 @@ def main(arguments=None):
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("peers: PyTorch finds no CUDA device")
     options.preset = options.preset or ("full" if device == "cuda" else "tiny")
-    found = wanted_cases(options.preset, options.pattern)
+    found = cases.wanted(options.preset, options.pattern)
     if not found:
         sys.exit(f"peers: no case is called {options.pattern}; --list names them")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -443,16 +290,16 @@ def main(arguments=None):
         print_list(found, device, options)
         return 0
     if options.part:
-        compile_part(options, device)
+        ahead.compile_part(options, device)
         return 0
     if options.jobs > 0:
-        compile_ahead(options, arguments)
+        ahead.compile_ahead(os.path.abspath(__file__), options, arguments)
     if options.prepare:
         return 0
     if device == "cuda" and options.tune_ms > 0:
-        shorten_tuning(options.tune_ms)
+        ahead.shorten_tuning(options.tune_ms)
     elif device == "cuda":
-        take_variants(slice(0, 1))
+        ahead.take_variants(slice(0, 1))
     environment = environment_of(options, device, providers.PROVIDERS)
     folder = rows.device_folder(device, environment["device"])
     out = options.out or os.path.join(ROOT, "runs", folder, "peers.csv")
@@ -460,8 +307,8 @@ def main(arguments=None):
     watch, written = measure.stopwatch(device), rows.Rows(out, environment)
     for number, case in enumerate(found):
         if options.seconds and time.perf_counter() - began > options.seconds:
-            message = f"{options.seconds:g} s were over"
-            show(case, written.failed(case, "blocks", written.case_id(number, 0), "skipped", message))
+            message, case_id = f"{options.seconds:g} s were over", written.case_id(number, 0)
+            show(case, written.failed(case, "blocks", case_id, "skipped", message))
             continue
         try:
             measure_case(case, number, options, device, watch, written)

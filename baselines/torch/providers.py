@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from blocks._library import INPUT
 
 import recipe
-from cases import FAMILIES
+from cases import FAMILIES, matches
 
 
 def differentiated(forward, tensors, dout):
@@ -481,6 +481,18 @@ PROVIDERS = (
 )
 
 
+def takers(case, device, globs):
+    """The providers that compute a case, ours first; of rivals those that `globs` names."""
+    return [
+        p
+        for p in PROVIDERS
+        if case.kind in p.builders
+        and p.device in ("", device)
+        and p.takes(case)
+        and (p.name == "blocks" or matches(p.name, globs))
+    ]
+
+
 def missing(provider):
     """What is said of a provider that is not installed; None if it is."""
     try:
@@ -491,7 +503,7 @@ def missing(provider):
 
 
 def version(provider):
-    """"flash-attn-4 4.0.0" of what is installed."""
+    """ "flash-attn-4 4.0.0" of what is installed."""
     if provider.module == "blocks":
         return f"blocks {blocks.__version__}"
     try:

@@ -117,7 +117,9 @@ class Rows:
             row[column] = _shortened(getattr(summary, name))
         row.update(latency_min_ms=_shortened(summary.minimum), samples=len(runner.samples))
         tokens = case.batch * (1 if case.what == "generation" else case.seq_len)
-        row.update(precision_pct=100 * precision, tokens_per_s=_shortened(1e3 * tokens / summary.median))
+        row.update(
+            precision_pct=100 * precision, tokens_per_s=_shortened(1e3 * tokens / summary.median)
+        )
         row.update(rel_err="" if verdict.error is None else _shortened(verdict.error))
         if case.flops():
             row.update(flops=_shortened(case.flops()))

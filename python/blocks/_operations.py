@@ -53,7 +53,8 @@ class _Call:
             )
         stride = _strides_as(x, operand.shape) if operand.may_stride() else None
         if operand.role == lib.STATE and in_place:
-            if at.pointer(x) != at.pointer(own) or (stride is None and not at.is_dense(x, given, operand.dtype)):
+            dense = stride is not None or at.is_dense(x, given, operand.dtype)
+            if at.pointer(x) != at.pointer(own) or not dense:
                 raise lib.Invalid(f"{self.name}: {operand.name} cannot be changed where it lies")
         elif operand.role == lib.STATE:
             x, stride = at.copied(at.dense(x)), None

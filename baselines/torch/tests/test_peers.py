@@ -1,4 +1,4 @@
-"""peers.py on a processor: statistics, references, the recipe, rows and what is said of failures."""
+"""peers.py on a processor: statistics, references, the recipe, rows, failures."""
 
 import csv
 import os
@@ -177,7 +177,8 @@ def test_columns_are_those_of_the_c_programs():
     with open(os.path.join(ROOT, "bench/harness/record.h"), encoding="utf-8") as file:
         text = file.read()
     columns = text[text.index("define RECORD_COLUMNS") : text.index("enum { RECORD_SCHEMA")]
-    assert ["schema", *re.findall(r"(?:TEXT|INTEGER|REAL)\((\w+), (?:KEY|VALUE)\)", columns)] == rows.COLUMNS
+    names = re.findall(r"(?:TEXT|INTEGER|REAL)\((\w+), (?:KEY|VALUE)\)", columns)
+    assert ["schema", *names] == rows.COLUMNS
 
 
 def test_every_kind_of_case_is_verified_and_timed(tmp_path):
