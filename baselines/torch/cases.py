@@ -133,25 +133,25 @@ def _rat_step(pattern, seq_len, sequences=512, **more):
 
 
 def _full():
+    """What matters most comes first: a run may be short of time."""
     cases = []
     for seq_len in (4096, 16384, 131072):
         cases += _attention(seq_len)
-    cases += _attention(16384, n_heads=32, d_k=64, d_v=64)
-    cases += _attention(16384, kv_heads=2)
     one = {"sequences": 1, "n_heads": 32}
     cases += _matrix("gated_delta", 4096)
     cases += _matrix("gated_delta", 32768, **one)
     cases += _matrix("gated_delta", 32768, data="weak-gates", **one)
-    cases += _matrix("delta", 4096)
-    cases += _matrix("kda", 4096)
     for seq_len in (4096, 32768, 131072):
         cases += _layer("rat(chunk=16)", seq_len) + _rat_step("rat(chunk=16)", seq_len)
     for pattern in ("gla(heads=4)", "retnet(heads=8)", "gated_delta_net(heads=16)"):
         cases += _layer(pattern, 4096, mixer_only=True)
+    cases += _matrix("delta", 4096)
+    cases += _attention(16384, n_heads=32, d_k=64, d_v=64)
+    cases += _attention(16384, kv_heads=2)
     cases += _layer("ratplus(dilation=16,window=256,initial=4)", 4096)
     cases += [Case("recurrence_forward", "recurrence", t) for t in (4096, 131072)]
     cases += [Case("recurrence_backward", "recurrence", 4096)]
-    for family in ("linear_attention", "retention", "scalar_decay"):
+    for family in ("linear_attention", "retention", "scalar_decay", "kda"):
         cases += _matrix(family, 4096)
     wide = {"n_heads": 4, "d_k": 256, "d_v": 512}
     cases += _matrix("gla", 4096, **wide)
