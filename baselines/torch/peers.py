@@ -60,8 +60,6 @@ def find_libraries(build):
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     # Processes that compile leave FlashAttention-4's kernels for others.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    # What part of the variants comes to is no result to keep: processes that compile set 0.
-    os.environ.setdefault("FLA_CACHE_RESULTS", "1")
     sys.path[:0] = [HERE, os.path.join(ROOT, "python")]
 
 
