@@ -136,7 +136,7 @@ def compile_ahead(program, options, arguments):
     with tempfile.TemporaryDirectory() as slots:
         # What part of the variants comes to is no result to keep.
         environment = dict(os.environ, FLA_CACHE_RESULTS="0", OMP_NUM_THREADS="1")
-        environment["PEERS_SLOTS"] = slots
+        environment.update(PEERS_SLOTS=slots, TORCHINDUCTOR_COMPILE_THREADS="2")
         parts = [f"{i}/{options.jobs}" for i in range(options.jobs)]
         workers = [subprocess.Popen([*command, "--part", p], env=environment) for p in parts]
         unfinished = sum(not ended(w, options.compile_seconds, start) for w in workers)

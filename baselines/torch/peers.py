@@ -16,6 +16,7 @@ other, are compiled in --jobs processes beforehand; --prepare does nothing else.
 """
 
 import argparse
+import faulthandler
 import gc
 import os
 import platform
@@ -42,7 +43,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--tune-ms", type=int, default=5, help="a variant; 0: the first [5]")
     parser.add_argument("--seconds", type=float, help="begin no case after that time [no limit]")
     parser.add_argument("--list", action="store_true", help="print the cases and who takes them")
-    parser.add_argument("--trace", action="store_true", help="print where a provider raises")
+    parser.add_argument("--trace", action="store_true", help="print where a provider raises or hangs")
     parser.add_argument("--out", help="file of rows, - for none [runs/DEVICE/peers.csv]")
     parser.add_argument("--part", metavar="I/N", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -298,6 +299,8 @@ def main(arguments=None):
         ahead.shorten_tuning(options.tune_ms)
     elif device == "cuda":
         ahead.take_variants(slice(0, 1))
+    if options.trace:
+        faulthandler.dump_traceback_later(60, repeat=True)
     environment = environment_of(options, device, providers.PROVIDERS)
     folder = rows.device_folder(device, environment["device"])
     out = options.out or os.path.join(ROOT, "runs", folder, "peers.csv")
@@ -315,6 +318,7 @@ def main(arguments=None):
             show(case, row)
         release()
     written.close()
+    faulthandler.cancel_dump_traceback_later()
     print(f"rows: {out}")
     return 1 if any(row["status"] == "mismatch" for row in written.written) else 0
 
