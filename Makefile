@@ -15,6 +15,7 @@ endif
 SAN ?=
 FUZZ_SECONDS ?= 30
 ARGS ?=
+PYTHON ?= python3
 # make V=1 shows the commands.
 Q := $(if $(V),,@)
 
@@ -75,15 +76,18 @@ LIBRARY := $(BUILD)/libblocks.a
 # For other programs: operations and layers behind layers/blocks.h. SONAME changes when that does.
 SONAME := libblocks.so.0
 SHARED_LIBRARY := $(BUILD)/$(SONAME)
+# The same with other people's kernels, for baselines/torch/peers.py.
+PEERS_LIBRARY := $(BUILD)/libblocks-peers.so
 PREFIX ?= /usr/local
 # What reads golden files is apart, because it needs cJSON and measuring does not.
 GOLDEN_OBJECTS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(SOURCES),$(SHARED)))
 OBJECTS := $(patsubst %,$(BUILD)/%.o,$(basename $(filter %.c,$(SOURCES)))) \
 	$(patsubst %,$(BUILD)/%.o,$(filter %.cu,$(SOURCES)))
 SHARED_OBJECTS := $(filter $(BUILD)/kernels/% $(BUILD)/layers/%,$(OBJECTS))
+PEERS_OBJECTS := $(SHARED_OBJECTS) $(filter $(BUILD)/baselines/%,$(OBJECTS))
 
-.PHONY: all programs drivers tests help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency \
+.PHONY: all programs drivers tests peers help flash3 bench-latency bench-generation bench-family bench-kernels \
+	bench-chunkwise bench-peers peers-tables table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency \
 	library install FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
@@ -96,6 +100,7 @@ endif
 
 all: programs tests library
 library: $(SHARED_LIBRARY)
+peers: $(PEERS_LIBRARY)
 programs: $(PROGRAMS) $(LAYER_PROGRAMS)
 drivers: $(DRIVERS)
 tests: $(TESTS) $(GPU_TESTS)
@@ -116,11 +121,13 @@ $(LIBRARY) $(TEST_LIBRARY):
 	@rm -f $@
 	@ar rcs $@ $^
 
-$(SHARED_LIBRARY): $(SHARED_OBJECTS) layers/blocks.map
+$(SHARED_LIBRARY): $(SHARED_OBJECTS)
+$(PEERS_LIBRARY): $(PEERS_OBJECTS)
+$(SHARED_LIBRARY) $(PEERS_LIBRARY): layers/blocks.map
 	@echo "link    $@"
 	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME),--version-script=layers/blocks.map -o $@ \
 		$(filter %.o,$^) $(LDLIBS)
-	@ln -sf $(SONAME) $(BUILD)/libblocks.so
+	$(Q)[ $@ != $(SHARED_LIBRARY) ] || ln -sf $(SONAME) $(BUILD)/libblocks.so
 
 $(PROGRAMS): $(BUILD)/%: $(BUILD)/bench/%.o $(LIBRARY)
 	@echo "link    $@"
@@ -254,6 +261,17 @@ bench-kernels:
 	@$(SUBMAKE) drivers
 	@$(BUILD)/kernel_latency $(if $(filter --resume,$(ARGS)),,--truncate) $(ARGS)
 
+# Its packages: baselines/torch/requirements.txt. They are compiled in processes beforehand.
+bench-peers:
+	@$(BOOTSTRAP) run
+	@$(SUBMAKE) peers
+	@OMP_WAIT_POLICY=passive $(PYTHON) baselines/torch/peers.py --build $(BUILD) \
+		--jobs $(if $(filter 1,$(CUDA)),$(PARALLEL),0) $(ARGS)
+
+# The tables of rivals in documents, from the run that is published.
+peers-tables:
+	@$(PYTHON) scripts/peers_tables.py results/h200/peers.csv docs/h200.md README.md
+
 bench-chunkwise:
 	@$(BOOTSTRAP) run
 	@$(SUBMAKE) drivers
@@ -350,6 +368,8 @@ help:
 	@echo '                        chunks of 16 ... 256 for gla'
 	@echo 'make bench-kernels      single operations, every provider of each'
 	@echo 'make bench-chunkwise    linear attention in chunks, fused and not, against attention; a plot'
+	@echo 'make bench-peers        PyTorch, FlashAttention, fla and others beside ours, in one Python process'
+	@echo 'make peers-tables       the tables of them in docs/h200.md and README.md, from what is published'
 	@echo 'make table2             maximum throughput of whole models'
 	@echo 'make compare BASE=REF   is the working tree (or NEW=REF) slower than that commit? docs/comparing.md'
 	@echo 'make plots              pictures of the newest run (RESULTS=file.csv or a folder picks others)'

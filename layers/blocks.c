@@ -56,6 +56,10 @@ void blocks_fill(void *to, const void *from, size_t bytes)
 		       known - sizeof known);
 }
 
+/* Other people's kernels (baselines/), in the library with which rivals are measured: make peers.
+ * In libblocks itself there are none. */
+extern const struct kernel *const baseline_kernels[] __attribute__((weak));
+
 enum blocks_status blocks_device_open(const char *backend, const char *which,
                                       struct blocks_device **device)
 {
@@ -69,7 +73,7 @@ enum blocks_status blocks_device_open(const char *backend, const char *which,
 	struct blocks_device *opened = calloc(1, sizeof *opened);
 	if (!opened)
 		return blocks_status_of(status_set(STATUS_OOM, "no memory for a device"));
-	const enum status status = found->open(which, NULL, &opened->opened);
+	const enum status status = found->open(which, baseline_kernels, &opened->opened);
 	if (status != STATUS_OK) {
 		free(opened);
 		return blocks_status_of(status);

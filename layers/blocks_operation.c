@@ -357,7 +357,11 @@ static void set_operand(struct operand *operand, const struct binding *binding)
 		operand_set(operand, binding->data);
 }
 
-/* Gives every operand its tensor. Which operands there are depends on those that are bound. */
+/*
+ * Gives every operand its tensor. Which operands there are depends on those that are bound: they
+ * are found one after the other, and then all set at once, because a description takes for absent
+ * what has not come yet (without a norm, norm_linear's x_norm is x).
+ */
 static void place_operands(struct blocks_operation *o)
 {
 	bool again = true;
@@ -375,6 +379,14 @@ static void place_operands(struct blocks_operation *o)
 		}
 		operation_describe(o->id, &o->args, &o->list);
 	}
+	o->args = o->sized;
+	for (int i = 0; i < o->list.count; i++) {
+		const struct binding *b = binding_of(o, &o->list.operand[i]);
+
+		if (b && b->data)
+			set_operand(&o->list.operand[i], b);
+	}
+	operation_describe(o->id, &o->args, &o->list);
 }
 
 enum blocks_status blocks_operation_open(struct blocks_device *device, const char *text,

@@ -20,7 +20,7 @@ publish=$(realpath -m -- "${BUILD:-build}")/publish
 run=${1%/}
 set --
 if [ -d "$run" ]; then
-	for name in latency generation family kernels chunkwise table2; do
+	for name in latency generation family kernels chunkwise table2 peers; do
 		[ ! -f "$run/$name.csv" ] || set -- "$@" "$run/$name.csv"
 	done
 	[ $# -gt 0 ] || fail "$run has no files of rows"

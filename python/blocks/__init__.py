@@ -8,6 +8,7 @@ from ._check import Report, check
 from ._arrays import Device, device
 from ._layer import Layer
 from ._operations import (
+    Operation,
     attention,
     call,
     delta_rule,
@@ -30,6 +31,7 @@ __all__ = [
     "Error",
     "Invalid",
     "Layer",
+    "Operation",
     "OutOfMemory",
     "Report",
     "Unsupported",

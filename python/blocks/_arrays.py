@@ -19,6 +19,7 @@ class Device:
 
     def __init__(self, backend="cpu", which=None, provider=""):
         self.backend = backend
+        self._stream = None  # the last that was set
         self._handle = None
         self._handle = lib.opened(
             "device_open", backend.encode(), None if which is None else str(which).encode()
@@ -32,6 +33,17 @@ class Device:
         """Submits work to this CUDA stream, an integer or an object that has `cuda_stream`."""
         pointer = getattr(stream, "cuda_stream", stream)
         lib.run("device_set_stream", self._handle, pointer)
+        self._stream = pointer
+
+    def follow(self, x):
+        """Submits work to PyTorch's current stream, if x is a tensor of a GPU."""
+        if self.backend != "cuda" or not is_tensor(x) or x.device.type != "cuda":
+            return
+        import torch
+
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        if self._stream != stream:
+            self.set_stream(stream)
 
     def synchronize(self):
         """Waits for all work."""
@@ -68,12 +80,7 @@ def device_of(*arrays):
     for x in arrays:
         if is_tensor(x) and x.device.type == "cuda":
             found = device("cuda", x.device.index)
-            import torch
-
-            stream = torch.cuda.current_stream(x.device).cuda_stream
-            if getattr(found, "stream", None) != stream:
-                found.set_stream(stream)
-                found.stream = stream
+            found.follow(x)
             return found
     types = {str(x.dtype).split(".")[-1] for x in arrays}
     floats_only = {name for name in types if "float" in name}
@@ -103,6 +110,15 @@ def empty(like, shape, dtype):
     if is_tensor(like):
         return like.new_empty(shape, dtype=_torch_type(dtype))
     return numpy.empty(shape, dtype=_numpy_types[dtype])
+
+
+def is_dense(x, shape, dtype):
+    """Whether x is a dense array of that shape and element type."""
+    if tuple(x.shape) != tuple(shape):
+        return False
+    if is_tensor(x):
+        return x.dtype == _torch_type(dtype) and x.is_contiguous()
+    return x.dtype == _numpy_types[dtype] and x.flags.c_contiguous
 
 
 def dense(x):

@@ -125,27 +125,36 @@ class Layer(collections.abc.MutableMapping):
             raise lib.Invalid(f"{self.pattern}: the input is {list(x.shape)}, not {list(shape)}")
         return at.dense(at.converted(x, self.device.activation))
 
-    def _run(self, function, x, shape, *before):
+    def _output(self, out, shape):
+        if not at.is_dense(out, shape, self.device.activation):
+            raise lib.Invalid(f"{self.pattern}: out has to be a dense {list(shape)} of activations")
+        return out
+
+    def _run(self, function, x, shape, *before, out=None):
         x = self._input(x, shape)
-        y = at.empty(x, shape, self.device.activation)
+        self.device.follow(x)
+        if out is None:
+            y = at.empty(x, shape, self.device.activation)
+        else:
+            y = self._output(out, shape)
         lib.run(function, self._handle, *before, at.pointer(x), at.pointer(y))
-        if self.device.backend == "cuda":
+        if self.device.backend == "cuda" and out is None:
             self.device.synchronize()
         # verify() and backward() read what a run has read and written.
         self._kept[function] = (x, y)
         return y
 
-    def forward(self, x):
-        """y from x, [batch, seq_len, d_model]."""
-        return self._run("layer_forward", x, self.shape)
+    def forward(self, x, out=None):
+        """y from x, [batch, seq_len, d_model]; into `out`, which is not waited for on a GPU."""
+        return self._run("layer_forward", x, self.shape, out=out)
 
     __call__ = forward
 
-    def backward(self, dy):
-        """dx from dy, after forward(); gradient() has those of the parameters."""
+    def backward(self, dy, out=None):
+        """dx from dy, after forward(); gradient() has those of the parameters. `out` as there."""
         if "layer_forward" not in self._kept:
             raise lib.Invalid("backward() comes after forward()")
-        return self._run("layer_backward", dy, self.shape)
+        return self._run("layer_backward", dy, self.shape, out=out)
 
     def step(self, x, position):
         """One token of each sequence, [batch, d_model], at its position."""

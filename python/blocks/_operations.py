@@ -39,16 +39,24 @@ class _Call:
         numbers = None if stride is None else (ctypes.c_int64 * lib.DIMS)(*stride)
         lib.run("operation_bind", self.handle, name.encode(), at.pointer(x), numbers)
 
-    def bind_input(self, operand, x):
-        """Hands a tensor over as it lies where the operand may lie like that, else a copy."""
+    def bind_input(self, operand, x, in_place=False):
+        """Hands a tensor over as it lies where the operand may lie like that, else a copy.
+
+        A state is copied, unless it is changed in place.
+        """
         given = tuple(x.shape)
+        own = x
         x = at.converted(x, operand.dtype)
         if _squeezed(given) != _squeezed(operand.shape):
             raise lib.Invalid(
                 f"{self.name}: {operand.name} is {list(given)}, not {list(operand.shape)}"
             )
         stride = _strides_as(x, operand.shape) if operand.may_stride() else None
-        if operand.role == lib.STATE:
+        if operand.role == lib.STATE and in_place:
+            dense = stride is not None or at.is_dense(x, given, operand.dtype)
+            if at.pointer(x) != at.pointer(own) or not dense:
+                raise lib.Invalid(f"{self.name}: {operand.name} cannot be changed where it lies")
+        elif operand.role == lib.STATE:
             x, stride = at.copied(at.dense(x)), None
         elif stride is None:
             x = at.dense(x)
@@ -98,7 +106,7 @@ def _split(arguments):
     return settings, tensors
 
 
-def _bind_all(call, tensors):
+def _bind_all(call, tensors, in_place=False):
     """Binds tensors by name. Some operands are there only after others are bound."""
     left = dict(tensors)
     while left:
@@ -109,7 +117,24 @@ def _bind_all(call, tensors):
                 f"{call.name} has no operand '{next(iter(left))}' beside {', '.join(known)}"
             )
         for name in ready:
-            call.bind_input(known[name], left.pop(name))
+            call.bind_input(known[name], left.pop(name), in_place)
+
+
+def _bind_outputs(call, like, want):
+    for operand in call.operands().values():
+        if operand.role != lib.OUTPUT or (operand.optional and operand.name not in want):
+            continue
+        call.bind(operand.name, at.empty(like, operand.shape, operand.dtype))
+
+
+def _results(call):
+    """The outputs and states that are bound, by name."""
+    written = (lib.OUTPUT, lib.STATE)
+    return {
+        name: call.kept[name]
+        for name, operand in call.operands().items()
+        if operand.role in written and name in call.kept
+    }
 
 
 def _run(device, name, settings, tensors, want):
@@ -117,17 +142,9 @@ def _run(device, name, settings, tensors, want):
     like = next(iter(tensors.values()))
     with _Call(device, name, settings) as call:
         _bind_all(call, tensors)
-        for operand in call.operands().values():
-            if operand.role != lib.OUTPUT or (operand.optional and operand.name not in want):
-                continue
-            call.bind(operand.name, at.empty(like, operand.shape, operand.dtype))
+        _bind_outputs(call, like, want)
         lib.run("operation_run", call.handle)
-        written = (lib.OUTPUT, lib.STATE)
-        results = {
-            name: call.kept[name]
-            for name, operand in call.operands().items()
-            if operand.role in written and name in call.kept
-        }
+        results = _results(call)
         if device.backend == "cuda":
             device.synchronize()
     return results
@@ -148,6 +165,39 @@ def call(name, want=(), device=None, **arguments):
     settings, tensors = _split(arguments)
     device = device or at.device_of(*tensors.values())
     return _run(device, name, settings, tensors, want)
+
+
+class Operation:
+    """An operation that stays open with its tensors bound, for those who run it again and again.
+
+    Arguments are those of `call`; states are changed where they lie. `results` has its outputs and
+    states by name, as arrays of four dimensions that every run() overwrites. On a GPU run() does
+    not wait for the work; it goes to PyTorch's current stream of when the operation was opened.
+    """
+
+    def __init__(self, name, want=(), device=None, **arguments):
+        settings, tensors = _split(arguments)
+        like = next(iter(tensors.values()))
+        self.device = device or at.device_of(*tensors.values())
+        self.device.follow(like)
+        self._call = _Call(self.device, name, settings)
+        _bind_all(self._call, tensors, in_place=True)
+        _bind_outputs(self._call, like, want)
+        self.results = _results(self._call)
+
+    def run(self):
+        """Submits the operation."""
+        lib.run("operation_run", self._call.handle)
+
+    def close(self):
+        """Gives back what it holds; its tensors are the caller's."""
+        if self._call is not None:
+            lib.get("operation_close", self._call.handle)
+            self._call = None
+
+    def __del__(self):
+        if getattr(self, "_call", None) is not None:
+            self.close()
 
 
 def _backward(device, name, settings, tensors, outputs, dout):

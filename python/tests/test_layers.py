@@ -135,3 +135,15 @@ def test_mistakes_are_named():
     alone = blocks.Layer("gla(heads=4)", D, B, mode="generation", capacity=T)
     with pytest.raises(blocks.Invalid, match="position 24"):
         alone.step(inputs()[:, 0], T)
+
+
+def test_a_layer_writes_into_the_array_that_it_is_given():
+    layer = blocks.Layer("rat(chunk=8)", 64, batch=2, seq_len=24)
+    x = np.random.default_rng(0).standard_normal((2, 24, 64)).astype(np.float32)
+    y, dx = np.empty_like(x), np.empty_like(x)
+    assert layer.forward(x, out=y) is y
+    assert np.array_equal(y, layer.forward(x))
+    assert layer.backward(x, out=dx) is dx
+    assert np.array_equal(dx, layer.backward(x))
+    with pytest.raises(blocks.Invalid, match="out has to be a dense"):
+        layer.forward(x, out=np.empty((2, 24, 32), np.float32))

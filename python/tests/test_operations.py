@@ -300,6 +300,58 @@ def test_a_step_leaves_its_state_alone_and_returns_the_next():
     assert error(np.concatenate(out, 1), expected.astype(np.float64)) < 1e-5
 
 
+def test_inputs_are_left_alone_whatever_the_order_of_operands():
+    x, weight = randoms((T, 32), (48, 32))
+    ones = np.ones(32, np.float32)
+    given = x.copy()
+    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) @ weight.T
+    for order in (("x", "norm_weight", "weight"), ("weight", "norm_weight", "x")):
+        tensors = {"x": given, "norm_weight": ones, "weight": weight}
+        tensors = {name: tensors[name] for name in order}
+        found = blocks.call("norm_linear", batch=T, d_in=32, d_out=48, **tensors)
+        assert np.array_equal(given, x)
+        assert error(found["y"].reshape(T, 48), expected) < 1e-5
+
+
+def test_an_operation_stays_open_and_changes_its_state_in_place():
+    i = {k: x.astype(np.float32) for k, x in matrix_inputs().items()}
+    state = np.zeros((B, H, DK, DV), np.float32)
+    row = {key: i[key][:, :1].copy() for key in "qkv"}
+    decay = i["diagonal"][:, :1].copy()
+    step = blocks.Operation(
+        "matrix_recurrence_step",
+        batch=B,
+        n_heads=H,
+        d_k=DK,
+        d_v=DV,
+        decay="diagonal",
+        log_decay=decay,
+        state=state,
+        **row,
+    )
+    out = []
+    for t in range(T):
+        for key in "qkv":
+            row[key][:] = i[key][:, t : t + 1]
+        decay[:] = i["diagonal"][:, t : t + 1]
+        step.run()
+        out.append(step.results["out"].copy())
+    assert step.results["state"] is state
+    expected = blocks.gla(i["q"], i["k"], i["v"], i["diagonal"])
+    assert error(np.concatenate(out, 1), expected.astype(np.float64)) < 1e-5
+    step.close()
+    with pytest.raises(blocks.Invalid, match="state cannot be changed where it lies"):
+        blocks.Operation(
+            "matrix_recurrence_step",
+            batch=B,
+            n_heads=H,
+            d_k=DK,
+            d_v=DV,
+            state=state.astype(np.float64),
+            **row,
+        )
+
+
 def test_mistakes_are_named():
     q, k, v = randoms((B, T, H, D), (B, T, 3, D), (B, T, 3, D))
     with pytest.raises(blocks.Invalid, match="kv_heads"):
