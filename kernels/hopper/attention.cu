@@ -15,10 +15,10 @@
  *
  * Invariants. A mask is an interval of visible keys per query, so only tiles that an end of the
  * interval cuts are masked. RESIDENT: keys that fit in the ring stay there for a unit. The softmax
- * keeps the maximum it has while no power is large; only where the powers of a tile sum to over 2^40
- * is it moved, and only where one may be infinite are the scores formed again (by mma, which a warp
- * can do alone): nothing waits for a maximum. Units go out longest first, heads in groups whose keys fit in L2; those that
- * read the same keys side by side.
+ * keeps the maximum it has while no power is huge; only where the powers of a tile sum to over 2^80
+ * is it moved, and only where they sum to infinity are the scores formed again (by mma, which a
+ * warp can do alone): nothing waits for a maximum. Units go out longest first, heads in groups
+ * whose keys fit in L2; those that read the same keys side by side.
  *
  * Limit: the tensor pipe, busy 94% of its cycles at d = 128, T = 131072 (692 TFLOP/s at 1.43 GHz);
  * at T = 4096 (623 TFLOP/s) the start and the end of a query tile. docs/kernels/attention.md.
@@ -42,11 +42,10 @@ using namespace hopper;
 namespace
 {
 
-/* A thread's sum of a tile's powers over LARGE_SUM, and the maximum is moved; over LARGEST_SUM a
- * power may be infinite, and the scores are formed again. Scores may grow by 27 before any maximum
- * moves, and in one tile by 59 before any are formed again. */
-constexpr float LARGE_SUM = 1099511627776.0f;                            /* 2^40 */
-constexpr float LARGEST_SUM = 85070591730234615865843651857942052864.0f; /* 2^126 */
+/* A thread's sum of a tile's powers over this and the maximum is moved. It leaves 2^47 to where
+ * fp32 ends, for 2^20 keys and values of 2^27. Scores may grow by 55 before any maximum moves, and
+ * by 87 before any are formed again. */
+constexpr float HUGE_SUM = 1208925819614629174706176.0f; /* 2^80 */
 
 constexpr int TILE_N = 128, MAX_STAGES = 4;
 
@@ -514,23 +513,13 @@ __device__ __forceinline__ void exponentiate(float (&s)[COUNT], softmax &state, 
 	}
 }
 
-/* 2^e <= x < 2^(e + 1): gives e, and makes x 2^-e. */
-__device__ __forceinline__ int inverse_power(float &x)
-{
-	const int exponent = (__float_as_int(x) >> 23) - 127;
-
-	x = __int_as_float((127 - exponent) << 23);
-	return exponent;
-}
-
 /*
- * The same with the maximum as it was, which is as good while no power is large. Powers that are
- * large and finite are divided by a power of two, which changes no digit of them, and the maximum
- * follows. Or false, with s spoilt. (A maximum of -inf gives NaN or inf, and false.)
+ * The same with the maximum as it was, which is as good while no power is huge;
+ * or false, with the powers in s, and no sum taken. (A maximum of -inf gives NaN or inf, and
+ * false.)
  */
 template <int COUNT>
-__device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &state,
-                                                    float (&rescale)[2], float scale)
+__device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &state, float scale)
 {
 	float sum[2][2] = {{0, 0}, {0, 0}};
 
@@ -543,28 +532,44 @@ __device__ __forceinline__ bool exponentiate_lazily(float (&s)[COUNT], softmax &
 	}
 	sum[0][0] += sum[0][1];
 	sum[1][0] += sum[1][1];
-	if (!__all_sync(~0u, sum[0][0] <= LARGE_SUM && sum[1][0] <= LARGE_SUM)) {
-		if (!__all_sync(~0u, sum[0][0] <= LARGEST_SUM && sum[1][0] <= LARGEST_SUM))
-			return false;
-#pragma unroll
-		for (int row = 0; row < 2; row++) {
-			float most = fmaxf(sum[row][0], 1.0f);
-
-			most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-			most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-			state.max[row] += static_cast<float>(inverse_power(most));
-			rescale[row] = most;
-			state.sum[row] *= most;
-			sum[row][0] *= most;
-#pragma unroll
-			for (int i = 0; i < COUNT; i += 4) {
-				s[i + 2 * row] *= most;
-				s[i + 2 * row + 1] *= most;
-			}
-		}
-	}
+	if (!__all_sync(~0u, sum[0][0] <= HUGE_SUM && sum[1][0] <= HUGE_SUM))
+		return false;
 	state.sum[0] += sum[0][0];
 	state.sum[1] += sum[1][0];
+	return true;
+}
+
+/*
+ * Powers of such a maximum, divided by the power of two in their sum, which changes no digit of
+ * them; the maximum follows. False where a power is infinite or NaN.
+ */
+template <int COUNT>
+__device__ __forceinline__ bool move_maximum(float (&s)[COUNT], softmax &state, float (&rescale)[2])
+{
+	float sum[2] = {0, 0};
+
+#pragma unroll
+	for (int i = 0; i < COUNT; i++)
+		sum[(i >> 1) & 1] += s[i];
+	if (!__all_sync(~0u, sum[0] < INFINITY && sum[1] < INFINITY))
+		return false;
+#pragma unroll
+	for (int row = 0; row < 2; row++) {
+		float most = fmaxf(1, sum[row]);
+
+		most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+		most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+		/* 2^-126 is the least that is no subnormal number. */
+		const int exponent = min((__float_as_int(most) >> 23) - 127, 126);
+		rescale[row] = __int_as_float((127 - exponent) << 23);
+		state.max[row] += static_cast<float>(exponent);
+		state.sum[row] = (state.sum[row] + sum[row]) * rescale[row];
+#pragma unroll
+		for (int i = 0; i < COUNT; i += 4) {
+			s[i + 2 * row] *= rescale[row];
+			s[i + 2 * row + 1] *= rescale[row];
+		}
+	}
 	return true;
 }
 
@@ -774,8 +779,10 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 		if (cut(n))
 			apply_mask(scores, p, row, column);
 		rescale[0] = rescale[1] = 1;
-		if (!lazily || !exponentiate_lazily(scores, state, rescale, p.scale_log2)) {
-			if (lazily) {
+		if (!lazily || !exponentiate_lazily(scores, state, p.scale_log2)) {
+			const bool moved = lazily && move_maximum(scores, state, rescale);
+
+			if (lazily && !moved) {
 				const uint32_t slot = RESIDENT ? n : keys.slot();
 
 				repeat_scores<D>(s, q_tile,
@@ -783,7 +790,8 @@ __device__ __forceinline__ void consumer<D, RESIDENT>::attend(const unit &u, con
 				if (cut(n))
 					apply_mask(scores, p, row, column);
 			}
-			exponentiate(scores, state, rescale, p.scale_log2);
+			if (!moved)
+				exponentiate(scores, state, rescale, p.scale_log2);
 		}
 		release_tile(BAR_K_EMPTY);
 	};
