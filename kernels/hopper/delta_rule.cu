@@ -13,13 +13,13 @@
  *   o += v' P^T;  S^T += (decayed v') k
  * all transposed, so that every left operand is already in the registers.
  *
- * The inverse: each warp inverts a diagonal block of 16 by substitution, fp32, a column a
- * lane; then, D the diagonal blocks' inverses, block column j of the inverse is T_jj = D_j,
- * T_ij = sum_{j<=m<i} (-D_i A_im) T_mj: a warp a column, TF32.
+ * The inverse T, by blocks of 16 x 16: each warp inverts a diagonal block by substitution, fp32, a
+ * column a lane; then, D the diagonal blocks' inverses, warp w takes row block w from the diagonal
+ * leftwards, T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j), TF32. A's blocks stay in the registers
+ * that k k^T came in, and every product's result is an operand of the next as it lies in registers.
  *
- * Roles and shared memory are the walk's (walk.cuh); the inverse and the scores have a ring each.
- * Limit: the inverse. 2.55 ms at 16 heads x 128, T = 4096 (1.98 GHz), whose bytes take 1.03.
- * docs/kernels/delta_rule.md.
+ * Roles and shared memory are the walk's (walk.cuh); the inverse and the scores have a ring each,
+ * and go through it together. docs/kernels/delta_rule.md.
  * wgmma in: delta_kernel
  */
 #include "kernels/hopper/kernels.h"
@@ -65,6 +65,8 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 	        matrix_descriptor(w.shared + S::SCORES + w.slot.slot * PANEL_BYTES, 16);
 	const uint64_t solved =
 	        matrix_descriptor(w.shared + S::SOLVED + w.slot.slot * PANEL_BYTES, 16);
+	/* Whether o goes on while the residual is formed: where there are registers for both. */
+	constexpr bool OVERLAP = DK == 64 || SLICES == 1;
 	uint32_t packed[DK / 4], moved[16], decayed[16];
 	float y[32], o[32];
 
@@ -85,30 +87,30 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 	for (int step = 0; step < DK / 16; step++)
 		wgmma_rs_k_major(y, &packed[4 * step],
 		                 keys + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
+	wgmma_commit();
 #pragma unroll
 	for (int step = 0; step < DK / 16; step++)
 		wgmma_rs_k_major(o, &packed[4 * step],
 		                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
 	wgmma_commit();
-	wgmma_wait<0>(); /* both: the packed state'w.s registers are needed */
+	wgmma_wait<OVERLAP ? 1 : 0>();
 	pin(y);
-	pin(o);
-	pin(packed);
+	if (!OVERLAP) {
+		pin(o);
+		pin(packed);
+	}
 #pragma unroll
-	for (int j = 0; j < 4; j++) {
+	for (int j = 0; j < 4; j++)
 		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
 		                   &moved[4 * j]);
 #pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const float2 power = token_pair(powers + FROM_START, j, half, w.lane);
-#pragma unroll
-			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
-				moved[i] = pack_bf16(
-				        fmaf(-power.x, y[2 * i], low_bf16(moved[i])),
-				        fmaf(-power.y, y[2 * i + 1], high_bf16(moved[i])));
-		}
+	for (int i = 0; i < 16; i++) {
+		const float2 power = token_pair(powers + FROM_START, i / 4, i / 2 % 2, w.lane);
+
+		moved[i] = pack_bf16(fmaf(-power.x, y[2 * i], low_bf16(moved[i])),
+		                     fmaf(-power.y, y[2 * i + 1], high_bf16(moved[i])));
 	}
-	barrier_wait(w.shared + S::SOLVED_FULL + w.slot.slot * 8, w.slot.parity);
+	barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
 	pin(moved);
 	pin(y);
 	wgmma_fence();
@@ -116,6 +118,11 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs_k_major(y, &moved[4 * j], solved + j * 32 / 16, j > 0);
 	wgmma_commit();
+	if (OVERLAP) {
+		wgmma_wait<1>();
+		pin(o);
+		pin(packed);
+	}
 #pragma unroll
 	for (int i = 0; i < 32; i += 4) {
 		const float2 power = token_pair(powers + FROM_START, i / 8, i / 4 % 2, w.lane);
@@ -136,7 +143,6 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 		moved[i] = pack_bf16(y[2 * i], y[2 * i + 1]);
 		decayed[i] = pack_bf16(y[2 * i] * power.x, y[2 * i + 1] * power.y);
 	}
-	barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
 	pin(moved);
 	pin(decayed);
 	pin(o);
@@ -145,223 +151,252 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 #pragma unroll
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs_k_major(o, &moved[4 * j], scores + j * 32 / 16, true);
+	wgmma_commit();
 #pragma unroll
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs(w.s[0], &decayed[4 * j], k + j * 2048 / 16, true);
 	wgmma_commit();
-	wgmma_wait<0>();
+	wgmma_wait<1>(); /* o leaves while the state is updated */
 	pin(o);
-	pin(w.s[0]);
 	pin(moved);
-	pin(decayed);
-	__syncwarp();
 	w.release(S::SCORES_EMPTY + w.slot.slot * 8);
 	w.slot.advance();
+	w.store(x, chunk, o);
+	wgmma_wait<0>();
+	pin(w.s[0]);
+	pin(decayed);
+	__syncwarp();
 	w.release(S::EMPTY + w.stage.slot * 8);
 	w.stage.advance();
-	w.store(x, chunk, o);
 	return whole;
 }
 
-/* ---- the triangular inverse. Blocks are 16 x 16, of fp32 rounded to TF32. */
+/* ---- the triangular inverse, by blocks of 16 x 16, fp32. Shared memory has, rows BLOCK_STRIDE
+ * apart, those of the diagonal transposed: of A, then their inverses D; and the six below it as
+ * -A_mj D_j, in the registers' order of mma_1688's second operand. A lane has of a block's rows
+ * g, g + 8 and columns 2c, 2c + 1, 2c + 8, 2c + 9 (g = lane / 4, c = lane % 4), eight floats in the
+ * order of accumulators; as operands columns 2c and 2c + 1 stand for c and c + 4. */
 
-/* Lower blocks in the order (0,0), (1,0), (1,1), ...; then (1,0), (2,0), (2,1) of the inverse. */
-__device__ __forceinline__ uint32_t lower_block(uint32_t blocks, int i, int j)
+__device__ __forceinline__ uint32_t diagonal_block(uint32_t blocks, int i)
 {
-	return blocks + (i * (i + 1) / 2 + j) * BLOCK_BYTES;
+	return blocks + i * BLOCK_BYTES;
 }
 
-__device__ __forceinline__ uint32_t inverse_block(uint32_t blocks, int i, int j)
+__device__ __forceinline__ uint32_t lower_block(uint32_t blocks, int i, int j, int lane)
 {
-	return i == j ? lower_block(blocks, i, i)
-	              : blocks + (10 + i * (i - 1) / 2 + j) * BLOCK_BYTES;
+	return blocks + 4 * BLOCK_BYTES + (i * (i - 1) / 2 + j) * 1024 + lane * 16;
 }
 
-__device__ __forceinline__ float round_tf32(float x)
+/*
+ * This warp's 16 rows of A = beta 2^(G_t - G_s) k k^T and of the scores scale 2^(G_t - G_s) q k^T,
+ * from the products. A's diagonal block goes to shared memory, and of it what is not below the
+ * diagonal is never read. Before that block a power is one from s to the token before the rows,
+ * times one from there to t.
+ */
+__device__ __forceinline__ void decay_products(float (&a)[32], float (&s)[32], uint32_t powers,
+                                               uint32_t blocks, float scale, int warp, int lane)
 {
-	uint32_t y;
+	const int own = lane / 4;
+	const uint32_t log_decay = powers + LOG_DECAY;
+	const uint32_t own_decay = log_decay + (16 * warp + own) * 4;
+	const uint32_t own_beta = powers + BETA + (16 * warp + own) * 4;
+	const float before = warp > 0 ? shared_float(log_decay + (16 * warp - 1) * 4) : 0.0f;
+	const float power[2] = {exp2_approx(shared_float(own_decay) - before),
+	                        exp2_approx(shared_float(own_decay + 32) - before)};
 
-	asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-	return __uint_as_float(y);
+#pragma unroll
+	for (int i = 0; i < 32; i += 4) {
+		if (i / 8 < warp) {
+			const float2 from = token_pair(log_decay, i / 8, i / 4 % 2, lane);
+			const float x0 = exp2_approx(before - from.x);
+			const float x1 = exp2_approx(before - from.y);
+
+#pragma unroll
+			for (int r = 0; r < 2; r++) {
+				const float beta = power[r] * shared_float(own_beta + 32 * r);
+
+				a[i + 2 * r] *= beta * x0;
+				a[i + 2 * r + 1] *= beta * x1;
+				s[i + 2 * r] *= scale * power[r] * x0;
+				s[i + 2 * r + 1] *= scale * power[r] * x1;
+			}
+		} else if (i / 8 == warp) {
+			const float2 from = token_pair(log_decay, i / 8, i / 4 % 2, lane);
+			const int key = 2 * i % 16 + 2 * (lane % 4);
+			const uint32_t to =
+			        diagonal_block(blocks, warp) + (key * BLOCK_STRIDE + own) * 4;
+
+#pragma unroll
+			for (int r = 0; r < 2; r++) {
+				const float g = shared_float(own_decay + 32 * r);
+				const float beta = shared_float(own_beta + 32 * r);
+				const float x0 = exp2_approx(g - from.x);
+				const float x1 = exp2_approx(g - from.y);
+
+				shared_store1(to + 32 * r, a[i + 2 * r] * beta * x0);
+				shared_store1(to + 32 * r + BLOCK_STRIDE * 4,
+				              a[i + 2 * r + 1] * beta * x1);
+				s[i + 2 * r] =
+				        key <= own + 8 * r ? scale * s[i + 2 * r] * x0 : 0.0f;
+				s[i + 2 * r + 1] = key + 1 <= own + 8 * r
+				                           ? scale * s[i + 2 * r + 1] * x1
+				                           : 0.0f;
+			}
+		}
+	}
 }
 
-/* The inverse of I plus a strictly lower block, in its place; by one warp. */
+/* The inverse of I plus a strictly lower block, both transposed, in its place; by one warp: a
+ * column a lane, and each element of it as soon as it is known taken from those below. */
 __device__ __forceinline__ void invert_diagonal(uint32_t block, int lane)
 {
 	const int column = lane % 16;
 	float x[16];
 
+	__syncwarp();
 #pragma unroll
-	for (int r = 0; r < 16; r++) {
-		float even = r == column ? 1.0f : 0.0f, odd = 0.0f;
-
+	for (int i = 0; i < 16; i++)
+		x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
-		for (int j = 0; j < r; j += 2) {
-			const float2 a = shared_float2(block + (r * BLOCK_STRIDE + j) * 4);
+	for (int j = 0; j < 15; j++) {
+#pragma unroll
+		for (int i = (j + 1) / 4 * 4; i < 16; i += 4) {
+			const float4 a = shared_float4(block + (j * BLOCK_STRIDE + i) * 4);
 
-			even = fmaf(-a.x, x[j], even);
-			if (j + 1 < r)
-				odd = fmaf(-a.y, x[j + 1], odd);
+			if (i > j)
+				x[i] = fmaf(-a.x, x[j], x[i]);
+			if (i + 1 > j)
+				x[i + 1] = fmaf(-a.y, x[j], x[i + 1]);
+			if (i + 2 > j)
+				x[i + 2] = fmaf(-a.z, x[j], x[i + 2]);
+			x[i + 3] = fmaf(-a.w, x[j], x[i + 3]);
 		}
-		x[r] = even + odd;
 	}
 	__syncwarp();
 	if (lane < 16) {
 #pragma unroll
-		for (int r = 0; r < 16; r++)
-			shared_store1(block + (r * BLOCK_STRIDE + column) * 4, round_tf32(x[r]));
+		for (int i = 0; i < 16; i += 4)
+			shared_store4(block + (column * BLOCK_STRIDE + i) * 4, round_tf32(x[i]),
+			              round_tf32(x[i + 1]), round_tf32(x[i + 2]),
+			              round_tf32(x[i + 3]));
 	}
-	__syncwarp();
 }
 
-/* d (the two halves of 16 columns, as mma.m16n8 leaves them) += a b. */
-__device__ __forceinline__ void multiply_blocks(float (&d)[2][4], uint32_t a, uint32_t b, int lane)
+/* Row blocks' products with the inverses of the columns' diagonal blocks: -A_wj D_j, of row block
+ * w = warp. They are computed transposed, and so are right operands as they come. */
+__device__ __forceinline__ void scale_columns(uint32_t blocks, const float (&a)[32], int warp,
+                                              int lane)
 {
-	const int g = lane / 4, c = lane % 4;
+#pragma unroll
+	for (int j = 0; j < 3; j++) {
+		if (j < warp) {
+			const uint32_t inverse = diagonal_block(blocks, j) +
+			                         (lane / 4 * BLOCK_STRIDE + lane % 4 * 2) * 4;
+			const uint32_t to = lower_block(blocks, warp, j, lane);
+			float d[2][4] = {};
 
 #pragma unroll
-	for (int step = 0; step < 16; step += 8) {
-		const uint32_t left = a + (g * BLOCK_STRIDE + step + c) * 4;
-		const float a0 = shared_float(left);
-		const float a1 = shared_float(left + 8 * BLOCK_STRIDE * 4);
-		const float a2 = shared_float(left + 16);
-		const float a3 = shared_float(left + 8 * BLOCK_STRIDE * 4 + 16);
+			for (int h = 0; h < 2; h++) {
+				const float2 upper = shared_float2(inverse + 32 * h);
+				float2 lower = {}; /* above D's diagonal */
 
+				if (h == 1)
+					lower = shared_float2(inverse + 8 * BLOCK_STRIDE * 4 + 32);
 #pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const uint32_t right = b + ((step + c) * BLOCK_STRIDE + 8 * half + g) * 4;
-			const float b0 = shared_float(right);
-			const float b1 = shared_float(right + 4 * BLOCK_STRIDE * 4);
-
-			asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-			             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-			             "{%0, %1, %2, %3};"
-			             : "+f"(d[half][0]), "+f"(d[half][1]), "+f"(d[half][2]),
-			               "+f"(d[half][3])
-			             : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)),
-			               "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-			               "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+				for (int half = 0; half < 2; half++)
+					mma_1688(d[half], upper.x, lower.x, upper.y, lower.y,
+					         round_tf32(-a[8 * j + 4 * h + 2 * half]),
+					         round_tf32(-a[8 * j + 4 * h + 2 * half + 1]));
+			}
+#pragma unroll
+			for (int half = 0; half < 2; half++)
+				shared_store4(to + 512 * half, round_tf32(d[half][0]),
+				              round_tf32(d[half][1]), round_tf32(d[half][2]),
+				              round_tf32(d[half][3]));
 		}
 	}
 }
 
-__device__ __forceinline__ void store_block(uint32_t block, const float (&d)[2][4], float sign,
-                                            int lane)
+/* A block of the inverse, its columns times beta, into the panel that wgmma reads. */
+__device__ __forceinline__ void store_solved(uint32_t panel, const float (&t)[2][4], int i, int j,
+                                             uint32_t beta, int lane)
 {
+	float x[8];
+
+#pragma unroll
+	for (int half = 0; half < 2; half++) {
+		const float2 b = token_pair(beta, j, half, lane);
+
+#pragma unroll
+		for (int r = 0; r < 2; r++) {
+			x[4 * half + 2 * r] = t[half][2 * r] * b.x;
+			x[4 * half + 2 * r + 1] = t[half][2 * r + 1] * b.y;
+		}
+	}
+	store_block(plain_block(panel, 16 * i, 16 * j, lane), x);
+}
+
+/* Row block w = warp of (I + A)^-1 diag(beta) into a panel, from the blocks: from the diagonal
+ * leftwards T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j). */
+__device__ __forceinline__ void solve_rows(uint32_t blocks, uint32_t panel, uint32_t beta, int warp,
+                                           int lane)
+{
+	const uint32_t inverse =
+	        diagonal_block(blocks, warp) + (lane % 4 * 2 * BLOCK_STRIDE + lane / 4) * 4;
+	float t[4][2][4]; /* by the distance from the diagonal */
+
 #pragma unroll
 	for (int half = 0; half < 2; half++)
 #pragma unroll
 		for (int r = 0; r < 2; r++)
-			shared_store2(block + ((lane / 4 + 8 * r) * BLOCK_STRIDE + 8 * half +
-			                       2 * (lane % 4)) *
-			                              4,
-			              round_tf32(sign * d[half][2 * r]),
-			              round_tf32(sign * d[half][2 * r + 1]));
-}
-
-/* A block of the inverse, its columns times beta, into the panel that wgmma reads. */
-__device__ __forceinline__ void store_solved(uint32_t panel, const float (&d)[2][4], int i, int j,
-                                             uint32_t beta, int lane)
-{
 #pragma unroll
-	for (int half = 0; half < 2; half++) {
-		const int column = 16 * j + 8 * half + 2 * (lane % 4);
-		const float2 b = shared_float2(beta + column * 4);
-
+			for (int e = 0; e < 2; e++)
+				t[0][half][2 * r + e] =
+				        half > r ? 0.0f
+				                 : shared_float(
+				                           inverse +
+				                           ((8 * half + e) * BLOCK_STRIDE + 8 * r) *
+				                                   4);
+	store_solved(panel, t[0], warp, warp, beta, lane);
 #pragma unroll
-		for (int r = 0; r < 2; r++)
-			shared_store(
-			        panel + swizzle_128((16 * i + lane / 4 + 8 * r) * 128 + column * 2),
-			        static_cast<int>(
-			                pack_bf16(d[half][2 * r] * b.x, d[half][2 * r + 1] * b.y)));
-	}
-}
-
-/* This warp's 16 rows of A from the products k k^T, into blocks. */
-__device__ __forceinline__ void store_system(uint32_t blocks, const float (&s)[32], uint32_t powers,
-                                             int warp, int lane)
-{
-	const int row = 16 * warp + lane / 4;
-	float g[2], beta[2];
-
-#pragma unroll
-	for (int r = 0; r < 2; r++) {
-		g[r] = shared_float(powers + LOG_DECAY + (row + 8 * r) * 4);
-		beta[r] = shared_float(powers + BETA + (row + 8 * r) * 4);
-	}
-#pragma unroll
-	for (int n = 0; n < 8; n++) {
-		const int key = 8 * n + 2 * (lane % 4);
-		const float2 from = shared_float2(powers + LOG_DECAY + key * 4);
-
-		if (n / 2 > warp)
+	for (int back = 1; back < 4; back++) {
+		if (back > warp)
 			break;
 #pragma unroll
-		for (int r = 0; r < 2; r++) {
-			const int t = row + 8 * r;
-			const float *pair = &s[4 * n + 2 * r];
-
-			shared_store2(
-			        lower_block(blocks, warp, n / 2) +
-			                ((lane / 4 + 8 * r) * BLOCK_STRIDE + key % 16) * 4,
-			        key < t ? round_tf32(beta[r] * pair[0] * exp2_approx(g[r] - from.x))
-			                : 0.0f,
-			        key + 1 < t
-			                ? round_tf32(beta[r] * pair[1] * exp2_approx(g[r] - from.y))
-			                : 0.0f);
-		}
-	}
-	__syncwarp();
-}
-
-/* (I + A)^-1 diag(beta) into a panel, from the blocks of A; by the four warps of a warpgroup. */
-__device__ __forceinline__ void solve(uint32_t blocks, uint32_t panel, uint32_t beta, int warp,
-                                      int lane)
-{
-	invert_diagonal(lower_block(blocks, warp, warp), lane);
-	for (int m = 0; m < warp; m++) {
-		float d[2][4] = {};
-
-		multiply_blocks(d, lower_block(blocks, warp, warp), lower_block(blocks, warp, m),
-		                lane);
-		__syncwarp();
-		store_block(lower_block(blocks, warp, m), d, -1.0f, lane);
-	}
-	named_barrier_sync(4, 128);
-	for (int i = warp; i < 4; i++) {
-		float d[2][4] = {};
-
-		if (i == warp) {
+		for (int half = 0; half < 2; half++)
 #pragma unroll
-			for (int n = 0; n < 4; n++) {
-				const float2 pair =
-				        shared_float2(lower_block(blocks, i, i) +
-				                      ((lane / 4 + 8 * (n % 2)) * BLOCK_STRIDE +
-				                       8 * (n / 2) + 2 * (lane % 4)) *
-				                              4);
+			for (int i = 0; i < 4; i++)
+				t[back][half][i] = 0.0f;
+#pragma unroll
+		for (int m = 0; m < back; m++) {
+			const uint32_t at = lower_block(blocks, warp - m, warp - back, lane);
 
-				d[n / 2][2 * (n % 2)] = pair.x;
-				d[n / 2][2 * (n % 2) + 1] = pair.y;
+#pragma unroll
+			for (int h = 0; h < 2; h++) {
+				const float4 right = shared_float4(at + 512 * h);
+
+				mma_1688(t[back][0], t[m][h][0], t[m][h][2], t[m][h][1], t[m][h][3],
+				         right.x, right.y);
+				mma_1688(t[back][1], t[m][h][0], t[m][h][2], t[m][h][1], t[m][h][3],
+				         right.z, right.w);
 			}
 		}
-		for (int m = warp; m < i; m++)
-			multiply_blocks(d, lower_block(blocks, i, m),
-			                inverse_block(blocks, m, warp), lane);
-		if (i > warp && i < 3) {
-			store_block(inverse_block(blocks, i, warp), d, 1.0f, lane);
-			__syncwarp();
-		}
-		store_solved(panel, d, i, warp, beta, lane);
+		store_solved(panel, t[back], warp, warp - back, beta, lane);
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+#pragma unroll
+			for (int i = 0; i < 4; i++)
+				t[back][half][i] = round_tf32(t[back][half][i]);
 	}
 }
 
-/* Of chunk after chunk: first the inverse, for which the state waits first, then the scores. */
+/* Of chunk after chunk the scores and the inverse, for which nobody waits but the state. */
 template <int DK, int SLICES>
 __device__ __forceinline__ void delta_rule::score(const parameters &p, uint32_t shared)
 {
 	using S = shape<DK, SLICES>;
 	const int count = piece_count<true>(p), lane = threadIdx.x % 32;
-	const int warp = threadIdx.x / 32 % 4;
+	const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
 	const uint32_t blocks = shared + S::BLOCKS_16;
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
@@ -376,24 +411,27 @@ __device__ __forceinline__ void delta_rule::score(const parameters &p, uint32_t 
 			const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
 			const uint32_t scores = shared + S::SCORES + slot.slot * PANEL_BYTES;
 			const uint32_t solved = shared + S::SOLVED + slot.slot * PANEL_BYTES;
-			float s[32];
+			float a[32], s[32];
 
 			barrier_wait(shared + S::FULL + stage.slot * 8, stage.parity);
-			issue_scores<DK>(s, at + S::K, at + S::K);
-			wgmma_wait<0>();
-			pin(s);
-			/* The other warps may still read the last chunk's blocks. */
-			named_barrier_sync(4, 128);
-			store_system(blocks, s, powers, warp, lane);
-			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
-			solve(blocks, solved, powers + BETA, warp, lane);
-			warp_publish(shared + S::SOLVED_FULL + slot.slot * 8);
+			issue_scores<DK>(a, at + S::K, at + S::K);
 			issue_scores<DK>(s, at + S::Q, at + S::K);
 			wgmma_wait<0>();
+			pin(a);
 			pin(s);
-			decay_scores(s, powers, p.scale, warp, lane);
+			decay_products(a, s, powers, blocks, p.scale, warp, lane);
+			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
+#pragma unroll
+			for (int j = 0; j < 4; j++)
+				if (j <= warp)
+					store_block(plain_block(scores, 16 * warp, 16 * j, lane),
+					            &s[8 * j]);
+			invert_diagonal(diagonal_block(blocks, warp), lane);
+			named_barrier_sync(4, 128);
+			scale_columns(blocks, a, warp, lane);
+			named_barrier_sync(4, 128);
+			solve_rows(blocks, solved, powers + BETA, warp, lane);
 			warp_arrive(shared + S::EMPTY + stage.slot * 8);
-			store_scores(scores, s, warp, lane);
 			warp_publish(shared + S::SCORES_FULL + slot.slot * 8);
 			stage.advance();
 			slot.advance();
@@ -411,9 +449,11 @@ __global__ void __launch_bounds__(shape<DK, SLICES>::THREADS, 1)
 
 	if (threadIdx.x == 0)
 		initialise_barriers<DK, SLICES, true, delta_rule>(shared);
-	/* The inverse's upper blocks are zero, and stay so. */
-	for (int i = threadIdx.x; i < SCORE_SLOTS * PANEL_BYTES / 8; i += S::THREADS)
-		shared_store2(shared + S::SOLVED + 8 * i, 0.0f, 0.0f);
+	/* The upper blocks of the inverse and the scores are zero, and stay so. */
+	for (int i = threadIdx.x; i < SCORE_SLOTS * PANEL_BYTES / 16; i += S::THREADS) {
+		shared_store4(shared + S::SOLVED + 16 * i, 0.0f, 0.0f, 0.0f, 0.0f);
+		shared_store4(shared + S::SCORES + 16 * i, 0.0f, 0.0f, 0.0f, 0.0f);
+	}
 	fence_async_proxy();
 	__syncthreads();
 	walk_block<DK, SLICES, true, delta_rule>(p, shared);

@@ -38,8 +38,9 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
 	static constexpr int STAGES = STAGE_PANELS > 6 ? 2 : STAGE_PANELS == 4 ? 4 : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
-	static constexpr int PRODUCER_REGISTERS = 40;
-	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : SOLVES && SLICES == 1 ? 120 : 88;
+	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
+	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
+	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : SOLVES ? 96 : 88;
 	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
 
 	/* Shared memory. A stage: panels of q, of k, of v. */
@@ -51,7 +52,7 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int OUT = SCORES + SCORE_SLOTS * PANEL_BYTES;
 	static constexpr int SOLVED = OUT + SLICES * PANEL_BYTES; /* a ring beside the scores' */
 	static constexpr int BLOCKS_16 = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
-	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 13 * BLOCK_BYTES : 0);
+	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 4 * BLOCK_BYTES + 6 * 1024 : 0);
 	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
 	static constexpr int BARRIERS = POWERS + STAGES * POWERS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
@@ -61,7 +62,6 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int EMPTY = FULL + 8 * STAGES;
 	static constexpr int SCORES_FULL = EMPTY + 8 * STAGES;
 	static constexpr int SCORES_EMPTY = SCORES_FULL + 8 * SCORE_SLOTS;
-	static constexpr int SOLVED_FULL = SCORES_EMPTY + 8 * SCORE_SLOTS;
 };
 
 /* What the warp of the decays leaves of each chunk, floats by token: G, 2^G (of the plain rule,
@@ -189,20 +189,10 @@ struct token_decays {
 	}
 };
 
-/* beta of a token; 0 past the end. */
-__device__ __forceinline__ __nv_bfloat16 load_beta(const parameters &p, const piece &x, int token)
-{
-	return token < p.seq_len ? static_cast<const __nv_bfloat16 *>(
-	                                   p.beta.data)[x.b * p.beta.batch + token * p.beta.token +
-	                                                x.h * p.beta.head]
-	                         : __nv_bfloat16();
-}
-
 /* The powers of one chunk, this lane's two tokens decaying by 2^x0 and 2^x1, into its stage. */
 template <int DK, int SLICES, typename RULE>
 __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shared, int slot,
-                                              uint32_t parity, float x0, float x1, float beta0,
-                                              float beta1)
+                                              uint32_t parity, float x0, float x1)
 {
 	using S = walk_shape<DK, SLICES, RULE>;
 	const uint32_t powers = shared + S::POWERS + slot * S::POWERS_BYTES;
@@ -229,8 +219,6 @@ __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shar
 	shared_store2(powers + LOG_DECAY + lane * 8, sign * g0, sign * g1);
 	shared_store2(powers + FROM_START + lane * 8, scale * out.x, scale * out.y);
 	shared_store2(powers + TO_END + lane * 8, in.x, in.y);
-	if (RULE::SOLVES)
-		shared_store2(powers + BETA + lane * 8, beta0, beta1);
 	if (lane == 0)
 		shared_store1(powers + WHOLE, exp2_approx(end));
 	warp_arrive(shared + S::FULL + slot * 8);
@@ -250,39 +238,72 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 	for (int number = blockIdx.x; number < count; number += gridDim.x) {
 		const piece x = locate(p, number);
 		const token_decays decays(p, x);
-		__nv_bfloat16 next[2 * AHEAD], next_beta[2 * AHEAD] = {};
+		__nv_bfloat16 next[2 * AHEAD];
 		const auto token_of = [&](int chunk, int i) {
 			return chunk_of<RULE>(p, chunk + i / 2) * CHUNK + 2 * lane + i % 2;
 		};
 		const auto load = [&](int chunk) {
 #pragma unroll
-			for (int i = 0; i < 2 * AHEAD; i++) {
-				const int token = token_of(chunk, i);
-
-				next[i] = decays.load(token);
-				if (RULE::SOLVES)
-					next_beta[i] = load_beta(p, x, token);
-			}
+			for (int i = 0; i < 2 * AHEAD; i++)
+				next[i] = decays.load(token_of(chunk, i));
 		};
 
 		load(x.first);
 #pragma unroll 1
 		for (int group = x.first; group < x.last; group += AHEAD) {
-			float now[2 * AHEAD], beta[2 * AHEAD];
+			float now[2 * AHEAD];
 
 #pragma unroll
-			for (int i = 0; i < 2 * AHEAD; i++) {
+			for (int i = 0; i < 2 * AHEAD; i++)
 				now[i] = decays.log2(next[i], token_of(group, i));
-				beta[i] = __bfloat162float(next_beta[i]);
-			}
 			load(group + AHEAD);
 #pragma unroll
 			for (int i = 0; i < AHEAD && group + i < x.last; i++) {
 				prepare_chunk<DK, SLICES, RULE>(p, shared, stage.slot, stage.parity,
-				                                now[2 * i], now[2 * i + 1],
-				                                beta[2 * i], beta[2 * i + 1]);
+				                                now[2 * i], now[2 * i + 1]);
 				stage.advance();
 			}
+		}
+	}
+}
+
+/* beta of each chunk's tokens, 0 past the end, by a warp of its own. */
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void prepare_betas(const parameters &p, uint32_t shared)
+{
+	using S = walk_shape<DK, SLICES, RULE>;
+	const int count = piece_count<OUTPUTS>(p), lane = threadIdx.x % 32;
+	slot_ring<S::STAGES> stage;
+
+#pragma unroll 1
+	for (int number = blockIdx.x; number < count; number += gridDim.x) {
+		const piece x = locate(p, number);
+		const auto *data = static_cast<const __nv_bfloat16 *>(p.beta.data) +
+		                   x.b * p.beta.batch + x.h * p.beta.head;
+		__nv_bfloat16 next[2];
+		const auto load = [&](int chunk) {
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				const int token = chunk_of<RULE>(p, chunk) * CHUNK + 2 * lane + i;
+
+				next[i] = token < p.seq_len ? data[token * p.beta.token]
+				                            : __nv_bfloat16();
+			}
+		};
+
+		load(x.first);
+#pragma unroll 1
+		for (int chunk = x.first; chunk < x.last; chunk++) {
+			const float beta[2] = {__bfloat162float(next[0]),
+			                       __bfloat162float(next[1])};
+
+			load(chunk + 1);
+			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
+			shared_store2(shared + S::POWERS + stage.slot * S::POWERS_BYTES + BETA +
+			                      lane * 8,
+			              beta[0], beta[1]);
+			warp_arrive(shared + S::FULL + stage.slot * 8);
+			stage.advance();
 		}
 	}
 }
@@ -487,14 +508,13 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared)
 	using S = walk_shape<DK, SLICES, RULE>;
 
 	for (int i = 0; i < S::STAGES; i++) {
-		barrier_init(shared + S::FULL + 8 * i, 2); /* the copies, the decays */
+		barrier_init(shared + S::FULL + 8 * i, S::PREPARERS);
 		barrier_init(shared + S::EMPTY + 8 * i,
 		             S::STATE_WARPS + (OUTPUTS ? S::SCORE_WARPS : 0));
 	}
 	for (int i = 0; i < SCORE_SLOTS; i++) {
 		barrier_init(shared + S::SCORES_FULL + 8 * i, S::SCORE_WARPS);
 		barrier_init(shared + S::SCORES_EMPTY + 8 * i, S::STATE_WARPS);
-		barrier_init(shared + S::SOLVED_FULL + 8 * i, S::SCORE_WARPS);
 	}
 	barrier_init_fence();
 }
@@ -511,6 +531,8 @@ __device__ __forceinline__ void walk_block(const parameters &p, uint32_t shared)
 			produce<DK, SLICES, OUTPUTS, RULE>(p, shared);
 		else if (threadIdx.x / 32 == 1)
 			prepare_decays<DK, SLICES, OUTPUTS, RULE>(p, shared);
+		else if (S::SOLVES && threadIdx.x / 32 == 2)
+			prepare_betas<DK, SLICES, OUTPUTS, RULE>(p, shared);
 	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
 		registers_decrease<S::SCORE_REGISTERS>();
 		if (OUTPUTS)
