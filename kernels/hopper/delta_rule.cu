@@ -15,11 +15,14 @@
  *
  * The inverse T, by blocks of 16 x 16: each warp inverts a diagonal block by substitution, fp32, a
  * column a lane; then, D the diagonal blocks' inverses, warp w takes row block w from the diagonal
- * leftwards, T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j), TF32. A's blocks stay in the registers
- * that k k^T came in, and every product's result is an operand of the next as it lies in registers.
+ * leftwards, T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j), TF32. A's blocks stay in the
+ * registers that k k^T came in, and every product's result is an operand of the next as it lies in
+ * registers.
  *
  * Roles and shared memory are the walk's (walk.cuh); the inverse and the scores have a ring each,
- * and go through it together. docs/kernels/delta_rule.md.
+ * and go through it together. Walks too few for the machine are cut into segments, and each begins
+ * so many chunks early that of the state before nothing is left: no state goes through memory, and
+ * where gates are weak the last one's walk is the whole sequence. docs/kernels/delta_rule.md.
  * wgmma in: delta_kernel
  */
 #include "kernels/hopper/kernels.h"
@@ -36,8 +39,21 @@ struct delta_rule {
 
 	template <int DK, int SLICES>
 	static __device__ void score(const parameters &p, uint32_t shared);
+	/* A chunk, with its outputs or for the state alone. */
+	template <int DK, int SLICES>
+	static __device__ float walk(state_walk<DK, SLICES, true, delta_rule> &w, const piece &x,
+	                             int chunk)
+	{
+		return step<DK, SLICES, true>(w, x, chunk);
+	}
+	template <int DK, int SLICES>
+	static __device__ void approach(state_walk<DK, SLICES, true, delta_rule> &w, const piece &x,
+	                                int chunk)
+	{
+		step<DK, SLICES, false>(w, x, chunk);
+	}
 	template <int DK, int SLICES, bool OUTPUTS>
-	static __device__ float walk(state_walk<DK, SLICES, OUTPUTS, delta_rule> &w, const piece &x,
+	static __device__ float step(state_walk<DK, SLICES, true, delta_rule> &w, const piece &x,
 	                             int chunk);
 };
 
@@ -51,10 +67,10 @@ __device__ __forceinline__ float2 token_pair(uint32_t array, int j, int half, in
 }
 
 template <int DK, int SLICES, bool OUTPUTS>
-__device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS, delta_rule> &w,
+__device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, delta_rule> &w,
                                                   const piece &x, int chunk)
 {
-	using S = typename state_walk<DK, SLICES, OUTPUTS, delta_rule>::S;
+	using S = typename state_walk<DK, SLICES, true, delta_rule>::S;
 	const uint32_t at = w.shared + w.stage.slot * S::STAGE_BYTES;
 	const uint32_t powers = w.shared + S::POWERS + w.stage.slot * S::POWERS_BYTES;
 	const uint32_t values = at + S::V + w.warpgroup * PANEL_BYTES;
@@ -81,24 +97,28 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 	pin(packed);
 	pin(w.s[0]);
 	pin(y);
-	pin(o);
+	if (OUTPUTS)
+		pin(o);
 	wgmma_fence();
 #pragma unroll
 	for (int step = 0; step < DK / 16; step++)
 		wgmma_rs_k_major(y, &packed[4 * step],
 		                 keys + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
 	wgmma_commit();
+	if (OUTPUTS) {
 #pragma unroll
-	for (int step = 0; step < DK / 16; step++)
-		wgmma_rs_k_major(o, &packed[4 * step],
-		                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
-	wgmma_commit();
-	wgmma_wait<OVERLAP ? 1 : 0>();
-	pin(y);
-	if (!OVERLAP) {
-		pin(o);
-		pin(packed);
+		for (int step = 0; step < DK / 16; step++)
+			wgmma_rs_k_major(o, &packed[4 * step],
+			                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16,
+			                 step > 0);
+		wgmma_commit();
 	}
+	wgmma_wait<OUTPUTS && OVERLAP ? 1 : 0>();
+	pin(y);
+	if (OUTPUTS && !OVERLAP)
+		pin(o);
+	if (!OUTPUTS || !OVERLAP)
+		pin(packed);
 #pragma unroll
 	for (int j = 0; j < 4; j++)
 		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
@@ -118,20 +138,23 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs_k_major(y, &moved[4 * j], solved + j * 32 / 16, j > 0);
 	wgmma_commit();
-	if (OVERLAP) {
+	if (OUTPUTS && OVERLAP) {
 		wgmma_wait<1>();
 		pin(o);
 		pin(packed);
 	}
+	if (OUTPUTS) {
 #pragma unroll
-	for (int i = 0; i < 32; i += 4) {
-		const float2 power = token_pair(powers + FROM_START, i / 8, i / 4 % 2, w.lane);
-		const float x0 = w.p.scale * power.x, x1 = w.p.scale * power.y;
+		for (int i = 0; i < 32; i += 4) {
+			const float2 power =
+			        token_pair(powers + FROM_START, i / 8, i / 4 % 2, w.lane);
+			const float x0 = w.p.scale * power.x, x1 = w.p.scale * power.y;
 
-		o[i] *= x0;
-		o[i + 1] *= x1;
-		o[i + 2] *= x0;
-		o[i + 3] *= x1;
+			o[i] *= x0;
+			o[i + 1] *= x1;
+			o[i + 2] *= x0;
+			o[i + 3] *= x1;
+		}
 	}
 	wgmma_wait<0>();
 	pin(y);
@@ -143,25 +166,32 @@ __device__ __forceinline__ float delta_rule::walk(state_walk<DK, SLICES, OUTPUTS
 		moved[i] = pack_bf16(y[2 * i], y[2 * i + 1]);
 		decayed[i] = pack_bf16(y[2 * i] * power.x, y[2 * i + 1] * power.y);
 	}
-	pin(moved);
 	pin(decayed);
-	pin(o);
 	pin(w.s[0]);
+	if (OUTPUTS) {
+		pin(moved);
+		pin(o);
+	}
 	wgmma_fence();
+	if (OUTPUTS) {
 #pragma unroll
-	for (int j = 0; j < CHUNK / 16; j++)
-		wgmma_rs_k_major(o, &moved[4 * j], scores + j * 32 / 16, true);
-	wgmma_commit();
+		for (int j = 0; j < CHUNK / 16; j++)
+			wgmma_rs_k_major(o, &moved[4 * j], scores + j * 32 / 16, true);
+		wgmma_commit();
+	}
 #pragma unroll
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs(w.s[0], &decayed[4 * j], k + j * 2048 / 16, true);
 	wgmma_commit();
-	wgmma_wait<1>(); /* o leaves while the state is updated */
-	pin(o);
-	pin(moved);
+	if (OUTPUTS) {
+		wgmma_wait<1>(); /* o leaves while the state is updated */
+		pin(o);
+		pin(moved);
+	}
 	w.release(S::SCORES_EMPTY + w.slot.slot * 8);
 	w.slot.advance();
-	w.store(x, chunk, o);
+	if (OUTPUTS)
+		w.store(x, chunk, o);
 	wgmma_wait<0>();
 	pin(w.s[0]);
 	pin(decayed);
@@ -406,7 +436,7 @@ __device__ __forceinline__ void delta_rule::score(const parameters &p, uint32_t 
 		const piece x = locate(p, number);
 
 #pragma unroll 1
-		for (int chunk = x.first; chunk < x.last; chunk++) {
+		for (int chunk = x.begin; chunk < x.last; chunk++) {
 			const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
 			const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
 			const uint32_t scores = shared + S::SCORES + slot.slot * PANEL_BYTES;
@@ -459,17 +489,159 @@ __global__ void __launch_bounds__(shape<DK, SLICES>::THREADS, 1)
 	walk_block<DK, SLICES, true, delta_rule>(p, shared);
 }
 
-template <int DK, int SLICES>
-enum status run_delta(struct device *device, const struct matrix_recurrence_args *a)
-{
-	const plan x = make_plan(a, 0);
-	parameters p;
-	enum status status = fill_parameters(p, a, x, NULL);
+/* ---- segments, for walks too few to fill the machine. A segment's walk begins so many chunks
+ * earlier that of the state before them nothing is left. */
 
-	if (status != STATUS_OK)
-		return status;
-	return submit(device, delta_kernel<DK, SLICES>, turns(device, x.walks),
+/* Bits of decay after which that is so: fp32 has 149 between 1 and its least number. */
+constexpr float FORGOTTEN = 160.0f;
+
+constexpr int SCAN_WARPS = 32, SCAN_CHUNKS = 2; /* chunks of a warp at a time */
+
+/*
+ * Where the walk of a segment begins: from its first chunk back until the decays in between leave
+ * nothing, or to the sequence's start. Between them I - beta k^T k must not expand: 0 <= beta |k|^2
+ * <= 2; otherwise, too, from the start.
+ */
+__global__ void __launch_bounds__(32 * SCAN_WARPS)
+        begins_kernel(const __grid_constant__ parameters p, struct view k)
+{
+	__shared__ float sums[SCAN_WARPS * SCAN_CHUNKS];
+	const int pairs = p.walks / p.slices, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+	const int first = static_cast<int>(blockIdx.x) / pairs * p.segment_chunks;
+	piece x = {};
+	float sum = 0.0f;
+	bool expands = false;
+	int begin = first;
+
+	x.b = static_cast<int>(blockIdx.x) % pairs / p.n_heads;
+	x.h = static_cast<int>(blockIdx.x) % p.n_heads;
+	const token_decays decays(p, x);
+
+	while (begin > 0 && !(sum <= -FORGOTTEN)) {
+		float own[SCAN_CHUNKS] = {};
+
+#pragma unroll
+		for (int i = 0; i < 2 * SCAN_CHUNKS; i++) {
+			const int chunk = begin - 1 - SCAN_CHUNKS * warp - i / 2;
+			const int token = chunk * CHUNK + 2 * lane + i % 2;
+
+			own[i / 2] += decays.log2(decays.load(token), token);
+		}
+#pragma unroll
+		for (int i = 0; i < SCAN_CHUNKS; i++) {
+#pragma unroll
+			for (int offset = 16; offset > 0; offset /= 2)
+				own[i] += __shfl_xor_sync(~0u, own[i], offset);
+			if (lane == 0)
+				sums[SCAN_CHUNKS * warp + i] = own[i];
+		}
+		__syncthreads();
+		for (int i = 0; i < SCAN_WARPS * SCAN_CHUNKS && begin > 0 && !(sum <= -FORGOTTEN);
+		     i++, begin--)
+			sum += sums[i];
+		__syncthreads();
+	}
+	const auto *keys =
+	        static_cast<const __nv_bfloat16 *>(k.data) + x.b * k.batch + x.h * k.head;
+	const auto *betas = static_cast<const __nv_bfloat16 *>(p.beta.data) + x.b * p.beta.batch +
+	                    x.h * p.beta.head;
+	const int channel = threadIdx.x % 16 * 8;
+
+#pragma unroll 4
+	for (int token = begin * CHUNK + static_cast<int>(threadIdx.x) / 16; token < first * CHUNK;
+	     token += 2 * SCAN_WARPS) {
+		const float beta = __bfloat162float(betas[token * p.beta.token]);
+		float square = 0.0f;
+
+#pragma unroll
+		for (int i = 0; i < 8; i++) {
+			if (channel + i < p.d_k) {
+				const float e =
+				        __bfloat162float(keys[token * k.token + channel + i]);
+
+				square = fmaf(e, e, square);
+			}
+		}
+#pragma unroll
+		for (int offset = 8; offset > 0; offset /= 2)
+			square += __shfl_xor_sync(~0u, square, offset);
+		expands |= !(beta >= 0.0f && beta * square <= 2.0f);
+	}
+	if (__syncthreads_or(expands))
+		begin = 0;
+	if (threadIdx.x == 0)
+		p.begins[blockIdx.x] = begin;
+}
+
+/* What is not finite does not decay: after a segment that leaves such a state the channels
+ * concerned are NaN, whatever walks that began later made of them. */
+__global__ void __launch_bounds__(128)
+        lose_kernel(const __grid_constant__ parameters p, struct view out, int width)
+{
+	const piece x = locate(p, p.walks + static_cast<int>(blockIdx.x));
+	const int channel = x.slice * width + static_cast<int>(threadIdx.x);
+	bool lost = false;
+
+	if (x.begin > 0 && static_cast<int>(threadIdx.x) < width && channel < p.d_v)
+		for (int segment = 0; segment < x.segment; segment++)
+			lost |= p.lost[(segment * p.walks + x.walk) * width + threadIdx.x] != 0;
+	if (!lost)
+		return;
+	auto *at = static_cast<__nv_bfloat16 *>(const_cast<void *>(out.data)) + x.b * out.batch +
+	           x.h * out.head + channel;
+	for (int token = x.first * CHUNK; token < min(x.last * CHUNK, p.seq_len); token++)
+		at[token * out.token] = __float2bfloat16(NAN);
+	if (p.final_state && x.segment == p.segments - 1)
+		for (int i = 0; i < p.d_k; i++)
+			p.final_state[((static_cast<int64_t>(x.b) * p.n_heads + x.h) * p.d_k + i) *
+			                      p.d_v +
+			              channel] = NAN;
+}
+
+/* Few walks are cut in two, 64 channels of v each, and then, where states decay, into segments of
+ * at least LEAST_SEGMENT chunks, so that there is a block for each multiprocessor. */
+constexpr int LEAST_SEGMENT = 8;
+
+plan delta_plan(const struct device *device, const struct matrix_recurrence_args *a)
+{
+	const int blocks = cuda_sm_count(device);
+	plan x = make_plan(a, 0);
+
+	if (2 * x.walks <= blocks)
+		x = make_plan(a, 0, 1);
+	const int segments = min(blocks / x.walks, x.chunks / LEAST_SEGMENT);
+	return segments > 1 && a->decay != DECAY_NONE
+	               ? make_plan(a, (x.chunks + segments - 1) / segments, x.slices)
+	               : x;
+}
+
+template <int DK, int SLICES>
+enum status launch_delta(struct device *device, const parameters &p, const plan &x)
+{
+	return submit(device, delta_kernel<DK, SLICES>, turns(device, x.walks * x.segments),
 	              shape<DK, SLICES>::THREADS, shape<DK, SLICES>::BYTES, p);
+}
+
+enum status launch_walks(struct device *device, const parameters &p, const plan &x)
+{
+	if (x.dk == 64)
+		return x.slices == 1 ? launch_delta<64, 1>(device, p, x)
+		                     : launch_delta<64, 2>(device, p, x);
+	return x.slices == 1 ? launch_delta<128, 1>(device, p, x)
+	                     : launch_delta<128, 2>(device, p, x);
+}
+
+enum status run_segments(struct device *device, const struct matrix_recurrence_args *a,
+                         parameters &p, const plan &x, void *workspace)
+{
+	const int pairs = x.walks / x.blocks_across;
+
+	p.begins = static_cast<int *>(workspace);
+	p.lost = reinterpret_cast<uint8_t *>(p.begins + x.segments * pairs);
+	TRY(submit(device, begins_kernel, x.segments * pairs, 32 * SCAN_WARPS, 0, p, a->k));
+	TRY(launch_walks(device, p, x));
+	return submit(device, lose_kernel, (x.segments - 1) * x.walks, 128, 0, p, a->out,
+	              64 * x.slices);
 }
 
 } // namespace
@@ -487,11 +659,22 @@ extern "C" const char *hopper_delta_rule_unsupported(const struct device *device
 	return walk_unsupported(device, a);
 }
 
-extern "C" enum status hopper_delta_rule(struct device *device, const void *args, void *)
+extern "C" size_t hopper_delta_rule_workspace(const struct device *device, const void *args)
+{
+	const plan x = delta_plan(device, static_cast<const struct matrix_recurrence_args *>(args));
+
+	return x.segments > 1
+	               ? static_cast<size_t>(x.segments) * x.walks * (sizeof(int) + 64 * x.slices)
+	               : 0;
+}
+
+extern "C" enum status hopper_delta_rule(struct device *device, const void *args, void *workspace)
 {
 	const auto *a = static_cast<const struct matrix_recurrence_args *>(args);
+	const plan x = delta_plan(device, a);
+	parameters p;
 
-	if (a->d_k <= 64)
-		return a->d_v <= 64 ? run_delta<64, 1>(device, a) : run_delta<64, 2>(device, a);
-	return a->d_v <= 64 ? run_delta<128, 1>(device, a) : run_delta<128, 2>(device, a);
+	TRY(fill_parameters(p, a, x, NULL));
+	return x.segments > 1 ? run_segments(device, a, p, x, workspace)
+	                      : launch_walks(device, p, x);
 }

@@ -40,7 +40,7 @@
 	X(MATRIX_RECURRENCE, "hopper_onchip", hopper_scalar_decay_onchip, checked, workspace)      \
 	X(MATRIX_RECURRENCE, "hopper_materialise", hopper_scalar_decay_materialise,                \
 	  checked, workspace)                                                                      \
-	X(MATRIX_RECURRENCE, "hopper", hopper_delta_rule, checked, none)                           \
+	X(MATRIX_RECURRENCE, "hopper", hopper_delta_rule, checked, workspace)                      \
 	X(MATRIX_RECURRENCE, "hopper", hopper_gla, checked, workspace)                             \
 	X(MATRIX_RECURRENCE, "hopper_fused", hopper_gla_fused, checked, none)                      \
 	X(MATRIX_RECURRENCE, "hopper_staged", hopper_gla_staged, checked, workspace)               \

@@ -5,11 +5,13 @@
  * chunk is the rule's: plain_rule of scalar_decay.cu, delta_rule of delta_rule.cu. A rule is a
  * policy class with
  *   SOLVES             whether the scores' warpgroup also solves a triangular system: then a block
- *                      has room and registers for that, and powers come with beta, unscaled
+ *                      has room and registers for that, powers come with beta, unscaled, and a
+ *                      segment finds its state by a walk through the chunks before it
  *   BACKWARD           whether the walk begins at the last token, and tokens see those after them;
  *                      it ends with a gradient, of the first state, and that is scaled
  *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
  *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
+ *   approach(w, x, chunk)  of a rule that solves, with one slice: the same for the state alone
  */
 #ifndef KERNELS_HOPPER_WALK_CUH
 #define KERNELS_HOPPER_WALK_CUH
@@ -40,7 +42,10 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
 	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
 	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
-	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : SOLVES ? 96 : 88;
+	static constexpr int SCORE_REGISTERS = BLOCKS == 2   ? 72
+	                                       : !SOLVES     ? 88
+	                                       : SLICES == 2 ? 96
+	                                                     : 128;
 	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
 
 	/* Shared memory. A stage: panels of q, of k, of v. */
@@ -78,15 +83,18 @@ struct parameters {
 	float *final_state;
 	float *states; /* [segments - 1][walks][DK/2 * 128 * SLICES] in the order of accumulators */
 	float *wholes; /* [segments - 1][walks]: decay of a whole segment */
+	int *begins;   /* [segments][batch * n_heads]: where walks of segments begin; or NULL */
+	uint8_t *lost; /* [segments][walks][64 * slices]: channels of v whose state is not finite */
 	int seq_len, n_heads, d_k, d_v, slices; /* slices: blocks across v's channels */
 	int q_step, k_step;                     /* between heads: 0 where they share q or k */
 	int chunks, segment_chunks, segments;
 	int walks; /* batch * n_heads * slices */
 };
 
-/* What a block does at a time: one segment of one walk. */
+/* What a block does at a time: one segment of one walk, chunks first .. last - 1, after those from
+ * `begin` on for the state that the first finds. */
 struct piece {
-	int walk, segment, slice, b, h, first, last; /* chunks first .. last - 1 */
+	int walk, segment, slice, b, h, begin, first, last;
 };
 
 __device__ __forceinline__ piece locate(const parameters &p, int number)
@@ -101,6 +109,7 @@ __device__ __forceinline__ piece locate(const parameters &p, int number)
 	x.h = pair - x.b * p.n_heads;
 	x.first = x.segment * p.segment_chunks;
 	x.last = min(x.first + p.segment_chunks, p.chunks);
+	x.begin = p.begins ? p.begins[x.segment * (p.walks / p.slices) + pair] : x.first;
 	return x;
 }
 
@@ -120,7 +129,6 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
 	using S = walk_shape<DK, SLICES, RULE>;
-	constexpr int BYTES = ((OUTPUTS ? 2 : 1) * S::KEY_PANELS + SLICES) * PANEL_BYTES;
 	const int count = piece_count<OUTPUTS>(p);
 	slot_ring<S::STAGES> stage;
 
@@ -129,16 +137,18 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 		const piece x = locate(p, number);
 
 #pragma unroll 1
-		for (int i = x.first; i < x.last; i++) {
+		for (int i = x.begin; i < x.last; i++) {
 			const int token = chunk_of<RULE>(p, i) * CHUNK;
 			const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
 			const uint32_t full = shared + S::FULL + stage.slot * 8;
+			const bool outputs = OUTPUTS && (!S::SOLVES || i >= x.first);
 
 			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
-			barrier_arrive_expect(full, BYTES);
+			barrier_arrive_expect(full, ((outputs ? 2 : 1) * S::KEY_PANELS + SLICES) *
+			                                    PANEL_BYTES);
 #pragma unroll
 			for (int j = 0; j < S::KEY_PANELS; j++) {
-				if (OUTPUTS)
+				if (outputs)
 					tensor_load(at + S::Q + j * PANEL_BYTES, &p.q, full, j * 64,
 					            token, x.h * p.q_step, x.b);
 				tensor_load(at + S::K + j * PANEL_BYTES, &p.k, full, j * 64, token,
@@ -248,9 +258,9 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 				next[i] = decays.load(token_of(chunk, i));
 		};
 
-		load(x.first);
+		load(x.begin);
 #pragma unroll 1
-		for (int group = x.first; group < x.last; group += AHEAD) {
+		for (int group = x.begin; group < x.last; group += AHEAD) {
 			float now[2 * AHEAD];
 
 #pragma unroll
@@ -291,9 +301,9 @@ __device__ __forceinline__ void prepare_betas(const parameters &p, uint32_t shar
 			}
 		};
 
-		load(x.first);
+		load(x.begin);
 #pragma unroll 1
-		for (int chunk = x.first; chunk < x.last; chunk++) {
+		for (int chunk = x.begin; chunk < x.last; chunk++) {
 			const float beta[2] = {__bfloat162float(next[0]),
 			                       __bfloat162float(next[1])};
 
@@ -380,6 +390,7 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	__device__ void run();
 	__device__ void visit(float *tensor, const piece &x, bool write);
 	__device__ void store(const piece &x, int chunk, const float (&o)[32]);
+	__device__ void note_lost(const piece &x) const;
 
 	__device__ float *segment_state(const piece &x, int segment) const
 	{
@@ -427,10 +438,10 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::begin(con
 #pragma unroll
 	for (int i = 0; i < PARTS * WIDTH; i++)
 		s[i / WIDTH][i % WIDTH] = 0.0f;
-	if (x.segment == 0) {
+	if (x.begin == 0) {
 		if (p.h0)
 			visit(const_cast<float *>(p.h0), x, false);
-	} else if (OUTPUTS) {
+	} else if (OUTPUTS && !S::SOLVES) {
 		const float *from = segment_state(x, x.segment - 1);
 
 #pragma unroll
@@ -446,6 +457,8 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::end(const
 	if (OUTPUTS) {
 		if (p.final_state && x.segment == p.segments - 1)
 			visit(p.final_state, x, true);
+		if (S::SOLVES && p.segments > 1)
+			note_lost(x);
 	} else {
 		float *to = segment_state(x, x.segment);
 
@@ -454,6 +467,27 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::end(const
 			to[i * 128] = s[i / WIDTH][i % WIDTH];
 		if (threadIdx.x == 128)
 			p.wholes[x.segment * p.walks + x.walk] = whole;
+	}
+}
+
+/* Of each channel of v, whether its state is not finite: a number times 0 is then not 0. */
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void
+state_walk<DK, SLICES, OUTPUTS, RULE>::note_lost(const piece &x) const
+{
+	uint8_t *at = p.lost + (x.segment * p.walks + x.walk) * 64 * SLICES + warpgroup * 64 +
+	              16 * warp + lane / 4;
+	float zero[2] = {};
+
+#pragma unroll
+	for (int i = 0; i < PARTS * WIDTH; i++)
+		zero[i / 2 % 2] = fmaf(s[i / WIDTH][i % WIDTH], 0.0f, zero[i / 2 % 2]);
+#pragma unroll
+	for (int r = 0; r < 2; r++) {
+		zero[r] += __shfl_xor_sync(~0u, zero[r], 1);
+		zero[r] += __shfl_xor_sync(~0u, zero[r], 2);
+		if (lane % 4 == 0)
+			at[8 * r] = zero[r] != 0.0f;
 	}
 }
 
@@ -492,6 +526,10 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::run()
 		float whole = 1.0f;
 
 		begin(x);
+		if constexpr (S::SOLVES && SLICES == 1)
+#pragma unroll 1
+			for (int chunk = x.begin; chunk < x.first; chunk++)
+				RULE::approach(*this, x, chunk);
 #pragma unroll 1
 		for (int chunk = x.first; chunk < x.last; chunk++)
 			whole *= RULE::walk(*this, x, chunk);
@@ -553,12 +591,13 @@ struct plan {
 	int64_t state_floats; /* of a walk */
 };
 
-inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks)
+inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks,
+                      int most_slices = 2)
 {
 	plan x;
 
 	x.dk = a->d_k <= 64 ? 64 : a->d_k <= 128 ? 128 : 256;
-	x.slices = a->d_v <= 64 || x.dk == 256 ? 1 : 2; /* what registers hold */
+	x.slices = a->d_v <= 64 || x.dk == 256 ? 1 : most_slices; /* what registers hold */
 	x.blocks_across = static_cast<int>((a->d_v + 64 * x.slices - 1) / (64 * x.slices));
 	x.walks = static_cast<int>(a->batch * a->n_heads) * x.blocks_across;
 	x.chunks = static_cast<int>((a->seq_len + CHUNK - 1) / CHUNK);
@@ -619,6 +658,8 @@ inline enum status fill_parameters(parameters &p, const struct matrix_recurrence
 	p.segment_chunks = x.segment_chunks;
 	p.segments = x.segments;
 	p.walks = x.walks;
+	p.begins = NULL;
+	p.lost = NULL;
 	return status;
 }
 
