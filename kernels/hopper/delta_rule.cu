@@ -124,11 +124,13 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
 		                   &moved[4 * j]);
 #pragma unroll
-	for (int i = 0; i < 16; i++) {
+	for (int i = 0; i < 16; i += 2) {
 		const float2 power = token_pair(powers + FROM_START, i / 4, i / 2 % 2, w.lane);
 
-		moved[i] = pack_bf16(fmaf(-power.x, y[2 * i], low_bf16(moved[i])),
-		                     fmaf(-power.y, y[2 * i + 1], high_bf16(moved[i])));
+#pragma unroll
+		for (int r = i; r < i + 2; r++)
+			moved[r] = pack_bf16(fmaf(-power.x, y[2 * r], low_bf16(moved[r])),
+			                     fmaf(-power.y, y[2 * r + 1], high_bf16(moved[r])));
 	}
 	barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
 	pin(moved);
@@ -160,11 +162,14 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	pin(y);
 	pin(moved);
 #pragma unroll
-	for (int i = 0; i < 16; i++) {
+	for (int i = 0; i < 16; i += 2) {
 		const float2 power = token_pair(powers + TO_END, i / 4, i / 2 % 2, w.lane);
 
-		moved[i] = pack_bf16(y[2 * i], y[2 * i + 1]);
-		decayed[i] = pack_bf16(y[2 * i] * power.x, y[2 * i + 1] * power.y);
+#pragma unroll
+		for (int r = i; r < i + 2; r++) {
+			moved[r] = pack_bf16(y[2 * r], y[2 * r + 1]);
+			decayed[r] = pack_bf16(y[2 * r] * power.x, y[2 * r + 1] * power.y);
+		}
 	}
 	pin(decayed);
 	pin(w.s[0]);
@@ -219,60 +224,61 @@ __device__ __forceinline__ uint32_t lower_block(uint32_t blocks, int i, int j, i
 
 /*
  * This warp's 16 rows of A = beta 2^(G_t - G_s) k k^T and of the scores scale 2^(G_t - G_s) q k^T,
- * from the products. A's diagonal block goes to shared memory, and of it what is not below the
- * diagonal is never read. Before that block a power is one from s to the token before the rows,
- * times one from there to t.
+ * from the products; no exponent that counts is above 0. A's diagonal block goes to shared memory,
+ * where what is not below the diagonal is never read; the scores go to their panel.
  */
 __device__ __forceinline__ void decay_products(float (&a)[32], float (&s)[32], uint32_t powers,
-                                               uint32_t blocks, float scale, int warp, int lane)
+                                               uint32_t blocks, uint32_t scores, float scale,
+                                               int warp, int lane)
 {
-	const int own = lane / 4;
+	const int own = lane / 4, row = 16 * warp + own, key = 2 * (lane % 4);
 	const uint32_t log_decay = powers + LOG_DECAY;
-	const uint32_t own_decay = log_decay + (16 * warp + own) * 4;
-	const uint32_t own_beta = powers + BETA + (16 * warp + own) * 4;
-	const float before = warp > 0 ? shared_float(log_decay + (16 * warp - 1) * 4) : 0.0f;
-	const float power[2] = {exp2_approx(shared_float(own_decay) - before),
-	                        exp2_approx(shared_float(own_decay + 32) - before)};
+	const float g[2] = {shared_float(log_decay + row * 4),
+	                    shared_float(log_decay + row * 4 + 32)};
+	const float beta[2] = {shared_float(powers + BETA + row * 4),
+	                       shared_float(powers + BETA + row * 4 + 32)};
+	float2 from[2] = {token_pair(log_decay, 0, 0, lane), token_pair(log_decay, 0, 1, lane)};
 
 #pragma unroll
-	for (int i = 0; i < 32; i += 4) {
-		if (i / 8 < warp) {
-			const float2 from = token_pair(log_decay, i / 8, i / 4 % 2, lane);
-			const float x0 = exp2_approx(before - from.x);
-			const float x1 = exp2_approx(before - from.y);
+	for (int j = 0; j < 4; j++) {
+		float2 next[2];
 
+		if (j > warp)
+			break;
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+			next[half] = token_pair(log_decay, j < 3 ? j + 1 : 0, half, lane);
+#pragma unroll
+		for (int half = 0; half < 2; half++)
 #pragma unroll
 			for (int r = 0; r < 2; r++) {
-				const float beta = power[r] * shared_float(own_beta + 32 * r);
+				const int i = 8 * j + 4 * half + 2 * r;
+				const float x0 = exp2_approx(g[r] - from[half].x);
+				const float x1 = exp2_approx(g[r] - from[half].y);
 
-				a[i + 2 * r] *= beta * x0;
-				a[i + 2 * r + 1] *= beta * x1;
-				s[i + 2 * r] *= scale * power[r] * x0;
-				s[i + 2 * r + 1] *= scale * power[r] * x1;
+				a[i] *= beta[r] * x0;
+				a[i + 1] *= beta[r] * x1;
+				s[i] *= scale * x0;
+				s[i + 1] *= scale * x1;
 			}
-		} else if (i / 8 == warp) {
-			const float2 from = token_pair(log_decay, i / 8, i / 4 % 2, lane);
-			const int key = 2 * i % 16 + 2 * (lane % 4);
+		if (j == warp) {
 			const uint32_t to =
 			        diagonal_block(blocks, warp) + (key * BLOCK_STRIDE + own) * 4;
 
 #pragma unroll
-			for (int r = 0; r < 2; r++) {
-				const float g = shared_float(own_decay + 32 * r);
-				const float beta = shared_float(own_beta + 32 * r);
-				const float x0 = exp2_approx(g - from.x);
-				const float x1 = exp2_approx(g - from.y);
+			for (int i = 0; i < 8; i++) {
+				const int column = i / 4 * 8 + i % 2, below = i / 2 % 2 * 8;
 
-				shared_store1(to + 32 * r, a[i + 2 * r] * beta * x0);
-				shared_store1(to + 32 * r + BLOCK_STRIDE * 4,
-				              a[i + 2 * r + 1] * beta * x1);
-				s[i + 2 * r] =
-				        key <= own + 8 * r ? scale * s[i + 2 * r] * x0 : 0.0f;
-				s[i + 2 * r + 1] = key + 1 <= own + 8 * r
-				                           ? scale * s[i + 2 * r + 1] * x1
-				                           : 0.0f;
+				shared_store1(to + (column * BLOCK_STRIDE + below) * 4,
+				              a[8 * j + i]);
+				if (key + column > own + below)
+					s[8 * j + i] = 0.0f;
 			}
 		}
+		store_block(plain_block(scores, 16 * warp, 16 * j, lane), &s[8 * j]);
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+			from[half] = next[half];
 	}
 }
 
@@ -313,37 +319,44 @@ __device__ __forceinline__ void invert_diagonal(uint32_t block, int lane)
 }
 
 /* Row blocks' products with the inverses of the columns' diagonal blocks: -A_wj D_j, of row block
- * w = warp. They are computed transposed, and so are right operands as they come. */
+ * w = warp. They are computed transposed, and so are right operands as they come. Those that there
+ * are not, j >= w, are computed like the others, of anything, and not stored. */
 __device__ __forceinline__ void scale_columns(uint32_t blocks, const float (&a)[32], int warp,
                                               int lane)
 {
+	float2 upper[3][2], lower[3];
+	float d[3][2][4] = {};
+
 #pragma unroll
 	for (int j = 0; j < 3; j++) {
-		if (j < warp) {
-			const uint32_t inverse = diagonal_block(blocks, j) +
-			                         (lane / 4 * BLOCK_STRIDE + lane % 4 * 2) * 4;
-			const uint32_t to = lower_block(blocks, warp, j, lane);
-			float d[2][4] = {};
+		const uint32_t inverse =
+		        diagonal_block(blocks, j) + (lane / 4 * BLOCK_STRIDE + lane % 4 * 2) * 4;
 
+		upper[j][0] = shared_float2(inverse);
+		upper[j][1] = shared_float2(inverse + 32);
+		lower[j] = shared_float2(inverse + 8 * BLOCK_STRIDE * 4 + 32);
+	}
 #pragma unroll
-			for (int h = 0; h < 2; h++) {
-				const float2 upper = shared_float2(inverse + 32 * h);
-				float2 lower = {}; /* above D's diagonal */
+	for (int h = 0; h < 2; h++)
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+#pragma unroll
+			for (int j = 0; j < 3; j++) {
+				const float2 under = h ? lower[j] : float2{}; /* D's upper half */
 
-				if (h == 1)
-					lower = shared_float2(inverse + 8 * BLOCK_STRIDE * 4 + 32);
-#pragma unroll
-				for (int half = 0; half < 2; half++)
-					mma_1688(d[half], upper.x, lower.x, upper.y, lower.y,
-					         round_tf32(-a[8 * j + 4 * h + 2 * half]),
-					         round_tf32(-a[8 * j + 4 * h + 2 * half + 1]));
+				mma_1688(d[j][half], upper[j][h].x, under.x, upper[j][h].y, under.y,
+				         round_tf32(-a[8 * j + 4 * h + 2 * half]),
+				         round_tf32(-a[8 * j + 4 * h + 2 * half + 1]));
 			}
 #pragma unroll
-			for (int half = 0; half < 2; half++)
-				shared_store4(to + 512 * half, round_tf32(d[half][0]),
-				              round_tf32(d[half][1]), round_tf32(d[half][2]),
-				              round_tf32(d[half][3]));
-		}
+	for (int j = 0; j < 3; j++) {
+		if (j >= warp)
+			break;
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+			shared_store4(lower_block(blocks, warp, j, lane) + 512 * half,
+			              round_tf32(d[j][half][0]), round_tf32(d[j][half][1]),
+			              round_tf32(d[j][half][2]), round_tf32(d[j][half][3]));
 	}
 }
 
@@ -367,57 +380,67 @@ __device__ __forceinline__ void store_solved(uint32_t panel, const float (&t)[2]
 }
 
 /* Row block w = warp of (I + A)^-1 diag(beta) into a panel, from the blocks: from the diagonal
- * leftwards T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j). */
+ * leftwards T_ww = D_w, T_wj = sum_{j<m<=w} T_wm (-A_mj D_j). Here, too, blocks that there are not
+ * are computed, of some that there are. */
 __device__ __forceinline__ void solve_rows(uint32_t blocks, uint32_t panel, uint32_t beta, int warp,
                                            int lane)
 {
 	const uint32_t inverse =
 	        diagonal_block(blocks, warp) + (lane % 4 * 2 * BLOCK_STRIDE + lane / 4) * 4;
-	float t[4][2][4]; /* by the distance from the diagonal */
+	float t[4][2][4] = {}; /* by the distance from the diagonal */
+	float4 right[6][2];
 
 #pragma unroll
 	for (int half = 0; half < 2; half++)
 #pragma unroll
-		for (int r = 0; r < 2; r++)
+		for (int r = half; r < 2; r++)
 #pragma unroll
 			for (int e = 0; e < 2; e++)
-				t[0][half][2 * r + e] =
-				        half > r ? 0.0f
-				                 : shared_float(
-				                           inverse +
-				                           ((8 * half + e) * BLOCK_STRIDE + 8 * r) *
-				                                   4);
-	store_solved(panel, t[0], warp, warp, beta, lane);
+				t[0][half][2 * r + e] = shared_float(
+				        inverse + ((8 * half + e) * BLOCK_STRIDE + 8 * r) * 4);
 #pragma unroll
-	for (int back = 1; back < 4; back++) {
-		if (back > warp)
-			break;
-#pragma unroll
-		for (int half = 0; half < 2; half++)
-#pragma unroll
-			for (int i = 0; i < 4; i++)
-				t[back][half][i] = 0.0f;
+	for (int back = 1; back < 4; back++)
 #pragma unroll
 		for (int m = 0; m < back; m++) {
-			const uint32_t at = lower_block(blocks, warp - m, warp - back, lane);
+			const uint32_t at =
+			        lower_block(blocks, max(warp - m, 1), max(warp - back, 0), lane);
 
 #pragma unroll
+			for (int h = 0; h < 2; h++)
+				right[back * (back - 1) / 2 + m][h] = shared_float4(at + 512 * h);
+		}
+#pragma unroll
+	for (int back = 1; back < 4; back++) {
+#pragma unroll
+		for (int m = 0; m < back; m++)
+#pragma unroll
 			for (int h = 0; h < 2; h++) {
-				const float4 right = shared_float4(at + 512 * h);
+				const float4 x = right[back * (back - 1) / 2 + m][h];
 
 				mma_1688(t[back][0], t[m][h][0], t[m][h][2], t[m][h][1], t[m][h][3],
-				         right.x, right.y);
+				         x.x, x.y);
 				mma_1688(t[back][1], t[m][h][0], t[m][h][2], t[m][h][1], t[m][h][3],
-				         right.z, right.w);
+				         x.z, x.w);
 			}
-		}
-		store_solved(panel, t[back], warp, warp - back, beta, lane);
 #pragma unroll
 		for (int half = 0; half < 2; half++)
 #pragma unroll
 			for (int i = 0; i < 4; i++)
 				t[back][half][i] = round_tf32(t[back][half][i]);
 	}
+#pragma unroll
+	for (int back = 0; back < 4; back++) {
+		if (back > warp)
+			break;
+		store_solved(panel, t[back], warp, warp - back, beta, lane);
+	}
+}
+
+__device__ __forceinline__ int piece_chunks(const parameters &p, int number)
+{
+	const piece x = locate(p, number);
+
+	return x.last - x.begin;
 }
 
 /* Of chunk after chunk the scores and the inverse, for which nobody waits but the state. */
@@ -425,47 +448,60 @@ template <int DK, int SLICES>
 __device__ __forceinline__ void delta_rule::score(const parameters &p, uint32_t shared)
 {
 	using S = shape<DK, SLICES>;
+	/* Whether the next chunk's products run beside a solution: where registers hold both. */
+	constexpr bool AHEAD = SLICES == 1;
 	const int count = piece_count<true>(p), lane = threadIdx.x % 32;
 	const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
 	const uint32_t blocks = shared + S::BLOCKS_16;
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
+	float a[32], s[32];
+	const auto issue = [&](const slot_ring<S::STAGES> &of) {
+		const uint32_t at = shared + of.slot * S::STAGE_BYTES;
 
+		barrier_wait(shared + S::FULL + of.slot * 8, of.parity);
+		issue_scores<DK>(a, at + S::K, at + S::K);
+		issue_scores<DK>(s, at + S::Q, at + S::K);
+	};
+	int number = blockIdx.x, left = piece_chunks(p, number);
+
+	if (AHEAD)
+		issue(stage);
 #pragma unroll 1
-	for (int number = blockIdx.x; number < count; number += gridDim.x) {
-		const piece x = locate(p, number);
+	while (left > 0) {
+		const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
+		const uint32_t scores = shared + S::SCORES + slot.slot * PANEL_BYTES;
+		const uint32_t solved = shared + S::SOLVED + slot.slot * PANEL_BYTES;
+		const uint32_t empty = shared + S::EMPTY + stage.slot * 8;
 
-#pragma unroll 1
-		for (int chunk = x.begin; chunk < x.last; chunk++) {
-			const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
-			const uint32_t powers = shared + S::POWERS + stage.slot * S::POWERS_BYTES;
-			const uint32_t scores = shared + S::SCORES + slot.slot * PANEL_BYTES;
-			const uint32_t solved = shared + S::SOLVED + slot.slot * PANEL_BYTES;
-			float a[32], s[32];
-
-			barrier_wait(shared + S::FULL + stage.slot * 8, stage.parity);
-			issue_scores<DK>(a, at + S::K, at + S::K);
-			issue_scores<DK>(s, at + S::Q, at + S::K);
-			wgmma_wait<0>();
-			pin(a);
-			pin(s);
-			decay_products(a, s, powers, blocks, p.scale, warp, lane);
-			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
-#pragma unroll
-			for (int j = 0; j < 4; j++)
-				if (j <= warp)
-					store_block(plain_block(scores, 16 * warp, 16 * j, lane),
-					            &s[8 * j]);
-			invert_diagonal(diagonal_block(blocks, warp), lane);
-			named_barrier_sync(4, 128);
-			scale_columns(blocks, a, warp, lane);
-			named_barrier_sync(4, 128);
-			solve_rows(blocks, solved, powers + BETA, warp, lane);
-			warp_arrive(shared + S::EMPTY + stage.slot * 8);
-			warp_publish(shared + S::SCORES_FULL + slot.slot * 8);
-			stage.advance();
-			slot.advance();
+		if (!AHEAD)
+			issue(stage);
+		wgmma_wait<0>();
+		pin(a);
+		pin(s);
+		barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
+		decay_products(a, s, powers, blocks, scores, p.scale, warp, lane);
+		invert_diagonal(diagonal_block(blocks, warp), lane);
+		named_barrier_sync(4, 128);
+		scale_columns(blocks, a, warp, lane);
+		if (--left == 0) {
+			number += gridDim.x;
+			left = number < count ? piece_chunks(p, number) : 0;
 		}
+		if (left > 0)
+			stage.advance();
+		if (AHEAD) /* after the last chunk its own once more, for nobody */
+			issue(stage);
+		named_barrier_sync(4, 128);
+		solve_rows(blocks, solved, powers + BETA, warp, lane);
+		warp_arrive(empty);
+		warp_publish(shared + S::SCORES_FULL + slot.slot * 8);
+		slot.advance();
+	}
+	if (AHEAD) {
+		wgmma_wait<0>();
+		pin(a);
+		pin(s);
 	}
 }
 
@@ -548,8 +584,8 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS)
 	const int channel = threadIdx.x % 16 * 8;
 
 #pragma unroll 4
-	for (int token = begin * CHUNK + static_cast<int>(threadIdx.x) / 16; token < first * CHUNK;
-	     token += 2 * SCAN_WARPS) {
+	for (int token = begin * CHUNK + static_cast<int>(threadIdx.x) / 16;
+	     begin > 0 && token < first * CHUNK; token += 2 * SCAN_WARPS) {
 		const float beta = __bfloat162float(betas[token * p.beta.token]);
 		float square = 0.0f;
 

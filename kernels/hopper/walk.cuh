@@ -38,14 +38,16 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int BLOCKS =
 	        DK == 64 && SLICES == 1 && !SOLVES ? 2 : 1; /* per multiprocessor */
 	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
-	static constexpr int STAGES = STAGE_PANELS > 6 ? 2 : STAGE_PANELS == 4 ? 4 : 3;
+	static constexpr int STAGES = STAGE_PANELS > 6                                     ? 2
+	                              : STAGE_PANELS == 4 || (SOLVES && STAGE_PANELS == 5) ? 4
+	                                                                                   : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
 	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
 	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
 	static constexpr int SCORE_REGISTERS = BLOCKS == 2   ? 72
 	                                       : !SOLVES     ? 88
 	                                       : SLICES == 2 ? 96
-	                                                     : 128;
+	                                                     : 160;
 	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
 
 	/* Shared memory. A stage: panels of q, of k, of v. */
@@ -55,7 +57,9 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int STAGE_BYTES = STAGE_PANELS * PANEL_BYTES;
 	static constexpr int SCORES = STAGES * STAGE_BYTES;
 	static constexpr int OUT = SCORES + SCORE_SLOTS * PANEL_BYTES;
-	static constexpr int SOLVED = OUT + SLICES * PANEL_BYTES; /* a ring beside the scores' */
+	static constexpr int OUT_SLOTS = SOLVES ? 2 : 1; /* of a warpgroup */
+	static constexpr int SOLVED =
+	        OUT + SLICES * OUT_SLOTS * PANEL_BYTES; /* a ring beside the scores' */
 	static constexpr int BLOCKS_16 = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
 	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 4 * BLOCK_BYTES + 6 * 1024 : 0);
 	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
@@ -383,6 +387,7 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
 	float s[PARTS][WIDTH]; /* S^T: rows are channels of v, columns of k */
+	slot_ring<S::OUT_SLOTS> out;
 
 	__device__ void begin(const piece &x);
 	__device__ void end(const piece &x, float whole);
@@ -491,23 +496,30 @@ state_walk<DK, SLICES, OUTPUTS, RULE>::note_lost(const piece &x) const
 	}
 }
 
-/* o^T is transposed on its way through shared memory. */
+/* o^T is transposed on its way through shared memory. With two slots there the copy before the last
+ * has read its own when the last barrier is passed. */
 template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void
 state_walk<DK, SLICES, OUTPUTS, RULE>::store(const piece &x, int chunk, const float (&o)[32])
 {
-	const uint32_t staging = shared + S::OUT + warpgroup * PANEL_BYTES;
+	const uint32_t staging =
+	        shared + S::OUT + (warpgroup * S::OUT_SLOTS + out.slot) * PANEL_BYTES;
 	const bool leader = threadIdx.x % 128 == 0;
 
-	if (leader)
-		store_wait_read();
-	named_barrier_sync(1 + warpgroup, 128);
+	if (S::OUT_SLOTS == 1) {
+		if (leader)
+			store_wait_read();
+		named_barrier_sync(1 + warpgroup, 128);
+	}
 #pragma unroll
 	for (int j = 0; j < 4; j++)
 		store_transposed_block(transposed_block(staging, 16 * j, 16 * warp, lane),
 		                       &o[8 * j]);
 	fence_async_proxy();
+	if (S::OUT_SLOTS > 1 && leader)
+		store_wait_read();
 	named_barrier_sync(1 + warpgroup, 128);
+	out.advance();
 	if (leader) {
 		tensor_store(&p.out, staging, (x.slice * SLICES + warpgroup) * 64,
 		             chunk_of<RULE>(p, chunk) * CHUNK, x.h, x.b);
