@@ -52,6 +52,12 @@ struct delta_rule {
 	{
 		step<DK, SLICES, false>(w, x, chunk);
 	}
+	template <int DK, int SLICES>
+	static __device__ void finish(state_walk<DK, SLICES, true, delta_rule> &w, const piece &x)
+	{
+		if (SLICES == 1)
+			w.store(x, x.last - 1, w.o);
+	}
 	template <int DK, int SLICES, bool OUTPUTS>
 	static __device__ float step(state_walk<DK, SLICES, true, delta_rule> &w, const piece &x,
 	                             int chunk);
@@ -81,10 +87,11 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	        matrix_descriptor(w.shared + S::SCORES + w.slot.slot * PANEL_BYTES, 16);
 	const uint64_t solved =
 	        matrix_descriptor(w.shared + S::SOLVED + w.slot.slot * PANEL_BYTES, 16);
-	/* Whether o goes on while the residual is formed: where there are registers for both. */
+	/* Whether o goes on while the residual is formed: where there are registers for both. With
+	 * one slice it leaves while the next chunk's x is computed, with two while the state is. */
 	constexpr bool OVERLAP = DK == 64 || SLICES == 1;
 	uint32_t packed[DK / 4], moved[16], decayed[16];
-	float y[32], o[32];
+	float y[32], (&o)[32] = w.o;
 
 	barrier_wait(w.shared + S::FULL + w.stage.slot * 8, w.stage.parity);
 	const float whole = shared_float(powers + WHOLE);
@@ -97,8 +104,6 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	pin(packed);
 	pin(w.s[0]);
 	pin(y);
-	if (OUTPUTS)
-		pin(o);
 	wgmma_fence();
 #pragma unroll
 	for (int step = 0; step < DK / 16; step++)
@@ -106,6 +111,10 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 		                 keys + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
 	wgmma_commit();
 	if (OUTPUTS) {
+		if (SLICES == 1 && chunk > x.first)
+			w.store(x, chunk - 1, o);
+		pin(o);
+		wgmma_fence();
 #pragma unroll
 		for (int step = 0; step < DK / 16; step++)
 			wgmma_rs_k_major(o, &packed[4 * step],
@@ -188,18 +197,21 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	for (int j = 0; j < CHUNK / 16; j++)
 		wgmma_rs(w.s[0], &decayed[4 * j], k + j * 2048 / 16, true);
 	wgmma_commit();
-	if (OUTPUTS) {
-		wgmma_wait<1>(); /* o leaves while the state is updated */
+	if (OUTPUTS && SLICES == 2) {
+		wgmma_wait<1>();
+		pin(o);
+		pin(moved);
+		w.store(x, chunk, o);
+	}
+	wgmma_wait<0>();
+	pin(w.s[0]);
+	pin(decayed);
+	if (OUTPUTS && SLICES == 1) {
 		pin(o);
 		pin(moved);
 	}
 	w.release(S::SCORES_EMPTY + w.slot.slot * 8);
 	w.slot.advance();
-	if (OUTPUTS)
-		w.store(x, chunk, o);
-	wgmma_wait<0>();
-	pin(w.s[0]);
-	pin(decayed);
 	__syncwarp();
 	w.release(S::EMPTY + w.stage.slot * 8);
 	w.stage.advance();

@@ -12,6 +12,7 @@
  *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
  *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
  *   approach(w, x, chunk)  of a rule that solves, with one slice: the same for the state alone
+ *   finish(w, x)       of a rule that solves: stores the last chunk's outputs
  */
 #ifndef KERNELS_HOPPER_WALK_CUH
 #define KERNELS_HOPPER_WALK_CUH
@@ -388,6 +389,7 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	slot_ring<SCORE_SLOTS> slot;
 	float s[PARTS][WIDTH]; /* S^T: rows are channels of v, columns of k */
 	slot_ring<S::OUT_SLOTS> out;
+	float o[S::SOLVES ? 32 : 1]; /* of a rule that solves: the last chunk's outputs */
 
 	__device__ void begin(const piece &x);
 	__device__ void end(const piece &x, float whole);
@@ -545,6 +547,8 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::run()
 #pragma unroll 1
 		for (int chunk = x.first; chunk < x.last; chunk++)
 			whole *= RULE::walk(*this, x, chunk);
+		if constexpr (S::SOLVES)
+			RULE::finish(*this, x);
 		end(x, whole);
 	}
 	if (OUTPUTS && threadIdx.x % 128 == 0)
