@@ -22,15 +22,13 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/tensor_map.h"
+#include "kernels/hopper/triangle.cuh"
 #include "kernels/kernels.h"
 
 namespace hopper
 {
 
 constexpr int CHUNK = 64, SCORE_SLOTS = 2;
-/* A 16 x 16 block of fp32 whose rows are 20 apart: no bank conflicts between them. */
-constexpr int BLOCK_STRIDE = 20, BLOCK_BYTES = 16 * BLOCK_STRIDE * 4;
-
 /* DK: channels of q and k, rounded up; SLICES: state warpgroups, 64 channels of v each. */
 template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr bool SOLVES = RULE::SOLVES;
@@ -61,8 +59,8 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int OUT_SLOTS = SOLVES ? 2 : 1; /* of a warpgroup */
 	static constexpr int SOLVED =
 	        OUT + SLICES * OUT_SLOTS * PANEL_BYTES; /* a ring beside the scores' */
-	static constexpr int BLOCKS_16 = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
-	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 4 * BLOCK_BYTES + 6 * 1024 : 0);
+	static constexpr int TRIANGLE = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
+	static constexpr int POWERS = TRIANGLE + (SOLVES ? TRIANGLE_BYTES : 0);
 	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
 	static constexpr int BARRIERS = POWERS + STAGES * POWERS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
