@@ -270,38 +270,41 @@ __global__ void __launch_bounds__(128, prepare_layout::BLOCKS)
 			                                       sequence % p.n_heads * p.beta.head])
 			                : 0.0f);
 		barrier_wait(shared + L::BARRIERS + now.stage.slot * 8, now.stage.parity);
-#pragma unroll 1
-		for (int number = 0; number < SLABS; number++) {
-			const uint32_t own = slab_offset(threadIdx.x / 32 % 4, number);
+		kda_slab x[SLABS];
+#pragma unroll
+		for (int i = 0; i < SLABS; i++) {
+			const uint32_t own = slab_offset(threadIdx.x / 32 % 4, i);
 			slab decays;
-			kda_slab x;
 
-			look_at_slab(decays, t, number, false);
-			x.decays = decays.decays;
-			x.exact = decays.exact;
-			if (x.exact) {
+			look_at_slab(decays, t, i, false);
+			x[i].decays = decays.decays;
+			x[i].exact = decays.exact;
+			if (x[i].exact) {
 				const fragment k = load_fragment(t.k + own);
 
-				add_halves<false>(s.p.inside, load_fragment(t.q + own), k, x.decays,
-				                  p.scale);
-				add_halves<false>(s.a.inside, k, k, x.decays, 1.0f);
+				add_halves<false>(s.p.inside, load_fragment(t.q + own), k,
+				                  x[i].decays, p.scale);
+				add_halves<false>(s.a.inside, k, k, x[i].decays, 1.0f);
 			}
-			begin_kda_slab(x, s, t, number, shown + number * SUBS * 128, p.scale);
-			__syncthreads();
-			/* The stage before this one, once it has been stored. */
-			if (leader && !loaded) {
-				store_wait_read();
-				load_panel<DK>(p, shared, ahead);
-				loaded = true;
-			}
-			end_kda_slab(x, s, t, stage + L::PLUS, number, shown + number * SUBS * 128,
+		}
+#pragma unroll
+		for (int i = 0; i < SLABS; i++) /* no branches: slabs overlap */
+			begin_kda_slab(x[i], s, t, i, shown + i * SUBS * 128, p.scale);
+		__syncthreads();
+		/* The stage before this one, once it has been stored. */
+		if (leader && !loaded) {
+			store_wait_read();
+			load_panel<DK>(p, shared, ahead);
+		}
+#pragma unroll
+		for (int i = 0; i < SLABS; i++)
+			end_kda_slab(x[i], s, t, stage + L::PLUS, i, shown + i * SUBS * 128,
 			             [&](int channel, float y, float z) {
 				             auto *decays =
 				                     reinterpret_cast<float2 *>(to + R::DECAYS);
 
 				             decays[(now.panel * 64 + channel) / 2] = {y, z};
 			             });
-		}
 		if (last) {
 			__syncthreads(); /* the decays' tile has been read */
 			store_scores<false>(t.decays, s.p);
