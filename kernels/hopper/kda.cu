@@ -668,7 +668,7 @@ extern "C" const char *hopper_kda_unsupported(const struct device *device, const
 		return "d_k must be at most 128";
 	if (a->n_heads > 1 && (!a->v.head || !a->out.head || !a->log_decay.head))
 		return "heads must not share v or their decays";
-	if (a->batch * a->n_heads * chunks_of(a) > INT32_MAX - 2 * 132 * 8)
+	if (a->batch * a->n_heads * chunks_of(a) > INT32_MAX / 2)
 		return "more chunks than a grid has blocks";
 	return check_views(device, &a->q, &a->k, &a->v, &a->out, &a->log_decay);
 }
