@@ -120,6 +120,11 @@ __device__ __forceinline__ void begin_kda_slab(kda_slab &x, kda_scores &s, const
 	x.q = unpack(load_fragment(t.q + own), scale);
 	x.plus = unpack(load_fragment(t.k + own), 1.0f);
 	x.right = x.plus;
+	/* Scores with the tokens' own keys, exactly: where decays are strong there are no others.
+	 */
+#pragma unroll
+	for (int i = 0; i < 16; i++)
+		s.p.own[i / 8] = fmaf(x.q.x[i / 8][i % 8], x.plus.x[i / 8][i % 8], s.p.own[i / 8]);
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
 		float begin[4], end[4];
@@ -259,6 +264,8 @@ __global__ void __launch_bounds__(128, prepare_layout::BLOCKS)
 		const int sequence = now.number / p.chunks;
 		const int token = now.number % p.chunks * RECORD + static_cast<int>(threadIdx.x);
 		const bool last = now.panel == DK / 64 - 1;
+		/* A sequence's first tokens have few scores, which can all be small. */
+		const bool start = now.number % p.chunks == 0 && threadIdx.x < 32;
 
 		if (now.panel == 0 && threadIdx.x < RECORD)
 			shared_store1(
@@ -276,7 +283,7 @@ __global__ void __launch_bounds__(128, prepare_layout::BLOCKS)
 			const uint32_t own = slab_offset(threadIdx.x / 32 % 4, i);
 			slab decays;
 
-			look_at_slab(decays, t, i, false);
+			look_at_slab(decays, t, i, start);
 			x[i].decays = decays.decays;
 			x[i].exact = decays.exact;
 			if (x[i].exact) {
@@ -306,8 +313,8 @@ __global__ void __launch_bounds__(128, prepare_layout::BLOCKS)
 				             decays[(now.panel * 64 + channel) / 2] = {y, z};
 			             });
 		if (last) {
-			__syncthreads(); /* the decays' tile has been read */
-			store_scores<false>(t.decays, s.p);
+			__syncthreads();                   /* the decays' tile has been read */
+			store_scores<true>(t.decays, s.p); /* the own ones in their place */
 			solve(s, shared);
 			s = {};
 		}
