@@ -37,9 +37,9 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int BLOCKS =
 	        DK == 64 && SLICES == 1 && !SOLVES ? 2 : 1; /* per multiprocessor */
 	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
-	static constexpr int STAGES = STAGE_PANELS > 6                                     ? 2
-	                              : STAGE_PANELS == 4 || (SOLVES && STAGE_PANELS == 5) ? 4
-	                                                                                   : 3;
+	static constexpr int STAGES = STAGE_PANELS > 6                               ? 2
+	                              : STAGE_PANELS == 4 || (SOLVES && SLICES == 1) ? 4
+	                                                                             : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
 	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
 	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
