@@ -82,6 +82,7 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	uint32_t packed[DK / 4], moved[16], decayed[16];
 	float y[32], (&o)[32] = w.o;
 
+	/* x into y, and o. */
 	barrier_wait(w.shared + S::FULL + w.stage.slot * 8, w.stage.parity);
 	const float whole = shared_float(powers + WHOLE);
 #pragma unroll
@@ -111,6 +112,7 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 			                 step > 0);
 		wgmma_commit();
 	}
+	/* The residual v - 2^G x, and v' of it into y. */
 	wgmma_wait<OUTPUTS && OVERLAP ? 1 : 0>();
 	pin(y);
 	if (OUTPUTS && !OVERLAP)
@@ -156,6 +158,7 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 			o[i + 3] *= x1;
 		}
 	}
+	/* Outputs and state. */
 	wgmma_wait<0>();
 	pin(y);
 	pin(moved);
@@ -170,11 +173,10 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 		}
 	}
 	pin(decayed);
+	pin(moved);
 	pin(w.s[0]);
-	if (OUTPUTS) {
-		pin(moved);
+	if (OUTPUTS)
 		pin(o);
-	}
 	wgmma_fence();
 	if (OUTPUTS) {
 #pragma unroll
@@ -189,16 +191,14 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	if (OUTPUTS && SLICES == 2) {
 		wgmma_wait<1>();
 		pin(o);
-		pin(moved);
 		w.store(x, chunk, o);
 	}
 	wgmma_wait<0>();
 	pin(w.s[0]);
 	pin(decayed);
-	if (OUTPUTS && SLICES == 1) {
+	pin(moved);
+	if (OUTPUTS && SLICES == 1)
 		pin(o);
-		pin(moved);
-	}
 	w.release(S::SCORES_EMPTY + w.slot.slot * 8);
 	w.slot.advance();
 	__syncwarp();
