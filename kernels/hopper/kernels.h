@@ -14,6 +14,7 @@
  *   of 64 in memory.
  * hopper_scalar_decay_backward: the plain rule, constant decays or none; d_k and d_v up to 256.
  * hopper_delta_rule: the delta rule, decays that channels share; d_k up to 128.
+ * hopper_kda: the delta rule, a diagonal decay; d_k up to 128.
  * hopper_gla: a diagonal decay, the plain rule or the bonus; d_k = 64, 128, 256, d_v up to 512, not
  *   256/64. _fused: one kernel, both widths at most 128. _staged: its operands go through memory.
  *   Both take chunks of 16, 32 and 64. _materialise: the states before chunks go through memory,
@@ -40,7 +41,8 @@
 	X(MATRIX_RECURRENCE, "hopper_onchip", hopper_scalar_decay_onchip, checked, workspace)      \
 	X(MATRIX_RECURRENCE, "hopper_materialise", hopper_scalar_decay_materialise,                \
 	  checked, workspace)                                                                      \
-	X(MATRIX_RECURRENCE, "hopper", hopper_delta_rule, checked, none)                           \
+	X(MATRIX_RECURRENCE, "hopper", hopper_delta_rule, checked, workspace)                      \
+	X(MATRIX_RECURRENCE, "hopper", hopper_kda, checked, workspace)                             \
 	X(MATRIX_RECURRENCE, "hopper", hopper_gla, checked, workspace)                             \
 	X(MATRIX_RECURRENCE, "hopper_fused", hopper_gla_fused, checked, none)                      \
 	X(MATRIX_RECURRENCE, "hopper_staged", hopper_gla_staged, checked, workspace)               \

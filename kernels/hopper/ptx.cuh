@@ -72,6 +72,17 @@ __device__ __forceinline__ void shared_store1(uint32_t shared, float x)
 	asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
 }
 
+__device__ __forceinline__ float4 shared_float4(uint32_t shared)
+{
+	float4 value;
+
+	asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+	             : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+	             : "r"(shared)
+	             : "memory");
+	return value;
+}
+
 __device__ __forceinline__ uint4 shared_load_16(uint32_t shared)
 {
 	uint4 x;
@@ -583,7 +594,29 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], uint32_t a0, uint32_t a
 	             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* The same 8 deep (the second operand of two registers), in TF32: of each operand the leading 10
+ * bits of the fraction. a0, a1 = rows g, g + 8 of column c, a2, a3 of column c + 4; b0, b1 = rows
+ * c, c + 4 of B's column g. */
+__device__ __forceinline__ void mma_1688(float (&d)[4], float a0, float a1, float a2, float a3,
+                                         float b0, float b1)
+{
+	asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+	             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+	             : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+	               "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)),
+	               "r"(__float_as_uint(b1)));
+}
+
 /* ---- arithmetic */
+
+__device__ __forceinline__ float round_tf32(float x)
+{
+	uint32_t y;
+
+	asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+	return __uint_as_float(y);
+}
 
 constexpr float LOG2E = 1.44269504f;
 

@@ -5,11 +5,14 @@
  * chunk is the rule's: plain_rule of scalar_decay.cu, delta_rule of delta_rule.cu. A rule is a
  * policy class with
  *   SOLVES             whether the scores' warpgroup also solves a triangular system: then a block
- *                      has room and registers for that, and powers come with beta, unscaled
+ *                      has room and registers for that, powers come with beta, unscaled, and a
+ *                      segment finds its state by a walk through the chunks before it
  *   BACKWARD           whether the walk begins at the last token, and tokens see those after them;
  *                      it ends with a gradient, of the first state, and that is scaled
  *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
  *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
+ *   approach(w, x, chunk)  of a rule that solves, with one slice: the same for the state alone
+ *   finish(w, x)       of a rule that solves: stores the last chunk's outputs
  */
 #ifndef KERNELS_HOPPER_WALK_CUH
 #define KERNELS_HOPPER_WALK_CUH
@@ -19,15 +22,13 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/hopper/panels.cuh"
 #include "kernels/hopper/tensor_map.h"
+#include "kernels/hopper/triangle.cuh"
 #include "kernels/kernels.h"
 
 namespace hopper
 {
 
 constexpr int CHUNK = 64, SCORE_SLOTS = 2;
-/* A 16 x 16 block of fp32 whose rows are 20 apart: no bank conflicts between them. */
-constexpr int BLOCK_STRIDE = 20, BLOCK_BYTES = 16 * BLOCK_STRIDE * 4;
-
 /* DK: channels of q and k, rounded up; SLICES: state warpgroups, 64 channels of v each. */
 template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr bool SOLVES = RULE::SOLVES;
@@ -36,10 +37,16 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int BLOCKS =
 	        DK == 64 && SLICES == 1 && !SOLVES ? 2 : 1; /* per multiprocessor */
 	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
-	static constexpr int STAGES = STAGE_PANELS > 6 ? 2 : STAGE_PANELS == 4 ? 4 : 3;
+	static constexpr int STAGES = STAGE_PANELS > 6                               ? 2
+	                              : STAGE_PANELS == 4 || (SOLVES && SLICES == 1) ? 4
+	                                                                             : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
-	static constexpr int PRODUCER_REGISTERS = 40;
-	static constexpr int SCORE_REGISTERS = BLOCKS == 2 ? 72 : SOLVES && SLICES == 1 ? 120 : 88;
+	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
+	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
+	static constexpr int SCORE_REGISTERS = BLOCKS == 2   ? 72
+	                                       : !SOLVES     ? 88
+	                                       : SLICES == 2 ? 96
+	                                                     : 160;
 	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
 
 	/* Shared memory. A stage: panels of q, of k, of v. */
@@ -49,9 +56,11 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int STAGE_BYTES = STAGE_PANELS * PANEL_BYTES;
 	static constexpr int SCORES = STAGES * STAGE_BYTES;
 	static constexpr int OUT = SCORES + SCORE_SLOTS * PANEL_BYTES;
-	static constexpr int SOLVED = OUT + SLICES * PANEL_BYTES; /* a ring beside the scores' */
-	static constexpr int BLOCKS_16 = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
-	static constexpr int POWERS = BLOCKS_16 + (SOLVES ? 13 * BLOCK_BYTES : 0);
+	static constexpr int OUT_SLOTS = SOLVES ? 2 : 1; /* of a warpgroup */
+	static constexpr int SOLVED =
+	        OUT + SLICES * OUT_SLOTS * PANEL_BYTES; /* a ring beside the scores' */
+	static constexpr int TRIANGLE = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
+	static constexpr int POWERS = TRIANGLE + (SOLVES ? TRIANGLE_BYTES : 0);
 	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
 	static constexpr int BARRIERS = POWERS + STAGES * POWERS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
@@ -61,7 +70,6 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int EMPTY = FULL + 8 * STAGES;
 	static constexpr int SCORES_FULL = EMPTY + 8 * STAGES;
 	static constexpr int SCORES_EMPTY = SCORES_FULL + 8 * SCORE_SLOTS;
-	static constexpr int SOLVED_FULL = SCORES_EMPTY + 8 * SCORE_SLOTS;
 };
 
 /* What the warp of the decays leaves of each chunk, floats by token: G, 2^G (of the plain rule,
@@ -78,15 +86,18 @@ struct parameters {
 	float *final_state;
 	float *states; /* [segments - 1][walks][DK/2 * 128 * SLICES] in the order of accumulators */
 	float *wholes; /* [segments - 1][walks]: decay of a whole segment */
+	int *begins;   /* [segments][batch * n_heads]: where walks of segments begin; or NULL */
+	uint8_t *lost; /* [segments][walks][64 * slices]: channels of v whose state is not finite */
 	int seq_len, n_heads, d_k, d_v, slices; /* slices: blocks across v's channels */
 	int q_step, k_step;                     /* between heads: 0 where they share q or k */
 	int chunks, segment_chunks, segments;
 	int walks; /* batch * n_heads * slices */
 };
 
-/* What a block does at a time: one segment of one walk. */
+/* What a block does at a time: one segment of one walk, chunks first .. last - 1, after those from
+ * `begin` on for the state that the first finds. */
 struct piece {
-	int walk, segment, slice, b, h, first, last; /* chunks first .. last - 1 */
+	int walk, segment, slice, b, h, begin, first, last;
 };
 
 __device__ __forceinline__ piece locate(const parameters &p, int number)
@@ -101,6 +112,7 @@ __device__ __forceinline__ piece locate(const parameters &p, int number)
 	x.h = pair - x.b * p.n_heads;
 	x.first = x.segment * p.segment_chunks;
 	x.last = min(x.first + p.segment_chunks, p.chunks);
+	x.begin = p.begins ? p.begins[x.segment * (p.walks / p.slices) + pair] : x.first;
 	return x;
 }
 
@@ -120,7 +132,6 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
 	using S = walk_shape<DK, SLICES, RULE>;
-	constexpr int BYTES = ((OUTPUTS ? 2 : 1) * S::KEY_PANELS + SLICES) * PANEL_BYTES;
 	const int count = piece_count<OUTPUTS>(p);
 	slot_ring<S::STAGES> stage;
 
@@ -129,16 +140,18 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 		const piece x = locate(p, number);
 
 #pragma unroll 1
-		for (int i = x.first; i < x.last; i++) {
+		for (int i = x.begin; i < x.last; i++) {
 			const int token = chunk_of<RULE>(p, i) * CHUNK;
 			const uint32_t at = shared + stage.slot * S::STAGE_BYTES;
 			const uint32_t full = shared + S::FULL + stage.slot * 8;
+			const bool outputs = OUTPUTS && (!S::SOLVES || i >= x.first);
 
 			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
-			barrier_arrive_expect(full, BYTES);
+			barrier_arrive_expect(full, ((outputs ? 2 : 1) * S::KEY_PANELS + SLICES) *
+			                                    PANEL_BYTES);
 #pragma unroll
 			for (int j = 0; j < S::KEY_PANELS; j++) {
-				if (OUTPUTS)
+				if (outputs)
 					tensor_load(at + S::Q + j * PANEL_BYTES, &p.q, full, j * 64,
 					            token, x.h * p.q_step, x.b);
 				tensor_load(at + S::K + j * PANEL_BYTES, &p.k, full, j * 64, token,
@@ -189,20 +202,10 @@ struct token_decays {
 	}
 };
 
-/* beta of a token; 0 past the end. */
-__device__ __forceinline__ __nv_bfloat16 load_beta(const parameters &p, const piece &x, int token)
-{
-	return token < p.seq_len ? static_cast<const __nv_bfloat16 *>(
-	                                   p.beta.data)[x.b * p.beta.batch + token * p.beta.token +
-	                                                x.h * p.beta.head]
-	                         : __nv_bfloat16();
-}
-
 /* The powers of one chunk, this lane's two tokens decaying by 2^x0 and 2^x1, into its stage. */
 template <int DK, int SLICES, typename RULE>
 __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shared, int slot,
-                                              uint32_t parity, float x0, float x1, float beta0,
-                                              float beta1)
+                                              uint32_t parity, float x0, float x1)
 {
 	using S = walk_shape<DK, SLICES, RULE>;
 	const uint32_t powers = shared + S::POWERS + slot * S::POWERS_BYTES;
@@ -229,8 +232,6 @@ __device__ __forceinline__ void prepare_chunk(const parameters &p, uint32_t shar
 	shared_store2(powers + LOG_DECAY + lane * 8, sign * g0, sign * g1);
 	shared_store2(powers + FROM_START + lane * 8, scale * out.x, scale * out.y);
 	shared_store2(powers + TO_END + lane * 8, in.x, in.y);
-	if (RULE::SOLVES)
-		shared_store2(powers + BETA + lane * 8, beta0, beta1);
 	if (lane == 0)
 		shared_store1(powers + WHOLE, exp2_approx(end));
 	warp_arrive(shared + S::FULL + slot * 8);
@@ -250,39 +251,72 @@ __device__ __forceinline__ void prepare_decays(const parameters &p, uint32_t sha
 	for (int number = blockIdx.x; number < count; number += gridDim.x) {
 		const piece x = locate(p, number);
 		const token_decays decays(p, x);
-		__nv_bfloat16 next[2 * AHEAD], next_beta[2 * AHEAD] = {};
+		__nv_bfloat16 next[2 * AHEAD];
 		const auto token_of = [&](int chunk, int i) {
 			return chunk_of<RULE>(p, chunk + i / 2) * CHUNK + 2 * lane + i % 2;
 		};
 		const auto load = [&](int chunk) {
 #pragma unroll
-			for (int i = 0; i < 2 * AHEAD; i++) {
-				const int token = token_of(chunk, i);
-
-				next[i] = decays.load(token);
-				if (RULE::SOLVES)
-					next_beta[i] = load_beta(p, x, token);
-			}
+			for (int i = 0; i < 2 * AHEAD; i++)
+				next[i] = decays.load(token_of(chunk, i));
 		};
 
-		load(x.first);
+		load(x.begin);
 #pragma unroll 1
-		for (int group = x.first; group < x.last; group += AHEAD) {
-			float now[2 * AHEAD], beta[2 * AHEAD];
+		for (int group = x.begin; group < x.last; group += AHEAD) {
+			float now[2 * AHEAD];
 
 #pragma unroll
-			for (int i = 0; i < 2 * AHEAD; i++) {
+			for (int i = 0; i < 2 * AHEAD; i++)
 				now[i] = decays.log2(next[i], token_of(group, i));
-				beta[i] = __bfloat162float(next_beta[i]);
-			}
 			load(group + AHEAD);
 #pragma unroll
 			for (int i = 0; i < AHEAD && group + i < x.last; i++) {
 				prepare_chunk<DK, SLICES, RULE>(p, shared, stage.slot, stage.parity,
-				                                now[2 * i], now[2 * i + 1],
-				                                beta[2 * i], beta[2 * i + 1]);
+				                                now[2 * i], now[2 * i + 1]);
 				stage.advance();
 			}
+		}
+	}
+}
+
+/* beta of each chunk's tokens, 0 past the end, by a warp of its own. */
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void prepare_betas(const parameters &p, uint32_t shared)
+{
+	using S = walk_shape<DK, SLICES, RULE>;
+	const int count = piece_count<OUTPUTS>(p), lane = threadIdx.x % 32;
+	slot_ring<S::STAGES> stage;
+
+#pragma unroll 1
+	for (int number = blockIdx.x; number < count; number += gridDim.x) {
+		const piece x = locate(p, number);
+		const auto *data = static_cast<const __nv_bfloat16 *>(p.beta.data) +
+		                   x.b * p.beta.batch + x.h * p.beta.head;
+		__nv_bfloat16 next[2];
+		const auto load = [&](int chunk) {
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				const int token = chunk_of<RULE>(p, chunk) * CHUNK + 2 * lane + i;
+
+				next[i] = token < p.seq_len ? data[token * p.beta.token]
+				                            : __nv_bfloat16();
+			}
+		};
+
+		load(x.begin);
+#pragma unroll 1
+		for (int chunk = x.begin; chunk < x.last; chunk++) {
+			const float beta[2] = {__bfloat162float(next[0]),
+			                       __bfloat162float(next[1])};
+
+			load(chunk + 1);
+			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
+			shared_store2(shared + S::POWERS + stage.slot * S::POWERS_BYTES + BETA +
+			                      lane * 8,
+			              beta[0], beta[1]);
+			warp_arrive(shared + S::FULL + stage.slot * 8);
+			stage.advance();
 		}
 	}
 }
@@ -352,6 +386,8 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
 	float s[PARTS][WIDTH]; /* S^T: rows are channels of v, columns of k */
+	slot_ring<S::OUT_SLOTS> out;
+	float o[S::SOLVES ? 32 : 1]; /* of a rule that solves: the last chunk's outputs */
 
 	__device__ void begin(const piece &x);
 	__device__ void end(const piece &x, float whole);
@@ -359,6 +395,7 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	__device__ void run();
 	__device__ void visit(float *tensor, const piece &x, bool write);
 	__device__ void store(const piece &x, int chunk, const float (&o)[32]);
+	__device__ void note_lost(const piece &x) const;
 
 	__device__ float *segment_state(const piece &x, int segment) const
 	{
@@ -406,10 +443,10 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::begin(con
 #pragma unroll
 	for (int i = 0; i < PARTS * WIDTH; i++)
 		s[i / WIDTH][i % WIDTH] = 0.0f;
-	if (x.segment == 0) {
+	if (x.begin == 0) {
 		if (p.h0)
 			visit(const_cast<float *>(p.h0), x, false);
-	} else if (OUTPUTS) {
+	} else if (OUTPUTS && !S::SOLVES) {
 		const float *from = segment_state(x, x.segment - 1);
 
 #pragma unroll
@@ -425,6 +462,8 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::end(const
 	if (OUTPUTS) {
 		if (p.final_state && x.segment == p.segments - 1)
 			visit(p.final_state, x, true);
+		if (S::SOLVES && p.segments > 1)
+			note_lost(x);
 	} else {
 		float *to = segment_state(x, x.segment);
 
@@ -436,23 +475,51 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::end(const
 	}
 }
 
-/* o^T is transposed on its way through shared memory. */
+/* Of each channel of v, whether its state is not finite: a number times 0 is then not 0. */
+template <int DK, int SLICES, bool OUTPUTS, typename RULE>
+__device__ __forceinline__ void
+state_walk<DK, SLICES, OUTPUTS, RULE>::note_lost(const piece &x) const
+{
+	uint8_t *at = p.lost + (x.segment * p.walks + x.walk) * 64 * SLICES + warpgroup * 64 +
+	              16 * warp + lane / 4;
+	float zero[2] = {};
+
+#pragma unroll
+	for (int i = 0; i < PARTS * WIDTH; i++)
+		zero[i / 2 % 2] = fmaf(s[i / WIDTH][i % WIDTH], 0.0f, zero[i / 2 % 2]);
+#pragma unroll
+	for (int r = 0; r < 2; r++) {
+		zero[r] += __shfl_xor_sync(~0u, zero[r], 1);
+		zero[r] += __shfl_xor_sync(~0u, zero[r], 2);
+		if (lane % 4 == 0)
+			at[8 * r] = zero[r] != 0.0f;
+	}
+}
+
+/* o^T is transposed on its way through shared memory. With two slots there the copy before the last
+ * has read its own when the last barrier is passed. */
 template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void
 state_walk<DK, SLICES, OUTPUTS, RULE>::store(const piece &x, int chunk, const float (&o)[32])
 {
-	const uint32_t staging = shared + S::OUT + warpgroup * PANEL_BYTES;
+	const uint32_t staging =
+	        shared + S::OUT + (warpgroup * S::OUT_SLOTS + out.slot) * PANEL_BYTES;
 	const bool leader = threadIdx.x % 128 == 0;
 
-	if (leader)
-		store_wait_read();
-	named_barrier_sync(1 + warpgroup, 128);
+	if (S::OUT_SLOTS == 1) {
+		if (leader)
+			store_wait_read();
+		named_barrier_sync(1 + warpgroup, 128);
+	}
 #pragma unroll
 	for (int j = 0; j < 4; j++)
 		store_transposed_block(transposed_block(staging, 16 * j, 16 * warp, lane),
 		                       &o[8 * j]);
 	fence_async_proxy();
+	if (S::OUT_SLOTS > 1 && leader)
+		store_wait_read();
 	named_barrier_sync(1 + warpgroup, 128);
+	out.advance();
 	if (leader) {
 		tensor_store(&p.out, staging, (x.slice * SLICES + warpgroup) * 64,
 		             chunk_of<RULE>(p, chunk) * CHUNK, x.h, x.b);
@@ -471,9 +538,15 @@ __device__ __forceinline__ void state_walk<DK, SLICES, OUTPUTS, RULE>::run()
 		float whole = 1.0f;
 
 		begin(x);
+		if constexpr (S::SOLVES && SLICES == 1)
+#pragma unroll 1
+			for (int chunk = x.begin; chunk < x.first; chunk++)
+				RULE::approach(*this, x, chunk);
 #pragma unroll 1
 		for (int chunk = x.first; chunk < x.last; chunk++)
 			whole *= RULE::walk(*this, x, chunk);
+		if constexpr (S::SOLVES)
+			RULE::finish(*this, x);
 		end(x, whole);
 	}
 	if (OUTPUTS && threadIdx.x % 128 == 0)
@@ -487,14 +560,13 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared)
 	using S = walk_shape<DK, SLICES, RULE>;
 
 	for (int i = 0; i < S::STAGES; i++) {
-		barrier_init(shared + S::FULL + 8 * i, 2); /* the copies, the decays */
+		barrier_init(shared + S::FULL + 8 * i, S::PREPARERS);
 		barrier_init(shared + S::EMPTY + 8 * i,
 		             S::STATE_WARPS + (OUTPUTS ? S::SCORE_WARPS : 0));
 	}
 	for (int i = 0; i < SCORE_SLOTS; i++) {
 		barrier_init(shared + S::SCORES_FULL + 8 * i, S::SCORE_WARPS);
 		barrier_init(shared + S::SCORES_EMPTY + 8 * i, S::STATE_WARPS);
-		barrier_init(shared + S::SOLVED_FULL + 8 * i, S::SCORE_WARPS);
 	}
 	barrier_init_fence();
 }
@@ -511,6 +583,8 @@ __device__ __forceinline__ void walk_block(const parameters &p, uint32_t shared)
 			produce<DK, SLICES, OUTPUTS, RULE>(p, shared);
 		else if (threadIdx.x / 32 == 1)
 			prepare_decays<DK, SLICES, OUTPUTS, RULE>(p, shared);
+		else if (S::SOLVES && threadIdx.x / 32 == 2)
+			prepare_betas<DK, SLICES, OUTPUTS, RULE>(p, shared);
 	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
 		registers_decrease<S::SCORE_REGISTERS>();
 		if (OUTPUTS)
@@ -531,12 +605,13 @@ struct plan {
 	int64_t state_floats; /* of a walk */
 };
 
-inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks)
+inline plan make_plan(const struct matrix_recurrence_args *a, int segment_chunks,
+                      int most_slices = 2)
 {
 	plan x;
 
 	x.dk = a->d_k <= 64 ? 64 : a->d_k <= 128 ? 128 : 256;
-	x.slices = a->d_v <= 64 || x.dk == 256 ? 1 : 2; /* what registers hold */
+	x.slices = a->d_v <= 64 || x.dk == 256 ? 1 : most_slices; /* what registers hold */
 	x.blocks_across = static_cast<int>((a->d_v + 64 * x.slices - 1) / (64 * x.slices));
 	x.walks = static_cast<int>(a->batch * a->n_heads) * x.blocks_across;
 	x.chunks = static_cast<int>((a->seq_len + CHUNK - 1) / CHUNK);
@@ -597,6 +672,8 @@ inline enum status fill_parameters(parameters &p, const struct matrix_recurrence
 	p.segment_chunks = x.segment_chunks;
 	p.segments = x.segments;
 	p.walks = x.walks;
+	p.begins = NULL;
+	p.lost = NULL;
 	return status;
 }
 
