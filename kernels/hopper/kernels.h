@@ -12,7 +12,8 @@
  * hopper_scalar_decay: the plain rule, decays that channels share; d_k up to 256. The form picked
  *   by the shape; _onchip: all on the chip; _materialise: the states before chunks of any multiple
  *   of 64 in memory.
- * hopper_scalar_decay_backward: the plain rule, constant decays or none; d_k and d_v up to 256.
+ * hopper_scalar_decay_backward: the plain rule, decays that channels share; d_k and d_v up to 128,
+ *   or 256 where decays have no gradient.
  * hopper_delta_rule: the delta rule, decays that channels share; d_k up to 128.
  * hopper_gla: a diagonal decay, the plain rule or the bonus; d_k = 64, 128, 256, d_v up to 512, not
  *   256/64. _fused: one kernel, both widths at most 128. _staged: its operands go through memory.

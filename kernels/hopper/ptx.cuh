@@ -537,6 +537,10 @@ WGMMA_SS(wgmma_ss_transposed, 8, 16, 8, 9, 10, "1, 0")
 WGMMA_SS(wgmma_ss_transposed, 16, 32, 16, 17, 18, "1, 0")
 WGMMA_SS(wgmma_ss_transposed, 32, 64, 32, 33, 34, "1, 0")
 
+/* A K-major, B MN-major. */
+WGMMA_SS(wgmma_ss_b_transposed, 32, 64, 32, 33, 34, "0, 1")
+WGMMA_SS(wgmma_ss_b_transposed, 64, 128, 64, 65, 66, "0, 1")
+
 /* A and B MN-major. */
 WGMMA_SS(wgmma_ss_both_transposed, 32, 64, 32, 33, 34, "1, 1")
 WGMMA_SS(wgmma_ss_both_transposed, 64, 128, 64, 65, 66, "1, 1")
