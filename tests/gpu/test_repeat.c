@@ -56,6 +56,10 @@ static const struct subject subjects[] = {
         {"ratplus", PASS_TRAIN, 2, 2047, NULL},
         {"recurrence", PASS_TRAIN, 1, 65537, "portable"},
         {"gla", PASS_TRAIN, 1, 2049, NULL},
+        {"linear_attention", PASS_TRAIN, 9, 3001, NULL},
+        {"retnet", PASS_TRAIN, 1, 4097, NULL},
+        {"mamba2", PASS_TRAIN, 1, 4097, NULL},
+        {"mamba2", PASS_TRAIN, 3, 3001, NULL},
         {"hawk", PASS_TRAIN, 1, 2049, NULL},
         {"griffin_attention:100", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
@@ -86,6 +90,7 @@ static const struct subject small_subjects[] = {
         {"swa:100", PASS_PREFILL, 2, 513, "attention=hopper"},
         {"rat:16", PASS_PREFILL, 2, 777, "attention=hopper"},
         {"rat:2", PASS_PREFILL, 1, 999, "attention=hopper"},
+        {"mamba2", PASS_TRAIN, 2, 777, NULL},
         {"rat:2", PASS_GENERATION, 1, 5001, NULL},
         {"attention", PASS_GENERATION, 5, 999, NULL},
 };
