@@ -19,6 +19,8 @@
  *   256/64. _fused: one kernel, both widths at most 128. _staged: its operands go through memory.
  *   Both take chunks of 16, 32 and 64. _materialise: the states before chunks go through memory,
  *   whose lengths are multiples of 64, or T and more. Plain: picks.
+ * hopper_gla_backward: a diagonal decay, the plain rule; d_k and d_v 64 or 128; beyond 1024 tokens
+ *   sequences times heads must be half as many as multiprocessors.
  * hopper_matrix_recurrence_step: every decay and rule.
  */
 #ifndef KERNELS_HOPPER_KERNELS_H
@@ -47,6 +49,7 @@
 	X(MATRIX_RECURRENCE, "hopper_staged", hopper_gla_staged, checked, workspace)               \
 	X(MATRIX_RECURRENCE, "hopper_materialise", hopper_gla_materialise, checked, workspace)     \
 	X(MATRIX_RECURRENCE_BACKWARD, "hopper", hopper_scalar_decay_backward, checked, workspace)  \
+	X(MATRIX_RECURRENCE_BACKWARD, "hopper", hopper_gla_backward, checked, workspace)           \
 	X(MATRIX_RECURRENCE_STEP, "hopper", hopper_matrix_recurrence_step, checked, none)
 /* clang-format on */
 

@@ -60,6 +60,7 @@ static const struct subject subjects[] = {
         {"retnet", PASS_TRAIN, 1, 4097, NULL},
         {"mamba2", PASS_TRAIN, 1, 4097, NULL},
         {"mamba2", PASS_TRAIN, 3, 3001, NULL},
+        {"hgrn2", PASS_TRAIN, 9, 2049, NULL},
         {"hawk", PASS_TRAIN, 1, 2049, NULL},
         {"griffin_attention:100", PASS_TRAIN, 2, 2047, "portable"},
         {"attention", PASS_GENERATION, 7, 1500, "attention_step=portable"},
