@@ -722,8 +722,8 @@ extern "C" const char *hopper_gla_backward_unsupported(const struct device *devi
 		return "d_k and d_v must be at most 128";
 	if (f->seq_len > LONG && 2 * f->batch * f->n_heads < cuda_sm_count(device))
 		return "too few sequences and heads for their length";
-	if (f->n_heads > 1 && (!a->dq.head || !a->dk.head || !a->dlog_decay.head))
-		return "heads must not share an output";
+	if (f->n_heads > 1 && (!f->v.head || !a->dq.head || !a->dk.head || !a->dlog_decay.head))
+		return "heads must not share v or an output";
 	if (const char *why = gla_values_gradient_unsupported(device, a))
 		return why;
 	return check_views(device, &a->dq, &a->dk, &a->dlog_decay);
