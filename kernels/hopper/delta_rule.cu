@@ -31,7 +31,7 @@ namespace
 {
 
 struct delta_rule {
-	static constexpr bool SOLVES = true, BACKWARD = false;
+	static constexpr bool SOLVES = true, BACKWARD = false, FOURTH = false, COPIES = false;
 
 	template <int DK, int SLICES>
 	static __device__ void score(const parameters &p, uint32_t shared);

@@ -41,8 +41,16 @@ namespace
 constexpr int CLUSTER = 2; /* blocks at most */
 
 /* What `recur` is run for: what each segment adds to the state; the outputs; the states before
- * chunks of several records (gla_materialise.cu). */
-enum pass { ADDED, OUTPUTS, STATES };
+ * chunks of several records (gla_materialise.cu); the gradient of v, from the last record on:
+ *   dv = P^T dout + k dS,  dS <- Diag(decay) dS + q^T dout
+ * of the same records, whose queries and keys change places. */
+enum pass { ADDED, OUTPUTS, STATES, VALUES_GRADIENT };
+
+/* The record that is taken as the index-th. */
+template <pass PASS> __device__ __forceinline__ int record_of(int records, int index)
+{
+	return PASS == VALUES_GRADIENT ? records - 1 - index : index;
+}
 
 /* ---- recur */
 
@@ -284,7 +292,9 @@ __device__ __forceinline__ void store_state(const recur_parameters &p, const sta
 template <typename layout, int DK, int WARPGROUPS, int PARTS, pass PASS>
 __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shared)
 {
-	constexpr bool OUTPUT = PASS == OUTPUTS;
+	constexpr bool BACK = PASS == VALUES_GRADIENT, OUTPUT = PASS == OUTPUTS || BACK;
+	constexpr int QUERIES = BACK ? layout::KEYS : layout::QUERIES;
+	constexpr int KEYS = BACK ? layout::QUERIES : layout::KEYS;
 	constexpr int TOKENS = RECORD / PARTS; /* of a chunk */
 	const int warpgroup = WARPGROUPS == 1 ? 0 : threadIdx.x / 128 - layout::FIRST_CONSUMER;
 	const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, channel = threadIdx.x % 128;
@@ -327,14 +337,13 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 			const uint32_t rows = part * TOKENS * 128; /* of a panel, in bytes */
 			const uint64_t values = matrix_descriptor(
 			        stage + layout::V + warpgroup * PANEL_BYTES + rows, PANEL_BYTES);
-			const uint64_t keys =
-			        matrix_descriptor(stage + layout::KEYS + rows, PANEL_BYTES);
+			const uint64_t keys = matrix_descriptor(stage + KEYS + rows, PANEL_BYTES);
 
 			wgmma_wait<0>();
 			pin(s.x);
-			read_state<DK, OUTPUT>(
-			        o, left, s, matrix_descriptor(stage + layout::QUERIES + rows, 16),
-			        decays, lane);
+			read_state<DK, OUTPUT>(o, left, s,
+			                       matrix_descriptor(stage + QUERIES + rows, 16),
+			                       decays, lane);
 			if (PASS == ADDED && warpgroup == 0) {
 #pragma unroll
 				for (int i = 0; i < (DK + 127) / 128; i++)
@@ -348,9 +357,15 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 
 				wgmma_fence();
 #pragma unroll
-				for (int step = 0; step < TOKENS / 16; step++)
-					wgmma_ss_transposed(o, values + step * 2048 / 16,
-					                    scores + step * 32 / 16, true);
+				for (int step = 0; step < TOKENS / 16; step++) {
+					if constexpr (BACK)
+						wgmma_ss_both_transposed(
+						        o, values + step * 2048 / 16,
+						        scores + step * 2048 / 16, true);
+					else
+						wgmma_ss_transposed(o, values + step * 2048 / 16,
+						                    scores + step * 32 / 16, true);
+				}
 				wgmma_commit();
 				wgmma_wait<0>();
 				pin(o);
@@ -376,7 +391,8 @@ __device__ __forceinline__ void consume(const recur_parameters &p, uint32_t shar
 		}
 		if (OUTPUT)
 			end_output(&p.out, shared + layout::OUT + warpgroup * PANEL_BYTES, warp,
-			           lane, 1 + warpgroup, column, number * RECORD, h, b);
+			           lane, 1 + warpgroup, column,
+			           record_of<PASS>(p.records, number) * RECORD, h, b);
 		wgmma_wait<0>();
 		pin(s.x);
 		if (!layout::FUSED && lane < p.cluster)
@@ -443,7 +459,7 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 
 /* ---- fused: one block prepares and takes all columns of v, at most 128 */
 
-template <typename layout, int DK, int WARPGROUPS>
+template <typename layout, int DK, int WARPGROUPS, pass PASS>
 __device__ __forceinline__ void produce_fused(const fused_parameters &p, uint32_t shared)
 {
 	const int b = blockIdx.x / p.n_heads, h = blockIdx.x % p.n_heads;
@@ -454,7 +470,7 @@ __device__ __forceinline__ void produce_fused(const fused_parameters &p, uint32_
 		const uint32_t full = shared + layout::BARRIERS + r.slot * 8;
 		const uint32_t empty = full + layout::STAGES * 8;
 		const uint32_t stage = shared + r.slot * layout::STAGE_BYTES;
-		const int token = number * RECORD;
+		const int token = record_of<PASS>(p.records, number) * RECORD;
 
 		barrier_wait(empty, r.parity ^ 1);
 		barrier_arrive_expect(full, layout::LOADED);
@@ -476,7 +492,7 @@ __device__ __forceinline__ void produce_fused(const fused_parameters &p, uint32_
 }
 
 /* The warpgroup that turns what was loaded into operands. */
-template <typename layout, int DK, int WARPGROUPS, int PARTS, bool BONUS>
+template <typename layout, int DK, int WARPGROUPS, int PARTS, bool BONUS, pass PASS>
 __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_t shared)
 {
 	constexpr int BARRIER = 1 + WARPGROUPS; /* the consumers have one each from 1 on */
@@ -499,8 +515,8 @@ __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_
 
 			prepare_panel<BONUS ? 1 : SLABS, SUBS / PARTS, BONUS>(
 			        s, t, shared + layout::EXCHANGE + i % 2 * EXCHANGE_BYTES,
-			        {p.scale, bonus + 64 * i}, number == 0, sync,
-			        [&](int part, int channel, float x, float y) {
+			        {p.scale, bonus + 64 * i}, record_of<PASS>(p.records, number) == 0,
+			        sync, [&](int part, int channel, float x, float y) {
 				        shared_store2(stage + layout::DECAYS +
 				                              (part * DK + i * 64 + channel) * 4,
 				                      x, y);
@@ -513,7 +529,7 @@ __device__ __forceinline__ void prepare_fused(const fused_parameters &p, uint32_
 	}
 }
 
-template <int DK, int WARPGROUPS, int PARTS, bool BONUS>
+template <int DK, int WARPGROUPS, int PARTS, bool BONUS, pass PASS = OUTPUTS>
 __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
         fused_kernel(const __grid_constant__ fused_parameters p)
 {
@@ -534,14 +550,14 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 2), 1)
 	if (threadIdx.x < 128) {
 		registers_decrease<24>();
 		if (threadIdx.x == 0)
-			produce_fused<layout, DK, WARPGROUPS>(p, shared);
+			produce_fused<layout, DK, WARPGROUPS, PASS>(p, shared);
 	} else if (threadIdx.x < 256) {
 		if (WARPGROUPS == 2) /* of one there are 168 from the start */
 			registers_increase<168>();
-		prepare_fused<layout, DK, WARPGROUPS, PARTS, BONUS>(p, shared);
+		prepare_fused<layout, DK, WARPGROUPS, PARTS, BONUS, PASS>(p, shared);
 	} else {
 		registers_increase<WARPGROUPS == 2 ? 160 : 240>();
-		consume<layout, DK, WARPGROUPS, PARTS, OUTPUTS>(p, shared);
+		consume<layout, DK, WARPGROUPS, PARTS, PASS>(p, shared);
 	}
 }
 
@@ -692,31 +708,34 @@ enum status run_states(struct device *device, const struct matrix_recurrence_arg
 	return recur_twice<DK, WARPGROUPS, 1, STATES>(device, p, c, a->batch * a->n_heads);
 }
 
-template <int DK, int WARPGROUPS, int PARTS, bool BONUS>
+template <int DK, int WARPGROUPS, int PARTS, bool BONUS, pass PASS = OUTPUTS>
 enum status launch_fused(struct device *device, const fused_parameters &p, int64_t sequences)
 {
-	return submit(device, fused_kernel<DK, WARPGROUPS, PARTS, BONUS>, sequences,
+	return submit(device, fused_kernel<DK, WARPGROUPS, PARTS, BONUS, PASS>, sequences,
 	              128 * (WARPGROUPS + 2), fused_layout<DK, WARPGROUPS, PARTS>::BYTES, p);
+}
+
+/* All of a sequence by one block. */
+enum status fill_fused(fused_parameters &p, const struct matrix_recurrence_args *a, plan c)
+{
+	c.segments = 1;
+	c.per_segment = c.records;
+	TRY(fill_parameters(p, a, c));
+	p.q_step = a->q.head ? 1 : 0;
+	p.k_step = a->k.head ? 1 : 0;
+	p.scale = a->scale;
+	p.bonus = a->bonus;
+	return gla_encode_inputs(&p.q, &p.k, &p.log_decay, a);
 }
 
 template <int DK, int WARPGROUPS>
 enum status run_fused(struct device *device, const struct matrix_recurrence_args *a)
 {
 	const int64_t sequences = a->batch * a->n_heads;
-	plan c = make_plan(device, a);
+	const plan c = make_plan(device, a);
 	fused_parameters p = {};
 
-	c.segments = 1;
-	c.per_segment = c.records;
-	enum status status = fill_parameters(p, a, c);
-	if (status == STATUS_OK)
-		status = gla_encode_inputs(&p.q, &p.k, &p.log_decay, a);
-	if (status != STATUS_OK)
-		return status;
-	p.q_step = a->q.head ? 1 : 0;
-	p.k_step = a->k.head ? 1 : 0;
-	p.scale = a->scale;
-	p.bonus = a->bonus;
+	TRY(fill_fused(p, a, c));
 	if (a->rule == RULE_BONUS)
 		return launch_fused<DK, WARPGROUPS, 1, true>(device, p, sequences);
 	return c.parts == 1   ? launch_fused<DK, WARPGROUPS, 1, false>(device, p, sequences)
@@ -724,10 +743,54 @@ enum status run_fused(struct device *device, const struct matrix_recurrence_args
 	                      : launch_fused<DK, WARPGROUPS, 4, false>(device, p, sequences);
 }
 
+/* The recurrence whose output is dv, of the same records. */
+struct matrix_recurrence_args values_gradient(const struct matrix_recurrence_backward_args *a)
+{
+	struct matrix_recurrence_args f = a->forward;
+
+	f.v = a->dout;
+	f.out = a->dv;
+	f.h0 = NULL;
+	f.final_state = NULL;
+	f.chunk = 0;
+	return f;
+}
+
+template <int DK, int WARPGROUPS>
+enum status run_values_gradient(struct device *device, const struct matrix_recurrence_args *f)
+{
+	fused_parameters p = {};
+
+	TRY(fill_fused(p, f, make_plan(device, f)));
+	return launch_fused<DK, WARPGROUPS, 1, false, VALUES_GRADIENT>(device, p,
+	                                                               f->batch * f->n_heads);
+}
+
 } // namespace
 
 namespace hopper
 {
+
+const char *gla_values_gradient_unsupported(const struct device *device,
+                                            const struct matrix_recurrence_backward_args *a)
+{
+	const struct matrix_recurrence_args forward = a->forward, back = values_gradient(a);
+	const char *why = hopper_gla_fused_unsupported(device, &back);
+
+	return why ? why : check_views(device, &forward.v);
+}
+
+enum status gla_values_gradient(struct device *device,
+                                const struct matrix_recurrence_backward_args *a)
+{
+	const struct matrix_recurrence_args f = values_gradient(a);
+
+	if (f.d_v == 64)
+		return f.d_k == 64 ? run_values_gradient<64, 1>(device, &f)
+		                   : run_values_gradient<128, 1>(device, &f);
+	return f.d_k == 64 ? run_values_gradient<64, 2>(device, &f)
+	                   : run_values_gradient<128, 2>(device, &f);
+}
 
 size_t gla_states_workspace(const struct device *device, const struct matrix_recurrence_args *a)
 {

@@ -53,6 +53,12 @@ enum status gla_states(struct device *device, const struct matrix_recurrence_arg
                        unsigned char *records, int per_chunk, unsigned char *states,
                        unsigned char *workspace);
 
+/* dv, by the fused kernel from the last token on; why not, or NULL. */
+const char *gla_values_gradient_unsupported(const struct device *device,
+                                            const struct matrix_recurrence_backward_args *a);
+enum status gla_values_gradient(struct device *device,
+                                const struct matrix_recurrence_backward_args *a);
+
 /* ---- outputs that leave as boxes of 64 x 64, by a warpgroup */
 
 /* Until the last have left the staging. */

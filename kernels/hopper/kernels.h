@@ -12,13 +12,16 @@
  * hopper_scalar_decay: the plain rule, decays that channels share; d_k up to 256. The form picked
  *   by the shape; _onchip: all on the chip; _materialise: the states before chunks of any multiple
  *   of 64 in memory.
- * hopper_scalar_decay_backward: the plain rule, constant decays or none; d_k and d_v up to 256.
+ * hopper_scalar_decay_backward: the plain rule, decays that channels share; d_k and d_v up to 128,
+ *   or 256 where decays have no gradient.
  * hopper_delta_rule: the delta rule, decays that channels share; d_k up to 128.
  * hopper_kda: the delta rule, a diagonal decay; d_k up to 128.
  * hopper_gla: a diagonal decay, the plain rule or the bonus; d_k = 64, 128, 256, d_v up to 512, not
  *   256/64. _fused: one kernel, both widths at most 128. _staged: its operands go through memory.
  *   Both take chunks of 16, 32 and 64. _materialise: the states before chunks go through memory,
  *   whose lengths are multiples of 64, or T and more. Plain: picks.
+ * hopper_gla_backward: a diagonal decay, the plain rule; d_k and d_v 64 or 128; beyond 1024 tokens
+ *   sequences times heads must be half as many as multiprocessors.
  * hopper_matrix_recurrence_step: every decay and rule.
  */
 #ifndef KERNELS_HOPPER_KERNELS_H
@@ -48,6 +51,7 @@
 	X(MATRIX_RECURRENCE, "hopper_staged", hopper_gla_staged, checked, workspace)               \
 	X(MATRIX_RECURRENCE, "hopper_materialise", hopper_gla_materialise, checked, workspace)     \
 	X(MATRIX_RECURRENCE_BACKWARD, "hopper", hopper_scalar_decay_backward, checked, workspace)  \
+	X(MATRIX_RECURRENCE_BACKWARD, "hopper", hopper_gla_backward, checked, workspace)           \
 	X(MATRIX_RECURRENCE_STEP, "hopper", hopper_matrix_recurrence_step, checked, none)
 /* clang-format on */
 

@@ -24,7 +24,7 @@ namespace
 using namespace hopper;
 
 template <bool backward> struct plain_rule {
-	static constexpr bool SOLVES = false, BACKWARD = backward;
+	static constexpr bool SOLVES = false, BACKWARD = backward, FOURTH = false, COPIES = false;
 
 	template <int DK, int SLICES>
 	static __device__ void score(const parameters &p, uint32_t shared);
@@ -36,11 +36,10 @@ template <bool backward> struct plain_rule {
 template <int DK, int SLICES> using shape = walk_shape<DK, SLICES, plain_rule<false>>;
 
 /* P = q k^T, decayed, of chunk after chunk, into the ring that the state's warpgroups read. */
-template <bool backward>
-template <int DK, int SLICES>
-__device__ __forceinline__ void plain_rule<backward>::score(const parameters &p, uint32_t shared)
+template <int DK, int SLICES, typename RULE>
+__device__ __forceinline__ void score_chunks(const parameters &p, uint32_t shared)
 {
-	using S = shape<DK, SLICES>;
+	using S = walk_shape<DK, SLICES, RULE>;
 	const int count = piece_count<true>(p), lane = threadIdx.x % 32;
 	const int warp = threadIdx.x / 32 % 4;
 	slot_ring<S::STAGES> stage;
@@ -61,7 +60,7 @@ __device__ __forceinline__ void plain_rule<backward>::score(const parameters &p,
 			issue_scores<DK>(s, at + S::Q, at + S::K);
 			wgmma_wait<0>();
 			pin(s);
-			decay_scores<backward>(s, powers, p.scale, warp, lane);
+			decay_scores<RULE::BACKWARD>(s, powers, p.scale, warp, lane);
 			warp_arrive(shared + S::EMPTY + stage.slot * 8);
 			barrier_wait(shared + S::SCORES_EMPTY + slot.slot * 8, slot.parity ^ 1);
 			store_scores(scores, s, warp, lane);
@@ -69,6 +68,49 @@ __device__ __forceinline__ void plain_rule<backward>::score(const parameters &p,
 			stage.advance();
 			slot.advance();
 		}
+	}
+}
+
+template <bool backward>
+template <int DK, int SLICES>
+__device__ __forceinline__ void plain_rule<backward>::score(const parameters &p, uint32_t shared)
+{
+	score_chunks<DK, SLICES, plain_rule>(p, shared);
+}
+
+/* A warp's 16 channels of v by a chunk's tokens, as an operand of the update, as they have decayed
+ * at its end. */
+__device__ __forceinline__ void load_decayed(uint32_t (&decayed)[16], uint32_t values,
+                                             uint32_t powers, int warp, int lane)
+{
+#pragma unroll
+	for (int j = 0; j < 4; j++) {
+		load_transposed_x4(transposed_block(values, 16 * j, 16 * warp, lane),
+		                   &decayed[4 * j]);
+#pragma unroll
+		for (int half = 0; half < 2; half++) {
+			const float2 power = shared_float2(
+			        powers + TO_END + (16 * j + 8 * half + 2 * (lane % 4)) * 4);
+#pragma unroll
+			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
+				decayed[i] = pack_bf16(low_bf16(decayed[i]) * power.x,
+				                       high_bf16(decayed[i]) * power.y);
+		}
+	}
+}
+
+/* What a state from before the chunk gives to its tokens, the columns. */
+__device__ __forceinline__ void decay_outputs(float (&o)[32], uint32_t powers, int lane)
+{
+#pragma unroll
+	for (int i = 0; i < 32; i += 4) {
+		const float2 power =
+		        shared_float2(powers + FROM_START + (2 * i + 2 * (lane % 4)) * 4);
+
+		o[i] *= power.x;
+		o[i + 1] *= power.y;
+		o[i + 2] *= power.x;
+		o[i + 3] *= power.y;
 	}
 }
 
@@ -122,20 +164,7 @@ plain_rule<backward>::walk(state_walk<DK, SLICES, OUTPUTS, plain_rule> &w, const
 			wgmma_commit();
 		}
 	}
-#pragma unroll
-	for (int j = 0; j < 4; j++) {
-		load_transposed_x4(transposed_block(values, 16 * j, 16 * w.warp, w.lane),
-		                   &decayed[4 * j]);
-#pragma unroll
-		for (int half = 0; half < 2; half++) {
-			const float2 power = shared_float2(
-			        powers + TO_END + (16 * j + 8 * half + 2 * (w.lane % 4)) * 4);
-#pragma unroll
-			for (int i = 4 * j + 2 * half; i < 4 * j + 2 * half + 2; i++)
-				decayed[i] = pack_bf16(low_bf16(decayed[i]) * power.x,
-				                       high_bf16(decayed[i]) * power.y);
-		}
-	}
+	load_decayed(decayed, values, powers, w.warp, w.lane);
 	if (!OUTPUTS) {
 #pragma unroll
 		for (int part = 0; part < PARTS; part++) {
@@ -158,16 +187,7 @@ plain_rule<backward>::walk(state_walk<DK, SLICES, OUTPUTS, plain_rule> &w, const
 		wgmma_wait<1>(); /* o decays while the state is updated */
 		pin(o);
 		pin(packed);
-#pragma unroll
-		for (int i = 0; i < 32; i += 4) {
-			const float2 power =
-			        shared_float2(powers + FROM_START + (2 * i + 2 * (w.lane % 4)) * 4);
-
-			o[i] *= power.x;
-			o[i + 1] *= power.y;
-			o[i + 2] *= power.x;
-			o[i + 3] *= power.y;
-		}
+		decay_outputs(o, powers, w.lane);
 		barrier_wait(w.shared + S::SCORES_FULL + w.slot.slot * 8, w.slot.parity);
 		pin(o);
 		wgmma_fence();
@@ -258,20 +278,24 @@ enum status launch_walk(struct device *device, const parameters &p, int pieces)
 	              shape<DK, SLICES>::THREADS, shape<DK, SLICES>::BYTES, p);
 }
 
+/* What the segments of the walks begin with, if they are more than one. */
+template <bool backward, int DK, int SLICES>
+enum status find_segments(struct device *device, const parameters &p, const plan &x)
+{
+	const int64_t threads = x.walks * x.state_floats / 4;
+
+	if (x.segments == 1)
+		return STATUS_OK;
+	TRY((launch_walk<backward, DK, SLICES, false>(device, p, x.walks * (x.segments - 1))));
+	return submit(device, combine_kernel, (threads + 255) / 256, 256, 0, p.states,
+	              static_cast<const float *>(p.wholes), x.walks,
+	              static_cast<int>(x.state_floats), x.segments - 1);
+}
+
 template <bool backward, int DK, int SLICES>
 enum status run_segments(struct device *device, const parameters &p, const plan &x)
 {
-	if (x.segments > 1) {
-		const int64_t threads = x.walks * x.state_floats / 4;
-
-		TRY((launch_walk<backward, DK, SLICES, false>(device, p,
-		                                              x.walks * (x.segments - 1))));
-		combine_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0,
-		                 cuda_stream(device)>>>(p.states, p.wholes, x.walks,
-		                                        static_cast<int>(x.state_floats),
-		                                        x.segments - 1);
-		CUDA_TRY(cudaGetLastError());
-	}
+	TRY((find_segments<backward, DK, SLICES>(device, p, x)));
 	return launch_walk<backward, DK, SLICES, true>(device, p, x.walks * x.segments);
 }
 

@@ -72,17 +72,6 @@ __device__ __forceinline__ void shared_store1(uint32_t shared, float x)
 	asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(x) : "memory");
 }
 
-__device__ __forceinline__ float4 shared_float4(uint32_t shared)
-{
-	float4 value;
-
-	asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-	             : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-	             : "r"(shared)
-	             : "memory");
-	return value;
-}
-
 __device__ __forceinline__ uint4 shared_load_16(uint32_t shared)
 {
 	uint4 x;
@@ -564,6 +553,10 @@ WGMMA_SS(wgmma_ss, 64, 128, 64, 65, 66, "0, 0")
 WGMMA_SS(wgmma_ss_transposed, 8, 16, 8, 9, 10, "1, 0")
 WGMMA_SS(wgmma_ss_transposed, 16, 32, 16, 17, 18, "1, 0")
 WGMMA_SS(wgmma_ss_transposed, 32, 64, 32, 33, 34, "1, 0")
+
+/* A K-major, B MN-major. */
+WGMMA_SS(wgmma_ss_b_transposed, 32, 64, 32, 33, 34, "0, 1")
+WGMMA_SS(wgmma_ss_b_transposed, 64, 128, 64, 65, 66, "0, 1")
 
 /* A and B MN-major. */
 WGMMA_SS(wgmma_ss_both_transposed, 32, 64, 32, 33, 34, "1, 1")

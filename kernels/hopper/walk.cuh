@@ -9,6 +9,9 @@
  *                      segment finds its state by a walk through the chunks before it
  *   BACKWARD           whether the walk begins at the last token, and tokens see those after them;
  *                      it ends with a gradient, of the first state, and that is scaled
+ *   FOURTH             whether a stage has a fourth tile, as wide as v's
+ *   COPIES             whether the state is also left in shared memory, for the scores'
+ *                      warpgroup, which then has an output of its own, as wide as k
  *   score(p, shared)   what the scores' warpgroup does, of all pieces of this block
  *   walk(w, x, chunk)  what a state's warpgroup does with a chunk; returns its whole decay
  *   approach(w, x, chunk)  of a rule that solves, with one slice: the same for the state alone
@@ -29,30 +32,38 @@ namespace hopper
 {
 
 constexpr int CHUNK = 64, SCORE_SLOTS = 2;
+
 /* DK: channels of q and k, rounded up; SLICES: state warpgroups, 64 channels of v each. */
 template <int DK, int SLICES, typename RULE> struct walk_shape {
-	static constexpr bool SOLVES = RULE::SOLVES;
+	static constexpr bool SOLVES = RULE::SOLVES, COPIES = RULE::COPIES;
 	static constexpr int KEY_PANELS = DK / 64;
 	static constexpr int THREADS = 128 * (2 + SLICES);
-	static constexpr int BLOCKS =
-	        DK == 64 && SLICES == 1 && !SOLVES ? 2 : 1; /* per multiprocessor */
-	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES;
+	static constexpr int BLOCKS = DK == 64 && SLICES == 1 && !SOLVES && !RULE::FOURTH
+	                                      ? 2
+	                                      : 1; /* per multiprocessor */
+	static constexpr int STAGE_PANELS = 2 * KEY_PANELS + SLICES * (RULE::FOURTH ? 2 : 1);
 	static constexpr int STAGES = STAGE_PANELS > 6                               ? 2
 	                              : STAGE_PANELS == 4 || (SOLVES && SLICES == 1) ? 4
 	                                                                             : 3;
 	static constexpr int SCORE_WARPS = 4, STATE_WARPS = 4 * SLICES;
 	static constexpr int PREPARERS = SOLVES ? 3 : 2; /* of a stage: copies, decays, betas */
+	static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / BLOCKS / 8 * 8;
 	static constexpr int PRODUCER_REGISTERS = SOLVES ? 32 : 40;
-	static constexpr int SCORE_REGISTERS = BLOCKS == 2   ? 72
-	                                       : !SOLVES     ? 88
-	                                       : SLICES == 2 ? 96
-	                                                     : 160;
-	static constexpr int STATE_REGISTERS = BLOCKS == 2 ? 128 : SLICES == 2 ? 192 : 240;
+	static constexpr int SCORE_REGISTERS = COPIES                  ? 136
+	                                       : BLOCKS == 2           ? 72
+	                                       : SOLVES && SLICES == 1 ? 160
+	                                       : SOLVES                ? 96
+	                                                               : 88;
+	static constexpr int STATE_REGISTERS = BLOCKS == 2   ? 128
+	                                       : SLICES == 1 ? 240
+	                                       : COPIES      ? 168
+	                                                     : 192;
 
-	/* Shared memory. A stage: panels of q, of k, of v. */
+	/* Shared memory. A stage: panels of q, of k, of v, and of the fourth. */
 	static constexpr int Q = 0;
 	static constexpr int K = KEY_PANELS * PANEL_BYTES;
 	static constexpr int V = 2 * K;
+	static constexpr int FOURTH = V + SLICES * PANEL_BYTES;
 	static constexpr int STAGE_BYTES = STAGE_PANELS * PANEL_BYTES;
 	static constexpr int SCORES = STAGES * STAGE_BYTES;
 	static constexpr int OUT = SCORES + SCORE_SLOTS * PANEL_BYTES;
@@ -60,7 +71,13 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int SOLVED =
 	        OUT + SLICES * OUT_SLOTS * PANEL_BYTES; /* a ring beside the scores' */
 	static constexpr int TRIANGLE = SOLVED + (SOLVES ? SCORE_SLOTS * PANEL_BYTES : 0);
-	static constexpr int POWERS = TRIANGLE + (SOLVES ? TRIANGLE_BYTES : 0);
+	/* The copy: panels of 64 of v's channels x 64 of k's, [slice][key panel]. */
+	static constexpr int COPY = TRIANGLE + (SOLVES ? TRIANGLE_BYTES : 0);
+	static constexpr int OWN_OUT = COPY + (COPIES ? SLICES * KEY_PANELS * PANEL_BYTES : 0);
+	/* Of two chunks in turn, sums of 16 of v's channels by token: [slice][warp][token]. */
+	static constexpr int SUMS = OWN_OUT + (COPIES ? KEY_PANELS * PANEL_BYTES : 0);
+	static constexpr int SUMS_BYTES = RULE::FOURTH ? STATE_WARPS * CHUNK * 4 : 0;
+	static constexpr int POWERS = SUMS + 2 * SUMS_BYTES;
 	static constexpr int POWERS_BYTES = SOLVES ? 1152 : 1024; /* of a stage */
 	static constexpr int BARRIERS = POWERS + STAGES * POWERS_BYTES;
 	static constexpr int BYTES = BARRIERS + 256 + 1024; /* 1024: room to align the base */
@@ -70,6 +87,8 @@ template <int DK, int SLICES, typename RULE> struct walk_shape {
 	static constexpr int EMPTY = FULL + 8 * STAGES;
 	static constexpr int SCORES_FULL = EMPTY + 8 * STAGES;
 	static constexpr int SCORES_EMPTY = SCORES_FULL + 8 * SCORE_SLOTS;
+	static constexpr int COPY_FULL = SCORES_EMPTY + 8 * SCORE_SLOTS;
+	static constexpr int COPY_EMPTY = COPY_FULL + 8;
 };
 
 /* What the warp of the decays leaves of each chunk, floats by token: G, 2^G (of the plain rule,
@@ -79,6 +98,7 @@ enum { LOG_DECAY = 0, FROM_START = 256, TO_END = 512, WHOLE = 768, BETA = 784 };
 
 struct parameters {
 	CUtensorMap q, k, v, out;
+	CUtensorMap fourth, own_out; /* of rules that have them */
 	struct view log_decay, beta;
 	enum decay decay;
 	float scale;
@@ -88,8 +108,9 @@ struct parameters {
 	float *wholes; /* [segments - 1][walks]: decay of a whole segment */
 	int *begins;   /* [segments][batch * n_heads]: where walks of segments begin; or NULL */
 	uint8_t *lost; /* [segments][walks][64 * slices]: channels of v whose state is not finite */
-	int seq_len, n_heads, d_k, d_v, slices; /* slices: blocks across v's channels */
-	int q_step, k_step;                     /* between heads: 0 where they share q or k */
+	int seq_len, n_heads, d_k, d_v, slices;  /* slices: blocks across v's channels */
+	int q_step, k_step, v_step, fourth_step; /* between heads: 0 where they share it */
+	int key_stride, value_stride;            /* of h0 and final_state */
 	int chunks, segment_chunks, segments;
 	int walks; /* batch * n_heads * slices */
 };
@@ -132,6 +153,7 @@ template <int DK, int SLICES, bool OUTPUTS, typename RULE>
 __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 {
 	using S = walk_shape<DK, SLICES, RULE>;
+	constexpr bool FOURTH = OUTPUTS && RULE::FOURTH;
 	const int count = piece_count<OUTPUTS>(p);
 	slot_ring<S::STAGES> stage;
 
@@ -147,7 +169,8 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 			const bool outputs = OUTPUTS && (!S::SOLVES || i >= x.first);
 
 			barrier_wait(shared + S::EMPTY + stage.slot * 8, stage.parity ^ 1);
-			barrier_arrive_expect(full, ((outputs ? 2 : 1) * S::KEY_PANELS + SLICES) *
+			barrier_arrive_expect(full, ((outputs ? 2 : 1) * S::KEY_PANELS +
+			                             (FOURTH ? 2 : 1) * SLICES) *
 			                                    PANEL_BYTES);
 #pragma unroll
 			for (int j = 0; j < S::KEY_PANELS; j++) {
@@ -158,16 +181,23 @@ __device__ __forceinline__ void produce(const parameters &p, uint32_t shared)
 				            x.h * p.k_step, x.b);
 			}
 #pragma unroll
-			for (int j = 0; j < SLICES; j++)
-				tensor_load(at + S::V + j * PANEL_BYTES, &p.v, full,
-				            (x.slice * SLICES + j) * 64, token, x.h, x.b);
+			for (int j = 0; j < SLICES; j++) {
+				const int channel = (x.slice * SLICES + j) * 64;
+
+				tensor_load(at + S::V + j * PANEL_BYTES, &p.v, full, channel, token,
+				            x.h * p.v_step, x.b);
+				if (FOURTH)
+					tensor_load(at + S::FOURTH + j * PANEL_BYTES, &p.fourth,
+					            full, channel, token, x.h * p.fourth_step, x.b);
+			}
 			stage.advance();
 		}
 	}
 }
 
 /* log2 decay of one token as it lies in memory, or for all of a head; those past the end, or
- * backward before the start, do not decay. */
+ * backward before the start, do not decay. It counts as no less than -256, which is nothing left,
+ * lest a chunk's sums lose the others. */
 struct token_decays {
 	const __nv_bfloat16 *data;
 	int64_t stride;
@@ -198,7 +228,9 @@ struct token_decays {
 
 	__device__ float log2(__nv_bfloat16 loaded, int token) const
 	{
-		return data ? __bfloat162float(loaded) * LOG2E : has(token) ? constant : 0.0f;
+		const float own = __bfloat162float(loaded) * LOG2E;
+
+		return data ? (own < -256.0f ? -256.0f : own) : has(token) ? constant : 0.0f;
 	}
 };
 
@@ -338,10 +370,9 @@ __device__ __forceinline__ void issue_scores(float (&s)[32], uint32_t a, uint32_
 	wgmma_commit();
 }
 
-/* s[t][s] times scale 2^(G_t - G_s); zero where s > t, backward where s < t. */
-template <bool BACKWARD = false>
-__device__ __forceinline__ void decay_scores(float (&s)[32], uint32_t powers, float scale, int warp,
-                                             int lane)
+/* scale 2^(G_t - G_s) of this thread's scores [t][s]; backward s is the later one. */
+__device__ __forceinline__ void find_decays(float (&decay)[32], uint32_t powers, float scale,
+                                            int warp, int lane)
 {
 	const int row = 16 * warp + lane / 4;
 	const float g[2] = {shared_float(powers + LOG_DECAY + row * 4),
@@ -354,17 +385,35 @@ __device__ __forceinline__ void decay_scores(float (&s)[32], uint32_t powers, fl
 
 #pragma unroll
 		for (int r = 0; r < 2; r++) {
-			const int own = row + 8 * r;
-			float *pair = &s[i + 2 * r];
-
-			pair[0] = (BACKWARD ? key >= own : key <= own)
-			                  ? scale * pair[0] * exp2_approx(g[r] - from.x)
-			                  : 0.0f;
-			pair[1] = (BACKWARD ? key + 1 >= own : key + 1 <= own)
-			                  ? scale * pair[1] * exp2_approx(g[r] - from.y)
-			                  : 0.0f;
+			decay[i + 2 * r] = scale * exp2_approx(g[r] - from.x);
+			decay[i + 2 * r + 1] = scale * exp2_approx(g[r] - from.y);
 		}
 	}
+}
+
+/* s[t][s] as it has decayed; zero where s > t, backward where s < t. */
+template <bool BACKWARD>
+__device__ __forceinline__ void apply_decays(float (&s)[32], const float (&decay)[32], int warp,
+                                             int lane)
+{
+	const int row = 16 * warp + lane / 4, column = 2 * (lane % 4);
+
+#pragma unroll
+	for (int i = 0; i < 32; i++) {
+		const int own = row + 8 * (i / 2 % 2), key = column + 8 * (i / 4) + i % 2;
+
+		s[i] = (BACKWARD ? key >= own : key <= own) ? s[i] * decay[i] : 0.0f;
+	}
+}
+
+template <bool BACKWARD = false>
+__device__ __forceinline__ void decay_scores(float (&s)[32], uint32_t powers, float scale, int warp,
+                                             int lane)
+{
+	float decay[32];
+
+	find_decays(decay, powers, scale, warp, lane);
+	apply_decays<BACKWARD>(s, decay, warp, lane);
 }
 
 __device__ __forceinline__ void store_scores(uint32_t panel, const float (&s)[32], int warp,
@@ -379,12 +428,14 @@ __device__ __forceinline__ void store_scores(uint32_t panel, const float (&s)[32
 template <int DK, int SLICES, bool OUTPUTS, typename RULE> struct state_walk {
 	using S = walk_shape<DK, SLICES, RULE>;
 	static constexpr int PARTS = DK > 128 ? DK / 128 : 1, WIDTH = DK / 2 / PARTS;
+	static constexpr int SLICE_COUNT = SLICES;
 
 	const parameters &p;
 	uint32_t shared;
 	int warpgroup, warp, lane;
 	slot_ring<S::STAGES> stage;
 	slot_ring<SCORE_SLOTS> slot;
+	slot_ring<1> copy;
 	float s[PARTS][WIDTH]; /* S^T: rows are channels of v, columns of k */
 	slot_ring<S::OUT_SLOTS> out;
 	float o[S::SOLVES ? 32 : 1]; /* of a rule that solves: the last chunk's outputs */
@@ -419,7 +470,8 @@ state_walk<DK, SLICES, OUTPUTS, RULE>::visit(float *tensor, const piece &x, bool
 {
 	const int value = (x.slice * SLICES + warpgroup) * 64 + 16 * warp + lane / 4;
 	const int key = 2 * (lane % 4);
-	float *at = tensor + (static_cast<int64_t>(x.b) * p.n_heads + x.h) * p.d_k * p.d_v;
+	float *at = tensor + (static_cast<int64_t>(x.b) * p.n_heads + x.h) * p.d_k * p.d_v +
+	            key * p.key_stride + value * p.value_stride;
 
 #pragma unroll
 	for (int i = 0; i < PARTS * WIDTH; i++) {
@@ -427,13 +479,15 @@ state_walk<DK, SLICES, OUTPUTS, RULE>::visit(float *tensor, const piece &x, bool
 		float &element = s[i / WIDTH][i % WIDTH];
 
 		if (row < p.d_k && column < p.d_v) {
-			float *place = at + static_cast<int64_t>(row) * p.d_v + column;
+			float *place = at + (i & 1) * p.key_stride + (i & 2) * 4 * p.value_stride;
 
 			if (write)
 				*place = RULE::BACKWARD ? element * p.scale : element;
 			else
 				element = *place;
 		}
+		if (i % 4 == 3)
+			at += 8 * p.key_stride;
 	}
 }
 
@@ -568,6 +622,8 @@ __device__ __forceinline__ void initialise_barriers(uint32_t shared)
 		barrier_init(shared + S::SCORES_FULL + 8 * i, S::SCORE_WARPS);
 		barrier_init(shared + S::SCORES_EMPTY + 8 * i, S::STATE_WARPS);
 	}
+	barrier_init(shared + S::COPY_FULL, S::STATE_WARPS);
+	barrier_init(shared + S::COPY_EMPTY, S::SCORE_WARPS);
 	barrier_init_fence();
 }
 
@@ -586,7 +642,10 @@ __device__ __forceinline__ void walk_block(const parameters &p, uint32_t shared)
 		else if (S::SOLVES && threadIdx.x / 32 == 2)
 			prepare_betas<DK, SLICES, OUTPUTS, RULE>(p, shared);
 	} else if (threadIdx.x >= 128 * (1 + SLICES)) {
-		registers_decrease<S::SCORE_REGISTERS>();
+		if constexpr (S::SCORE_REGISTERS > S::LAUNCH_REGISTERS)
+			registers_increase<S::SCORE_REGISTERS>();
+		else
+			registers_decrease<S::SCORE_REGISTERS>();
 		if (OUTPUTS)
 			RULE::template score<DK, SLICES>(p, shared);
 	} else {
@@ -627,8 +686,8 @@ inline const char *walk_unsupported(const struct device *device,
 {
 	if (a->decay != DECAY_NONE && a->decay != DECAY_CONSTANT && a->decay != DECAY_SCALAR)
 		return "only decays that are the same for all channels";
-	if (a->n_heads > 1 && (!a->v.head || !a->out.head))
-		return "heads must not share v";
+	if (a->n_heads > 1 && !a->out.head)
+		return "heads must not share an output";
 	return check_views(device, &a->q, &a->k, &a->v, &a->out);
 }
 
@@ -665,6 +724,9 @@ inline enum status fill_parameters(parameters &p, const struct matrix_recurrence
 	p.n_heads = static_cast<int>(a->n_heads);
 	p.q_step = a->q.head ? 1 : 0;
 	p.k_step = a->k.head ? 1 : 0;
+	p.v_step = a->v.head ? 1 : 0;
+	p.key_stride = static_cast<int>(a->d_v);
+	p.value_stride = 1;
 	p.d_k = static_cast<int>(a->d_k);
 	p.d_v = static_cast<int>(a->d_v);
 	p.slices = x.blocks_across;
