@@ -371,11 +371,9 @@ __device__ __forceinline__ void sweep<KEYS, VALUES, BACK>::begin(int b, int h)
 template <int KEYS, int VALUES, bool BACK>
 __device__ __forceinline__ void sweep<KEYS, VALUES, BACK>::end(int b, int h)
 {
-	if (!BACK || !p.dh0)
-		return;
 #pragma unroll
-	for (int i = 0; i < WIDTH; i++) {
-		float *to = element(p.dh0, b, h, i);
+	for (int i = 0; BACK && i < WIDTH; i++) {
+		float *to = p.dh0 ? element(p.dh0, b, h, i) : NULL;
 
 		if (to)
 			*to = p.scale * s[i];

@@ -10,7 +10,7 @@
 
 #include "kernels/portable/device.cuh"
 
-enum { MAX_ROPE_WIDTH = 128 };
+enum { MAX_ROPE_WIDTH = 256 };
 
 /* theta_i / (2 pi) of a head of width d as the sum of two floats, i = 0 .. d/2-1. */
 struct rope_table {

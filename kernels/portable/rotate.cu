@@ -77,7 +77,7 @@ static const char *check_rope_width(int64_t d_head, int64_t rope_width)
 	if (rope_width % 16 || rope_width > d_head)
 		return "columns that turn must be a multiple of 16";
 	return d_head % 16 || d_head > MAX_ROPE_WIDTH
-	               ? "head width must be a multiple of 16 up to 128"
+	               ? "head width must be a multiple of 16 up to 256"
 	               : NULL;
 }
 
