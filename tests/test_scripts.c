@@ -223,6 +223,45 @@ TEST(nvcc_gets_a_compiler_that_it_knows)
 	               "\n-allow-unsupported-compiler\n"));
 }
 
+/* The exit code of scripts/new-block.sh in a copy of what it changes. */
+static int new_block(const char *arguments)
+{
+	int code;
+
+	shell(&code,
+	      "mkdir -p %s/block/scripts %s/block/layers %s/block/bench && cd %s/block && "
+	      "root=$OLDPWD && cp -n $root/scripts/new-block.sh scripts && "
+	      "cp -n $root/.clang-format $root/Makefile . && cp -n $root/layers/*.[ch] layers && "
+	      "cp -n $root/bench/compare.sh bench && scripts/new-block.sh %s",
+	      folder, folder, folder, folder, arguments);
+	return code;
+}
+
+static int lines_with(const char *pattern, const char *file)
+{
+	return atoi(shell(NULL, "grep -cE '%s' %s/block/%s || true", pattern, folder, file));
+}
+
+TEST(a_new_block_is_entered_where_blocks_are_listed)
+{
+	assert_int_equal(new_block("my_net2 'a first try'"), 0);
+	assert_int_equal(lines_with("entry.my_net2.$", "layers/registry.c"), 1);
+	assert_int_equal(lines_with("^FAMILY := .* my_net2$", "Makefile"), 1);
+	assert_int_equal(lines_with("^PATTERNS=.* my_net2}$", "bench/compare.sh"), 1);
+	assert_int_equal(lines_with("summary = \"a first try\"", "layers/my_net2.c"), 1);
+	shell(NULL,
+	      "cd %s/block && gcc -std=c11 -Wall -Wextra -Werror -fsyntax-only -I. -I$OLDPWD "
+	      "layers/my_net2.c layers/registry.c",
+	      folder);
+	assert_int_equal(new_block("my_net2"), 1);
+	assert_int_equal(new_block("rat"), 1);
+	assert_int_equal(new_block(""), 2);
+	assert_int_equal(new_block("2nets"), 2);
+	assert_int_equal(new_block("net 'a \"first\" try'"), 2);
+	assert_int_equal(lines_with("entry", "layers/registry.c"),
+	                 atoi(shell(NULL, "grep -cE 'entry' layers/registry.c")) + 1);
+}
+
 static int set_up(void **state)
 {
 	return mkdtemp(folder) ? 0 : -1;
