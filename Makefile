@@ -87,7 +87,7 @@ SHARED_OBJECTS := $(filter $(BUILD)/kernels/% $(BUILD)/layers/%,$(OBJECTS))
 PEERS_OBJECTS := $(SHARED_OBJECTS) $(filter $(BUILD)/baselines/%,$(OBJECTS))
 
 .PHONY: all programs drivers tests peers help flash3 bench-latency bench-generation bench-family bench-kernels \
-	bench-chunkwise bench-peers peers-tables table2 compare plots publish test test-gpu check asan fuzz golden judge clean run-latency \
+	bench-chunkwise bench-peers peers-tables table2 compare plots report publish test test-gpu check asan fuzz golden judge clean run-latency \
 	library install FORCE
 .DEFAULT_GOAL := all
 .SECONDARY:
@@ -304,6 +304,15 @@ plots:
 	test -n "$$RESULTS$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
 	BUILD='$(BUILD)' plots/draw.sh "$${RESULTS:-$${newest%/*}}"
 
+# RUN: a folder of results files; otherwise that in runs/ with the newest file. One page, RUN/report.html.
+report:
+	@$(BOOTSTRAP) plots
+	@$(SUBMAKE) -s $(BUILD)/plotdata $(BUILD)/report
+	@newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | grep -vE '[.](samples|old-[0-9]+)[.]' \
+		| head -n 1); \
+	test -n "$$RUN$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
+	BUILD='$(BUILD)' scripts/report.sh "$${RUN:-$${newest%/*}}"
+
 # RUN: runs/DEVICE[/NAME]
 publish:
 	@$(BOOTSTRAP) plots
@@ -373,6 +382,7 @@ help:
 	@echo 'make table2             maximum throughput of whole models'
 	@echo 'make compare BASE=REF   is the working tree (or NEW=REF) slower than that commit? docs/comparing.md'
 	@echo 'make plots              pictures of the newest run (RESULTS=file.csv or a folder picks others)'
+	@echo 'make report             one page about the newest run (or RUN=folder), tables and pictures in it'
 	@echo 'make publish            copy one run of a clean commit into results/ (RUN=runs/DEVICE)'
 	@echo 'make test               every test that needs no GPU'
 	@echo 'make test-gpu           the tests of the CUDA backend'

@@ -1,5 +1,7 @@
-/* Results files as the published tables, ours beside the paper's: Markdown or for a terminal. */
+/* Results files as the published tables, ours beside the paper's: Markdown, HTML or for a terminal.
+ */
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,20 +11,24 @@
 #include "bench/harness/streams.h"
 
 static const char usage[] =
-        "usage: report [--format markdown|terminal] [--published FILE]... RESULTS.csv...\n"
+        "usage: report [--format markdown|html|terminal] [--published FILE]... RESULTS.csv...\n"
         "\n"
         "Tabulates latencies of blocks against sequence length, throughput of whole\n"
         "models, and how many times faster than attention each is. Published numbers of\n"
         "the same shapes stand in parentheses.\n"
         "\n"
-        "  --format     markdown (default) or terminal\n"
+        "  --format     markdown (default), html (headings and tables, to go into a page; "
+        "scripts/report.sh\n"
+        "               makes one) or terminal\n"
         "  --published  rows to show in parentheses, instead of results/paper/latency.csv\n"
         "               and results/paper/table2.csv of the program's checkout\n";
 
 /* MANY_LINES: as columns they would be too wide to read. */
 enum { CELL = 448, MANY_LINES = 16 };
 
-enum format { FORMAT_MARKDOWN, FORMAT_TERMINAL };
+enum format { FORMAT_MARKDOWN, FORMAT_HTML, FORMAT_TERMINAL, N_FORMATS };
+
+static const char *const format_names[N_FORMATS] = {"markdown", "html", "terminal"};
 
 /* A table of a pass: one line per series (and --provider), one point per T or model. */
 struct table {
@@ -303,8 +309,48 @@ static enum status make_grid(const struct table *table, fill_cell *fill, bool wi
 	return STATUS_OK;
 }
 
-/* Prints the rows with columns aligned; Markdown's bars and rule, or a terminal's blanks. */
-static void print_grid(const struct grid *grid, enum format format)
+/* printf, of HTML without what would be markup. */
+__attribute__((format(printf, 2, 3))) static void print_text(enum format format,
+                                                             const char *pattern, ...)
+{
+	char text[2 * CELL];
+	va_list arguments;
+
+	va_start(arguments, pattern);
+	vsnprintf(text, sizeof text, pattern, arguments);
+	va_end(arguments);
+	for (const char *c = text; *c; c++) {
+		if (format == FORMAT_HTML && (*c == '<' || *c == '>' || *c == '&'))
+			printf("&#%d;", *c);
+		else
+			putchar(*c);
+	}
+}
+
+/* The first row and the first column are titles. */
+static void print_html(const struct grid *grid)
+{
+	printf("<div class=\"table\"><table>\n");
+	for (int row = 0; row < grid->n_rows; row++) {
+		printf("%s<tr>", row == 0 ? "<thead>" : row == 1 ? "<tbody>" : "");
+		for (int column = 0; column < grid->n_columns; column++) {
+			const char *open = row == 0      ? "<th scope=\"col\">"
+			                   : column == 0 ? "<th scope=\"row\">"
+			                                 : "<td>";
+
+			printf("%s", open);
+			print_text(FORMAT_HTML, "%s", grid->cell[row * grid->n_columns + column]);
+			printf("%s", row == 0 || column == 0 ? "</th>" : "</td>");
+		}
+		printf("</tr>%s\n", row == 0                  ? "</thead>"
+		                    : row == grid->n_rows - 1 ? "</tbody>"
+		                                              : "");
+	}
+	printf("</table></div>\n");
+}
+
+/* The rows with columns aligned; Markdown's bars and rule, or a terminal's blanks. */
+static void print_aligned(const struct grid *grid, enum format format)
 {
 	const char *bar = format == FORMAT_MARKDOWN ? "| " : "";
 	const char *gap = format == FORMAT_MARKDOWN ? " | " : "  ";
@@ -336,38 +382,53 @@ static enum status print_table(const struct table *table, fill_cell *fill, bool 
 	struct grid grid;
 
 	TRY(make_grid(table, fill, with_attention, &grid));
-	print_grid(&grid, format);
+	if (format == FORMAT_HTML)
+		print_html(&grid);
+	else
+		print_aligned(&grid, format);
 	free(grid.cell);
 	return STATUS_OK;
 }
 
 /* Under what conditions, where they are not the usual ones. */
-static void print_conditions(const struct result *r)
+static void print_conditions(const struct result *r, enum format format)
 {
 	if (strcmp(r->backend, "cpu") == 0 && r->threads > 0)
-		printf(", %lld threads", (long long)r->threads);
+		print_text(format, ", %lld threads", (long long)r->threads);
 	if (r->warm > 0)
-		printf(", warm caches");
+		print_text(format, ", warm caches");
 	if (r->duty[0])
-		printf(", %s", r->duty);
+		print_text(format, ", %s", r->duty);
 	if (r->data[0])
-		printf(", %s data", r->data);
+		print_text(format, ", %s data", r->data);
 }
 
 static void print_title(const struct result *r, const char *what, enum format format)
 {
+	static const char *const before[N_FORMATS] = {"### ", "<h3>", ""},
+	                         *const between[N_FORMATS] = {"\n\n", "</h3>\n<p>", "\n\n"},
+	                         *const after[N_FORMATS] = {"\n\n", "</p>\n", "\n\n"};
 	const struct pass_info *pass = &passes[r->kind];
 
-	printf("%s%s: %s%s\n\n%s, %s", format == FORMAT_MARKDOWN ? "### " : "", pass->title, what,
-	       r->baseline, r->device, r->dtype);
-	print_conditions(r);
+	printf("%s", before[format]);
+	print_text(format, "%s: %s%s", pass->title, what, r->baseline);
+	printf("%s", between[format]);
+	print_text(format, "%s, %s", r->device, r->dtype);
+	print_conditions(r, format);
 	if (pass->models)
-		printf(", %lld tokens generated after %lld.\n\n", (long long)r->generate,
-		       (long long)r->prompt);
+		print_text(format, ", %lld tokens generated after %lld.", (long long)r->generate,
+		           (long long)r->prompt);
 	else
-		printf(", D = %lld, %lld %s.\n\n", (long long)r->d_model,
-		       (long long)(pass->step ? r->batch : r->batch * r->seq_len),
-		       pass->step ? "sequences" : "tokens");
+		print_text(format, ", D = %lld, %lld %s.", (long long)r->d_model,
+		           (long long)(pass->step ? r->batch : r->batch * r->seq_len),
+		           pass->step ? "sequences" : "tokens");
+	printf("%s", after[format]);
+}
+
+static void blank_line(enum format format)
+{
+	if (format != FORMAT_HTML)
+		printf("\n");
 }
 
 /* What was measured, and how many times faster than attention that is. */
@@ -377,7 +438,7 @@ static enum status print_measured(const struct table *table, enum format format)
 
 	print_title(table->example, is_throughput(table) ? "tokens/s" : "ms", format);
 	TRY(print_table(table, latency_cell, true, format));
-	printf("\n");
+	blank_line(format);
 	for (int i = 0; i < table->n_lines; i++) {
 		has_attention |= is_attention(table->line[i]);
 		has_others |= !is_attention(table->line[i]);
@@ -386,7 +447,7 @@ static enum status print_measured(const struct table *table, enum format format)
 		return STATUS_OK;
 	print_title(table->example, "times faster than attention", format);
 	TRY(print_table(table, speedup_cell, false, format));
-	printf("\n");
+	blank_line(format);
 	return STATUS_OK;
 }
 
@@ -395,7 +456,7 @@ static enum status print_ratios(const struct table *table, enum format format)
 {
 	print_title(table->example, "times faster than ", format);
 	TRY(print_table(table, ratio_cell, true, format));
-	printf("\n");
+	blank_line(format);
 	return STATUS_OK;
 }
 
@@ -422,8 +483,16 @@ static enum status report_table(const struct results *results, const struct resu
 	return status;
 }
 
+/* A line of the list at the end. */
+#define print_note(format, ...)                                                                    \
+	do {                                                                                       \
+		printf("%s", (format) == FORMAT_HTML ? "<li>" : "- ");                             \
+		print_text(format, __VA_ARGS__);                                                   \
+		printf("%s\n", (format) == FORMAT_HTML ? "</li>" : "");                            \
+	} while (0)
+
 /* Where the rows come from, and what to think of them. */
-static void print_origin(const struct results *results)
+static void print_origin(const struct results *results, enum format format)
 {
 	int n_throttled = 0;
 
@@ -436,11 +505,13 @@ static void print_origin(const struct results *results)
 			known = strcmp(results->row[j].git_sha, r->git_sha) == 0 &&
 			        strcmp(results->row[j].device, r->device) == 0;
 		if (!known && r->git_sha[0])
-			printf("- %s: commit %.12s%s, %.10s, driver %s\n", r->device, r->git_sha,
-			       r->git_dirty > 0 ? " with changes" : "", r->time_utc, r->driver);
+			print_note(format, "%s: commit %.12s%s, %.10s, driver %s", r->device,
+			           r->git_sha, r->git_dirty > 0 ? " with changes" : "", r->time_utc,
+			           r->driver);
 	}
 	if (n_throttled > 0)
-		printf("- %d rows were measured while the clock was throttled.\n", n_throttled);
+		print_note(format, "%d rows were measured while the clock was throttled.",
+		           n_throttled);
 }
 
 static bool any_published(const struct results *results, const struct results *published)
@@ -465,10 +536,12 @@ static enum status report(struct results *results, const struct results *publish
 		if (first)
 			status = report_table(results, published, &results->row[i], format);
 	}
+	printf("%s", format == FORMAT_HTML ? "<ul>\n" : "");
 	if (any_published(results, published))
-		printf("- In parentheses, where the shapes are the same: %s.\n",
-		       published->row[0].device);
-	print_origin(results);
+		print_note(format, "In parentheses, where the shapes are the same: %s.",
+		           published->row[0].device);
+	print_origin(results, format);
+	printf("%s", format == FORMAT_HTML ? "</ul>\n" : "");
 	return status;
 }
 
@@ -512,9 +585,13 @@ static int read_arguments(int argc, char **argv, enum format *format, struct res
 			status = results_add(published, value);
 			i++;
 		} else if (strcmp(argv[i], "--format") == 0) {
-			if (strcmp(value, "markdown") != 0 && strcmp(value, "terminal") != 0)
-				return fail(argv[i], "markdown and terminal are allowed");
-			*format = value[0] == 'm' ? FORMAT_MARKDOWN : FORMAT_TERMINAL;
+			int name = 0;
+
+			while (name < N_FORMATS && strcmp(value, format_names[name]) != 0)
+				name++;
+			if (name == N_FORMATS)
+				return fail(argv[i], "markdown, html and terminal are allowed");
+			*format = (enum format)name;
 			i++;
 		} else {
 			return fail(argv[i], "no such option; see --help");

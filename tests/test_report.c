@@ -120,6 +120,21 @@ TEST(test_markdown)
 	expect_no_text(output, "times faster");
 }
 
+TEST(test_html)
+{
+	char rows[4096] = "";
+
+	add_block(rows, "recurrence", 0, "generation", 4096, 0.08, "ok", "a<b>&c");
+	add_block(rows, "attention", 0, "generation", 4096, 0.8, "ok", "portable");
+	const char *output = report(0, rows, "--format html");
+	expect_text(output, "<h3>Generation");
+	expect_text(output, "<tr><th scope=\"row\">4096</th><td>");
+	expect_text(output, "a&#60;b&#62;&#38;c");
+	expect_text(output, "</td></tr></tbody>\n</table></div>\n");
+	expect_text(output, "</li>\n</ul>\n");
+	expect_no_text(output, "|");
+}
+
 /* A repeated case counts as it was last; providers compared are lines of their own. */
 TEST(test_repeated_rows_and_providers)
 {

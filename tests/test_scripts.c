@@ -223,6 +223,37 @@ TEST(nvcc_gets_a_compiler_that_it_knows)
 	               "\n-allow-unsupported-compiler\n"));
 }
 
+/* What it needs is in it: pictures are data, and nothing is asked of a network. */
+TEST(a_report_is_one_page)
+{
+	int code;
+
+	shell(NULL, "mkdir -p '%s/a run'", folder);
+	shell(&code, "BUILD=%s scripts/report.sh '%s/a run'", programs_folder(), folder);
+	assert_int_equal(code, 1);
+	shell(NULL,
+	      "BLOCKS='attention rat' bench/latency.sh %s latency.csv --backend cpu --preset tiny "
+	      "--pass prefill --max-time 0.001 --out '%s/a run/latency.csv'",
+	      programs_folder(), folder);
+	const char *output =
+	        shell(&code, "BUILD=%s scripts/report.sh '%s/a run'", programs_folder(), folder);
+
+	assert_int_equal(code, 0);
+	assert_non_null(strstr(output, "a run/report.html"));
+	assert_int_equal(
+	        atoi(shell(NULL, "grep -c '<img[^>]*data:image/svg' '%s/a run/report.html'",
+	                   folder)) > 0,
+	        system("command -v gnuplot >/dev/null") == 0);
+	assert_string_equal(
+	        shell(NULL,
+	              "grep -ciE 'https?:|<script|<link|url\\(' '%s/a run/report.html' || true",
+	              folder),
+	        "0\n");
+	assert_string_equal(shell(NULL, "grep -c '</html>' '%s/a run/report.html'", folder), "1\n");
+	shell(&code, "scripts/report.sh");
+	assert_int_equal(code, 2);
+}
+
 /* The exit code of scripts/new-block.sh in a copy of what it changes. */
 static int new_block(const char *arguments)
 {
