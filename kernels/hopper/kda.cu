@@ -1,18 +1,22 @@
 /*
  * The delta rule whose decays differ by channel (KDA), forward, on sm_90a:
  *   S <- Diag(a_t) S; v'_t = beta_t (v_t - k_t S); S <- S + k_t^T v'_t; o_t = scale q_t S,
- * chunkwise, 64 tokens at a time. With G_t the sums of log2 a over the chunk's tokens up to t, and
- * of channels by themselves q+ = scale q 2^(G_t), k+ = k 2^(G_t), kE = k 2^(G_E - G_t), A_ts =
- * beta_t sum_c k_tc k_sc 2^(G_tc - G_sc), s < t, P the same with scale q, s <= t, v' = (I + A)^-1
- * diag(beta) (v - k+ S);  o = q+ S + P v';  S <- Diag(2^(G_E)) S + kE^T v'. Two kernels: prepare  a
- * warpgroup, every 64 tokens of a sequence and head by themselves: a record of q+, k+, kE, P, the
- * inverse times diag(beta) and 2^(G_E). A panel of 64 channels at a time, as GLA's (gla_chunk.cuh):
- * exponents are <= 0 except inside a sub-chunk of 16 tokens that decays mildly. The inverse is
- * triangle.cuh's. walk     a block keeps the state of a sequence and head, 64 channels of v a
- * warpgroup, transposed as fp32 accumulators: x = S^T k+^T, o = S^T q+^T; v' = (v - x) M^T; o += v'
- * P^T; S^T = S^T Diag(2^(G_E)) + v' kE; a producer thread loads records and v. Limit: the records'
- * way through memory, 3.3 KB of a token and head at 128 x 128. docs/kernels/delta_rule.md. wgmma
- * in: walk_kernel
+ * chunkwise, 64 tokens at a time. With G_t the sums of log2 a over the chunk's tokens up to t, each
+ * channel by itself, q+ = scale q 2^(G_t), k+ = k 2^(G_t), kE = k 2^(G_E - G_t), and
+ *   A_ts = beta_t sum_c k_tc k_sc 2^(G_tc - G_sc), s < t,  P the same with scale q, s <= t:
+ *   v' = (I + A)^-1 diag(beta) (v - k+ S);  o = q+ S + P v';  S <- Diag(2^(G_E)) S + kE^T v'.
+ *
+ * Two kernels:
+ *   prepare  a warpgroup, every 64 tokens of a sequence and head by themselves: a record of q+, k+,
+ *            kE, P, the inverse times diag(beta), and 2^(G_E). A panel of 64 channels at a time, as
+ *            GLA's (gla_chunk.cuh): exponents are <= 0 except inside a sub-chunk of 16 tokens that
+ *            decays mildly. The inverse is triangle.cuh's
+ *   walk     a block keeps the state of a sequence and head, 64 channels of v a warpgroup,
+ *            transposed as fp32 accumulators: x = S^T k+^T, o = S^T q+^T; v' = (v - x) M^T;
+ *            o += v' P^T; S^T = S^T Diag(2^(G_E)) + v' kE. A thread loads records and v
+ * Limit: the records' way through memory, 3.3 KB of a token and head at 128 x 128.
+ * docs/kernels/delta_rule.md.
+ * wgmma in: walk_kernel
  */
 #include "kernels/hopper/gla_chunk.cuh"
 #include "kernels/hopper/kernels.h"
