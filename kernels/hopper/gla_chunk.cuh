@@ -84,27 +84,20 @@ __device__ __forceinline__ fragment pack(const values &v)
 	return f;
 }
 
-/* d += a b, 16 x 8 x 16, bf16. */
-__device__ __forceinline__ void multiply_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint32_t b0, uint32_t b1)
-{
-	asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-	             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-	             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+/* The panels that a block of `prepare` takes: all of a record, then of its next. */
+template <int DK, int STAGES> struct panel_cursor {
+	int number = blockIdx.x, panel = 0;
+	ring_position stage;
 
-/* d += a b, 16 x 8 x 8, of each operand the leading 10 bits of the fraction. */
-__device__ __forceinline__ void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3,
-                                              float b0, float b1)
-{
-	asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-	             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-	             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-	             : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
-	               "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)),
-	               "r"(__float_as_uint(b1)));
-}
+	__device__ void advance()
+	{
+		if (++panel == DK / 64) {
+			panel = 0;
+			number += gridDim.x;
+		}
+		stage.advance(STAGES);
+	}
+};
 
 /* Zeros and ones, member(token, u): the left operand of sums of decays over tokens u. */
 struct selection {
@@ -131,8 +124,8 @@ __device__ __forceinline__ void sum_decays(float (&sum)[4], const selection &of,
 {
 	float d[4] = {};
 
-	multiply_bf16(d, of.a[0], of.a[1], of.a[2], of.a[3], transposed.pair[0][i],
-	              transposed.pair[1][i]);
+	mma_16816(d, of.a[0], of.a[1], of.a[2], of.a[3], transposed.pair[0][i],
+	          transposed.pair[1][i]);
 #pragma unroll
 	for (int j = 0; j < 4; j++)
 		sum[j] = LOG2E * d[j];
@@ -149,7 +142,7 @@ __device__ __forceinline__ void add_pair(float (&s)[2][4], const float (&q)[4], 
 {
 #pragma unroll
 	for (int n = 0; n < 2; n++)
-		multiply_tf32(s[n], q[0], q[2], q[1], q[3], k[2 * n], k[2 * n + 1]);
+		mma_1688(s[n], q[0], q[2], q[1], q[3], k[2 * n], k[2 * n + 1]);
 }
 
 /* The same nearly in fp32. */
@@ -177,8 +170,8 @@ __device__ __forceinline__ void add_scores(float (&s)[2][4], const fragment &q, 
 	for (int n = 0; n < 2; n++) {
 #pragma unroll
 		for (int i = 0; i < 4; i += 2)
-			multiply_bf16(s[n], q.pair[0][i], q.pair[1][i], q.pair[0][i + 1],
-			              q.pair[1][i + 1], k.pair[n][i], k.pair[n][i + 1]);
+			mma_16816(s[n], q.pair[0][i], q.pair[1][i], q.pair[0][i + 1],
+			          q.pair[1][i + 1], k.pair[n][i], k.pair[n][i + 1]);
 	}
 }
 

@@ -31,20 +31,7 @@ struct prepare_layout {
 	static constexpr int BYTES = BARRIERS + STAGES * 8 + 1024; /* 1024: room to align */
 };
 
-/* The tiles that a block takes: all panels of a record, then of its next. */
-template <int DK> struct cursor {
-	int number = blockIdx.x, panel = 0;
-	ring_position stage;
-
-	__device__ void advance()
-	{
-		if (++panel == DK / 64) {
-			panel = 0;
-			number += gridDim.x;
-		}
-		stage.advance(prepare_layout::STAGES);
-	}
-};
+template <int DK> using cursor = panel_cursor<DK, prepare_layout::STAGES>;
 
 template <int DK>
 __device__ __forceinline__ void load_panel(const prepare_parameters &p, uint32_t shared,
