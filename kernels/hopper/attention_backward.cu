@@ -214,7 +214,7 @@ using schedule =
         unit_queue<unit, slot_ring<SCHEDULE_SLOTS>, shared_layout<D>::BARRIERS + BAR_UNIT_FULL * 8,
                    shared_layout<D>::UNITS>;
 
-/* The sequence of a unit, its first head, and the head of its keys. */
+/* The sequence of a unit, its head, and the head of its keys. */
 struct heads {
 	int b, h, kv;
 };
@@ -222,12 +222,9 @@ struct heads {
 template <bool shared_keys>
 __device__ __forceinline__ heads heads_of(const parameters &p, const unit &u)
 {
-	const int count = shared_keys ? p.n_heads : p.kv_heads;
-	const int b = u.pair / count, own = u.pair - b * count;
+	const int b = u.pair / p.n_heads, h = u.pair - b * p.n_heads;
 
-	if (shared_keys)
-		return {b, own, own / p.sharing};
-	return {b, own, own};
+	return {b, h, shared_keys ? h / p.sharing : h};
 }
 
 /* Loads tiles of rows with a statistic of each: queries, or gradients of outputs. */
@@ -625,9 +622,9 @@ template <int D, bool shared_keys> struct consumer {
 
 	/* Address in a warpgroup's 64 swizzled rows of this warp's 16 x 16 block from column
 	 * 16j (below 64) on, as ldmatrix and stmatrix (x4) want it from each lane. */
-	__device__ uint32_t block_address(uint32_t rows, int j) const
+	__device__ uint32_t block_address(uint32_t tile, int j) const
 	{
-		return (rows + block) ^ (j * 32);
+		return (tile + block) ^ (j * 32);
 	}
 
 	/* What was written to shared memory may leave, if it is anything. */

@@ -99,21 +99,14 @@ __device__ __forceinline__ float delta_rule::step(state_walk<DK, SLICES, true, d
 	pin(w.s[0]);
 	pin(y);
 	wgmma_fence();
-#pragma unroll
-	for (int step = 0; step < DK / 16; step++)
-		wgmma_rs_k_major(y, &packed[4 * step],
-		                 keys + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
+	issue_panels(y, packed, keys);
 	wgmma_commit();
 	if (OUTPUTS) {
 		if (SLICES == 1 && chunk > x.first)
 			w.store(x, chunk - 1, o);
 		pin(o);
 		wgmma_fence();
-#pragma unroll
-		for (int step = 0; step < DK / 16; step++)
-			wgmma_rs_k_major(o, &packed[4 * step],
-			                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16,
-			                 step > 0);
+		issue_panels(o, packed, q);
 		wgmma_commit();
 	}
 	/* The residual v - 2^G x, and v' of it into y. */

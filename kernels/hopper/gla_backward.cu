@@ -456,10 +456,7 @@ __device__ __forceinline__ void sweep<KEYS, VALUES, BACK>::advance(uint32_t at, 
 	pin(inside);
 	pin(other);
 	wgmma_fence();
-#pragma unroll
-	for (int step = 0; step < 4 * VALUES; step++)
-		wgmma_rs_k_major(state, &packed[4 * step],
-		                 z + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
+	issue_panels(state, packed, z);
 	wgmma_rs_k_major(inside, BACK ? near_x : taken, matrix_descriptor(scores + diagonal, 16),
 	                 false);
 	if (BACK)

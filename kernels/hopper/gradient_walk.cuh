@@ -363,10 +363,7 @@ gradient_rule<backward, FLOWS>::walk(state_walk<DK, SLICES, OUTPUTS, gradient_ru
 	pin(s);
 	pin(o);
 	wgmma_fence();
-#pragma unroll
-	for (int step = 0; step < DK / 16; step++)
-		wgmma_rs_k_major(o, &packed[4 * step],
-		                 q + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
+	issue_panels(o, packed, q);
 	wgmma_commit();
 	if constexpr (backward) {
 		copy_state<DK>(w, packed, w.copy.parity);

@@ -487,15 +487,9 @@ __device__ __forceinline__ void kda_walk<DK, SLICES>::step(const walk_place &x, 
 	pin(y);
 	pin(o);
 	wgmma_fence();
-#pragma unroll
-	for (int i = 0; i < DK / 16; i++)
-		wgmma_rs_k_major(y, &packed[4 * i], plus + (i / 4 * PANEL_BYTES + i % 4 * 32) / 16,
-		                 i > 0);
+	issue_panels(y, packed, plus);
 	wgmma_commit();
-#pragma unroll
-	for (int i = 0; i < DK / 16; i++)
-		wgmma_rs_k_major(o, &packed[4 * i], q + (i / 4 * PANEL_BYTES + i % 4 * 32) / 16,
-		                 i > 0);
+	issue_panels(o, packed, q);
 	wgmma_commit();
 	wgmma_wait<1>();
 	pin(y);

@@ -54,6 +54,18 @@ __device__ __forceinline__ int warpgroup_index()
 	return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 128, 0)) - 1;
 }
 
+/* acc (64 x n) = A B^T: A in registers, such as a state, B's channels in panels. Fence before it,
+ * commit after it. */
+template <int n, int operands>
+__device__ __forceinline__ void issue_panels(float (&acc)[n], const uint32_t (&a)[operands],
+                                             uint64_t b)
+{
+#pragma unroll
+	for (int step = 0; step < operands / 4; step++)
+		wgmma_rs_k_major(acc, &a[4 * step],
+		                 b + (step / 4 * PANEL_BYTES + step % 4 * 32) / 16, step > 0);
+}
+
 /* 16 x 16 of a wgmma accumulator, eight floats of a thread, as bf16 into such a block. */
 __device__ __forceinline__ void store_block(uint32_t block, const float *x)
 {
