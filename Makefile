@@ -295,23 +295,23 @@ compare:
 	@$(SUBMAKE) drivers
 	@bench/compare.sh $(BUILD) $(ARGS)
 
+# In the shell, run: what variable $(1) names, or the folder in runs/ with the newest file.
+find_run = newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | \
+		grep -vE '[.](samples|old-[0-9]+)[.]' | head -n 1); \
+	run=$${$(1):-$${newest%/*}}; \
+	test -n "$$run" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }
+
 # RESULTS: a file, or the folder of a run; otherwise that in runs/ with the newest file.
 plots:
 	@$(BOOTSTRAP) plots
 	@$(SUBMAKE) -s $(BUILD)/plotdata
-	@newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | grep -vE '[.](samples|old-[0-9]+)[.]' \
-		| head -n 1); \
-	test -n "$$RESULTS$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
-	BUILD='$(BUILD)' plots/draw.sh "$${RESULTS:-$${newest%/*}}"
+	@$(call find_run,RESULTS); BUILD='$(BUILD)' plots/draw.sh "$$run"
 
 # RUN: a folder of results files; otherwise that in runs/ with the newest file. One page, RUN/report.html.
 report:
 	@$(BOOTSTRAP) plots
 	@$(SUBMAKE) -s $(BUILD)/plotdata $(BUILD)/report
-	@newest=$$(ls -t runs/*/*.csv runs/*/*/*.csv 2>/dev/null | grep -vE '[.](samples|old-[0-9]+)[.]' \
-		| head -n 1); \
-	test -n "$$RUN$$newest" || { echo 'runs/ has no rows yet: make bench-latency' >&2; exit 1; }; \
-	BUILD='$(BUILD)' scripts/report.sh "$${RUN:-$${newest%/*}}"
+	@$(call find_run,RUN); BUILD='$(BUILD)' scripts/report.sh "$$run"
 
 # RUN: runs/DEVICE[/NAME]
 publish:

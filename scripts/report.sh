@@ -22,16 +22,18 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# The files of the run, the one that README quotes first.
+known="latency table2 family chunkwise generation kernels peers"
+
+# The files of the run, in this order, then all others.
 list()
 {
-	for name in latency table2 family chunkwise generation kernels peers; do
+	for name in $known; do
 		[ ! -f "$run/$name.csv" ] || echo "$run/$name.csv"
 	done
 	for file in "$run"/*.csv; do
-		case ${file##*/} in
-		latency.csv | table2.csv | family.csv | chunkwise.csv | generation.csv | kernels.csv | peers.csv) ;;
-		*.samples.csv | *.old-*.csv | \*.csv) ;;
+		name=${file##*/}
+		case " $known $name" in
+		*" ${name%.csv} "* | *.samples.csv | *.old-*.csv | *" *.csv") ;;
 		*) echo "$file" ;;
 		esac
 	done

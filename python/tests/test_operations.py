@@ -129,6 +129,7 @@ def test_recurrence_with_a_log_decay():
 
 
 DK, DV = 16, 24
+GLA_STEP = {"batch": B, "n_heads": H, "d_k": DK, "d_v": DV, "decay": "diagonal"}
 
 
 def matrix_inputs():
@@ -284,11 +285,7 @@ def test_a_step_leaves_its_state_alone_and_returns_the_next():
         before = state.copy()
         found = blocks.call(
             "matrix_recurrence_step",
-            batch=B,
-            n_heads=H,
-            d_k=DK,
-            d_v=DV,
-            decay="diagonal",
+            **GLA_STEP,
             log_decay=i["diagonal"][:, t : t + 1],
             state=state,
             **row,
@@ -320,11 +317,7 @@ def test_an_operation_stays_open_and_changes_its_state_in_place():
     decay = i["diagonal"][:, :1].copy()
     step = blocks.Operation(
         "matrix_recurrence_step",
-        batch=B,
-        n_heads=H,
-        d_k=DK,
-        d_v=DV,
-        decay="diagonal",
+        **GLA_STEP,
         log_decay=decay,
         state=state,
         **row,
